@@ -1,0 +1,52 @@
+"""The autograd function of addressed dropout. Its gradient is the op itself, on the incoming gradient."""
+
+import functools
+import importlib.util
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from l2v_kernels.dropout.reference import apply_mask, dropped
+
+
+class AddressedDropout(torch.autograd.Function):
+    """y = dropout(x). Triton keeps seeds and rows and makes the mask anew in the backward.
+
+    The reference keeps its mask, 1 byte an element, because making it again costs more. Measured on 2 cores,
+    2000 x 1536 fp32, forward and backward: 2.6 ns an element kept, 3.3 made anew, 4.5 for torch's dropout.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TE, p, seeds_T, rows_T, stream):
+        ctx.p, ctx.stream = p, stream
+        # The kernel computes in fp32, too little for fp64.
+        ctx.triton = x_TE.is_cuda and x_TE.dtype != torch.float64 and _has_triton()
+        if ctx.triton:
+            ctx.save_for_backward(seeds_T, rows_T)
+            return _launch(x_TE, p, seeds_T, rows_T, stream)
+        dropped_TE = dropped(x_TE.shape[1], p, seeds_T, rows_T, stream)
+        ctx.save_for_backward(dropped_TE)
+        return apply_mask(x_TE, dropped_TE, p)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TE):
+        if ctx.triton:
+            grad_TE = _launch(grad_TE, ctx.p, *ctx.saved_tensors, ctx.stream)
+        else:
+            grad_TE = apply_mask(grad_TE, *ctx.saved_tensors, ctx.p)
+        return grad_TE, None, None, None, None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    # There is no Triton for Windows and macOS; CUDA on Windows takes the reference.
+    return importlib.util.find_spec("triton") is not None
+
+
+def _launch(x_TE, p, seeds_T, rows_T, stream):
+    from l2v_kernels.dropout.kernel import launch
+
+    return launch(
+        x_TE, torch.empty_like(x_TE, memory_format=torch.contiguous_format), p, seeds_T, rows_T, stream
+    )

@@ -1,0 +1,88 @@
+"""Addressed dropout as a Triton kernel. Bound by memory: it reads x once, writes y once and keeps no mask."""
+
+import torch
+import triton
+import triton.language as tl
+
+from l2v_kernels.philox import DOMAIN_DROPOUT, ROUNDS, keep_scale, threshold
+
+_ROUNDS = tl.constexpr(ROUNDS)
+_DOMAIN = tl.constexpr(DOMAIN_DROPOUT)
+
+CONFIG = {"BLOCK_T": 8, "BLOCK_E": 512, "num_warps": 8}
+"""4096 elements a program: 16 a thread, and one philox call, which serves 16."""
+
+
+@triton.jit
+def random_bytes(seed, row, first_block, stream, domain, n_blocks: tl.constexpr):
+    """int32 [R, 16 * n_blocks] in 0 .. 255: `philox.keep_bytes` from column 16 * first_block on.
+
+    seed int64 [R, 1], row int32 [R, 1], first_block, stream and domain int32. One philox call serves 16
+    columns. Threads exchange words (1 byte a column) through shared memory to match the layout of x; bytes
+    are cut afterwards.
+    """
+    rows: tl.constexpr = row.shape[0]
+    block = (first_block + tl.arange(0, n_blocks))[None, :]
+    w0, w1, w2, w3 = tl.philox(seed, block, row, stream, domain, n_rounds=_ROUNDS)
+    # join makes a new last axis, so the order 0, 1, 2, 3 comes from pairing (0, 2) with (1, 3).
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (rows, 4 * n_blocks))
+    low, high = words & 0xFFFF, words >> 16
+    data = tl.join(tl.join(low & 0xFF, high & 0xFF), tl.join(low >> 8, high >> 8))
+    return tl.reshape(data, (rows, 16 * n_blocks)).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["stream", "drop_below"])
+def dropout_kernel(
+    x_ptr,
+    y_ptr,
+    seeds_ptr,
+    rows_ptr,
+    n_tokens,
+    n_columns,
+    stride_x,
+    stride_y,
+    stream,
+    drop_below,
+    scale,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """y = where(byte >= drop_below, x * scale, 0). Program (i, j) does token block i of column block j."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    in_pack = tokens < n_tokens
+    seed = tl.load(seeds_ptr + tokens, mask=in_pack, other=0)[:, None]
+    row = tl.load(rows_ptr + tokens, mask=in_pack, other=0).to(tl.int32)[:, None]
+    mask = in_pack[:, None] & (columns < n_columns)[None, :]
+    x = tl.load(x_ptr + tokens[:, None] * stride_x + columns[None, :], mask=mask, other=0.0)
+    first_block = tl.program_id(1) * (BLOCK_E // 16)
+    byte = random_bytes(seed, row, first_block, stream.to(tl.int32), _DOMAIN, BLOCK_E // 16)
+    y = tl.where(byte >= drop_below, x.to(tl.float32) * scale, 0.0)
+    tl.store(y_ptr + tokens[:, None] * stride_y + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def launch(
+    x_TE: torch.Tensor, y_TE: torch.Tensor, p: float, seeds_T: torch.Tensor, rows_T: torch.Tensor, stream: int
+) -> torch.Tensor:
+    """Writes dropout(x) into y [T, E] of stride 1 along E, and returns it. See `l2v_kernels.dropout`."""
+    n_tokens, n_columns = x_TE.shape
+    if x_TE.numel() == 0:
+        return y_TE
+    if x_TE.stride(1) != 1:
+        x_TE = x_TE.contiguous()
+    grid = (triton.cdiv(n_tokens, CONFIG["BLOCK_T"]), triton.cdiv(n_columns, CONFIG["BLOCK_E"]))
+    dropout_kernel[grid](
+        x_TE,
+        y_TE,
+        seeds_T.contiguous(),
+        rows_T.contiguous(),
+        n_tokens,
+        n_columns,
+        x_TE.stride(0),
+        y_TE.stride(0),
+        stream,
+        threshold(p),
+        keep_scale(p),
+        **CONFIG,
+    )
+    return y_TE

@@ -1,0 +1,1 @@
+"""Thin adapters to other libraries. Nothing here is imported before it is asked for."""

@@ -1,0 +1,139 @@
+"""Counter-based random numbers: every number is a pure function of its address, so noise survives repacking.
+
+Philox4x32 with 7 rounds (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC
+2011), the fewest rounds of it that pass BigCrush. Bit-identical with `tl.philox(..., n_rounds=7)`.
+
+An address: the key is a segment's 64-bit seed, the counter is (column // 16, row, stream, domain). One call
+gives 16 bytes, one for each of 16 consecutive columns.
+"""
+
+import sys
+
+import torch
+
+ROUNDS = 7
+COLUMNS_PER_CALL = 16
+
+DOMAIN_DROPOUT = 0
+DOMAIN_ATTENTION = 1
+"""Attention uses `head << 8 | DOMAIN_ATTENTION`, so that every query head has a mask of its own."""
+DOMAIN_MASKING = 2
+
+_MASK32 = 0xFFFFFFFF
+_MULTIPLIER_A, _MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
+_WEYL_A, _WEYL_B = 0x9E3779B9, 0xBB67AE85
+
+# Below torch's grain of 32,768 elements an op stays on the calling thread, and the temporaries (192 KB each)
+# in its L2 cache. Measured on 2 cores: 1.2 ns a byte, 1.5 at two thirds of this size, 2 at a third. Larger
+# chunks on two threads reach 0.6, but they meet at a barrier after each of some 80 short ops: with other
+# work on the cores that took 40 to 260.
+_CALLS_ON_CPU = 24576
+_CALLS_ON_DEVICE = 1 << 24
+
+
+def philox4x32(
+    key_lo: torch.Tensor | int,
+    key_hi: torch.Tensor | int,
+    c0: torch.Tensor | int,
+    c1: torch.Tensor | int,
+    c2: torch.Tensor | int,
+    c3: torch.Tensor | int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Four random 32-bit words for each key and counter.
+
+    Args: integers or int64 tensors of shapes that broadcast together; only the low 32 bits of each count.
+    Returns: four int64 tensors of the broadcast shape, each holding values of 0 .. 2**32 - 1.
+    Source: Random123, philox4x32-7.
+    """
+    device = next((x.device for x in (key_lo, key_hi, c0, c1, c2, c3) if isinstance(x, torch.Tensor)), None)
+    words = _words32((key_lo, key_hi, c0, c1, c2, c3), device)
+    shape = torch.broadcast_shapes(*(word.shape for word in words))
+    return tuple((word & _MASK32).expand(shape) for word in _philox_loose(*words))
+
+
+def keep_bytes(
+    seeds: torch.Tensor, rows: torch.Tensor, n_columns: int, stream: int, domain: torch.Tensor | int
+) -> torch.Tensor:
+    """Random bytes: element (r, column) depends on seeds[r], rows[r], column, stream and domain[r] alone.
+
+    Args: seeds int64 [...R] (all 64 bits count), rows integer [...R], domain an integer or an integer tensor
+        [...R]; the three broadcast together. n_columns >= 0, 0 <= stream < 2**32.
+    Returns: uint8 [...R, n_columns], not contiguous unless n_columns is a multiple of 16. Column j is byte
+        j % 4 (lowest first) of word (j % 16) // 4 of the call with c0 = j // 16.
+    Errors: ValueError for a negative or too large stream or n_columns.
+    """
+    if not 0 <= stream <= _MASK32 or n_columns < 0:
+        raise ValueError(
+            f"stream must fit 32 bits and n_columns must not be negative, got {stream=}, {n_columns=}"
+        )
+    device = seeds.device
+    domain = torch.as_tensor(domain, dtype=torch.int64, device=device)
+    shape = torch.broadcast_shapes(seeds.shape, rows.shape, domain.shape)
+    n_rows = shape.numel()
+    n_calls = -(-n_columns // COLUMNS_PER_CALL)
+    if n_rows == 0 or n_calls == 0:
+        return torch.empty((*shape, n_columns), dtype=torch.uint8, device=device)
+
+    seeds_R = seeds.expand(shape).reshape(n_rows)
+    rows_R = rows.expand(shape).reshape(n_rows)
+    domain_R = domain.expand(shape).reshape(n_rows) if domain.ndim else domain.expand(n_rows)
+    block_C1 = torch.arange(n_calls, device=device).unsqueeze(1)
+    out = torch.empty((n_rows, n_calls, 4), dtype=torch.int32, device=device)
+    step = max(1, (_CALLS_ON_CPU if device.type == "cpu" else _CALLS_ON_DEVICE) // n_calls)
+    for start in range(0, n_rows, step):
+        part = slice(start, start + step)
+        seed = seeds_R[part]
+        # Blocks lead and rows trail: a row's key, counter and domain then broadcast along contiguous memory.
+        words = _philox_loose(
+            *_words32((seed, seed >> 32, block_C1, rows_R[part], stream, domain_R[part]), device)
+        )
+        for i, word in enumerate(words):
+            out[part, :, i] = word.t()
+    if sys.byteorder != "little":
+        raise NotImplementedError(
+            "l2v_kernels reads bytes out of words and supports little-endian machines only"
+        )
+    return out.view(torch.uint8).view(*shape, n_calls * COLUMNS_PER_CALL)[..., :n_columns]
+
+
+def threshold(p: float) -> int:
+    """The drop probability p in steps of 1/256: an element is kept if its byte is >= this number.
+
+    The kept fraction is (256 - threshold) / 256 and survivors are scaled by its inverse, so the expectation
+    is exact for the probability used: p = 0.05 becomes 13/256 = 0.0508, p = 0.3 becomes 77/256 = 0.3008.
+    Errors: ValueError unless 0 <= p and p rounds to less than one.
+    """
+    value = round(p * 256) if 0 <= p < 1 else 256
+    if value == 256:
+        raise ValueError(f"a drop probability must be at least 0 and at most 255/256 after rounding, got {p}")
+    return value
+
+
+def keep_scale(p: float) -> float:
+    """The factor for survivors, 256 / (256 - threshold(p)). Errors: as `threshold`."""
+    return 256 / (256 - threshold(p))
+
+
+def _words32(values, device):
+    return [torch.as_tensor(value, dtype=torch.int64, device=device) & _MASK32 for value in values]
+
+
+def _philox_loose(key_lo, key_hi, c0, c1, c2, c3):
+    """The rounds. Inputs int64 within 32 bits; of the results only the low 32 bits are meaningful."""
+    for index in range(ROUNDS):
+        product_a, product_b = c0 * _MULTIPLIER_A, c2 * _MULTIPLIER_B
+        if index < 3:
+            # Inputs differ in shape: what depends on the column alone, or the row alone, is computed once.
+            c0 = ((product_b >> 32) ^ c1 ^ key_lo) & _MASK32
+            c2 = ((product_a >> 32) ^ c3 ^ key_hi) & _MASK32
+        else:
+            # After three rounds c0 and c2 depend on every input, so they have the full shape and are reused.
+            torch.bitwise_right_shift(product_b, 32, out=c0)
+            c0.bitwise_xor_(c1).bitwise_xor_(key_lo).bitwise_and_(_MASK32)
+            torch.bitwise_right_shift(product_a, 32, out=c2)
+            c2.bitwise_xor_(c3).bitwise_xor_(key_hi).bitwise_and_(_MASK32)
+        # The low halves stay unmasked: their high bits only ever meet the masks above.
+        c1, c3 = product_b, product_a
+        if index + 1 < ROUNDS:
+            key_lo, key_hi = (key_lo + _WEYL_A) & _MASK32, (key_hi + _WEYL_B) & _MASK32
+    return c0, c1, c2, c3

@@ -1,0 +1,114 @@
+"""PackedBatch: many texts, one sequence, no padding. A leaf of the import tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+def mix(*numbers: int) -> int:
+    """A 63-bit hash of whole numbers: splitmix64 (Steele et al. 2014) folded over its arguments."""
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state ^ (number & _MASK)) & _MASK
+        state = (state + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+@dataclass
+class Segment:
+    """One text on its way into a pack.
+
+    ids: int64 [n]; pool_start: the tokens from here on are pooled; example and column: its address (query 0, positive 1,
+    negatives from 2; view 0 and 1; document 0.. within a block); text_key: equal for equal texts.
+    """
+
+    ids: np.ndarray
+    pool_start: int = 0
+    example: int = 0
+    column: int = 0
+    text_key: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass
+class PackedBatch:
+    """S segments one after another in T tokens.
+
+    input_ids_T, position_ids_T: int64 (positions restart in every segment); cu_seqlens: int32 [S+1]; lengths: the same on
+    the host; pool_mask_T: bool; example_ids_S, columns_S, text_keys_S, seeds_S: int64 (a segment's noise is a function of
+    its seed and of nothing else in the pack); label_index_L, labels_L: int64, hidden state label_index predicts label.
+    """
+
+    input_ids_T: torch.Tensor
+    position_ids_T: torch.Tensor
+    cu_seqlens: torch.Tensor
+    pool_mask_T: torch.Tensor
+    example_ids_S: torch.Tensor
+    columns_S: torch.Tensor
+    text_keys_S: torch.Tensor
+    seeds_S: torch.Tensor
+    label_index_L: torch.Tensor
+    labels_L: torch.Tensor
+    lengths: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """T, without a look at the device."""
+        return sum(self.lengths)
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with its tensors on `device`."""
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+def pack(
+    segments: Sequence[Segment],
+    *,
+    seed: int = 0,
+    step: int = 0,
+    label_index: Sequence[int] | np.ndarray = (),
+    labels: Sequence[int] | np.ndarray = (),
+) -> PackedBatch:
+    """Concatenate segments; each gets the noise seed of (seed, step, example, column)."""
+    if not segments:
+        raise ValueError("pack() needs at least one segment")
+    lengths = [len(s) for s in segments]
+    ends = np.cumsum(lengths)
+    for s in segments:
+        if not 0 <= s.pool_start <= len(s):
+            raise ValueError(f"pool_start {s.pool_start} lies outside a segment of {len(s)} tokens")
+    pool = np.concatenate([np.arange(len(s)) >= s.pool_start for s in segments])
+    positions = np.concatenate([np.arange(n) for n in lengths])
+
+    def int64(values) -> torch.Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.int64))
+
+    return PackedBatch(
+        input_ids_T=int64(np.concatenate([s.ids for s in segments])),
+        position_ids_T=int64(positions),
+        cu_seqlens=torch.as_tensor(np.concatenate([[0], ends]).astype(np.int32)),
+        pool_mask_T=torch.as_tensor(pool),
+        example_ids_S=int64([s.example for s in segments]),
+        columns_S=int64([s.column for s in segments]),
+        text_keys_S=int64([s.text_key for s in segments]),
+        seeds_S=int64([mix(seed, step, s.example, s.column) for s in segments]),
+        label_index_L=int64(label_index),
+        labels_L=int64(labels),
+        lengths=lengths,
+    )

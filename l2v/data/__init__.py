@@ -1,0 +1,1 @@
+"""Sources, tokens, examples, batches. Knows a tokenizer, never a model."""

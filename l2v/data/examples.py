@@ -1,0 +1,152 @@
+"""Tokenised examples: what one row becomes for each objective, memory-mapped, with its address."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import datasets
+import numpy as np
+
+from l2v.batch import Segment
+from l2v.data.tokens import TextTokenizer, as_ids, text_key
+from l2v.errors import UserError
+
+
+class Examples(Protocol):
+    """A map from an example id (its index) to its segments."""
+
+    lengths: np.ndarray
+    """Tokens of every example, all segments together: int64 [examples]."""
+    segments: np.ndarray
+    """Number of segments of every example: int64 [examples]."""
+    notes: list[str]
+    """What a user should know of the data, a sentence each."""
+
+    def __getitem__(self, index: int) -> list[Segment]: ...
+
+
+class MntpBlocks:
+    """Documents one after another, cut into blocks of exactly `length` tokens (the last one may be shorter).
+
+    With `document_mask` every document in a block is a segment of its own: attention does not cross it and positions
+    start anew. Without, a block is one segment, as in the reference.
+    """
+
+    def __init__(self, rows: datasets.Dataset, tokenizer: TextTokenizer, *, document_mask: bool = True) -> None:
+        length = tokenizer.length
+
+        def tokenise(batch: dict[str, list]) -> dict[str, list]:
+            ids = tokenizer.documents(batch["text"])
+            return {"ids": ids, "n": [len(i) for i in ids]}
+
+        self.rows = _map(rows, tokenise, tokenizer, "documents")
+        self.ends = np.cumsum(np.asarray(self.rows["n"], dtype=np.int64))
+        self.length, self.document_mask = length, document_mask
+        total = int(self.ends[-1])
+        count = -(-total // length)
+        self.lengths = np.full(count, length, dtype=np.int64)
+        self.lengths[-1] = total - (count - 1) * length
+        if self.lengths[-1] < 2:  # nothing can be predicted in it
+            self.lengths = self.lengths[:-1]
+        if len(self.lengths) == 0:
+            raise UserError("the documents hold fewer than 2 tokens; MNTP has nothing to predict")
+        self.segments = np.ones(len(self.lengths), dtype=np.int64)
+        self.notes = [f"{len(self.rows)} documents, {total} tokens, {len(self.lengths)} blocks of {length}"]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> list[Segment]:
+        begin = index * self.length
+        end = begin + int(self.lengths[index])
+        document = int(np.searchsorted(self.ends, begin, side="right"))
+        pieces: list[np.ndarray] = []
+        while begin < end:
+            start = int(self.ends[document - 1]) if document else 0
+            stop = min(end, int(self.ends[document]))
+            if stop > begin:
+                pieces.append(as_ids(self.rows[document]["ids"])[begin - start : stop - start])
+            begin, document = max(begin, stop), document + 1
+        if not self.document_mask:
+            pieces = [np.concatenate(pieces)]
+        return [Segment(ids, example=index, column=column) for column, ids in enumerate(pieces)]
+
+
+class Views:
+    """SimCSE: a text twice; the two segments differ only in the address of their noise."""
+
+    def __init__(self, rows: datasets.Dataset, tokenizer: TextTokenizer) -> None:
+        def tokenise(batch: dict[str, list]) -> dict[str, list]:
+            ids, starts, cut = tokenizer.embedded(batch["text"])
+            return _columns([[i] for i in ids], [[s] for s in starts], [[text_key(t)] for t in batch["text"]], cut)
+
+        self.rows = _map(rows, tokenise, tokenizer, "views")
+        self.lengths = 2 * np.asarray(self.rows["n"], dtype=np.int64)
+        self.segments = np.full(len(self.rows), 2, dtype=np.int64)
+        self.notes = _notes(self.rows, "texts", tokenizer.length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> list[Segment]:
+        row = self.rows[index]
+        ids, start, key = as_ids(row["ids"][0]), row["starts"][0], row["keys"][0]
+        return [Segment(ids, start, index, column, key) for column in (0, 1)]
+
+
+class Pairs:
+    """Supervised: query, positive and up to `max_negatives` hard negatives; absent ones are absent."""
+
+    def __init__(self, rows: datasets.Dataset, tokenizer: TextTokenizer, *, max_negatives: int = 1) -> None:
+        def tokenise(batch: dict[str, list]) -> dict[str, list]:
+            all_ids, all_starts, all_keys, cut = [], [], [], 0
+            for i, query in enumerate(batch["query"]):
+                documents = [batch["positive"][i], *batch["negatives"][i][:max_negatives]]
+                ids, starts, cut_query = tokenizer.embedded([query], batch["instruction"][i])
+                more, more_starts, cut_documents = tokenizer.embedded(documents, batch["document_instruction"][i])
+                all_ids.append(ids + more)
+                all_starts.append(starts + more_starts)
+                all_keys.append([text_key(t) for t in (query, *documents)])
+                cut += cut_query + cut_documents
+            return _columns(all_ids, all_starts, all_keys, cut)
+
+        self.rows = _map(rows, tokenise, tokenizer, f"pairs{max_negatives}")
+        self.lengths = np.asarray(self.rows["n"], dtype=np.int64)
+        self.segments = np.asarray(self.rows["segments"], dtype=np.int64)
+        self.notes = _notes(self.rows, "pairs", tokenizer.length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> list[Segment]:
+        row = self.rows[index]
+        columns = zip(row["ids"], row["starts"], row["keys"], strict=True)
+        return [Segment(as_ids(ids), start, index, column, key) for column, (ids, start, key) in enumerate(columns)]
+
+
+def _columns(ids: list, starts: list, keys: list, cut: int) -> dict[str, list]:
+    cuts = [0] * len(ids)
+    if cuts:
+        cuts[0] = cut  # counted per batch of rows; only the sum is reported
+    tokens = [sum(map(len, example)) for example in ids]
+    counts = [len(example) for example in ids]
+    return {"ids": ids, "starts": starts, "keys": keys, "n": tokens, "segments": counts, "cut": cuts}
+
+
+def _notes(rows: datasets.Dataset, what: str, length: int) -> list[str]:
+    notes = [f"{len(rows)} {what}, {sum(rows['n'])} tokens"]
+    cut = sum(rows["cut"])
+    if cut:
+        notes.append(f"{cut} texts were longer than {length} tokens and were cut there; raise `length` to keep them whole")
+    return notes
+
+
+def _map(rows: datasets.Dataset, function, tokenizer: TextTokenizer, name: str) -> datasets.Dataset:
+    # The fingerprint is ours: pickling a tokenizer gives another hash after its first use, and the cache would miss.
+    return rows.map(
+        function,
+        batched=True,
+        remove_columns=rows.column_names,
+        new_fingerprint=f"{rows._fingerprint}-{name}-{tokenizer.fingerprint()}",
+        desc="tokenising",
+    )

@@ -1,0 +1,161 @@
+"""Where rows come from: JSONL, Parquet, text files, Hub data sets and the sample that ships with l2v.
+
+Everything becomes a memory-mapped `datasets.Dataset` of one of three kinds: documents and sentences (`text`), or pairs
+(`query`, `positive`, `negatives`, `instruction`, `document_instruction`).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+
+from l2v.data import sample
+from l2v.errors import UserError
+from l2v.recipe import Source
+
+Kind = Literal["documents", "sentences", "pairs"]
+
+PAIRS = datasets.Features(
+    {
+        "query": datasets.Value("string"),
+        "positive": datasets.Value("string"),
+        "negatives": datasets.List(datasets.Value("string")),
+        "instruction": datasets.Value("string"),
+        "document_instruction": datasets.Value("string"),
+    }
+)
+TEXTS = datasets.Features({"text": datasets.Value("string")})
+
+
+def open_rows(sources: list[Source], kind: Kind) -> datasets.Dataset:
+    """All rows of all sources, in order, validated; memory-mapped, so their size does not matter."""
+    parts = [_open(source, kind) for source in sources]
+    rows = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    if len(rows) == 0:
+        raise UserError(f"{', '.join(s.path for s in sources)}: the data set is empty; it needs at least one row")
+    return rows
+
+
+def _open(source: Source, kind: Kind) -> datasets.Dataset:
+    features = PAIRS if kind == "pairs" else TEXTS
+    if source.path.startswith("sample:"):
+        rows = datasets.Dataset.from_list(sample.rows(source.path, kind), features=features)
+    elif source.path.startswith("hub:"):
+        rows = _convert(_hub(source), source, kind, features)
+    else:
+        path = Path(source.path).expanduser()
+        if not path.is_file():
+            raise UserError(f"{source.path}: there is no such file; give a file, hub:NAME or sample:da/train")
+        suffixes = "".join(path.suffixes[-2:])
+        if suffixes.endswith((".jsonl", ".jsonl.gz", ".json", ".txt", ".txt.gz")):
+            stat = path.stat()
+            # size and time are part of the arguments, so that the cache knows an edited file from the old one
+            rows = datasets.Dataset.from_generator(
+                _read_lines,
+                features=features,
+                gen_kwargs={"path": str(path.resolve()), "shown": source.path, "source": _columns(source), "kind": kind}
+                | {"stamp": [stat.st_size, stat.st_mtime_ns]},
+            )
+        elif path.suffix == ".parquet":
+            rows = _convert(_parquet(path), source, kind, features)
+        else:
+            raise UserError(f"{source.path}: unknown file type '{path.suffix}'; use .jsonl, .parquet or .txt")
+    return rows.select(range(min(source.limit, len(rows)))) if source.limit else rows
+
+
+def _columns(source: Source) -> dict[str, Any]:
+    names = ("text", "query", "positive", "negatives", "instruction", "document_instruction", "skip_empty")
+    return {name: getattr(source, name) for name in names}
+
+
+def _read_lines(path: str, shown: str, source: dict[str, Any], kind: Kind, stamp: list[int]) -> Iterator[dict[str, Any]]:
+    opener = gzip.open if path.endswith(".gz") else open
+    plain = path.removesuffix(".gz").endswith(".txt")
+    try:
+        with opener(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                where = f"{shown}, line {number}"
+                row = normalise({"text": line.strip()} if plain else parse(line, where), source, kind, where)
+                if row is not None:
+                    yield row
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise UserError(f"{shown}: not readable as UTF-8 text: {error}") from None
+
+
+def parse(line: str, where: str) -> dict[str, Any]:
+    """One JSON object, or an error that names its line."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: malformed JSON ({error.msg} at column {error.colno}); each line is one object") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: each line is one JSON object; found {type(row).__name__}")
+    return row
+
+
+def normalise(row: dict[str, Any], source: dict[str, Any], kind: Kind, where: str) -> dict[str, Any] | None:
+    """The row under the vocabulary's names, or None where an empty text is to be skipped."""
+
+    def text(key: str) -> str:
+        column = source[key]
+        if column not in row:
+            raise UserError(f"{where}: the field '{column}' is absent; found {', '.join(map(str, row)) or 'nothing'}")
+        value = row[column]
+        if not isinstance(value, str):
+            raise UserError(f"{where}: the field '{column}' is text; found {type(value).__name__}")
+        return value.strip()
+
+    wanted = ("query", "positive") if kind == "pairs" else ("text",)
+    out: dict[str, Any] = {key: text(key) for key in wanted}
+    for key, value in out.items():
+        if not value:
+            if source["skip_empty"]:
+                return None
+            raise UserError(f"{where}: '{source[key]}' is empty; remove the row or set skip_empty: true on its source")
+    if kind == "pairs":
+        negatives = row.get(source["negatives"]) or []
+        negatives = [negatives] if isinstance(negatives, str) else negatives
+        if not isinstance(negatives, list) or not all(isinstance(n, str) for n in negatives):
+            raise UserError(f"{where}: the field '{source['negatives']}' is a text or a list of texts")
+        out["negatives"] = [n.strip() for n in negatives if n.strip()]  # an empty negative is an absent one
+        for key in ("instruction", "document_instruction"):
+            out[key] = (row.get(source[key]) or None) if source[key] else None
+    return out
+
+
+def _convert(rows: datasets.Dataset, source: Source, kind: Kind, features: datasets.Features) -> datasets.Dataset:
+    columns = _columns(source)
+
+    def batch(values: dict[str, list], index: list[int]) -> dict[str, list]:
+        out: dict[str, list] = {key: [] for key in features}
+        for at, i in enumerate(index):
+            row = {key: value[at] for key, value in values.items()}
+            done = normalise(row, columns, kind, f"{source.path}, row {i + 1}")
+            for key in features if done else ():
+                out[key].append(done[key])
+        return out
+
+    return rows.map(batch, with_indices=True, batched=True, remove_columns=rows.column_names, features=features)
+
+
+def _hub(source: Source) -> datasets.Dataset:
+    name = source.path.removeprefix("hub:")
+    try:
+        return datasets.load_dataset(name, source.name, split=source.split, revision=source.revision)
+    except Exception as error:
+        raise UserError(f"{source.path}: the Hub data set cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def _parquet(path: Path) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset("parquet", data_files=str(path), split="train")
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{path}: not a readable Parquet file: {str(cause).splitlines()[0]}") from None

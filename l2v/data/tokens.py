@@ -1,0 +1,93 @@
+"""Text to token ids: templates, instructions, truncation, and where pooling starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from l2v.errors import RecipeError, UserError
+from l2v.recipe import Template
+
+
+def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A fast tokenizer (offsets are needed to tell text from template)."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UserError(f"{path}: no tokenizer can be loaded from there: {str(error).splitlines()[0]}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{path}: its tokenizer has no fast version; convert it to a tokenizer.json first")
+    return tokenizer
+
+
+class TextTokenizer:
+    """Turns texts into ids for the two shapes that stages need.
+
+    Documents (MNTP) are the plain text with the special tokens that the tokenizer itself adds. Embedded texts stand in
+    the base's template: prefix + instruction + text + suffix, tokenised as one string; what belongs to the text is read
+    off the character offsets, so no marker inside the text is needed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, length: int) -> None:
+        self.tokenizer, self.template, self.length = tokenizer, template, length
+
+    def fingerprint(self) -> str:
+        """Changes with anything that changes the ids."""
+        facts = [self.tokenizer.backend_tokenizer.to_str(), asdict(self.template), self.length]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of whole documents, BOS first where the tokenizer has one; never truncated (blocks cut them)."""
+        return self.tokenizer(list(texts), verbose=False)["input_ids"]
+
+    def embedded(self, texts: Sequence[str], instruction: str | None = None) -> tuple[list[list[int]], list[int], int]:
+        """Ids, the position from which each is pooled, and how many texts were cut to `length` tokens."""
+        header = self.header(instruction)
+        strings = [header + text.strip() + self.template.suffix for text in texts]
+        encoded = self.tokenizer(strings, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+        out, starts, cut = [], [], 0
+        for string, ids, offsets, special in zip(
+            strings, encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True
+        ):
+            begin, end = len(header), len(string) - len(self.template.suffix)
+            real = [i for i, (a, b) in enumerate(offsets) if b > a or not special[i]]
+            start = next((i for i in real if offsets[i][1] > begin), len(ids))
+            stop = next((i for i in real if i >= start and offsets[i][0] >= end), real[-1] + 1 if real else len(ids))
+            over = len(ids) - self.length
+            if over > 0:
+                if over >= stop - start:
+                    raise RecipeError(
+                        f"length {self.length} leaves no room for the text: template and instruction take "
+                        f"{len(ids) - (stop - start)} tokens; raise length or shorten the instruction"
+                    )
+                ids = ids[: stop - over] + ids[stop:]
+                cut += 1
+            out.append(ids)
+            starts.append(start)
+        return out, starts, cut
+
+    def header(self, instruction: str | None) -> str:
+        """What stands before the text: the template's prefix and the instruction, if any."""
+        return self.template.prefix + (self.template.instruction.format(instruction=instruction) if instruction else "")
+
+    def single(self, text: str) -> int:
+        """The id of a text that must be one token (the mask token)."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1:
+            raise RecipeError(f"base.mask_token '{text}' is {len(ids)} tokens in this tokenizer; choose one that is one token")
+        return ids[0]
+
+
+def text_key(text: str) -> int:
+    """A 63-bit key that is equal for equal texts."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def as_ids(ids: Sequence[int]) -> np.ndarray:
+    """int64 ids, as segments carry them."""
+    return np.asarray(ids, dtype=np.int64)

@@ -1,0 +1,13 @@
+"""Errors that are the user's to mend: one sentence, an exit code, never a traceback."""
+
+
+class UserError(Exception):
+    """Something outside the program is wrong (a file, a row, a run directory); exit code 1."""
+
+    exit_code = 1
+
+
+class RecipeError(UserError):
+    """The recipe or the command line is wrong; exit code 2. The message names file and line, or the key."""
+
+    exit_code = 2

@@ -1,0 +1,152 @@
+"""Load any transformers decoder, with weights or without, causal or bidirectional by configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from l2v.errors import RecipeError, UserError
+from l2v.model.embedded import resolve
+from l2v.recipe import Base
+
+
+def device() -> torch.device:
+    """The current CUDA device where there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """auto is bf16 on a GPU and on a CPU that multiplies bf16 in hardware, else fp32."""
+    if precision == "auto":
+        fast = torch.cuda.is_available() or _cpu_multiplies_bf16()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _cpu_multiplies_bf16() -> bool:
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check is not None and check() for check in checks)
+
+
+def load_config(base: Base) -> PretrainedConfig:
+    """The base's configuration: from its folder or the hub; for init: random, also from the recipe's own base.config."""
+    if base.init == "random" and base.config:
+        shape = dict(base.config)
+        if "model_type" not in shape:
+            raise RecipeError("base.config needs a model_type, for example llama")
+        try:
+            config = AutoConfig.for_model(**shape)
+        except (KeyError, ValueError) as error:
+            raise RecipeError(f"base.config: transformers does not know this shape: {error}") from None
+    else:
+        try:
+            config = AutoConfig.from_pretrained(
+                resolve(base.model), revision=base.revision, trust_remote_code=base.trust_remote_code
+            )
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"the base '{base.model}' is not there: {str(error).splitlines()[0]} (give a folder or a hub name; "
+                "base.init=random builds its shape without weights)"
+            ) from None
+    for key, value in base.overrides.items():
+        if not hasattr(config, key):
+            raise RecipeError(f"base.overrides.{key}: the configuration of '{base.model}' has no such key")
+        setattr(config, key, value)
+    if base.overrides.get("num_hidden_layers") and getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    return config
+
+
+def load_model(base: Base, *, head: bool, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+    """The frozen decoder in eval mode on the CPU; `head` keeps the language-model head (MNTP needs it).
+
+    Attention is made bidirectional (or left causal) by `set_attention`.
+    """
+    config = load_config(base)
+    auto = AutoModelForCausalLM if head else AutoModel
+    implementation = _attention_implementation(base)
+    if base.init == "random":
+        torch.manual_seed(seed)
+        with torch.device("cpu"):
+            model = auto.from_config(config, dtype=dtype, attn_implementation=implementation)
+    else:
+        try:
+            model = auto.from_pretrained(
+                resolve(base.model),
+                revision=base.revision,
+                dtype=dtype,
+                attn_implementation=implementation,
+                trust_remote_code=base.trust_remote_code,
+            )
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"the base '{base.model}' cannot be loaded: {str(error).splitlines()[0]}") from None
+    set_attention(model, causal=base.attention == "causal")
+    return model.requires_grad_(False).eval()
+
+
+def set_attention(model: PreTrainedModel, *, causal: bool) -> None:
+    """Make every attention module of a decoder causal or bidirectional.
+
+    The configuration decides which mask transformers builds, the modules' own flag what a backend does when there is no
+    mask (flash attention, SDPA without padding): both are set, because a backend that reads the other one stays causal.
+    """
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        config.is_causal = causal
+        config.use_cache = False
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = causal
+
+
+def _attention_implementation(base: Base) -> str:
+    if base.backend == "l2v":
+        from l2v_kernels.integrations.transformers import register
+
+        register()
+    elif base.backend == "flash_attention_2":
+        from transformers.utils import is_flash_attn_2_available
+
+        if not is_flash_attn_2_available():
+            raise RecipeError(
+                "base.backend flash_attention_2 needs the package flash-attn and a GPU: pip install 'l2v[flash-attn]', "
+                "or use base.backend=l2v"
+            )
+    return base.backend
+
+
+def inner_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder without its head. Adapters sit on this one, so their keys carry no second `model.`."""
+    return model.base_model
+
+
+def output_head(model: PreTrainedModel) -> nn.Module:
+    """The frozen language-model head."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise RecipeError("the base has no language-model head; MNTP needs one")
+    return head
+
+
+def fingerprint(base: Base) -> str:
+    """Tells one base from another without reading gigabytes: configuration, and name, size and header of weight files."""
+    digest = hashlib.sha256()
+    folder = Path(resolve(base.model))
+    if base.init == "random" or not folder.is_dir():
+        facts = {k: v for k, v in asdict(base).items() if k in ("model", "revision", "init", "overrides", "config")}
+        digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with open(file, "rb") as stream:
+            digest.update(stream.read(1 << 20))
+    return digest.hexdigest()

@@ -1,0 +1,156 @@
+"""Adapters: fresh LoRA, published LLM2Vec adapters, one merge in float32, a written lineage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from l2v.errors import RecipeError, UserError
+from l2v.recipe import Lora
+
+WEIGHTS = "adapter_model.safetensors"
+LINEAGE = "lineage.json"
+
+
+def add_lora(inner: PreTrainedModel, lora: Lora, *, base_name: str, seed: int) -> PeftModel:
+    """A fresh, trainable LoRA on the inner decoder. Its parameters take the base's dtype (the optimizer keeps fp32)."""
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+        bias="none",
+        task_type=None,
+    )
+    try:
+        model = get_peft_model(inner, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise RecipeError(f"lora.targets {lora.targets}: {str(error).splitlines()[0]}") from None
+    model.peft_config["default"].base_model_name_or_path = base_name
+    return model
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The adapter's parameters under the names that PEFT writes to disk."""
+    return {
+        name.replace(".default.", "."): parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+
+
+def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], folder: Path, lineage: dict[str, Any]) -> None:
+    """Write a PEFT adapter folder (fp32 safetensors, the published key layout) with its lineage."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    config = model.peft_config["default"]
+    was, config.inference_mode = config.inference_mode, True
+    try:
+        config.save_pretrained(folder)
+    finally:
+        config.inference_mode = was
+    lineage = lineage | {"adapter": {"sha256": sha256(folder / WEIGHTS)}}
+    (folder / LINEAGE).write_text(json.dumps(lineage, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def merge_adapters(inner: PreTrainedModel, adapters: list[str]) -> PreTrainedModel:
+    """Add the adapters to the weights: all differences summed in float32, rounded to the weight's dtype once.
+
+    One merge after another in bf16 would round each time (about 9% of the weights then depend on the order).
+    """
+    if not adapters:
+        return inner
+    dtypes = {name: parameter.dtype for name, parameter in inner.named_parameters()}
+    model: PeftModel | None = None
+    for index, adapter in enumerate(adapters):
+        folder = adapter_folder(adapter)
+        config = _read_config(folder)
+        if config.use_dora:
+            raise UserError(f"{adapter}: DoRA adapters cannot be summed; merge it with PEFT and use the result as base")
+        _check_keys(folder, adapter, inner)
+        try:
+            if model is None:
+                model = PeftModel.from_pretrained(inner, folder, adapter_name="a0", autocast_adapter_dtype=True)
+            else:
+                model.load_adapter(folder, adapter_name=f"a{index}", autocast_adapter_dtype=True)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{adapter}: does not fit this base: {_first_line(error)}") from None
+    assert model is not None
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                weight = module.get_base_layer().weight
+                total = weight.float()
+                for name in module.lora_A:
+                    total = total + module.get_delta_weight(name).float()
+                weight.copy_(total)
+    merged = model.unload()
+    for name, parameter in merged.named_parameters():
+        parameter.requires_grad_(False)
+        if parameter.dtype != dtypes[name]:
+            parameter.data = parameter.data.to(dtypes[name])
+    return merged
+
+
+def adapter_folder(adapter: str) -> str:
+    """A local folder, or what the hub gives for a name."""
+    if Path(adapter).is_dir():
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise UserError(f"{adapter}: no adapter_config.json in that folder; give the folder of a PEFT adapter")
+        return adapter
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(adapter, allow_patterns=["adapter_config.json", WEIGHTS])
+    except Exception as error:
+        raise UserError(f"the adapter '{adapter}' is neither a folder nor on the hub: {_first_line(error)}") from None
+
+
+def describe_adapter(adapter: str, **facts: Any) -> dict[str, Any]:
+    """A lineage entry: which adapter, with the hash of its weights."""
+    return {"adapter": adapter, "sha256": sha256(Path(adapter_folder(adapter)) / WEIGHTS), **facts}
+
+
+def sha256(file: Path) -> str:
+    """Hash of a file's bytes."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_config(folder: str) -> LoraConfig:
+    try:
+        config = LoraConfig.from_pretrained(folder)
+    except (OSError, TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: adapter_config.json is not a readable LoRA configuration: {_first_line(error)}") from None
+    if not (Path(folder) / WEIGHTS).is_file():
+        raise UserError(f"{folder}: no {WEIGHTS} there; pickled adapters are not loaded")
+    return config
+
+
+def _check_keys(folder: str, adapter: str, inner: PreTrainedModel) -> None:
+    """Refuse an adapter that would load nothing: PEFT only warns about keys that match no module."""
+    try:
+        with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+            keys = list(file.keys())
+    except SafetensorError as error:
+        raise UserError(f"{adapter}: {WEIGHTS} is damaged: {_first_line(error)}") from None
+    modules = {name for name, _ in inner.named_modules()}
+    strange = [k for k in keys if k.removeprefix("base_model.model.").split(".lora_")[0] not in modules]
+    if strange:
+        raise UserError(
+            f"{adapter}: {len(strange)} of its {len(keys)} tensors belong to no module of this base, for example {strange[0]}"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

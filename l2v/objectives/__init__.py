@@ -1,0 +1,1 @@
+"""What is minimised: MNTP and the contrastive losses. Knows neither data nor models."""

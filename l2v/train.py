@@ -1,0 +1,338 @@
+"""The training program: `deepspeed launch/train.py`, `deepspeed --module l2v.train` and `l2v train` all run this.
+
+It composes recipe, data, model and loop; each stage of the recipe is one adapter in a folder of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from l2v.data.collate import Masking, collate
+from l2v.data.examples import MntpBlocks, Pairs, Views
+from l2v.data.sources import open_rows
+from l2v.data.tokens import TextTokenizer, load_tokenizer
+from l2v.errors import RecipeError, UserError
+from l2v.model.embedded import resolve
+from l2v.model.load import dtype_of, fingerprint, inner_model, load_model, output_head
+from l2v.model.lora import add_lora, describe_adapter, merge_adapters, save_adapter, trainable
+from l2v.model.packed import PackedDecoder
+from l2v.objectives.contrastive import Groups, contrastive_loss
+from l2v.recipe import Contrastive, Mntp, Recipe, Simcse, Stage, Supervised
+from l2v.recipe_io import load_recipe, to_dict
+from l2v.training import checkpoint
+from l2v.training.engine import deepspeed_config, initialize, start_distributed
+from l2v.training.loop import Interrupted, Job, train
+
+T = TypeVar("T")
+
+# May differ between the start and the continuation of a run: they change where it runs and what it tells, not what it learns.
+FREE_KEYS = {"log_every", "eval_every", "save_every", "keep", "micro_tokens", "recompute", "eval_data"}
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where a recipe's run lives."""
+    return Path(recipe.out or f"runs/{recipe.name}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, train the stages in order, return the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        recipe = load_recipe(args.recipe, args.overrides, args.stage)
+        if not launched():
+            return launch(args, list(sys.argv[1:] if argv is None else argv))
+        rank, world = start_distributed()
+        if recipe.base.tokenizer is None and recipe.base.model:
+            _first_on_node(lambda: resolve(recipe.base.model))
+        for name in [args.stage] if args.stage else recipe.order():
+            train_stage(recipe, name, rank, world, fresh=args.fresh)
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"l2v: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"l2v: {stopped or 'stopped before the first step; nothing was changed'}", file=sys.stderr, flush=True)
+        return 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of the training program."""
+    p = argparse.ArgumentParser(prog="l2v train", description="Train the stages of a recipe, in order, under DeepSpeed.")
+    p.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with l2v")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. stages.mntp.steps=100")
+    p.add_argument("--stage", help="train only this stage; bare keys then belong to it")
+    p.add_argument("--fresh", action="store_true", help="forget what was trained of these stages before and start anew")
+    p.add_argument("--gpus", "--processes", dest="processes", type=int, help="processes on this machine (default: every GPU, or 1)")
+    p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    return p
+
+
+def launched() -> bool:
+    """True under the deepspeed launcher (or torchrun), which set the rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def launch(args: argparse.Namespace, argv: list[str]) -> int:
+    """Start the deepspeed launcher on this machine, with this program below it."""
+    import subprocess
+
+    environment = dict(os.environ)
+    processes = args.processes or max(1, torch.cuda.device_count())
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes)]
+    if "MASTER_PORT" in environment:
+        command += ["--master_port", environment["MASTER_PORT"]]
+    command += ["--module", "l2v.train", *argv]
+    process = subprocess.Popen(command, env=environment)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # the terminal sent it to the ranks as well: let them save
+            continue
+
+
+def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool = False) -> None:
+    """Train one stage, or go on with it, or find that it is done."""
+    stage, folder = recipe.stages[name], run_folder(recipe) / name
+    facts = {"name": recipe.name, "stage": name, "recipe": to_dict(recipe)}
+    state = _on_first_rank(lambda: _claim(recipe, name, folder, facts, fresh))
+    if state == "done":
+        if rank == 0:
+            print(f"{name}: already trained, its adapter is {folder / 'adapter'}", flush=True)
+        return
+    dtype, seed = dtype_of(recipe.base.precision), recipe.stage_seed(name)
+    tokenizer = load_tokenizer(
+        recipe.base.tokenizer or resolve(recipe.base.model),
+        revision=recipe.base.revision,
+        trust_remote_code=recipe.base.trust_remote_code,
+    )
+    texts = TextTokenizer(tokenizer, recipe.base.template, stage.length)
+    examples = _first_on_node(lambda: open_examples(stage.data, stage, texts))
+    held_out = _first_on_node(lambda: open_examples(stage.eval_data, stage, texts)) if stage.eval_data else None
+    if rank == 0:
+        for note in examples.notes:
+            print(f"{name}: {note}", flush=True)
+    if len(examples) < 2 and isinstance(stage, Contrastive):
+        raise UserError(f"stage '{name}': {len(examples)} example leaves no in-batch negatives; give at least 2")
+
+    model, lineage = build(recipe, name, dtype=dtype, seed=seed)
+    if stage.recompute:
+        model.decoder.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    parameters = {n.removeprefix("decoder."): p for n, p in trainable(model).items()}
+    resume = checkpoint.newest(folder / "checkpoints")
+    if resume:
+        for key, parameter in parameters.items():
+            parameter.data.copy_(resume.tensors[f"weight.{key}"])
+        if rank == 0:
+            print(f"{name}: going on after step {resume.step}", flush=True)
+    masking = _masking(stage, texts, recipe.base.mask_token, model)
+    engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype), stage)
+    job = Job(
+        name=name, stage=stage, seed=seed, folder=folder, examples=examples, masking=masking, parameters=parameters,
+        facts={"world": world}, tracking=recipe.tracking,
+        evaluate=_evaluator(engine, stage, held_out, masking) if held_out else None,
+    )  # fmt: skip
+    final = train(engine, job, resume)
+    weights = {key: final[f"weight.{key}"] for key in parameters}
+    _on_first_rank(lambda: _publish(model.decoder, weights, folder, lineage))
+    if rank == 0:
+        print(f"{name}: done, adapter in {folder / 'adapter'}", flush=True)
+    engine.destroy()
+    del engine, model, job
+    gc.collect()
+
+
+def open_examples(sources, stage: Stage, texts: TextTokenizer):
+    """Rows to examples, by objective."""
+    if isinstance(stage, Mntp):
+        return MntpBlocks(open_rows(sources, "documents"), texts, document_mask=stage.document_mask)
+    if isinstance(stage, Supervised):
+        return Pairs(open_rows(sources, "pairs"), texts, max_negatives=stage.max_negatives)
+    return Views(open_rows(sources, "sentences"), texts)
+
+
+def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[PackedDecoder, dict[str, Any]]:
+    """The decoder of a stage: base, earlier adapters merged in order, fresh LoRA; and its lineage."""
+    stage, base = recipe.stages[name], recipe.base
+    model = load_model(base, head=isinstance(stage, Mntp), dtype=dtype, seed=recipe.seed)
+    merged = merged_adapters(recipe, name)
+    inner = merge_adapters(inner_model(model), [adapter for adapter, _ in merged])
+    head = output_head(model) if isinstance(stage, Mntp) else None
+    decoder = add_lora(inner, stage.lora, base_name=base.model, seed=seed)
+    lineage = {
+        "base": {"model": base.model, "revision": base.revision, "sha256": fingerprint(base)},
+        "merged": [describe_adapter(adapter, **facts) for adapter, facts in merged],
+        "stage": name,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    packed = PackedDecoder(
+        decoder,
+        head=head,
+        causal=base.attention == "causal",
+        backend=base.backend,
+        pooling=base.pooling,
+        attention_dropout=stage.attention_dropout if isinstance(stage, Simcse) else 0.0,
+    )
+    return packed, lineage
+
+
+def merged_adapters(recipe: Recipe, name: str) -> list[tuple[str, dict[str, str]]]:
+    """What is merged into the base before a stage, oldest first: published adapters, then earlier stages."""
+    chain = recipe.chain(name)
+    oldest = recipe.stages[chain[0] if chain else name]
+    out = [(adapter, {}) for adapter in oldest.adapters or []]
+    for earlier in chain:
+        adapter = run_folder(recipe) / earlier / "adapter"
+        if not adapter.is_dir():
+            raise UserError(
+                f"stage '{name}' starts from '{earlier}', which is not trained yet ({adapter} is missing): train it first, "
+                "or leave out --stage, or give adapters=[...]"
+            )
+        out.append((str(adapter), {"stage": earlier}))
+    return out
+
+
+def _claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh: bool) -> str:
+    """Make the stage's folder ours, or say why it is not."""
+    merged_adapters(recipe, name)
+    mark = folder / "stage.json"
+    try:
+        if fresh and mark.is_file():
+            shutil.rmtree(folder)
+        if folder.is_dir() and any(folder.iterdir()) and not mark.is_file():
+            raise UserError(f"{folder} is not empty and no run of l2v: choose another folder with out=...")
+        if mark.is_file():
+            before = json.loads(mark.read_text(encoding="utf-8"))
+            changed = _difference(before, facts)
+            if changed:
+                raise UserError(
+                    f"{folder} belongs to another recipe: {changed}; choose another folder with out=..., or start anew with --fresh"
+                )
+            if (folder / "adapter").is_dir():
+                return "done"
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another folder with out=...") from None
+    except json.JSONDecodeError:
+        raise UserError(f"{mark}: damaged; remove {folder} or choose another folder with out=...") from None
+    return "go"
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    if before.get("stage") != now["stage"]:
+        return f"its stage is '{before.get('stage')}'"
+    name = now["stage"]
+    old, new = before["recipe"], now["recipe"]
+    pairs = [(f"stages.{name}.{k}", old["stages"].get(name, {}).get(k), v) for k, v in new["stages"][name].items()]
+    pairs += [(f"base.{k}", old["base"].get(k), v) for k, v in new["base"].items()]
+    pairs += [("seed", old["seed"], new["seed"])]
+    for key, was, is_now in pairs:
+        if was != is_now and key.rsplit(".", 1)[-1] not in FREE_KEYS:
+            return f"{key} was {json.dumps(was)} and is now {json.dumps(is_now)}"
+    return None
+
+
+def _publish(decoder, weights: dict[str, torch.Tensor], folder: Path, lineage: dict[str, Any]) -> None:
+    partial = folder / ".adapter.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        save_adapter(decoder, weights, partial, lineage)
+        partial.rename(folder / "adapter")
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"{folder / 'adapter'}: cannot be written: {error.strerror}; the checkpoint is kept") from None
+
+
+def _masking(stage: Stage, texts: TextTokenizer, mask_token: str, model: PackedDecoder) -> Masking | None:
+    if not isinstance(stage, Mntp):
+        return None
+    tokenizer = texts.tokenizer
+    return Masking(
+        probability=stage.mask_probability,
+        split=stage.mask_split,
+        mask_id=texts.single(mask_token),
+        vocabulary=min(len(tokenizer), model.head.weight.shape[0]),
+        special_ids=frozenset(tokenizer.all_special_ids),
+    )
+
+
+def _evaluator(engine, stage: Stage, examples, masking: Masking | None) -> Callable[[int], dict[str, float]]:
+    """Held-out loss without dropout; masks and batches are the same at every call. Every rank does the whole."""
+    from l2v.data.sampler import Sampler
+
+    sampler = Sampler(examples, batch=stage.batch, micro_tokens=stage.micro_tokens, seed=0)
+
+    def evaluate(step: int) -> dict[str, float]:
+        loss, hits, count = 0.0, 0.0, 0
+        for at in range(sampler.steps_per_epoch):
+            micros = [
+                collate(examples, micro, seed=0, step=0, masking=masking) for micro in sampler.plan(at).units[0][0].micros
+            ]
+            if isinstance(stage, Mntp):
+                for micro in (m.to(engine.device) for m in micros):
+                    logits_LV = engine(micro, "logits").float()
+                    loss += torch.nn.functional.cross_entropy(logits_LV, micro.labels_L, reduction="sum").item()
+                    hits += (logits_LV.argmax(-1) == micro.labels_L).sum().item()
+                    count += len(micro.labels_L)
+                continue
+            vectors_SE = torch.cat([engine(m.to(engine.device), "vectors") for m in micros])
+            groups = Groups.from_columns(
+                torch.cat([m.columns_S for m in micros]), torch.cat([m.text_keys_S for m in micros])
+            ).to(engine.device)
+            loss += contrastive_loss(vectors_SE, groups, scale=stage.scale).item() * groups.total
+            count += groups.total
+        row = {"eval_loss": loss / max(count, 1)}
+        return row | ({"eval_accuracy": hits / max(count, 1)} if isinstance(stage, Mntp) else {})
+
+    return evaluate
+
+
+def _on_first_rank(work: Callable[[], T]) -> T:
+    """Do it once, on rank 0; its result, or its error, reaches every rank."""
+    return _shared(work, dist.get_rank() == 0, everyone_works=False)
+
+
+def _first_on_node(work: Callable[[], T]) -> T:
+    """Each node's first rank does it and fills the caches, then the others do it from there."""
+    return _shared(work, int(os.environ.get("LOCAL_RANK", 0)) == 0, everyone_works=True)
+
+
+def _shared(work: Callable[[], T], first: bool, *, everyone_works: bool) -> T:
+    result, error = None, None
+    if first:
+        try:
+            result = work()
+        except UserError as caught:
+            error = caught
+    outcome: list[Any] = [None] * dist.get_world_size()
+    mine = (type(error).__name__, str(error)) if error else None
+    dist.all_gather_object(outcome, (mine, None if everyone_works else result))
+    for failed, _ in outcome:
+        if failed:
+            raise (RecipeError if failed[0] == "RecipeError" else UserError)(failed[1])
+    if everyone_works:
+        return result if first else work()
+    return outcome[0][1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

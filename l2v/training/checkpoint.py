@@ -1,0 +1,94 @@
+"""Checkpoints: everything needed to go on with the same bits, in safetensors and JSON, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from l2v.errors import UserError
+from l2v.model.lora import sha256
+
+STATE, TENSORS = "state.json", "state.safetensors"
+
+
+@dataclass
+class Checkpoint:
+    """A training state at the end of a step."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write step-NNNNNN below `folder` and remove the oldest beyond `keep`.
+
+    Written under another name, synced and renamed: a folder called step-NNNNNN is always whole.
+    """
+    final = folder / f"step-{checkpoint.step:06d}"
+    partial = folder / f".{final.name}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(checkpoint.tensors, partial / TENSORS)
+        facts = checkpoint.facts | {"step": checkpoint.step, "sha256": sha256(partial / TENSORS)}
+        (partial / STATE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"{final}: the checkpoint cannot be written ({_reason(error)}); earlier checkpoints are whole: free some space "
+            "and start the same command again"
+        ) from None
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint below `folder` that is whole, or None."""
+    for path in reversed(_all(folder)):
+        try:
+            facts = json.loads((path / STATE).read_text(encoding="utf-8"))
+            if facts["sha256"] != sha256(path / TENSORS):
+                raise ValueError("its checksum does not match")
+            return Checkpoint(facts["step"], load_file(path / TENSORS), facts)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            print(f"warning: {path} is damaged and passed over: {error}", flush=True)
+    return None
+
+
+def remove_all(folder: Path) -> None:
+    """Forget every checkpoint below `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error)
+    return "no space left on the disk" if "No space left" in text else text

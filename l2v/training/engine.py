@@ -1,0 +1,140 @@
+"""DeepSpeed: its configuration from a recipe, and the optimizer state in a form that needs no pickle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from l2v.errors import RecipeError
+from l2v.recipe import Stage, Zero
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def start_distributed() -> tuple[int, int]:
+    """Join the process group that the launcher prepared; returns (rank, world size)."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils.logging import logger
+
+    logger.setLevel(logging.WARNING)
+    if not dist.is_initialized():
+        if not torch.cuda.is_available():
+            # On a CPU DeepSpeed would compile a shared-memory collective now: half a minute, and a compiler that a
+            # laptop may not have, for what gloo does as well.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def deepspeed_config(stage: Stage, zero: Zero, dtype: torch.dtype) -> dict[str, Any]:
+    """What DeepSpeed is told. The loop itself decides where a step ends, so its accumulation is 1."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": stage.clip,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "communication_data_type": "fp32",
+        "steps_per_print": 10**9,
+        "zero_optimization": {"stage": zero.stage, "contiguous_gradients": True, "overlap_comm": False},
+    }
+    if zero.offload_optimizer:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False
+    if zero.offload_parameters:
+        if zero.stage != 3:
+            raise RecipeError("zero.offload_parameters needs zero.stage: 3")
+        config["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    if zero.config:
+        _merge(config, _read(zero.config))
+    return config
+
+
+def initialize(model: nn.Module, config: dict[str, Any], stage: Stage):
+    """The DeepSpeed engine over the trainable parameters, with torch's AdamW."""
+    import deepspeed
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay, eps=1e-8)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)
+    return engine
+
+
+def read_state(engine, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """fp32 weights and Adam moments of every parameter, whole, on the CPU; a collective call.
+
+    Independent of ZeRO stage and world size. Keys: `weight.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        if engine.zero_optimization_stage() == 0 and not hasattr(parameter, "_hp_mapping"):
+            moments = engine.optimizer.state.get(parameter, {})
+            whole = [parameter, *(moments.get(key) for key in MOMENTS)]
+        else:
+            whole = [safe_get_full_fp32_param(parameter)]
+            has_moments = bool(_flat_optimizer(engine).state)
+            whole += [safe_get_full_optimizer_state(parameter, key) if has_moments else None for key in MOMENTS]
+        for key, value in zip(("weight", *MOMENTS), whole, strict=True):
+            if value is not None:
+                state[f"{key}.{name}"] = value.detach().float().cpu().view(-1).reshape(value.shape).clone()
+    return state
+
+
+def write_state(engine, parameters: Mapping[str, nn.Parameter], state: dict[str, torch.Tensor], steps: int) -> None:
+    """Put a state that `read_state` gave back into a fresh engine whose weights were already loaded."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    optimizer = _flat_optimizer(engine)
+    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
+    if flat is None:
+        flat = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in flat:
+        optimizer.state[p] = {"step": torch.tensor(float(steps))} | {key: torch.zeros_like(p.data) for key in MOMENTS}
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in parameters.items():
+        if engine.zero_optimization_stage() == 0 and not hasattr(parameter, "_hp_mapping"):
+            for key in MOMENTS:
+                optimizer.state[parameter][key].copy_(state[f"{key}.{name}"])
+            continue
+        on = engine.device
+        safe_set_full_fp32_param(parameter, state[f"weight.{name}"].to(on))
+        for key in MOMENTS:
+            safe_set_full_optimizer_state(parameter, state[f"{key}.{name}"].to(on), key)
+
+
+def _flat_optimizer(engine) -> torch.optim.Optimizer:
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        raise RecipeError(f"zero.config: there is no file {path}") from None
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(config, dict):
+        raise RecipeError(f"{path}: a DeepSpeed configuration is a JSON object")
+    return config
+
+
+def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value

@@ -1,0 +1,214 @@
+"""The loop: three objectives, one way through. Plan a step, collate, backward, update, write metrics, save."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from l2v.data.collate import Masking, collate
+from l2v.data.sampler import Sampler, StepPlan
+from l2v.errors import UserError
+from l2v.recipe import Contrastive, Stage, Tracking
+from l2v.training import checkpoint
+from l2v.training.engine import read_state, write_state
+from l2v.training.metrics import Metrics, progress
+from l2v.training.steps import contrastive_step, mntp_step
+
+Evaluate = Callable[[int], dict[str, float]]
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and left a checkpoint."""
+
+
+@dataclass
+class Job:
+    """All that a stage's loop works with. `evaluate` is called on every rank with the step; it may be None."""
+
+    name: str
+    stage: Stage
+    seed: int
+    folder: Path
+    examples: Any
+    masking: Masking | None
+    parameters: dict[str, torch.nn.Parameter]
+    facts: dict[str, Any]
+    tracking: Tracking
+    evaluate: Evaluate | None = None
+
+
+def learning_rate(stage: Stage, step: int, steps_per_epoch: int) -> float:
+    """The rate of update `step` (from 0): linear warm-up, then linear decay to 0 at `decay_steps`.
+
+    The reference decays over `decay_epochs` full epochs and stops far earlier, so its rate hardly falls.
+    """
+    if step < stage.warmup:
+        return stage.lr * step / stage.warmup
+    if stage.decay_steps is not None:
+        end = stage.decay_steps
+    elif stage.decay_epochs is not None:
+        end = math.ceil(stage.decay_epochs * steps_per_epoch)
+    else:
+        return stage.lr
+    end = max(end, stage.steps)
+    return stage.lr * max(0.0, (end - step) / max(1, end - stage.warmup))
+
+
+def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, torch.Tensor]:
+    """Run a stage to its last step; returns the state that `read_state` gives (fp32 weights and moments)."""
+    stage, rank, world = job.stage, dist.get_rank(), dist.get_world_size()
+    sampler = Sampler(
+        job.examples, batch=stage.batch, micro_tokens=stage.micro_tokens, seed=job.seed, world=world,
+        group=getattr(stage, "group", None),
+    )  # fmt: skip
+    start = resume.step if resume else 0
+    if resume:
+        write_state(engine, job.parameters, resume.tensors, resume.step)
+    seen = resume.facts["tokens"] if resume else 0
+    metrics = Metrics(job.folder, job.tracking, name=job.name, active=rank == 0, resumed_at=start)
+    stop = _StopFlag()
+    bar = progress(stage.steps, start, job.name, active=rank == 0)
+    engine.train()
+    log = _Log(job, metrics, bar, engine.device)
+    saved_at = start
+    try:
+        with ThreadPoolExecutor(1) as ahead, stop:
+            work = ahead.submit(_prepare, sampler, job, start, rank) if start < stage.steps else None
+            if job.evaluate and start == 0:
+                _evaluate(engine, job, metrics, 0)
+            for step in range(start, stage.steps):
+                plan, units = work.result()
+                if step + 1 < stage.steps:
+                    work = ahead.submit(_prepare, sampler, job, step + 1, rank)
+                rate = learning_rate(stage, step, sampler.steps_per_epoch)
+                for group in engine.optimizer.param_groups:
+                    group["lr"] = rate
+                shares = _backward(engine, job, plan, units)
+                engine.step()
+                seen += int(job.examples.lengths[_examples(plan)].sum())
+                log.step(step + 1, plan, shares, rate, engine.get_global_grad_norm(), seen)
+                done = step + 1
+                stopping = stop.agreed(engine.device)
+                if done == stage.steps or stopping or (stage.save_every and done % stage.save_every == 0):
+                    _save(engine, job, done, seen)
+                    saved_at = done
+                if stopping and done < stage.steps:
+                    raise Interrupted(f"stopped after step {done}; the same command goes on from there")
+                if job.evaluate and (done == stage.steps or (stage.eval_every and done % stage.eval_every == 0)):
+                    _evaluate(engine, job, metrics, done)
+    finally:
+        bar.close()
+        metrics.close()
+    if saved_at == start and start == stage.steps and resume:
+        return resume.tensors
+    return read_state(engine, job.parameters)
+
+
+def _prepare(sampler: Sampler, job: Job, step: int, rank: int):
+    plan = sampler.plan(step)
+    units = [
+        [collate(job.examples, micro, seed=job.seed, step=step, masking=job.masking) for micro in unit.micros]
+        for unit in plan.units[rank]
+    ]
+    return plan, units
+
+
+def _examples(plan: StepPlan) -> list[int]:
+    return [i for units in plan.units for unit in units for i in unit.examples]
+
+
+def _backward(engine, job: Job, plan: StepPlan, units) -> dict[str, torch.Tensor]:
+    if not isinstance(job.stage, Contrastive):
+        return mntp_step(engine, units, engine.device)
+    shares = [[i for unit in rank_units for i in unit.examples] for rank_units in plan.units]
+    counts = [int((job.examples.segments[share] - 1).sum()) for share in shares]
+    return contrastive_step(engine, units, job.stage, counts, sum(map(len, shares)), engine.device)
+
+
+def _evaluate(engine, job: Job, metrics: Metrics, step: int) -> None:
+    engine.eval()
+    with torch.no_grad():
+        metrics.write(step, job.evaluate(step))
+    engine.train()
+
+
+def _save(engine, job: Job, step: int, tokens: int) -> None:
+    tensors = read_state(engine, job.parameters)
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            state = checkpoint.Checkpoint(step, tensors, job.facts | {"tokens": tokens})
+            checkpoint.save(job.folder / "checkpoints", state, keep=job.stage.keep)
+        except UserError as caught:
+            error = str(caught)
+    errors = [error]
+    dist.broadcast_object_list(errors, src=0, device=engine.device)
+    if errors[0]:
+        raise UserError(errors[0])
+
+
+class _Log:
+    """Turns device scalars into rows: read once every `log_every` steps, so that the device is not kept waiting."""
+
+    def __init__(self, job: Job, metrics: Metrics, bar, device: torch.device) -> None:
+        self.job, self.metrics, self.bar, self.device = job, metrics, bar, device
+        self.began, self.tokens_at = time.perf_counter(), None
+
+    def step(self, step: int, plan: StepPlan, shares: dict[str, torch.Tensor], rate: float, norm, seen: int) -> None:
+        self.bar.update(1)
+        if self.tokens_at is None:
+            self.tokens_at = seen - int(self.job.examples.lengths[_examples(plan)].sum())
+        if step % self.job.stage.log_every and step != self.job.stage.steps:
+            return
+        values = torch.stack([value.float() for value in shares.values()])
+        dist.all_reduce(values)
+        row = dict(zip(shares, values.tolist(), strict=True))
+        if not math.isfinite(row["loss"]):
+            raise UserError(f"step {step}: the loss is {row['loss']}; lower lr, or use base.precision: fp32")
+        now = time.perf_counter()
+        row |= {
+            "epoch": round(plan.epoch, 4),
+            "learning_rate": rate,
+            "gradient_norm": float(norm) if norm is not None else None,
+            "tokens": seen,
+            "tokens_per_second": round((seen - self.tokens_at) / max(now - self.began, 1e-9), 1),
+        }
+        if self.device.type == "cuda":
+            row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        self.began, self.tokens_at = now, seen
+        self.metrics.write(step, row)
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_second']:.0f} tokens/s", refresh=False)
+
+
+class _StopFlag:
+    """SIGINT and SIGTERM ask for a stop after the current step; all ranks decide together."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self):
+        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_) -> None:
+        self.asked = True
+
+    def agreed(self, device: torch.device) -> bool:
+        """True on all ranks if any was asked. One small collective a step, beside the step's one allowed sync."""
+        flag = torch.tensor(float(self.asked), device=device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())

@@ -1,0 +1,75 @@
+"""Metrics as JSON lines, TensorBoard and, if asked for, Weights & Biases; progress with rate and time left."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from l2v.errors import RecipeError
+from l2v.recipe import Tracking
+
+
+class Metrics:
+    """Writes one row per event on rank 0; on other ranks every call does nothing."""
+
+    def __init__(self, folder: Path, tracking: Tracking, *, name: str, active: bool, resumed_at: int = 0) -> None:
+        self.active, self.file, self.board, self.run = active, None, None, None
+        if not active:
+            return
+        path = folder / "metrics.jsonl"
+        _cut(path, resumed_at)
+        self.file = open(path, "a", encoding="utf-8")
+        if tracking.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
+        if tracking.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise RecipeError("tracking.wandb is set but wandb is not installed: pip install wandb") from None
+            self.run = wandb.init(project=tracking.wandb, name=name, dir=str(folder), resume="allow")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append one row; scalars also go to TensorBoard."""
+        if not self.active:
+            return
+        self.file.write(json.dumps({"step": step} | values) + "\n")
+        self.file.flush()
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        if self.board:
+            for key, value in numbers.items():
+                self.board.add_scalar(key, value, step)
+        if self.run:
+            self.run.log(numbers, step=step)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        for sink in (self.file, self.board):
+            if sink:
+                sink.close()
+        if self.run:
+            self.run.finish()
+
+
+def progress(total: int, initial: int, name: str, *, active: bool) -> tqdm:
+    """A bar with rate and time left; where nobody watches a terminal, a line every 10 seconds."""
+    live = sys.stderr.isatty()
+    return tqdm(
+        total=total, initial=initial, desc=name, unit="step", disable=not active, dynamic_ncols=live,
+        mininterval=0.2 if live else 10.0, smoothing=0.1,
+    )  # fmt: skip
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop rows after the step that training resumes from, so that every step stands there once."""
+    if not path.is_file():
+        return
+    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    kept = [line for line in rows if json.loads(line)["step"] <= step]
+    if len(kept) < len(rows):
+        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -1,0 +1,48 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+# An installed distribution puts l2v_kernels on the path itself; a bare checkout does not.
+if str(KERNELS) not in sys.path:
+    sys.path.insert(0, str(KERNELS))
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests named test_interpreted... run in the process that `run_interpreted` starts, and only there."""
+    here = Path(__file__).parent
+    wrong = [
+        item
+        for item in items
+        if here in item.path.parents and item.name.startswith("test_interpreted") != INTERPRETED
+    ]
+    config.hook.pytest_deselected(items=wrong)
+    items[:] = [item for item in items if item not in wrong]
+
+
+@pytest.fixture
+def run_interpreted():
+    """Runs the tests of a file named test_interpreted... in a process where Triton interprets its kernels.
+
+    Triton decides at import whether it interprets, so this process, which also compiles, cannot do both.
+    """
+
+    def run(path):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+        result = subprocess.run(
+            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+        )
+        assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout + result.stderr
+
+    return run

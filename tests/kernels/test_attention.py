@@ -1,0 +1,209 @@
+import pytest
+import torch
+
+from l2v_kernels import AttentionPlan, attention
+from l2v_kernels.philox import DOMAIN_ATTENTION, keep_bytes, keep_scale, threshold
+
+LENGTHS = [5, 0, 17, 1, 5, 33, 1, 17, 2]
+SETTINGS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window": 4},
+    "causal window": {"causal": True, "window": 4},
+    "softcap": {"softcap": 1.5},
+    "softcap causal": {"softcap": 1.5, "causal": True},
+    "scale": {"scale": 0.3},
+    "dropout": {"dropout_p": 0.3, "stream": 5},
+    "all": {"dropout_p": 0.1, "stream": 31, "softcap": 2.0, "causal": True, "window": 9, "scale": 0.5},
+}
+
+
+def naive(
+    q,
+    k,
+    v,
+    lengths,
+    *,
+    scale=None,
+    dropout_p=0.0,
+    seeds_S=None,
+    stream=0,
+    causal=False,
+    window=None,
+    softcap=None,
+):
+    """Segment by segment and head by head, in q's dtype."""
+    out, start = [], 0
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    for s, n in enumerate(lengths):
+        part, heads = slice(start, start + n), []
+        start += n
+        for h in range(q.shape[1]):
+            kv = h // (q.shape[1] // k.shape[1])
+            scores = q[part, h] @ k[part, kv].t() * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            for i in range(n):
+                for j in range(n):
+                    if (causal and j > i) or (window is not None and abs(i - j) >= window):
+                        scores[i, j] = float("-inf")
+            weights = scores.softmax(-1)
+            if dropout_p:
+                data = keep_bytes(seeds_S[s].expand(n), torch.arange(n), n, stream, h << 8 | DOMAIN_ATTENTION)
+                weights = weights * (data >= threshold(dropout_p)) * keep_scale(dropout_p)
+            heads.append(weights @ v[part, kv])
+        out.append(torch.stack(heads, 1))
+    return torch.cat(out)
+
+
+def inputs(lengths=LENGTHS, H=8, K=4, D=16, dtype=torch.float32):
+    T = sum(lengths)
+    tensors = [torch.randn(T, n, D).to(dtype).requires_grad_() for n in (H, K, K)]
+    return (
+        tensors,
+        torch.tensor([0, *lengths]).cumsum(0).int(),
+        torch.randint(-(2**62), 2**62, (len(lengths),)),
+    )
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("kv_heads", [1, 4, 8])
+def test_output_and_gradients_against_float64(settings, kv_heads):
+    qkv, cu_seqlens, seeds = inputs(K=kv_heads)
+    grad = torch.randn(sum(LENGTHS), 8, 16)
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    want = naive(*exact, LENGTHS, seeds_S=seeds, **settings)
+    want.backward(grad.double())
+    got = attention(*qkv, cu_seqlens, seeds_S=seeds, **settings)
+    got.backward(grad)
+    assert got.dtype == torch.float32
+    assert (got - want).abs().max() < 2e-6 * want.abs().max()
+    for ours, theirs in zip(qkv, exact, strict=True):
+        assert (ours.grad - theirs.grad).abs().max() < 4e-6 * theirs.grad.abs().max()
+
+
+@pytest.mark.parametrize("settings", [SETTINGS["plain"], SETTINGS["dropout"]], ids=["plain", "dropout"])
+def test_bf16_is_as_good_as_a_plain_bf16_softmax(settings):
+    (q, k, v), cu_seqlens, seeds = inputs(dtype=torch.bfloat16)
+    want = naive(q.double(), k.double(), v.double(), LENGTHS, seeds_S=seeds, **settings)
+    plain = naive(q, k, v, LENGTHS, seeds_S=seeds, **settings)
+    got = attention(q, k, v, cu_seqlens, seeds_S=seeds, **settings)
+    assert got.dtype == torch.bfloat16
+    rounding = 2 * (want + 0.3 - 0.3 - want).abs().max()
+    assert (got - want).abs().max() <= 2 * (plain - want).abs().max() + rounding
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "window", "dropout", "softcap"])
+@pytest.mark.parametrize("lengths", [LENGTHS, [5, 5, 5, 2, 2]], ids=["shuffled", "grouped"])
+def test_segments_are_isolated_bitwise(name, lengths):
+    qkv, cu_seqlens, seeds = inputs(lengths)
+    grad = torch.randn(sum(lengths), 8, 16)
+
+    def run(tensors):
+        tensors = [x.detach().clone().requires_grad_() for x in tensors]
+        out = attention(*tensors, cu_seqlens, seeds_S=seeds, **SETTINGS[name])
+        out.backward(grad)
+        return [out.detach(), *(x.grad for x in tensors)]
+
+    before = run(qkv)
+    for segment, n in enumerate(lengths):
+        if n == 0:
+            continue
+        inside = slice(int(cu_seqlens[segment]), int(cu_seqlens[segment + 1]))
+        changed = [x.detach().clone() for x in qkv]
+        for x in changed:
+            x[inside] = 100 * torch.randn_like(x[inside])
+        after = run(changed)
+        for x, y in zip(before, after, strict=True):
+            same = (x == y).flatten(1).all(1)
+            same[inside] = True
+            assert same.all()
+        assert not torch.equal(before[0][inside], after[0][inside])
+
+
+def test_noise_does_not_depend_on_the_pack():
+    (q, k, v), cu_seqlens, seeds = inputs([4, 9, 4])
+    settings = {"dropout_p": 0.3, "stream": 2}
+    packed = attention(q, k, v, cu_seqlens, seeds_S=seeds, **settings)
+    alone = attention(
+        q[4:13], k[4:13], v[4:13], torch.tensor([0, 9], dtype=torch.int32), seeds_S=seeds[1:2], **settings
+    )
+    torch.testing.assert_close(packed[4:13], alone)
+    other_stream = attention(q, k, v, cu_seqlens, seeds_S=seeds, dropout_p=0.3, stream=3)
+    assert not torch.allclose(packed, other_stream)
+
+
+def test_heads_and_positions_have_masks_of_their_own():
+    v = torch.eye(32)[:, None]
+    q = torch.zeros(32, 2, 32)
+    weights = attention(q, q[:, :1], v, torch.tensor([0, 32]), dropout_p=0.5, seeds_S=torch.tensor([3]))
+    assert not torch.equal(weights[:, 0], weights[:, 1])
+    assert not torch.equal(weights[0, 0], weights[1, 0])
+    assert 0.45 < (weights == 0).double().mean() < 0.55
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0], [1], [0, 1, 0]])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_tiny_packs(lengths, dropout_p):
+    qkv, cu_seqlens, seeds = inputs(lengths)
+    out = attention(*qkv, cu_seqlens, dropout_p=dropout_p, seeds_S=seeds)
+    out.sum().backward()
+    assert out.shape == (sum(lengths), 8, 16)
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in qkv)
+    if lengths and sum(lengths) and not dropout_p:
+        torch.testing.assert_close(out, qkv[2].repeat_interleave(2, 1))
+
+
+def test_strided_views_and_a_prepared_plan():
+    (q, k, v), cu_seqlens, _ = inputs()
+    transposed = [x.detach().transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
+    plan = AttentionPlan.from_lengths(LENGTHS)
+    torch.testing.assert_close(attention(*transposed, cu_seqlens, plan=plan), attention(q, k, v, cu_seqlens))
+
+
+def test_plan_groups_equal_lengths():
+    plan = AttentionPlan.from_cu_seqlens(torch.tensor([0, 2, 2, 5, 7], dtype=torch.int32))
+    assert plan.lengths == (2, 0, 3, 2) and plan.n_tokens == 7 and plan.n_segments == 4
+    assert [group.length for group in plan.groups] == [2, 3]
+    assert plan.groups[0].tokens_nL.tolist() == [[0, 1], [5, 6]] and plan.groups[0].segments_n.tolist() == [
+        0,
+        3,
+    ]
+    assert plan.order_T.tolist() == [0, 1, 5, 6, 2, 3, 4]
+    assert torch.equal(plan.order_T[plan.inverse_T], torch.arange(7))
+    assert AttentionPlan.from_lengths([2, 2, 3]).order_T is None
+
+
+@pytest.mark.parametrize("bounds", [[1, 2], [0, 3, 2], [], [[0, 1]], [0.0, 1.0]])
+def test_bad_cu_seqlens(bounds):
+    bounds = torch.tensor(bounds)
+    bounds = bounds if bounds.ndim == 1 and bounds.numel() and bounds.is_floating_point() else bounds.int()
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        AttentionPlan.from_cu_seqlens(bounds)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q_THD": torch.zeros(6, 8)}, r"q \[T, H, D\]"),
+        ({"v_TKD": torch.zeros(6, 4, 8)}, r"k \(6, 4, 16\), v \(6, 4, 8\)"),
+        ({"q_THD": torch.zeros(6, 8, 32)}, "head dimension"),
+        ({"q_THD": torch.zeros(7, 8, 16)}, "tokens"),
+        ({"q_THD": torch.zeros(6, 6, 16)}, "multiple"),
+        ({"q_THD": torch.zeros(6, 8, 16, dtype=torch.float64)}, "one floating dtype"),
+        ({"cu_seqlens": torch.tensor([0, 4, 5])}, "do not describe"),
+        ({"cu_seqlens": torch.tensor([0, 6]), "plan": AttentionPlan.from_lengths([4, 2])}, "do not describe"),
+        ({"dropout_p": 1.0}, "drop probability"),
+        ({"dropout_p": 0.3}, "seeds_S"),
+        ({"dropout_p": 0.3, "seeds_S": torch.zeros(3, dtype=torch.int64)}, r"int64 \[2\]"),
+        ({"dropout_p": 0.3, "seeds_S": torch.zeros(2)}, r"int64 \[2\]"),
+        ({"window": 0}, "window"),
+        ({"softcap": 0.0}, "softcap"),
+    ],
+)
+def test_bad_input(change, message):
+    kv = torch.zeros(6, 4, 16)
+    good = {"q_THD": torch.zeros(6, 8, 16), "k_TKD": kv, "v_TKD": kv, "cu_seqlens": torch.tensor([0, 4, 6])}
+    attention(**good)
+    with pytest.raises(ValueError, match=message):
+        attention(**{**good, **change})
