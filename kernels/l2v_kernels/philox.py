@@ -26,7 +26,7 @@ _WEYL_A, _WEYL_B = 0x9E3779B9, 0xBB67AE85
 # Below torch's grain of 32,768 elements an op stays on the calling thread, and the temporaries (192 KB each)
 # in its L2 cache. Measured on 2 cores: 1.2 ns a byte, 1.5 at two thirds of this size, 2 at a third. Larger
 # chunks on two threads reach 0.6, but they meet at a barrier after each of some 80 short ops: with other
-# work on the cores that took 40 to 260.
+# work on the cores a byte then took up to 260.
 _CALLS_ON_CPU = 24576
 _CALLS_ON_DEVICE = 1 << 24
 

@@ -1,5 +1,4 @@
-"""Ahead-of-time builds of every kernel for every architecture, without a GPU: no spills, shared memory
-within limits."""
+"""Ahead-of-time builds of the kernels, without a GPU: no register spills, shared memory within limits."""
 
 import importlib.util
 import re
@@ -23,8 +22,7 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 
 def build(kernel, signature, constants, capability, num_warps, tmp_path):
-    """Compiles as a launch would: pointers and sizes divisible by 16 unless the kernel says not to
-    specialise them."""
+    """Compiles as a launch would: what the kernel specialises is divisible by 16."""
     arguments = {**signature, **dict.fromkeys(constants, "constexpr")}
     aligned = [
         (i,)

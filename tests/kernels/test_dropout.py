@@ -1,4 +1,7 @@
 import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from l2v_kernels import dropout
 from l2v_kernels.dropout.reference import dropout_reference, dropped
 from l2v_kernels.philox import DOMAIN_DROPOUT, keep_bytes, threshold
 
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="no Triton on this platform")
 
@@ -91,6 +95,18 @@ def test_bad_input(change):
     dropout(**good)
     with pytest.raises(ValueError, match=r"\(3, 5\)|x \(|drop probability"):
         dropout(**{**good, **change})
+
+
+def test_runs_without_triton_and_transformers():
+    """Neither is imported, let alone needed, by the package and its CPU path."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(KERNELS)!r})\n"
+        "import torch\n"
+        "sys.modules['triton'] = sys.modules['transformers'] = None\n"
+        "import l2v_kernels\n"
+        "l2v_kernels.dropout(torch.ones(2, 3), 0.3, torch.zeros(2, dtype=torch.int64), torch.arange(2), 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @needs_triton

@@ -1,14 +1,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-
-from l2v_kernels import AttentionPlan  # noqa: E402
-from l2v_kernels.integrations.transformers import PackedAttention, register  # noqa: E402
+from l2v_kernels import AttentionPlan
+from l2v_kernels.integrations.transformers import PackedAttention, packed_attention_forward, register
 
 COMMON = {
     "vocab_size": 97,
@@ -122,6 +122,17 @@ def test_dropout_only_while_training_and_by_address():
     assert torch.equal(noisy, model(ids[None], **inputs).last_hidden_state)
     repacked = model(torch.cat([ids[4:], ids[:4]])[None], **swapped).last_hidden_state
     torch.testing.assert_close(torch.cat([repacked[:, 5:], repacked[:, :5]], 1), noisy)
+
+
+def test_every_layer_has_noise_of_its_own():
+    query, value = torch.zeros(1, 1, 16, 16), torch.eye(16)[None, None]
+    packed = PackedAttention(torch.tensor([0, 16]), torch.tensor([7]), dropout_p=0.3)
+    layers = [SimpleNamespace(training=True, layer_idx=i) for i in (0, 1, 1)]
+    a, b, c = (
+        packed_attention_forward(layer, query, query, value, None, packed=packed)[0] for layer in layers
+    )
+    assert a.shape == (1, 16, 1, 16)
+    assert torch.equal(b, c) and not torch.equal(a, b)
 
 
 def test_gradient_checkpointing_keeps_the_noise():

@@ -51,9 +51,9 @@ def packed_attention_forward(
     packed: PackedAttention | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in every layer: query [1, H, T, D], key and value [1, K, T, D] -> ([1, T, H,
-    D], None).
+    """What transformers calls in every layer.
 
+    Args: query [1, H, T, D], key and value [1, K, T, D]. Returns: ([1, T, H, D], None).
     The layer's own `dropout` is not used: the probability and the seeds come with `packed`, and apply while
     `module.training`. Errors: ValueError without `packed`, for more than one sequence, and for a given mask.
     """
@@ -65,7 +65,8 @@ def packed_attention_forward(
         )
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"packed attention takes one sequence and no cache, got query {tuple(query.shape)}, key {tuple(key.shape)}"
+            f"packed attention takes one sequence and no cache, got query {tuple(query.shape)}, "
+            f"key {tuple(key.shape)}"
         )
     if attention_mask is not None:
         raise ValueError(f"packed attention takes no mask, got one of shape {tuple(attention_mask.shape)}")

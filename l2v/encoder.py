@@ -1,0 +1,206 @@
+"""Encoder: texts in, vectors out; from a base, from adapters, from a training run or from an export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from l2v.batch import PackedBatch, Segment, pack
+from l2v.data.tokens import TextTokenizer, as_ids, load_tokenizer
+from l2v.errors import UserError
+from l2v.model.embedded import SMOLLM2, resolve
+from l2v.model.export import ENCODER_FILE, export
+from l2v.model.load import device, dtype_of, inner_model, load_model
+from l2v.model.lora import LINEAGE, adapter_folder, describe_adapter, merge_adapters
+from l2v.model.packed import PackedDecoder
+from l2v.recipe import Base, Recipe, Template
+from l2v.recipe_io import from_dict
+
+
+class Encoder:
+    """A decoder made into a text encoder. Build it with `from_pretrained`."""
+
+    def __init__(self, model: PackedDecoder, tokenizer: TextTokenizer, *, name: str, lineage: dict[str, Any]) -> None:
+        self.model, self.tokenizer, self.name, self.lineage = model.eval(), tokenizer, name, lineage
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base_or_run: str | Path,
+        adapters: Sequence[str] = (),
+        *,
+        pooling: str | None = None,
+        attention: str | None = None,
+        template: Template | None = None,
+        length: int | None = None,
+        precision: str | None = None,
+        backend: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Encoder:
+        """Load an encoder.
+
+        base_or_run: a folder or hub name of a decoder, the name of an embedded base, an export of `save`, a stage of a run
+        (`runs/NAME/supervised`) or a run (its last trained stage). adapters: PEFT LoRA folders or hub names, merged in
+        order, in float32, rounded once. What is left out comes from the run, or is: pooling mean, attention
+        bidirectional, no template, 512 tokens, precision auto (bf16 where the hardware multiplies it), backend l2v.
+        Raises UserError with one sentence when something is not there or does not fit.
+        """
+        base, merged, limit = _describe(str(base_or_run))
+        base.pooling = pooling or base.pooling
+        base.attention = attention or base.attention
+        base.template = template or base.template
+        base.precision = precision or base.precision
+        base.backend = backend or base.backend
+        base.trust_remote_code = base.trust_remote_code or trust_remote_code
+        merged = [*merged, *adapters]
+        inner = inner_model(load_model(base, head=False, dtype=dtype_of(base.precision)))
+        inner = merge_adapters(inner, merged)
+        model = PackedDecoder(
+            inner, causal=base.attention == "causal", backend=base.backend, pooling=base.pooling
+        ).to(device())
+        tokenizer = load_tokenizer(
+            base.tokenizer or resolve(base.model), revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+        texts = TextTokenizer(tokenizer, base.template, length or limit or 512)
+        lineage = {"base": {"model": base.model}, "merged": [describe_adapter(adapter) for adapter in merged]}
+        return cls(model, texts, name=str(base_or_run), lineage=lineage)
+
+    @property
+    def dimension(self) -> int:
+        """Width of the vectors."""
+        return self.model.decoder.config.get_text_config().hidden_size
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        instruction: str | None = None,
+        normalize: bool = True,
+        batch_tokens: int = 16384,
+        show_progress: bool = False,
+    ) -> np.ndarray:
+        """Vectors of texts: float32 [texts, dimension], in the order given; [dimension] for a single text.
+
+        instruction: stands before the text, is read by the model and not pooled. normalize: length 1. batch_tokens: tokens
+        in one forward. A text longer than `length` is cut. A vector does not depend on the other texts.
+        """
+        single = isinstance(texts, str)
+        texts = [texts] if single else list(texts)
+        for i, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"text {i} is empty; an empty text has no embedding")
+        out = np.zeros((len(texts), self.dimension), dtype=np.float32)
+        if not texts:
+            return out
+        ids, starts, _ = self.tokenizer.embedded(texts, instruction)
+        order = sorted(range(len(texts)), key=lambda i: -len(ids[i]))
+        where = next(self.model.parameters()).device
+        with tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress, leave=False) as bar:
+            for chosen in _batches(order, [len(i) for i in ids], batch_tokens):
+                batch = pack([Segment(as_ids(ids[i]), starts[i]) for i in chosen])
+                vectors_SE = self.embed(batch.to(where))
+                if normalize:
+                    vectors_SE = torch.nn.functional.normalize(vectors_SE, dim=-1)
+                out[chosen] = vectors_SE.cpu().numpy()
+                bar.update(len(chosen))
+        return out[0] if single else out
+
+    def embed(self, batch: PackedBatch) -> torch.Tensor:
+        """Pooled vectors of a packed batch, float32 [S, E], not normalised."""
+        return self.model(batch, "vectors")
+
+    def save(self, folder: str | Path) -> None:
+        """Write a plain transformers checkpoint (`is_causal: false`, no remote code) with the sentence-transformers files.
+
+        `SentenceTransformer(folder)` gives the vectors of `encode`; `AutoModel.from_pretrained(folder)` the hidden states.
+        """
+        export(self.model, self.tokenizer, Path(folder), self.lineage)
+
+
+def _batches(order: list[int], lengths: list[int], budget: int) -> list[list[int]]:
+    out: list[list[int]] = [[]]
+    room = budget
+    for i in order:
+        if out[-1] and lengths[i] > room:
+            out.append([])
+            room = budget
+        out[-1].append(i)
+        room -= lengths[i]
+    return out
+
+
+def _describe(source: str) -> tuple[Base, list[str], int | None]:
+    """What a name stands for: its base, the adapters that go on it, and its text length."""
+    folder = Path(source)
+    if (folder / ENCODER_FILE).is_file():
+        facts = json.loads((folder / ENCODER_FILE).read_text(encoding="utf-8"))
+        base = Base(model=source, template=Template(**facts["template"]), pooling=facts["pooling"], precision=facts["precision"])
+        base.attention = facts["attention"]
+        return base, [], facts["length"]
+    if (folder / "stage.json").is_file():
+        return _stage(folder)
+    stages = sorted(folder.glob("*/stage.json")) if folder.is_dir() else []
+    if stages:
+        trained = [path.parent for path in stages if (path.parent / "adapter").is_dir()]
+        if not trained:
+            raise UserError(f"{source}: none of its stages is trained yet; run 'l2v train' to the end first")
+        recipe = _recipe(trained[0])
+        order = {name: at for at, name in enumerate(recipe.order())}
+        return _stage(max(trained, key=lambda path: order.get(path.name, -1)))
+    if (folder / "adapter_config.json").is_file():
+        return _adapter(folder)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{source}: neither a model, nor an adapter, nor a run of l2v")
+    return Base(model=source, **_known(source)), [], None
+
+
+def _known(model: str) -> dict[str, Any]:
+    if model == SMOLLM2:
+        return {"template": Template(prefix="<|im_start|>user\n", suffix="<|im_end|>")}
+    return {}
+
+
+def _recipe(folder: Path) -> Recipe:
+    mark = folder / "stage.json"
+    try:
+        return from_dict(json.loads(mark.read_text(encoding="utf-8"))["recipe"], str(mark))
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{mark}: damaged; train the stage again with --fresh") from None
+
+
+def _stage(folder: Path) -> tuple[Base, list[str], int | None]:
+    adapter = folder / "adapter"
+    if not adapter.is_dir():
+        raise UserError(f"{folder}: the stage is not trained to its end yet; run 'l2v train' again, it goes on")
+    recipe = _recipe(folder)
+    return recipe.base, [*_lineage(adapter), str(adapter)], recipe.stages[folder.name].length
+
+
+def _adapter(folder: Path) -> tuple[Base, list[str], int | None]:
+    if (folder.parent / "stage.json").is_file():
+        return _stage(folder.parent)
+    name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{folder}: its adapter_config.json names no base; give the base first and adapters=[...]")
+    return Base(model=name, **_known(name)), [*_lineage(folder), str(folder)], None
+
+
+def _lineage(adapter: Path) -> list[str]:
+    """The adapters below this one, looked up where they were and beside the run that may have been moved."""
+    file = adapter / LINEAGE
+    if not file.is_file():
+        return []
+    out = []
+    for entry in json.loads(file.read_text(encoding="utf-8"))["merged"]:
+        beside = adapter.parent.parent / entry.get("stage", "") / "adapter"
+        path = str(beside) if "stage" in entry and beside.is_dir() else entry["adapter"]
+        if describe_adapter(adapter_folder(path))["sha256"] != entry["sha256"]:
+            raise UserError(f"{path}: not the adapter that {adapter} was trained on (its hash differs); restore or retrain it")
+        out.append(path)
+    return out

@@ -1,0 +1,62 @@
+"""Retrieval scores with their uncertainty: nDCG@10, recall@1, margin, bootstrap intervals, a TF-IDF row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class RetrievalResult:
+    """Scores of every query: ndcg, recall and margin are float64 [queries]."""
+
+    name: str
+    ndcg: np.ndarray
+    recall: np.ndarray
+    margin: np.ndarray
+
+    def summary(self, seed: int = 0) -> dict[str, float]:
+        """Means, and the bootstrap interval of nDCG@10."""
+        low, high = bootstrap_interval(self.ndcg, seed=seed)
+        return {
+            "ndcg_at_10": float(self.ndcg.mean()),
+            "ndcg_low": low,
+            "ndcg_high": high,
+            "recall_at_1": float(self.recall.mean()),
+            "margin": float(self.margin.mean()),
+        }
+
+
+def score(name: str, scores_NM: np.ndarray, relevant_N: Sequence[int] | np.ndarray) -> RetrievalResult:
+    """Score N queries against M passages, one of which answers each query.
+
+    nDCG@10 with one relevant passage is 1 / log2(1 + rank), 0 beyond rank 10 (Jaervelin & Kekaelaeinen 2002); ties count
+    against the query. margin: score of the answer minus the mean score of all other passages.
+    """
+    relevant_N = np.asarray(relevant_N)
+    rows = np.arange(len(relevant_N))
+    own_N = scores_NM[rows, relevant_N]
+    rank_N = (scores_NM >= own_N[:, None]).sum(axis=1)
+    ndcg_N = np.where(rank_N <= 10, 1 / np.log2(1 + rank_N), 0.0)
+    others_N = (scores_NM.sum(axis=1) - own_N) / max(scores_NM.shape[1] - 1, 1)
+    return RetrievalResult(name, ndcg_N.astype(float), (rank_N == 1).astype(float), (own_N - others_N).astype(float))
+
+
+def bootstrap_interval(values: np.ndarray, *, seed: int = 0, draws: int = 10_000, level: float = 0.95) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean over queries (Efron 1979). For a paired test pass the differences."""
+    generator = np.random.default_rng(seed)
+    means = values[generator.integers(0, len(values), (draws, len(values)))].mean(axis=1)
+    tail = (1 - level) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def tfidf_scores(queries: Sequence[str], passages: Sequence[str]) -> np.ndarray:
+    """Cosine of TF-IDF over character 3- to 5-grams within words: float [queries, passages]."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
+    passages_MV = vectors.fit_transform(passages)
+    return (vectors.transform(queries) @ passages_MV.T).toarray()

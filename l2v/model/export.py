@@ -1,0 +1,110 @@
+"""The merged export: a plain transformers checkpoint that is bidirectional by its config, with sentence-transformers files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tokenizers import processors
+
+from l2v.data.tokens import TextTokenizer
+from l2v.errors import UserError
+from l2v.model.packed import PackedDecoder
+
+ENCODER_FILE = "l2v_encoder.json"
+POOLING_MODES = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken", "first": "cls"}
+
+
+def export(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any]) -> None:
+    """Write `folder` whole or not at all; an existing folder is replaced only if it is an export too."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / ENCODER_FILE).is_file():
+        raise UserError(f"{folder} is not empty and no export of l2v; choose another folder")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+    try:
+        _write(model, texts, partial, lineage)
+        partial.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any]) -> None:
+    decoder, template = model.decoder, texts.template
+    implementation = decoder.config._attn_implementation
+    decoder.config._attn_implementation = "sdpa"  # the file must not ask for an implementation that only l2v registers
+    try:
+        decoder.save_pretrained(folder)
+    finally:
+        decoder.config._attn_implementation = implementation
+    tokenizer, ends_with_suffix = _tokenizer_with_suffix(texts)
+    tokenizer.save_pretrained(folder)
+    header = texts.header(None)
+    if header and model.pooling in ("weighted_mean", "first"):
+        raise UserError(f"pooling {model.pooling} after a template's header has no equal in sentence-transformers; use mean")
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+    ]
+    width = decoder.config.get_text_config().hidden_size
+    pooling = {"embedding_dimension": width, "pooling_mode": POOLING_MODES[model.pooling], "include_prompt": False}
+    prompts = {"query": header, "document": header}
+    settings = {"prompts": prompts, "default_prompt_name": "document" if header else None, "similarity_fn_name": "cosine"}
+    _json(folder / "modules.json", modules)
+    _json(folder / "1_Pooling" / "config.json", pooling)
+    (folder / "2_Normalize").mkdir()
+    _json(folder / "config_sentence_transformers.json", settings)
+    _json(folder / "sentence_bert_config.json", {"max_seq_length": texts.length, "do_lower_case": False})
+    kept = asdict(template) | ({"suffix": ""} if ends_with_suffix else {})
+    _json(
+        folder / ENCODER_FILE,
+        {
+            "template": kept,
+            "pooling": model.pooling,
+            "attention": "causal" if model.causal else "bidirectional",
+            "length": texts.length,
+            "precision": "bf16" if "bfloat16" in str(decoder.dtype) else "fp32",
+            "lineage": lineage,
+        },
+    )
+
+
+def _tokenizer_with_suffix(texts: TextTokenizer):
+    """A copy of the tokenizer that appends the template's suffix by itself: sentence-transformers knows prefixes only."""
+    import copy
+
+    tokenizer, suffix = copy.deepcopy(texts.tokenizer), texts.template.suffix
+    if not suffix:
+        return tokenizer, False
+    ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1 or ids[0] not in tokenizer.all_special_ids:
+        raise UserError(
+            f"the template's suffix '{suffix}' is not one special token; sentence-transformers cannot append it, "
+            "so this encoder cannot be exported"
+        )
+    token = tokenizer.convert_ids_to_tokens(ids[0])
+    append = processors.TemplateProcessing(
+        single=f"$A {token}", pair=f"$A $B {token}", special_tokens=[(token, ids[0])]
+    )
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = (
+        processors.Sequence([backend.post_processor, append]) if backend.post_processor is not None else append
+    )
+    return tokenizer, True
+
+
+def _json(file: Path, value: Any) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
