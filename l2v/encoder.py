@@ -61,9 +61,9 @@ class Encoder:
         merged = [*merged, *adapters]
         inner = inner_model(load_model(base, head=False, dtype=dtype_of(base.precision)))
         inner = merge_adapters(inner, merged)
-        model = PackedDecoder(
-            inner, causal=base.attention == "causal", backend=base.backend, pooling=base.pooling
-        ).to(device())
+        model = PackedDecoder(inner, causal=base.attention == "causal", backend=base.backend, pooling=base.pooling).to(
+            device()
+        )
         tokenizer = load_tokenizer(
             base.tokenizer or resolve(base.model), revision=base.revision, trust_remote_code=base.trust_remote_code
         )
@@ -140,7 +140,9 @@ def _describe(source: str) -> tuple[Base, list[str], int | None]:
     folder = Path(source)
     if (folder / ENCODER_FILE).is_file():
         facts = json.loads((folder / ENCODER_FILE).read_text(encoding="utf-8"))
-        base = Base(model=source, template=Template(**facts["template"]), pooling=facts["pooling"], precision=facts["precision"])
+        base = Base(
+            model=source, template=Template(**facts["template"]), pooling=facts["pooling"], precision=facts["precision"]
+        )
         base.attention = facts["attention"]
         return base, [], facts["length"]
     if (folder / "stage.json").is_file():
@@ -201,6 +203,8 @@ def _lineage(adapter: Path) -> list[str]:
         beside = adapter.parent.parent / entry.get("stage", "") / "adapter"
         path = str(beside) if "stage" in entry and beside.is_dir() else entry["adapter"]
         if describe_adapter(adapter_folder(path))["sha256"] != entry["sha256"]:
-            raise UserError(f"{path}: not the adapter that {adapter} was trained on (its hash differs); restore or retrain it")
+            raise UserError(
+                f"{path}: not the adapter that {adapter} was trained on (its hash differs); restore or retrain it"
+            )
         out.append(path)
     return out

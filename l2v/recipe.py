@@ -89,6 +89,7 @@ class Source:
     instruction: str | None = None
     document_instruction: str | None = None
     skip_empty: bool = False
+    sentences: bool = False
     limit: int | None = None
 
 
@@ -213,6 +214,13 @@ def check(recipe: Recipe, where: str) -> Recipe:
         base.init == "random" or not base.overrides,
         f"{where}: base.overrides changes the shape of the base and needs base.init: random",
     )
+    for name in recipe.stages:
+        try:
+            recipe.chain(name)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
+        except KeyError:
+            pass  # a `from` that names no stage, said below
     for name, stage in recipe.stages.items():
         at = f"{where}: stage '{name}'"
         _need(name.replace("-", "").replace("_", "").isalnum(), f"{at}: use letters, digits, - and _ in its name")
@@ -220,6 +228,7 @@ def check(recipe: Recipe, where: str) -> Recipe:
             stage.from_ == "base" or stage.from_ in recipe.stages,
             f"{at}: `from: {stage.from_}` names no stage; valid: base, {', '.join(recipe.stages)}",
         )
+        _need(bool(stage.data), f"{at}: `data` is empty; name at least one source")
         for key in ("batch", "micro_tokens", "length", "steps", "log_every", "keep"):
             _need(getattr(stage, key) >= 1, f"{at}: {key} is {getattr(stage, key)} and must be at least 1")
         for key in ("warmup", "eval_every", "save_every", "weight_decay", "clip"):
@@ -264,5 +273,4 @@ def check(recipe: Recipe, where: str) -> Recipe:
             )
         if isinstance(stage, Supervised):
             _need(stage.max_negatives >= 0, f"{at}: max_negatives must not be negative")
-    recipe.order()
     return recipe

@@ -51,12 +51,12 @@ def load_recipe(name: str, overrides: typing.Sequence[str] = (), stage: str | No
     """
     path = find_recipe(name)
     tree = _read(path)
+    known = _stage_names(tree)
+    if stage is not None and stage not in known:
+        raise RecipeError(f"{path}: there is no stage '{stage}'{_nearest(stage, known)}")
     for text in overrides:
         _override(tree, text, stage)
-    recipe = _build_recipe(tree)
-    if stage is not None and stage not in recipe.stages:
-        raise RecipeError(f"{path}: there is no stage '{stage}'; it has {', '.join(recipe.stages)}")
-    return check(recipe, str(path))
+    return check(_build_recipe(tree), str(path))
 
 
 def to_dict(value: Any) -> Any:
@@ -92,6 +92,8 @@ def _read(path: Path) -> Node:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
     if root is None:
         raise RecipeError(f"{path}: the file is empty")
     loader = yaml.SafeLoader("")
@@ -110,7 +112,10 @@ def _read(path: Path) -> Node:
             return Node(out, where)
         if isinstance(node, yaml.SequenceNode):
             return Node([walk(item) for item in node.value], where)
-        return Node(loader.construct_object(node, deep=True), where)
+        try:
+            return Node(loader.construct_object(node, deep=True), where)
+        except (yaml.YAMLError, ValueError) as error:
+            raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
 
     return walk(root)
 
@@ -125,7 +130,7 @@ def _override(tree: Node, text: str, stage: str | None) -> None:
     except yaml.YAMLError:
         value = raw
     parts = key.strip().split(".")
-    stages = tree.value.get("stages", Node({}, where)).value if isinstance(tree.value, dict) else {}
+    stages = _stage_names(tree)
     if parts[0] not in _names(Recipe):
         if parts[0] in stages:
             parts = ["stages", *parts]
@@ -134,6 +139,8 @@ def _override(tree: Node, text: str, stage: str | None) -> None:
         else:
             valid = sorted([*_names(Recipe), *stages])
             raise RecipeError(f"{where}: unknown key '{parts[0]}'{_nearest(parts[0], valid)}; or choose a --stage")
+    if parts[0] == "stages" and len(parts) > 1 and parts[1] not in stages:
+        raise RecipeError(f"{where}: there is no stage '{parts[1]}'{_nearest(parts[1], stages)}")
     at = tree
     for part in parts[:-1]:
         if not isinstance(at.value, dict):
@@ -147,6 +154,11 @@ def _override(tree: Node, text: str, stage: str | None) -> None:
         old.value["model"] = new
     else:
         at.value[parts[-1]] = new
+
+
+def _stage_names(tree: Node) -> list[str]:
+    stages = tree.value.get("stages") if isinstance(tree.value, dict) else None
+    return list(stages.value) if stages is not None and isinstance(stages.value, dict) else []
 
 
 def _names(cls: type) -> list[str]:
@@ -183,7 +195,7 @@ def _build_stage(name: str, node: Node, shared_lora: dict[str, Any]) -> Stage:
     objective = node.value.get("objective")
     if objective is None:
         raise RecipeError(f"{node.where}: {path}.objective is missing; choose {', '.join(OBJECTIVES)}")
-    if objective.value not in OBJECTIVES:
+    if not isinstance(objective.value, str) or objective.value not in OBJECTIVES:
         raise RecipeError(
             f"{objective.where}: {path}.objective '{objective.value}' is unknown{_nearest(str(objective.value), OBJECTIVES)}"
         )
@@ -276,5 +288,3 @@ def _kind(value: Any) -> str:
         return "nothing"
     kinds = {dict: "a mapping", list: "a list", bool: str(value).lower() if isinstance(value, bool) else ""}
     return kinds.get(type(value)) or f"'{value}'"
-
-

@@ -10,6 +10,8 @@ import gc
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +27,7 @@ from l2v.data.tokens import TextTokenizer, load_tokenizer
 from l2v.errors import RecipeError, UserError
 from l2v.model.embedded import resolve
 from l2v.model.load import dtype_of, fingerprint, inner_model, load_model, output_head
-from l2v.model.lora import add_lora, describe_adapter, merge_adapters, save_adapter, trainable
+from l2v.model.lora import WEIGHTS, add_lora, describe_adapter, merge_adapters, save_adapter, sha256, trainable
 from l2v.model.packed import PackedDecoder
 from l2v.objectives.contrastive import Groups, contrastive_loss
 from l2v.recipe import Contrastive, Mntp, Recipe, Simcse, Stage, Supervised
@@ -35,6 +37,12 @@ from l2v.training.engine import deepspeed_config, initialize, start_distributed
 from l2v.training.loop import Interrupted, Job, train
 
 T = TypeVar("T")
+
+# The launcher's outer process would die of an interrupt before the ranks have saved: it ignores it, the inner one passes it on.
+LAUNCHER = (
+    "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.argv[0] = 'deepspeed'; "
+    "runpy.run_module('deepspeed.launcher.runner', run_name='__main__')"
+)
 
 # May differ between the start and the continuation of a run: they change where it runs and what it tells, not what it learns.
 FREE_KEYS = {"log_every", "eval_every", "save_every", "keep", "micro_tokens", "recompute", "eval_data"}
@@ -47,7 +55,7 @@ def run_folder(recipe: Recipe) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train the stages in order, return the exit code."""
-    args = parser().parse_args(argv)
+    args = parser().parse_intermixed_args(argv)
     try:
         recipe = load_recipe(args.recipe, args.overrides, args.stage)
         if not launched():
@@ -63,7 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (Interrupted, KeyboardInterrupt) as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(f"l2v: {stopped or 'stopped before the first step; nothing was changed'}", file=sys.stderr, flush=True)
+            print(
+                f"l2v: {str(stopped) or 'stopped before the first step; nothing was changed'}",
+                file=sys.stderr,
+                flush=True,
+            )
         return 1
     finally:
         if dist.is_initialized():
@@ -73,12 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of the training program."""
-    p = argparse.ArgumentParser(prog="l2v train", description="Train the stages of a recipe, in order, under DeepSpeed.")
+    p = argparse.ArgumentParser(
+        prog="l2v train", description="Train the stages of a recipe, in order, under DeepSpeed."
+    )
     p.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with l2v")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. stages.mntp.steps=100")
     p.add_argument("--stage", help="train only this stage; bare keys then belong to it")
     p.add_argument("--fresh", action="store_true", help="forget what was trained of these stages before and start anew")
-    p.add_argument("--gpus", "--processes", dest="processes", type=int, help="processes on this machine (default: every GPU, or 1)")
+    p.add_argument(
+        "--gpus", "--processes", dest="processes", type=int, help="processes on this machine (default: every GPU, or 1)"
+    )
     p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     return p
 
@@ -90,23 +106,28 @@ def launched() -> bool:
 
 def launch(args: argparse.Namespace, argv: list[str]) -> int:
     """Start the deepspeed launcher on this machine, with this program below it."""
-    import subprocess
-
     environment = dict(os.environ)
     processes = args.processes or max(1, torch.cuda.device_count())
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(processes)]
+        # glibc gives large blocks back to the system after every op and faults them in again: 15% of a step on 2 cores.
+        environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 33))
+        environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 33))
+    command = [sys.executable, "-c", LAUNCHER, "--num_gpus", str(processes)]
     if "MASTER_PORT" in environment:
         command += ["--master_port", environment["MASTER_PORT"]]
-    command += ["--module", "l2v.train", *argv]
-    process = subprocess.Popen(command, env=environment)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:  # the terminal sent it to the ranks as well: let them save
-            continue
+    process = subprocess.Popen(command + ["--module", "l2v.train", *argv], env=environment, start_new_session=True)
+
+    def forward(*_) -> None:
+        os.killpg(process.pid, signal.SIGINT)
+
+    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool = False) -> None:
@@ -212,7 +233,8 @@ def merged_adapters(recipe: Recipe, name: str) -> list[tuple[str, dict[str, str]
 
 def _claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh: bool) -> str:
     """Make the stage's folder ours, or say why it is not."""
-    merged_adapters(recipe, name)
+    parents = [adapter for adapter, _ in merged_adapters(recipe, name)]
+    facts = facts | {"merged": [sha256(Path(p) / WEIGHTS) if Path(p).is_dir() else p for p in parents]}
     mark = folder / "stage.json"
     try:
         if fresh and mark.is_file():
@@ -222,7 +244,8 @@ def _claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh
         if mark.is_file():
             before = json.loads(mark.read_text(encoding="utf-8"))
             changed = _difference(before, facts)
-            if changed:
+            trained = (folder / "adapter").is_dir() or any(folder.glob("checkpoints/step-*"))
+            if changed and trained:  # a start that failed on a wrong path left nothing to protect
                 raise UserError(
                     f"{folder} belongs to another recipe: {changed}; choose another folder with out=..., or start anew with --fresh"
                 )
@@ -245,6 +268,8 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     pairs = [(f"stages.{name}.{k}", old["stages"].get(name, {}).get(k), v) for k, v in new["stages"][name].items()]
     pairs += [(f"base.{k}", old["base"].get(k), v) for k, v in new["base"].items()]
     pairs += [("seed", old["seed"], new["seed"])]
+    if before.get("merged") != now["merged"]:
+        return "an adapter that it starts from was trained anew or replaced since"
     for key, was, is_now in pairs:
         if was != is_now and key.rsplit(".", 1)[-1] not in FREE_KEYS:
             return f"{key} was {json.dumps(was)} and is now {json.dumps(is_now)}"
@@ -285,7 +310,8 @@ def _evaluator(engine, stage: Stage, examples, masking: Masking | None) -> Calla
         loss, hits, count = 0.0, 0.0, 0
         for at in range(sampler.steps_per_epoch):
             micros = [
-                collate(examples, micro, seed=0, step=0, masking=masking) for micro in sampler.plan(at).units[0][0].micros
+                collate(examples, micro, seed=0, step=0, masking=masking)
+                for micro in sampler.plan(at).units[0][0].micros
             ]
             if isinstance(stage, Mntp):
                 for micro in (m.to(engine.device) for m in micros):

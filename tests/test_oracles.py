@@ -21,7 +21,7 @@ from l2v.objectives.mntp import mntp_loss
 from l2v.recipe import Base
 
 GOLDEN = Path(__file__).parent / "golden"
-FOLDERS = [pytest.param(GOLDEN, id="shipped")] if (GOLDEN / "base").is_dir() else []
+FOLDERS = [pytest.param(GOLDEN, id="shipped")]
 if os.environ.get("L2V_ORACLES"):
     FOLDERS.append(pytest.param(Path(os.environ["L2V_ORACLES"]) / "llm2vec" / "llama", id="reference"))
 

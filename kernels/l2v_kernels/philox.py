@@ -63,9 +63,7 @@ def keep_bytes(
     Errors: ValueError for a negative or too large stream or n_columns.
     """
     if not 0 <= stream <= _MASK32 or n_columns < 0:
-        raise ValueError(
-            f"stream must fit 32 bits and n_columns must not be negative, got {stream=}, {n_columns=}"
-        )
+        raise ValueError(f"stream must fit 32 bits and n_columns must not be negative, got {stream=}, {n_columns=}")
     device = seeds.device
     domain = torch.as_tensor(domain, dtype=torch.int64, device=device)
     shape = torch.broadcast_shapes(seeds.shape, rows.shape, domain.shape)
@@ -84,15 +82,11 @@ def keep_bytes(
         part = slice(start, start + step)
         seed = seeds_R[part]
         # Blocks lead and rows trail: a row's key, counter and domain then broadcast along contiguous memory.
-        words = _philox_loose(
-            *_words32((seed, seed >> 32, block_C1, rows_R[part], stream, domain_R[part]), device)
-        )
+        words = _philox_loose(*_words32((seed, seed >> 32, block_C1, rows_R[part], stream, domain_R[part]), device))
         for i, word in enumerate(words):
             out[part, :, i] = word.t()
     if sys.byteorder != "little":
-        raise NotImplementedError(
-            "l2v_kernels reads bytes out of words and supports little-endian machines only"
-        )
+        raise NotImplementedError("l2v_kernels reads bytes out of words and supports little-endian machines only")
     return out.view(torch.uint8).view(*shape, n_calls * COLUMNS_PER_CALL)[..., :n_columns]
 
 

@@ -55,7 +55,9 @@ def mask(batch: PackedBatch, masking: Masking) -> PackedBatch:
     hidden = (hide < masking.probability * 2**32) & ~special & (batch.position_ids_T.numpy() > 0)
     share = choice / 2**32
     masked, random, _ = masking.split
-    shown = np.where(share < masked, masking.mask_id, np.where(share < masked + random, token % masking.vocabulary, ids))
+    shown = np.where(
+        share < masked, masking.mask_id, np.where(share < masked + random, token % masking.vocabulary, ids)
+    )
     index = np.flatnonzero(hidden)
     return replace(
         batch,

@@ -137,7 +137,9 @@ def _notes(rows: datasets.Dataset, what: str, length: int) -> list[str]:
     notes = [f"{len(rows)} {what}, {sum(rows['n'])} tokens"]
     cut = sum(rows["cut"])
     if cut:
-        notes.append(f"{cut} texts were longer than {length} tokens and were cut there; raise `length` to keep them whole")
+        notes.append(
+            f"{cut} texts were longer than {length} tokens and were cut there; raise `length` to keep them whole"
+        )
     return notes
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from l2v.data.text import sentences
 from l2v.errors import UserError
 
 
@@ -63,8 +64,8 @@ def rows(path: str, kind: str) -> list[dict[str, Any]]:
     if kind == "documents":
         return [{"text": text} for text in texts]
     if kind == "sentences":
-        sentences = [s for text in texts for s in re.split(r"(?<=[.!?]) (?=[A-ZÆØÅ0-9])", text)]
-        return [{"text": t} for t in [*sentences, *(q.query for q in questions(split))] if len(t.split()) >= 4]
+        parts = [part for text in texts for part in sentences(text)]
+        return [{"text": text} for text in [*parts, *(q.query for q in questions(split))]]
     known = passages()
     return [
         {

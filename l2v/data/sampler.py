@@ -73,8 +73,10 @@ class Sampler:
 
     def _order(self, epoch: int) -> np.ndarray:
         if self._permutation is None or self._permutation[0] != epoch:
-            generator = np.random.Generator(np.random.Philox(key=mix(self.seed, epoch)))
-            self._permutation = (epoch, generator.permutation(len(self.lengths)))
+            # Raw Philox words, not Generator.permutation: numpy promises only the former across its versions, and a run
+            # that is resumed after an upgrade must go on in the same order.
+            words = np.random.Philox(key=mix(self.seed, epoch)).random_raw(len(self.lengths))
+            self._permutation = (epoch, np.argsort(words, kind="stable"))
         return self._permutation[1]
 
     def _balance(self, items: Sequence[list[int]], flat: bool = True) -> list[list]:

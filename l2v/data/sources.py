@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import datasets
 
 from l2v.data import sample
+from l2v.data.text import sentences
 from l2v.errors import UserError
 from l2v.recipe import Source
 
@@ -55,12 +57,8 @@ def _open(source: Source, kind: Kind) -> datasets.Dataset:
         if suffixes.endswith((".jsonl", ".jsonl.gz", ".json", ".txt", ".txt.gz")):
             stat = path.stat()
             # size and time are part of the arguments, so that the cache knows an edited file from the old one
-            rows = datasets.Dataset.from_generator(
-                _read_lines,
-                features=features,
-                gen_kwargs={"path": str(path.resolve()), "shown": source.path, "source": _columns(source), "kind": kind}
-                | {"stamp": [stat.st_size, stat.st_mtime_ns]},
-            )
+            stamp = f"{stat.st_size}-{stat.st_mtime_ns}"
+            rows = _from_lines(path, source, kind, features, stamp)
         elif path.suffix == ".parquet":
             rows = _convert(_parquet(path), source, kind, features)
         else:
@@ -68,12 +66,33 @@ def _open(source: Source, kind: Kind) -> datasets.Dataset:
     return rows.select(range(min(source.limit, len(rows)))) if source.limit else rows
 
 
+def _from_lines(path: Path, source: Source, kind: Kind, features: datasets.Features, stamp: str) -> datasets.Dataset:
+    arguments = {
+        "path": str(path.resolve()),
+        "shown": source.path,
+        "source": _columns(source),
+        "kind": kind,
+        "stamp": stamp,
+    }
+    try:
+        return datasets.Dataset.from_generator(_read_lines, features=features, gen_kwargs=arguments)
+    except datasets.exceptions.DatasetGenerationError as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise cause from None
+        raise UserError(f"{source.path}: cannot be read: {str(cause).splitlines()[0]}") from None
+    except ValueError as error:
+        if "no data" not in str(error):
+            raise
+        return datasets.Dataset.from_dict({key: [] for key in features}, features=features)
+
+
 def _columns(source: Source) -> dict[str, Any]:
-    names = ("text", "query", "positive", "negatives", "instruction", "document_instruction", "skip_empty")
+    names = ("text", "query", "positive", "negatives", "instruction", "document_instruction", "skip_empty", "sentences")
     return {name: getattr(source, name) for name in names}
 
 
-def _read_lines(path: str, shown: str, source: dict[str, Any], kind: Kind, stamp: list[int]) -> Iterator[dict[str, Any]]:
+def _read_lines(path: str, shown: str, source: dict[str, Any], kind: Kind, stamp: str) -> Iterator[dict[str, Any]]:
     opener = gzip.open if path.endswith(".gz") else open
     plain = path.removesuffix(".gz").endswith(".txt")
     try:
@@ -82,10 +101,8 @@ def _read_lines(path: str, shown: str, source: dict[str, Any], kind: Kind, stamp
                 if not line.strip():
                     continue
                 where = f"{shown}, line {number}"
-                row = normalise({"text": line.strip()} if plain else parse(line, where), source, kind, where)
-                if row is not None:
-                    yield row
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+                yield from normalise({"text": line.strip()} if plain else parse(line, where), source, kind, where)
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{shown}: not readable as UTF-8 text: {error}") from None
 
 
@@ -94,14 +111,16 @@ def parse(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: malformed JSON ({error.msg} at column {error.colno}); each line is one object") from None
+        raise UserError(
+            f"{where}: malformed JSON ({error.msg} at column {error.colno}); each line is one object"
+        ) from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: each line is one JSON object; found {type(row).__name__}")
     return row
 
 
-def normalise(row: dict[str, Any], source: dict[str, Any], kind: Kind, where: str) -> dict[str, Any] | None:
-    """The row under the vocabulary's names, or None where an empty text is to be skipped."""
+def normalise(row: dict[str, Any], source: dict[str, Any], kind: Kind, where: str) -> list[dict[str, Any]]:
+    """The row under the vocabulary's names; none where an empty text is to be skipped, many where it holds sentences."""
 
     def text(key: str) -> str:
         column = source[key]
@@ -117,7 +136,7 @@ def normalise(row: dict[str, Any], source: dict[str, Any], kind: Kind, where: st
     for key, value in out.items():
         if not value:
             if source["skip_empty"]:
-                return None
+                return []
             raise UserError(f"{where}: '{source[key]}' is empty; remove the row or set skip_empty: true on its source")
     if kind == "pairs":
         negatives = row.get(source["negatives"]) or []
@@ -127,7 +146,9 @@ def normalise(row: dict[str, Any], source: dict[str, Any], kind: Kind, where: st
         out["negatives"] = [n.strip() for n in negatives if n.strip()]  # an empty negative is an absent one
         for key in ("instruction", "document_instruction"):
             out[key] = (row.get(source[key]) or None) if source[key] else None
-    return out
+    elif source["sentences"]:
+        return [{"text": part} for part in sentences(out["text"])]
+    return [out]
 
 
 def _convert(rows: datasets.Dataset, source: Source, kind: Kind, features: datasets.Features) -> datasets.Dataset:
@@ -137,9 +158,9 @@ def _convert(rows: datasets.Dataset, source: Source, kind: Kind, features: datas
         out: dict[str, list] = {key: [] for key in features}
         for at, i in enumerate(index):
             row = {key: value[at] for key, value in values.items()}
-            done = normalise(row, columns, kind, f"{source.path}, row {i + 1}")
-            for key in features if done else ():
-                out[key].append(done[key])
+            for done in normalise(row, columns, kind, f"{source.path}, row {i + 1}"):
+                for key in features:
+                    out[key].append(done[key])
         return out
 
     return rows.map(batch, with_indices=True, batched=True, remove_columns=rows.column_names, features=features)

@@ -14,7 +14,9 @@ from l2v.errors import RecipeError, UserError
 from l2v.recipe import Template
 
 
-def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """A fast tokenizer (offsets are needed to tell text from template)."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
@@ -79,7 +81,9 @@ class TextTokenizer:
         """The id of a text that must be one token (the mask token)."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
-            raise RecipeError(f"base.mask_token '{text}' is {len(ids)} tokens in this tokenizer; choose one that is one token")
+            raise RecipeError(
+                f"base.mask_token '{text}' is {len(ids)} tokens in this tokenizer; choose one that is one token"
+            )
         return ids[0]
 
 

@@ -21,7 +21,9 @@ def loss_curves(run: Path, stages: list[str], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(stages), figsize=(4.2 * len(stages), 3.4), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(stages), figsize=(4.2 * len(stages), 3.4), squeeze=False, layout="constrained"
+    )
     for axis, stage in zip(axes[0], stages, strict=True):
         rows = read_metrics(run / stage)
         color = COLORS.get(stage, "#555555")

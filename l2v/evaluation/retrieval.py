@@ -44,7 +44,9 @@ def score(name: str, scores_NM: np.ndarray, relevant_N: Sequence[int] | np.ndarr
     return RetrievalResult(name, ndcg_N.astype(float), (rank_N == 1).astype(float), (own_N - others_N).astype(float))
 
 
-def bootstrap_interval(values: np.ndarray, *, seed: int = 0, draws: int = 10_000, level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(
+    values: np.ndarray, *, seed: int = 0, draws: int = 10_000, level: float = 0.95
+) -> tuple[float, float]:
     """Percentile bootstrap interval of a mean over queries (Efron 1979). For a paired test pass the differences."""
     generator = np.random.default_rng(seed)
     means = values[generator.integers(0, len(values), (draws, len(values)))].mean(axis=1)

@@ -52,7 +52,9 @@ def _write(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: di
     tokenizer.save_pretrained(folder)
     header = texts.header(None)
     if header and model.pooling in ("weighted_mean", "first"):
-        raise UserError(f"pooling {model.pooling} after a template's header has no equal in sentence-transformers; use mean")
+        raise UserError(
+            f"pooling {model.pooling} after a template's header has no equal in sentence-transformers; use mean"
+        )
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
         {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
@@ -61,7 +63,11 @@ def _write(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: di
     width = decoder.config.get_text_config().hidden_size
     pooling = {"embedding_dimension": width, "pooling_mode": POOLING_MODES[model.pooling], "include_prompt": False}
     prompts = {"query": header, "document": header}
-    settings = {"prompts": prompts, "default_prompt_name": "document" if header else None, "similarity_fn_name": "cosine"}
+    settings = {
+        "prompts": prompts,
+        "default_prompt_name": "document" if header else None,
+        "similarity_fn_name": "cosine",
+    }
     _json(folder / "modules.json", modules)
     _json(folder / "1_Pooling" / "config.json", pooling)
     (folder / "2_Normalize").mkdir()

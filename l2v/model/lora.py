@@ -43,7 +43,9 @@ def add_lora(inner: PreTrainedModel, lora: Lora, *, base_name: str, seed: int) -
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The adapter's parameters under the names that PEFT writes to disk."""
     return {
-        name.replace(".default.", "."): parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        name.replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
 
 
@@ -130,7 +132,9 @@ def _read_config(folder: str) -> LoraConfig:
     try:
         config = LoraConfig.from_pretrained(folder)
     except (OSError, TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: adapter_config.json is not a readable LoRA configuration: {_first_line(error)}") from None
+        raise UserError(
+            f"{folder}: adapter_config.json is not a readable LoRA configuration: {_first_line(error)}"
+        ) from None
     if not (Path(folder) / WEIGHTS).is_file():
         raise UserError(f"{folder}: no {WEIGHTS} there; pickled adapters are not loaded")
     return config

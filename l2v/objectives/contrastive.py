@@ -57,7 +57,9 @@ class Groups:
 
     def to(self, device: torch.device) -> Groups:
         """The same on a device."""
-        moved = (t.to(device, non_blocking=True) for t in (self.queries_N, self.candidates_M, self.targets_N, self.keys_M))
+        moved = (
+            t.to(device, non_blocking=True) for t in (self.queries_N, self.candidates_M, self.targets_N, self.keys_M)
+        )
         return Groups(*moved, self.counts, self.total)
 
 

@@ -67,7 +67,7 @@ def newest(folder: Path) -> Checkpoint | None:
             if facts["sha256"] != sha256(path / TENSORS):
                 raise ValueError("its checksum does not match")
             return Checkpoint(facts["step"], load_file(path / TENSORS), facts)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             print(f"warning: {path} is damaged and passed over: {error}", flush=True)
     return None
 

@@ -81,7 +81,8 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
     log = _Log(job, metrics, bar, engine.device)
     saved_at = start
     try:
-        with ThreadPoolExecutor(1) as ahead, stop:
+        # One thread for the collator: a second OpenMP team would spin on the cores that training needs.
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as ahead, stop:
             work = ahead.submit(_prepare, sampler, job, start, rank) if start < stage.steps else None
             if job.evaluate and start == 0:
                 _evaluate(engine, job, metrics, 0)

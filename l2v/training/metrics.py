@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from l2v.errors import RecipeError
+from l2v.errors import RecipeError, UserError
 from l2v.recipe import Tracking
 
 
@@ -20,9 +21,10 @@ class Metrics:
         self.active, self.file, self.board, self.run = active, None, None, None
         if not active:
             return
-        path = folder / "metrics.jsonl"
-        _cut(path, resumed_at)
-        self.file = open(path, "a", encoding="utf-8")
+        self.path = folder / "metrics.jsonl"
+        with self._told():
+            _cut(self.path, resumed_at)
+            self.file = open(self.path, "a", encoding="utf-8")
         if tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -38,8 +40,9 @@ class Metrics:
         """Append one row; scalars also go to TensorBoard."""
         if not self.active:
             return
-        self.file.write(json.dumps({"step": step} | values) + "\n")
-        self.file.flush()
+        with self._told():
+            self.file.write(json.dumps({"step": step} | values) + "\n")
+            self.file.flush()
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         if self.board:
             for key, value in numbers.items():
@@ -47,11 +50,21 @@ class Metrics:
         if self.run:
             self.run.log(numbers, step=step)
 
+    @contextlib.contextmanager
+    def _told(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written: {error.strerror}; free some space and start the same command again"
+            ) from None
+
     def close(self) -> None:
         """Flush and close everything."""
         for sink in (self.file, self.board):
             if sink:
-                sink.close()
+                with contextlib.suppress(OSError):  # a full disk was already said where a row could not be written
+                    sink.close()
         if self.run:
             self.run.finish()
 
@@ -66,10 +79,14 @@ def progress(total: int, initial: int, name: str, *, active: bool) -> tqdm:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Drop rows after the step that training resumes from, so that every step stands there once."""
+    """Drop rows after the step that training resumes from, and one half written at a kill: every step stands once."""
     if not path.is_file():
         return
-    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    kept = [line for line in rows if json.loads(line)["step"] <= step]
-    if len(kept) < len(rows):
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if step else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    path.write_text("".join(kept), encoding="utf-8")

@@ -28,9 +28,7 @@ def pytest_collection_modifyitems(config, items):
     """Tests named test_interpreted... run in the process that `run_interpreted` starts, and only there."""
     here = Path(__file__).parent
     wrong = [
-        item
-        for item in items
-        if here in item.path.parents and item.name.startswith("test_interpreted") != INTERPRETED
+        item for item in items if here in item.path.parents and item.name.startswith("test_interpreted") != INTERPRETED
     ]
     config.hook.pytest_deselected(items=wrong)
     items[:] = [item for item in items if item not in wrong]

@@ -35,9 +35,7 @@ def build(kernel, signature, constants, capability, num_warps, tmp_path):
         constexprs=constants,
         attrs={i: [["tt.divisibility", 16]] for i in aligned},
     )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps}
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     usage = subprocess.run(

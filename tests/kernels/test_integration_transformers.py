@@ -60,9 +60,7 @@ def test_packed_equals_plain_transformers_one_by_one(family, causal):
     ids = torch.randint(1, 97, (sum(LENGTHS),))
     plain = ["eager"] if family == "Gemma2" else ["eager", "sdpa"]
     with torch.no_grad():
-        got = build(family, "l2v", causal)(
-            ids[None], **packed_inputs(LENGTHS, causal=causal)
-        ).last_hidden_state[0]
+        got = build(family, "l2v", causal)(ids[None], **packed_inputs(LENGTHS, causal=causal)).last_hidden_state[0]
         for implementation in plain:
             model = build(family, implementation, causal)
             for part, ours in zip(ids.split(LENGTHS), got.split(LENGTHS), strict=True):
@@ -128,9 +126,7 @@ def test_every_layer_has_noise_of_its_own():
     query, value = torch.zeros(1, 1, 16, 16), torch.eye(16)[None, None]
     packed = PackedAttention(torch.tensor([0, 16]), torch.tensor([7]), dropout_p=0.3)
     layers = [SimpleNamespace(training=True, layer_idx=i) for i in (0, 1, 1)]
-    a, b, c = (
-        packed_attention_forward(layer, query, query, value, None, packed=packed)[0] for layer in layers
-    )
+    a, b, c = (packed_attention_forward(layer, query, query, value, None, packed=packed)[0] for layer in layers)
     assert a.shape == (1, 16, 1, 16)
     assert torch.equal(b, c) and not torch.equal(a, b)
 

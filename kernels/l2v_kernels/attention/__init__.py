@@ -72,8 +72,7 @@ def _check(q_THD, k_TKD, v_TKD, cu_seqlens, dropout_p, seeds_S, window, softcap,
         raise ValueError(f"the query heads must be a multiple of the key heads, got {shapes}")
     if not q_THD.is_floating_point() or not q_THD.dtype == k_TKD.dtype == v_TKD.dtype:
         raise ValueError(
-            f"q, k and v must have one floating dtype, got {q_THD.dtype}, {k_TKD.dtype}, {v_TKD.dtype} "
-            f"for {shapes}"
+            f"q, k and v must have one floating dtype, got {q_THD.dtype}, {k_TKD.dtype}, {v_TKD.dtype} for {shapes}"
         )
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] != plan.n_segments + 1 or plan.n_tokens != q_THD.shape[0]:
         raise ValueError(
@@ -84,13 +83,10 @@ def _check(q_THD, k_TKD, v_TKD, cu_seqlens, dropout_p, seeds_S, window, softcap,
         raise ValueError(f"the plan is on {plan.device} and q on {q_THD.device} for {shapes}")
     if threshold(dropout_p):
         if seeds_S is None:
-            raise ValueError(
-                f"attention dropout needs seeds_S [S], one int64 seed a segment, got none for {shapes}"
-            )
+            raise ValueError(f"attention dropout needs seeds_S [S], one int64 seed a segment, got none for {shapes}")
         if seeds_S.dtype != torch.int64 or seeds_S.shape != (plan.n_segments,):
             raise ValueError(
-                f"seeds_S must be int64 [{plan.n_segments}], got {seeds_S.dtype} {tuple(seeds_S.shape)} "
-                f"for {shapes}"
+                f"seeds_S must be int64 [{plan.n_segments}], got {seeds_S.dtype} {tuple(seeds_S.shape)} for {shapes}"
             )
     if window is not None and window < 1:
         raise ValueError(f"a window holds at least the token itself, got {window=} for {shapes}")

@@ -61,32 +61,22 @@ class AttentionPlan:
             parts.append((length, first_n[:, None] + torch.arange(length), torch.tensor(members)))
 
         order_T = (
-            torch.cat([tokens.flatten() for _, tokens, _ in parts])
-            if parts
-            else torch.empty(0, dtype=torch.int64)
+            torch.cat([tokens.flatten() for _, tokens, _ in parts]) if parts else torch.empty(0, dtype=torch.int64)
         )
         identity_T = torch.arange(position)
         in_order = torch.equal(order_T, identity_T)
-        inverse_T = (
-            None if in_order else torch.empty_like(order_T).scatter_(0, order_T, identity_T).to(device)
-        )
+        inverse_T = None if in_order else torch.empty_like(order_T).scatter_(0, order_T, identity_T).to(device)
         groups = tuple(LengthGroup(n, tokens.to(device), members.to(device)) for n, tokens, members in parts)
         return cls(lengths, groups, None if in_order else order_T.to(device), inverse_T)
 
     @classmethod
-    def from_cu_seqlens(
-        cls, cu_seqlens: torch.Tensor, device: torch.device | str | None = None
-    ) -> "AttentionPlan":
+    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, device: torch.device | str | None = None) -> "AttentionPlan":
         """The plan of cu_seqlens, int32 or int64 [S + 1], read on the host: a CPU tensor avoids waiting.
 
         Args: device holds the plan's tensors, by default that of cu_seqlens.
         Errors: ValueError unless cu_seqlens is one-dimensional, starts at 0 and never falls.
         """
-        if (
-            cu_seqlens.ndim != 1
-            or cu_seqlens.dtype not in (torch.int32, torch.int64)
-            or cu_seqlens.shape[0] == 0
-        ):
+        if cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.shape[0] == 0:
             raise ValueError(
                 f"cu_seqlens must be int32 or int64 [S + 1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}"
             )

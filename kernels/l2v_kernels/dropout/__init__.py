@@ -8,9 +8,7 @@ from l2v_kernels.philox import threshold
 __all__ = ["dropout"]
 
 
-def dropout(
-    x_TE: torch.Tensor, p: float, seeds_T: torch.Tensor, rows_T: torch.Tensor, stream: int
-) -> torch.Tensor:
+def dropout(x_TE: torch.Tensor, p: float, seeds_T: torch.Tensor, rows_T: torch.Tensor, stream: int) -> torch.Tensor:
     """x / (kept fraction) where kept, 0 elsewhere; x itself where p rounds to 0.
 
     Args:
@@ -27,11 +25,7 @@ def dropout(
     shapes = f"x {tuple(x_TE.shape)}, seeds {tuple(seeds_T.shape)}, rows {tuple(rows_T.shape)}"
     if x_TE.ndim != 2 or seeds_T.shape != x_TE.shape[:1] or rows_T.shape != x_TE.shape[:1]:
         raise ValueError(f"dropout needs x [T, E], seeds [T] and rows [T], got {shapes}")
-    if (
-        not x_TE.is_floating_point()
-        or seeds_T.dtype != torch.int64
-        or rows_T.dtype not in (torch.int32, torch.int64)
-    ):
+    if not x_TE.is_floating_point() or seeds_T.dtype != torch.int64 or rows_T.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"dropout needs floating x, int64 seeds and int32 or int64 rows, got {x_TE.dtype}, "
             f"{seeds_T.dtype} and {rows_T.dtype} for {shapes}"

@@ -47,6 +47,4 @@ def _has_triton() -> bool:
 def _launch(x_TE, p, seeds_T, rows_T, stream):
     from l2v_kernels.dropout.kernel import launch
 
-    return launch(
-        x_TE, torch.empty_like(x_TE, memory_format=torch.contiguous_format), p, seeds_T, rows_T, stream
-    )
+    return launch(x_TE, torch.empty_like(x_TE, memory_format=torch.contiguous_format), p, seeds_T, rows_T, stream)

@@ -5,9 +5,7 @@ import torch
 from l2v_kernels.philox import DOMAIN_DROPOUT, keep_bytes, keep_scale, threshold
 
 
-def dropped(
-    n_columns: int, p: float, seeds_T: torch.Tensor, rows_T: torch.Tensor, stream: int
-) -> torch.Tensor:
+def dropped(n_columns: int, p: float, seeds_T: torch.Tensor, rows_T: torch.Tensor, stream: int) -> torch.Tensor:
     """bool [T, n_columns], true where an element is dropped. Arguments as in `l2v_kernels.dropout`."""
     return keep_bytes(seeds_T, rows_T, n_columns, stream, DOMAIN_DROPOUT) < threshold(p)
 

@@ -65,8 +65,7 @@ def packed_attention_forward(
         )
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"packed attention takes one sequence and no cache, got query {tuple(query.shape)}, "
-            f"key {tuple(key.shape)}"
+            f"packed attention takes one sequence and no cache, got query {tuple(query.shape)}, key {tuple(key.shape)}"
         )
     if attention_mask is not None:
         raise ValueError(f"packed attention takes no mask, got one of shape {tuple(attention_mask.shape)}")

@@ -1,0 +1,57 @@
+"""The command `l2v`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from l2v import __version__
+from l2v.errors import UserError
+
+COMMANDS = {
+    "train": ("l2v.train", "train the stages of a recipe under DeepSpeed"),
+    "quickstart": ("l2v.quickstart", "the whole recipe on the embedded model and Danish sample"),
+    "search": ("l2v.search", "semantic search with a trained encoder"),
+    "data": ("l2v.data_cli", "check a data set"),
+    "export": ("l2v.export_cli", "write a merged encoder for transformers and sentence-transformers"),
+    "recipes": ("l2v.recipes_cli", "list the recipes that come with l2v, or print one"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatch to a subcommand; a user's mistake is one sentence and an exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in ("-V", "--version"):
+        print(f"l2v {__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: l2v COMMAND ...\n")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:<12}{text}")
+        print("\nl2v COMMAND --help tells more.")
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"l2v: unknown command '{argv[0]}'; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    quiet_libraries()
+    try:
+        return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+    except UserError as error:
+        print(f"l2v: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("l2v: stopped", file=sys.stderr)
+        return 1
+
+
+def quiet_libraries() -> None:
+    """Leave the screen to this program: no bars and advice from libraries unless the user asked for them."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

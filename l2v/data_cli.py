@@ -1,0 +1,18 @@
+"""`l2v data check [FOLDER]`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from l2v.data import check
+from l2v.errors import RecipeError
+
+TOOLS = {"check": check.main}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatch to a tool for data sets."""
+    argv = list(argv or ())
+    if not argv or argv[0] not in TOOLS:
+        raise RecipeError(f"l2v data needs one of: {', '.join(TOOLS)}; for example: l2v data check FOLDER")
+    return TOOLS[argv[0]](argv[1:])

@@ -1,0 +1,256 @@
+"""`l2v quickstart`: the whole recipe on the embedded default, scored on held-out questions, in about ten minutes on a laptop."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from l2v.data import sample
+from l2v.data.sample import Question
+from l2v.encoder import Encoder
+from l2v.errors import UserError
+from l2v.evaluation.plots import loss_curves, read_metrics
+from l2v.evaluation.retrieval import RetrievalResult, bootstrap_interval, score, tfidf_scores
+from l2v.model.embedded import resolve
+from l2v.model.load import dtype_of
+from l2v.recipe import Recipe
+from l2v.recipe_io import load_recipe
+
+RECIPE = "smollm2-135m-da"
+# Step counts are chosen for this rate (2 cores with bf16 instructions); a slower machine trains fewer steps.
+REFERENCE_GFLOPS = 500.0
+LEAST_SHARE = 0.15
+SEARCHES = (
+    "hvornår må man gå i de danske skove om natten",
+    "min nabo larmer, hvad gør jeg",
+    "hvordan får jeg styr på min økonomi",
+)
+KINDS = ("plain", "colloquial", "disjoint")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, evaluate, export, search; everything is below `runs/smollm2-135m-da` (or out=...)."""
+    p = argparse.ArgumentParser(prog="l2v quickstart", description=main.__doc__)
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, e.g. stages.mntp.steps=20")
+    p.add_argument("--share", type=float, help="share of the recipe's steps to train (default: by the machine's speed)")
+    p.add_argument("--fresh", action="store_true", help="train again, even if the run is there already")
+    args = p.parse_intermixed_args(argv)
+    began = time.perf_counter()
+    console = Console(soft_wrap=True)
+    recipe = load_recipe(RECIPE, args.overrides)
+    run = Path(recipe.out or f"runs/{recipe.name}")
+    recipe, overrides = _fit_to_machine(recipe, list(args.overrides), args.share, run, console)
+    resolve(recipe.base.model)
+    _train(overrides, args.fresh)
+    trained = time.perf_counter() - began
+    results, encoders = evaluate(recipe, run, console)
+    report = summarize(results, run, recipe)
+    loss_curves(run, recipe.order(), run / "loss.png")
+    for stage in ("simcse", "supervised"):
+        encoders[stage].save(run / f"encoder-{stage}")
+    console.print(render(report))
+    console.print("")
+    passages_ME = encoders["supervised"].encode([p.text for p in sample.passages().values()], show_progress=True)
+    for query in SEARCHES:
+        show_search(console, encoders["supervised"], query, passages_ME, top=2)
+    report["seconds"] = {"training": round(trained, 1), "all": round(time.perf_counter() - began, 1)}
+    report["machine"] = machine(recipe)
+    report["steps"] = {name: stage.steps for name, stage in recipe.stages.items()}
+    (run / "quickstart.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (run / "quickstart.md").write_text(markdown(report), encoding="utf-8")
+    console.print(
+        f"\n{report['seconds']['all']:.0f} s in all ({report['seconds']['training']:.0f} s training). Scores: {run}/quickstart.json, "
+        f"curves: {run}/loss.png, TensorBoard: {run}/*/tensorboard, encoders: {run}/encoder-*\n"
+        f'Search on your own: l2v search {run} "hvad skal jeg gøre ved lus"'
+    )
+    return 0
+
+
+def machine(recipe: Recipe) -> dict[str, str | int | float]:
+    """What the numbers were measured on."""
+    import transformers
+
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "accelerator": accelerator,
+        "precision": str(dtype_of(recipe.base.precision)).removeprefix("torch."),
+        "python": platform.python_version(),
+        "torch": torch.__version__.split("+")[0],
+        "transformers": transformers.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def gemm_gflops(dtype: torch.dtype) -> float:
+    """Measured rate of the matrix product that training spends its time in (GFLOP/s), best of five."""
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    x, w = torch.randn(1024, 576, device=where).to(dtype), torch.randn(1536, 576, device=where).to(dtype)
+    best = 0.0
+    for _ in range(6):  # the first one warms up
+        began = time.perf_counter()
+        for _ in range(10):
+            torch.nn.functional.linear(x, w)
+        if where == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 10 * 2 * 1024 * 576 * 1536 / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def _fit_to_machine(
+    recipe: Recipe, overrides: list[str], share: float | None, run: Path, console: Console
+) -> tuple[Recipe, list[str]]:
+    dtype = dtype_of(recipe.base.precision)
+    rate = gemm_gflops(dtype)
+    kept = run / "share.json"
+    if share is None and kept.is_file():  # a continued run keeps its step counts
+        share = json.loads(kept.read_text(encoding="utf-8"))["share"]
+    if share is None:
+        share = min(1.0, max(LEAST_SHARE, round(rate / REFERENCE_GFLOPS, 2)))
+    console.print(
+        f"{recipe.name}: {str(dtype).removeprefix('torch.')}, {rate:.0f} GFLOP/s"
+        + (f"; trains {share:.0%} of the recipe's steps so that ten minutes are enough" if share < 1 else "")
+    )
+    given = {text.split("=", 1)[0] for text in overrides}
+    for name, stage in recipe.stages.items():
+        if share < 1 and not given & {f"stages.{name}.steps", f"{name}.steps"}:
+            overrides.append(f"stages.{name}.steps={max(2, round(stage.steps * share))}")
+    run.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps({"share": share}) + "\n", encoding="utf-8")
+    return load_recipe(RECIPE, overrides), overrides
+
+
+def _train(overrides: list[str], fresh: bool) -> None:
+    command = [sys.executable, "-m", "l2v.train", RECIPE, *overrides, *(["--fresh"] if fresh else [])]
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise UserError("training did not finish; its message stands above. The same command goes on where it stopped")
+
+
+def evaluate(recipe: Recipe, run: Path, console: Console) -> tuple[list[RetrievalResult], dict[str, Encoder]]:
+    """Held-out questions against all passages: TF-IDF, the untrained model causal and bidirectional, every stage."""
+    questions, passages = sample.questions("heldout"), list(sample.passages().values())
+    texts, queries = [p.text for p in passages], [q.query for q in questions]
+    position = {p.id: at for at, p in enumerate(passages)}
+    relevant = [position[q.positive] for q in questions]
+    results = [score("TF-IDF (characters)", tfidf_scores(queries, texts), relevant)]
+    length = recipe.stages["supervised"].length
+    encoders: dict[str, Encoder] = {}
+    base = {"length": length, "precision": recipe.base.precision, "template": recipe.base.template}
+    for name, make in {
+        "untrained, causal": lambda: Encoder.from_pretrained(recipe.base.model, attention="causal", **base),
+        "untrained, bidirectional": lambda: Encoder.from_pretrained(recipe.base.model, **base),
+        **{s: (lambda s=s: Encoder.from_pretrained(run / s, length=length)) for s in recipe.order()},
+    }.items():
+        encoder = make()
+        console.print(f"evaluating {name}", style="dim")
+        queries_NE = encoder.encode(queries, show_progress=True)
+        passages_ME = encoder.encode(texts, show_progress=True)
+        results.append(score(name, queries_NE @ passages_ME.T, relevant))
+        if name in recipe.stages:
+            encoders[name] = encoder
+    return results, encoders
+
+
+def summarize(results: list[RetrievalResult], run: Path, recipe: Recipe) -> dict:
+    """All rows, the comparisons between stages, and what MNTP did to the held-out cross-entropy."""
+    questions: list[Question] = sample.questions("heldout")
+    kinds = np.array([q.kind for q in questions])
+    rows = []
+    for result in results:
+        by_kind = {f"ndcg_{kind}": float(result.ndcg[kinds == kind].mean()) for kind in KINDS}
+        rows.append({"name": result.name} | result.summary() | by_kind)
+    by_name = {r.name: r for r in results}
+    against = []
+    for better, worse in (("simcse", "mntp"), ("supervised", "mntp"), ("supervised", "simcse")):
+        difference = by_name[better].ndcg - by_name[worse].ndcg
+        low, high = bootstrap_interval(difference)
+        against.append(
+            {"better": better, "than": worse, "difference": float(difference.mean()), "low": low, "high": high}
+        )
+    start = by_name["untrained, bidirectional"].ndcg.mean()
+    covered = (by_name["supervised"].ndcg.mean() - start) / (1 - start)
+    losses = [row["eval_loss"] for row in read_metrics(run / "mntp") if "eval_loss" in row]
+    return {
+        "queries": len(questions),
+        "passages": len(sample.passages()),
+        "rows": rows,
+        "paired": against,
+        "supervised_covers": float(covered),
+        "mntp_held_out": {"before": losses[0], "after": losses[-1]} if losses else None,
+    }
+
+
+HEADINGS = ("", "nDCG@10", "95% interval", "plain", "colloquial", "no shared word", "recall@1", "margin")
+
+
+def _cells(row: dict) -> list[str]:
+    kinds = [f"{row[f'ndcg_{kind}']:.3f}" for kind in KINDS]
+    interval = f"{row['ndcg_low']:.3f} to {row['ndcg_high']:.3f}"
+    return [
+        row["name"],
+        f"{row['ndcg_at_10']:.3f}",
+        interval,
+        *kinds,
+        f"{row['recall_at_1']:.3f}",
+        f"{row['margin']:.3f}",
+    ]
+
+
+def render(report: dict) -> Table:
+    """The table for the terminal."""
+    table = Table(title=f"{report['queries']} held-out questions against {report['passages']} passages")
+    for at, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="left" if at == 0 else "right")
+    for row in report["rows"]:
+        table.add_row(*_cells(row))
+    return table
+
+
+def markdown(report: dict) -> str:
+    """The table for a README, with what stands below it."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|-|" + "-:|" * (len(HEADINGS) - 1)]
+    lines += ["| " + " | ".join(_cells(row)) + " |" for row in report["rows"]]
+    held_out = report["mntp_held_out"]
+    if held_out:
+        lines += ["", f"MNTP held-out cross-entropy: {held_out['before']:.2f} to {held_out['after']:.2f} nats."]
+    for pair in report["paired"]:
+        lines.append(
+            f"{pair['better']} above {pair['than']}: {pair['difference']:+.3f} nDCG@10 "
+            f"(paired bootstrap, 95%: {pair['low']:+.3f} to {pair['high']:+.3f})."
+        )
+    seconds, on = report["seconds"], report["machine"]
+    where = f"{on['cores']} cores of {on['processor']}" if on["accelerator"] == "none" else on["accelerator"]
+    lines.append(
+        f"{seconds['all']:.0f} s in all, {seconds['training']:.0f} s of them training, on {where} in {on['precision']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def show_search(console: Console, encoder: Encoder, query: str, passages_ME: np.ndarray, *, top: int) -> None:
+    """Print the passages of the sample that lie nearest to a query."""
+    passages = list(sample.passages().values())
+    scores_M = passages_ME @ encoder.encode(query)
+    console.print(f"[bold]{query}[/bold]", highlight=False)
+    for at in np.argsort(-scores_M)[:top]:
+        console.print(f"  {scores_M[at]:.3f}  {passages[at].text}", highlight=False, markup=False)

@@ -1,0 +1,216 @@
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# An installed distribution is on the path by itself; a bare checkout is not.
+for folder in (ROOT, ROOT / "kernels"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+# Both are read when `datasets` is imported: a cache of our own, so that no test meets yesterday's rows, and no hub.
+_CACHE = tempfile.TemporaryDirectory(prefix="l2v-tests-", ignore_cleanup_errors=True)
+os.environ["HF_DATASETS_CACHE"] = _CACHE.name
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+WHO = ("Hunden", "Katten", "En gammel mand", "Min søster", "Den lille pige", "Vores nabo", "Læreren", "En fisker")
+DOES = ("løber gennem", "bor ved siden af", "drømmer om", "kigger ud over", "cykler forbi", "venter foran")
+WHAT = ("skoven", "den røde låge", "havnen i Ærøskøbing", "en stille å", "byens største bibliotek")
+VOCABULARY = 300
+SPECIALS = ["<s>", "</s>", "<pad>"]
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[str]:
+    """240 short Danish sentences, all different."""
+    return [f"{who} {does} {what}." for who in WHO for does in DOES for what in WHAT]
+
+
+def _train_tokenizer(folder: Path, sentences: list[str], *, bos: bool) -> str:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIALS, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(sentences, trainer)
+    if bos:  # Llama 3: byte level, then BOS before the text and nothing behind it
+        template = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)])
+        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    assert len(fast) == VOCABULARY
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory, sentences) -> str:
+    """A byte-level BPE tokenizer of 300 entries that adds no special token."""
+    return _train_tokenizer(tmp_path_factory.mktemp("tokenizer"), sentences, bos=False)
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer_folder(tmp_path_factory, sentences) -> str:
+    """The same tokenizer with Llama 3's post-processor: <s> before every text."""
+    return _train_tokenizer(tmp_path_factory.mktemp("bos-tokenizer"), sentences, bos=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> dict:
+    """A Llama of 2 layers and hidden size 32, as `base.config` has it."""
+    return {
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+
+
+@pytest.fixture(scope="session")
+def config_folder(tmp_path_factory, tiny_config) -> str:
+    """A transformers folder with that configuration and nothing else."""
+    from transformers import AutoConfig
+
+    folder = tmp_path_factory.mktemp("config")
+    AutoConfig.for_model(**tiny_config).save_pretrained(folder)
+    return str(folder)
+
+
+def write_jsonl(path: Path, rows: list) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session", name="write_jsonl")
+def _write_jsonl():
+    """write_jsonl(path, rows) -> str: one JSON object a line."""
+    return write_jsonl
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(bos_tokenizer_folder, tiny_config, sentences):
+    """tiny_recipe(folder, **{"stages.mntp.steps": 8}) -> Path of a recipe in `folder`, its data and `out` there too.
+
+    Stages mntp, simcse and supervised, the last two from mntp; batch 4, 4 steps, float32, no TensorBoard.
+    """
+    import yaml
+
+    def write(folder: Path, **overrides) -> Path:
+        documents = [{"text": " ".join(sentences[i : i + 5])} for i in range(0, 120, 5)]
+        pairs = [
+            {"query": f"Hvem {text.split(' ', 1)[1]}", "positive": text, "negatives": [sentences[-1 - i]]}
+            for i, text in enumerate(sentences[:24])
+        ]
+        every = {"batch": 4, "steps": 4, "micro_tokens": 512}
+        tree = {
+            "name": "tiny",
+            "out": str(folder / "run"),
+            "base": {
+                "model": "tiny-llama",
+                "init": "random",
+                "config": tiny_config,
+                "tokenizer": bos_tokenizer_folder,
+                "precision": "fp32",
+            },
+            "lora": {"r": 4, "alpha": 8},
+            "tracking": {"tensorboard": False},
+            "stages": {
+                "mntp": every
+                | {"objective": "mntp", "length": 64, "lr": 5e-3}
+                | {"data": write_jsonl(folder / "documents.jsonl", documents)},
+                "simcse": every
+                | {"objective": "simcse", "from": "mntp", "length": 48, "lr": 3e-3}
+                | {"data": write_jsonl(folder / "sentences.jsonl", [{"text": text} for text in sentences[:40]])},
+                "supervised": every
+                | {"objective": "supervised", "from": "mntp", "length": 48, "lr": 3e-3}
+                | {"data": write_jsonl(folder / "pairs.jsonl", pairs)},
+            },
+        }
+        for dotted, value in overrides.items():
+            at = tree
+            *above, last = dotted.split(".")
+            for key in above:
+                at = at.setdefault(key, {})
+            at[last] = value
+        path = folder / "tiny.yaml"
+        path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        return path
+
+    return write
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.fixture
+def cli_environment() -> dict[str, str]:
+    """The environment of a training process on the CPU, with a port of its own and no rank."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    path = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    return environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_PORT": str(free_port())}
+
+
+@pytest.fixture
+def run_cli(cli_environment, tmp_path):
+    """run_cli(*args, processes=1, expect=0): `python -m l2v.train` to its end; stdout holds both streams."""
+
+    def run(*args: object, processes: int = 1, expect: int = 0, timeout: float = 600) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "l2v.train", *map(str, args), "--processes", str(processes)]
+        done = subprocess.run(
+            command, env=cli_environment, cwd=tmp_path, text=True, timeout=timeout,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        assert done.returncode == expect, f"exit code {done.returncode}, expected {expect}:\n{done.stdout}"
+        return done
+
+    return run
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd, tmp_path):
+    """run_here(*args, expect=0) -> its output: the program as the one rank of a launcher, inside this process.
+
+    Twenty seconds faster than `run_cli`, which starts two launchers and a trainer.
+    """
+    from l2v.train import main
+
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+    for key, value in rank.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object, expect: int = 0) -> str:
+        monkeypatch.setenv("MASTER_PORT", str(free_port()))
+        try:
+            code = main([str(arg) for arg in args])
+        finally:  # DeepSpeed keeps the groups of the process group that main() has just left
+            if groups := sys.modules.get("deepspeed.utils.groups"):
+                importlib.reload(groups)
+        output = "".join(capfd.readouterr())
+        assert code == expect, f"exit code {code}, expected {expect}:\n{output}"
+        return output
+
+    return run

@@ -1,0 +1,256 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from l2v.training import checkpoint
+
+ALONE = {"stages.simcse.from": "base", "stages.supervised.from": "base"}
+
+
+@pytest.fixture
+def recipe(tiny_recipe, tmp_path):
+    """recipe(**overrides) -> Path of the tiny recipe, whose stages all start from the base."""
+    return lambda **overrides: tiny_recipe(tmp_path, **ALONE | overrides)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_refused(output: str, *parts: str, run: Path | None = None) -> None:
+    """One sentence with these parts, no traceback, and of the run nothing but the mark of whose folder it is."""
+    sentences = [line for line in output.splitlines() if line.startswith("l2v: ")]
+    assert len(sentences) == 1, output
+    for part in parts:
+        assert part in sentences[0], output
+    assert "Traceback" not in output
+    left = files(run or Path.cwd() / "run")
+    assert all(name.endswith("/stage.json") for name in left), left
+
+
+def test_a_recipe_that_is_not_there(run_here):
+    assert_refused(run_here("nowhere.yaml", expect=2), "there is no recipe 'nowhere.yaml': give a YAML file or one of")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "arguments", "parts"),
+    [
+        ({"stages.mntp.bacth": 4}, [], ["tiny.yaml:", "unknown key 'stages.mntp.bacth'; did you mean 'batch'?"]),
+        ({"stages.mntp.steps": 0}, [], ["stage 'mntp': steps is 0 and must be at least 1"]),
+        ({}, ["mntp.stepz=3"], ["command line 'mntp.stepz=3': unknown key", "did you mean 'steps'?"]),
+        ({}, ["--stage", "mnpt"], ["there is no stage 'mnpt'; did you mean 'mntp'?"]),
+        ({"base.mask_token": "to ord"}, ["--stage", "mntp"], ["base.mask_token 'to ord' is", "choose one that is one"]),
+        ({"lora.targets": ["no_proj"]}, ["--stage", "mntp"], ["lora.targets ['no_proj']"]),
+        ({"base.template": {"prefix": "bruger: "}}, ["--stage", "simcse", "length=3"], ["leaves no room"]),
+        ({"base.config": {"model_type": "lama"}}, ["--stage", "mntp"], ["base.config", "lama"]),
+        ({"base.config": {"hidden_size": 8}}, ["--stage", "mntp"], ["base.config needs a model_type, for example"]),
+    ],
+)
+def test_a_recipe_mistake_is_exit_code_2(run_here, recipe, overrides, arguments, parts):
+    assert_refused(run_here(recipe(**overrides), *arguments, expect=2), *parts)
+
+
+@pytest.mark.parametrize(
+    ("stage", "content", "parts"),
+    [
+        ("mntp", None, ["documents.jsonl: there is no such file; give a file, hub:NAME or sample:da/train"]),
+        ("mntp", '{"text": "god"}\n{"text": \n', ["documents.jsonl, line 2: malformed JSON", "is one object"]),
+        ("mntp", '{"tekst": "god"}\n', ["documents.jsonl, line 1: the field 'text' is absent; found tekst"]),
+        ("mntp", '{"text": "god"}\n{"text": " "}\n', ["line 2: 'text' is empty; remove the row or set skip_empty"]),
+        ("mntp", "", ["documents.jsonl: the data set is empty; it needs at least one row"]),
+        ("mntp", b'{"text": "\xe6"}\n', ["documents.jsonl: not readable as UTF-8 text"]),
+        ("simcse", '{"text": "alene"}\n', ["stage 'simcse': 1 example leaves no in-batch negatives; give at least 2"]),
+        ("supervised", '{"query": "Hvem?"}\n', ["pairs.jsonl, line 1: the field 'positive' is absent; found query"]),
+        ("supervised", '{"query": "Hvem?", "positive": ""}\n', ["pairs.jsonl, line 1: 'positive' is empty"]),
+    ],
+)
+def test_bad_data_is_exit_code_1(run_here, recipe, tmp_path, stage, content, parts):
+    path = recipe()
+    data = tmp_path / {"mntp": "documents", "simcse": "sentences", "supervised": "pairs"}[stage]
+    data = data.with_suffix(".jsonl")
+    data.unlink()
+    if content is not None:
+        data.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert_refused(run_here(path, "--stage", stage, expect=1), *parts)
+
+
+def test_bad_held_out_data_is_found_before_training(run_here, recipe):
+    output = run_here(recipe(**{"stages.mntp.eval_data": "gone.jsonl"}), "--stage", "mntp", expect=1)
+    assert_refused(output, "gone.jsonl: there is no such file")
+
+
+def test_an_example_that_fits_no_micro_batch(run_here, recipe):
+    output = run_here(recipe(**{"stages.supervised.micro_tokens": 48}), "--stage", "supervised", expect=1)
+    assert_refused(output, "tokens (all its texts) and micro_tokens is 48; raise micro_tokens or lower length")
+
+
+def test_a_base_that_is_not_there(run_here, recipe, tokenizer_folder):
+    gone = {"base.model": "/nowhere/llama", "base.init": "pretrained", "base.config": None}
+    output = run_here(recipe(**gone), "--stage", "mntp", expect=1)
+    assert_refused(output, "the base '/nowhere/llama' is not there")
+    output = run_here(recipe(**gone, **{"base.tokenizer": None}), "--stage", "mntp", expect=1)
+    assert_refused(output, "/nowhere/llama")
+    output = run_here(recipe(**gone | {"base.model": tokenizer_folder}), "--stage", "mntp", expect=1)
+    assert_refused(output, tokenizer_folder)
+
+
+def test_a_base_without_weights(run_here, recipe, config_folder):
+    empty = {"base.model": config_folder, "base.init": "pretrained", "base.config": None}
+    output = run_here(recipe(**empty), "--stage", "mntp", expect=1)
+    assert_refused(output, f"the base '{config_folder}' cannot be loaded")
+
+
+@pytest.mark.parametrize("adapter", ["/nowhere/adapter", "empty"])
+def test_an_adapter_that_is_not_there(run_here, recipe, tmp_path, adapter):
+    (tmp_path / "empty").mkdir()
+    output = run_here(recipe(), "--stage", "simcse", f"adapters=[{adapter}]", expect=1)
+    assert_refused(output, adapter)
+
+
+def test_a_stage_whose_parent_is_not_trained(run_here, recipe, tmp_path):
+    output = run_here(recipe(**{"stages.simcse.from": "mntp"}), "--stage", "simcse", expect=1)
+    assert_refused(output, "stage 'simcse' starts from 'mntp', which is not trained yet", "train it first")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mended_recipe_goes_into_the_same_folder(run_here, recipe, tmp_path):
+    good = recipe()
+    run_here(recipe(**{"stages.mntp.data": "gone.jsonl"}), "--stage", "mntp", expect=1)
+    run_here(good := recipe(), "--stage", "mntp")
+    assert good.is_file() and (tmp_path / "run/mntp/adapter/adapter_model.safetensors").is_file()
+
+
+def test_a_folder_of_another_recipe_is_left_alone(run_here, recipe, tmp_path):
+    path, run = recipe(), tmp_path / "run" / "mntp"
+    assert "mntp: done, adapter in" in run_here(path, "--stage", "mntp")
+    before = {name: (run / name).read_bytes() for name in files(run)}
+    output = run_here(path, "--stage", "mntp", "lr=1e-3", expect=1)
+    assert f"l2v: {run} belongs to another recipe: stages.mntp.lr was 0.005 and is now 0.001;" in output
+    assert "choose another folder with out=..., or start anew with --fresh" in output and "Traceback" not in output
+    assert {name: (run / name).read_bytes() for name in files(run)} == before
+    assert "mntp: already trained" in run_here(path, "--stage", "mntp", "log_every=2")
+    assert "mntp: done" in run_here(path, "--stage", "mntp", "lr=1e-3", "--fresh")
+    assert (run / "adapter/adapter_model.safetensors").read_bytes() != before["adapter/adapter_model.safetensors"]
+
+
+def test_a_stage_is_not_done_when_its_parent_was_trained_anew(run_here, recipe):
+    path = recipe(**{"stages.simcse.from": "mntp"})
+    run_here(path, "--stage", "mntp")
+    run_here(path, "--stage", "simcse")
+    assert "simcse: already trained" in run_here(path, "--stage", "simcse")
+    run_here(path, "--stage", "mntp", "mntp.seed=7", "--fresh")
+    changed = recipe(**{"stages.simcse.from": "mntp", "stages.mntp.seed": 7})
+    output = run_here(changed, "--stage", "simcse", expect=1)
+    assert "already trained" not in output and "--fresh" in output
+
+
+def test_a_folder_of_something_else_is_left_alone(run_here, recipe, tmp_path):
+    thesis = tmp_path / "run" / "mntp" / "thesis.tex"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("years of work")
+    for fresh in ([], ["--fresh"]):
+        output = run_here(recipe(), "--stage", "mntp", *fresh, expect=1)
+        assert f"{thesis.parent} is not empty and no run of l2v: choose another folder with out=..." in output
+        assert "Traceback" not in output and files(tmp_path / "run") == {"mntp/thesis.tex"}
+
+
+def test_a_folder_that_cannot_be_written(run_here, recipe, tmp_path):
+    (tmp_path / "run").write_text("a file where the folder should be")
+    output = run_here(recipe(), "--stage", "mntp", expect=1)
+    assert "cannot be written" in output and "choose another folder with out=..." in output
+    assert "Traceback" not in output
+
+
+def test_a_damaged_mark_is_one_sentence(run_here, recipe, tmp_path):
+    run_here(recipe(**{"stages.mntp.data": "gone.jsonl"}), "--stage", "mntp", expect=1)
+    (tmp_path / "run/mntp/stage.json").write_text('{"name": ')
+    assert_refused(run_here(recipe(), "--stage", "mntp", expect=1), "stage.json: damaged; remove")
+
+
+def test_a_disk_that_takes_no_more(run_here, recipe, tmp_path):
+    """A limit on file size stands in for a full disk: it needs no mount and holds for root as well."""
+    path, run = recipe(**{"lora.r": 16}), tmp_path / "run" / "mntp"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
+    try:
+        output = run_here(path, "--stage", "mntp", expect=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "step-000004: the checkpoint cannot be written (" in output and "Traceback" not in output
+    assert "earlier checkpoints are whole: free some space and start the same command again" in output
+    assert files(run) == {"stage.json", "metrics.jsonl"}
+    assert "mntp: done" in run_here(path, "--stage", "mntp")
+
+
+def test_metrics_on_a_full_disk(run_here, recipe, tmp_path):
+    run_here(recipe(**{"stages.mntp.data": "gone.jsonl"}), "--stage", "mntp", expect=1)
+    (tmp_path / "run/mntp/metrics.jsonl").symlink_to("/dev/full")
+    output = run_here(recipe(), "--stage", "mntp", expect=1)
+    assert "metrics.jsonl" in output and "o space left on" in output and "Traceback" not in output
+
+
+def test_texts_beyond_the_length_are_counted(run_here, recipe):
+    output = run_here(recipe(**{"stages.simcse.length": 12}), "--stage", "simcse")
+    assert "simcse: 40 texts were longer than 12 tokens and were cut there; raise `length` to keep them whole" in output
+
+
+def test_an_interrupt_before_the_first_step(run_here, recipe, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("l2v.train.build", interrupted)
+    output = run_here(recipe(), "--stage", "mntp", expect=1)
+    assert_refused(output, "stopped before the first step; nothing was changed")
+
+
+def test_the_launcher_passes_sentence_and_exit_code_on(run_cli, recipe, tmp_path):
+    (tmp_path / "documents.jsonl").unlink(missing_ok=True)
+    path = recipe(**{"stages.mntp.data": str(tmp_path / "gone.jsonl")})
+    assert_refused(
+        run_cli(path, processes=2, expect=1).stdout, "gone.jsonl: there is no such file", run=tmp_path / "run"
+    )
+    path = recipe(**{"base.mask_token": "to ord"})
+    assert_refused(run_cli(path, expect=2).stdout, "base.mask_token 'to ord' is", run=tmp_path / "run")
+
+
+def wait_for_rows(metrics: Path, rows: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while not metrics.is_file() or len(metrics.read_text().splitlines()) < rows:
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "training ended or hangs before it could be stopped"
+        )
+        time.sleep(0.05)
+
+
+def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(recipe, run_cli, cli_environment, tmp_path):
+    path, run = recipe(**{"stages.mntp.steps": 400}), tmp_path / "run" / "mntp"
+    log = tmp_path / "log.txt"
+    with open(log, "w") as output:
+        command = [sys.executable, "-m", "l2v.train", str(path), "--stage", "mntp", "--processes", "1"]
+        process = subprocess.Popen(
+            command, env=cli_environment, stdout=output, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True
+        )
+        try:
+            wait_for_rows(run / "metrics.jsonl", 3, process)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            code = process.wait(timeout=120)
+        finally:
+            process.kill()
+    output = log.read_text()
+    assert code == 1, output
+    saved = checkpoint.newest(run / "checkpoints")
+    assert saved is not None and 3 <= saved.step < 400
+    assert f"l2v: stopped after step {saved.step}; the same command goes on from there" in output
+    assert "Traceback" not in output
+    assert not (run / "adapter").exists() and not list(run.rglob("*.partial"))
+    assert f"mntp: going on after step {saved.step}" in run_cli(path, "--stage", "mntp").stdout
+    rows = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, 401))
+    assert (run / "adapter/adapter_model.safetensors").is_file()
