@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--fresh", action="store_true", help="train again, even if the run is there already")
     args = p.parse_intermixed_args(argv)
     began = time.perf_counter()
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     recipe = load_recipe(RECIPE, args.overrides)
     run = Path(recipe.out or f"runs/{recipe.name}")
     recipe, overrides = _fit_to_machine(recipe, list(args.overrides), args.share, run, console)
@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     (run / "quickstart.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (run / "quickstart.md").write_text(markdown(report), encoding="utf-8")
     console.print(
-        f"\n{report['seconds']['all']:.0f} s in all ({report['seconds']['training']:.0f} s training). Scores: {run}/quickstart.json, "
+        f"\n{report['seconds']['all']:.0f} s in all ({report['seconds']['training']:.0f} s training). "
+        f"Scores: {run}/quickstart.json, "
         f"curves: {run}/loss.png, TensorBoard: {run}/*/tensorboard, encoders: {run}/encoder-*\n"
         f'Search on your own: l2v search {run} "hvad skal jeg gøre ved lus"'
     )

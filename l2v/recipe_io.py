@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -261,10 +262,8 @@ def _convert(hint: Any, node: Node, path: str) -> Any:
 def _scalar(hint: type, node: Node, path: str) -> Any:
     value = node.value
     if hint is float and isinstance(value, str):
-        try:  # YAML 1.1 reads 5e-5 (no dot) as a string
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 5e-5 (no dot) as a string
             value = float(value)
-        except ValueError:
-            pass
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint is int and isinstance(value, float) and value.is_integer():

@@ -6,6 +6,7 @@ It composes recipe, data, model and loop; each stage of the recipe is one adapte
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -117,7 +118,7 @@ def launch(args: argparse.Namespace, argv: list[str]) -> int:
     command = [sys.executable, "-c", LAUNCHER, "--num_gpus", str(processes)]
     if "MASTER_PORT" in environment:
         command += ["--master_port", environment["MASTER_PORT"]]
-    process = subprocess.Popen(command + ["--module", "l2v.train", *argv], env=environment, start_new_session=True)
+    process = subprocess.Popen([*command, "--module", "l2v.train", *argv], env=environment, start_new_session=True)
 
     def forward(*_) -> None:
         os.killpg(process.pid, signal.SIGINT)
@@ -173,7 +174,7 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
     )  # fmt: skip
     final = train(engine, job, resume)
     weights = {key: final[f"weight.{key}"] for key in parameters}
-    _on_first_rank(lambda: _publish(model.decoder, weights, folder, lineage))
+    _on_first_rank(functools.partial(_publish, model.decoder, weights, folder, lineage))
     if rank == 0:
         print(f"{name}: done, adapter in {folder / 'adapter'}", flush=True)
     engine.destroy()
@@ -247,7 +248,8 @@ def _claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh
             trained = (folder / "adapter").is_dir() or any(folder.glob("checkpoints/step-*"))
             if changed and trained:  # a start that failed on a wrong path left nothing to protect
                 raise UserError(
-                    f"{folder} belongs to another recipe: {changed}; choose another folder with out=..., or start anew with --fresh"
+                    f"{folder} belongs to another recipe: {changed}; choose another folder with out=..., "
+                    "or start anew with --fresh"
                 )
             if (folder / "adapter").is_dir():
                 return "done"

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from l2v_kernels.philox import DOMAIN_MASKING, philox4x32
 
 from l2v.batch import PackedBatch, Segment, pack
 from l2v.data.examples import Examples
+from l2v_kernels.philox import DOMAIN_MASKING, philox4x32
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 
 import torch
-from l2v_kernels import dropout
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from l2v.recipe import LLAMA_LINEARS
+from l2v_kernels import dropout
 
 MODULES_PER_LAYER = 64
 

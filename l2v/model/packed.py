@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from l2v_kernels import AttentionPlan
-from l2v_kernels.integrations.transformers import PackedAttention
 from torch import nn
 
 from l2v.batch import PackedBatch
 from l2v.model.noise import NoiseState, address_dropout
 from l2v.model.pooling import pool
+from l2v_kernels import AttentionPlan
+from l2v_kernels.integrations.transformers import PackedAttention
 
 
 class PackedDecoder(nn.Module):

@@ -24,7 +24,7 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         with self._told():
             _cut(self.path, resumed_at)
-            self.file = open(self.path, "a", encoding="utf-8")
+            self.file = self.path.open("a", encoding="utf-8")
         if tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

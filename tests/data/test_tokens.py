@@ -73,6 +73,17 @@ def test_truncation_cuts_the_text_and_keeps_the_rest(tokenizer, suffix, instruct
         assert ids == whole[: start + keep] + whole[len(whole) - tail :]
 
 
+def test_an_end_token_of_the_tokenizer_is_pooled_and_survives_truncation(tokenizer_folder):
+    from tokenizers import processors
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    both = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    tokenizer.backend_tokenizer.post_processor = both
+    for length, keep in ((64, len(GOLDEN)), (12, 10)):
+        ids, starts, cut = TextTokenizer(tokenizer, Template(), length).embedded([TEXT])
+        assert (ids, starts, cut) == ([[BOS, *GOLDEN[:keep], EOS]], [1], int(keep < len(GOLDEN)))
+
+
 def test_cut_texts_are_counted(tokenizer, adds_bos):
     texts = TextTokenizer(tokenizer, Template(), len(GOLDEN) + adds_bos)
     ids, _, cut = texts.embedded([TEXT, TEXT + " Og mere.", "a", TEXT * 3])

@@ -1,0 +1,157 @@
+"""The public face: vectors that depend on their text alone, exports that others load, adapters that travel."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from l2v import Encoder
+from l2v.errors import UserError
+from l2v.recipe import Template
+
+GOLDEN = Path(__file__).parent / "golden"
+TEMPLATE = Template(prefix="spørg: ", suffix="</s>")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, bos_tokenizer_folder, tiny_config) -> Path:
+    """A folder with random weights and a tokenizer: a base as users have it."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**tiny_config, initializer_range=0.2)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(bos_tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(base) -> Encoder:
+    return Encoder.from_pretrained(base, template=TEMPLATE, precision="fp32")
+
+
+def test_neighbours_do_not_matter(encoder, sentences):
+    texts = [f"{a} {b}" if i % 3 else a for i, (a, b) in enumerate(zip(sentences[:64], sentences[64:128], strict=True))]
+    together = encoder.encode(texts)
+    for i in (0, 1, 31, 63):
+        assert np.abs(encoder.encode(texts[i]) - together[i]).max() <= 1e-6
+    assert np.abs(encoder.encode(texts, batch_tokens=64) - together).max() <= 1e-6
+    assert np.abs(encoder.encode(texts[::-1])[::-1] - together).max() <= 1e-6
+    assert together.dtype == np.float32 and together.shape == (64, 32)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+
+
+def test_instruction_is_read_and_not_pooled(encoder):
+    text = "Hunden løber gennem skoven."
+    plain, instructed = encoder.encode(text), encoder.encode(text, instruction="Find dyret")
+    assert np.abs(plain - instructed).max() > 1e-4
+    ids, starts, _ = encoder.tokenizer.embedded([text], "Find dyret")
+    assert encoder.tokenizer.tokenizer.decode(ids[0][starts[0] :]).strip() == text + "</s>"
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, Template()], ids=["template", "bare"])
+def test_sentence_transformers_loads_the_export(base, sentences, tmp_path, template):
+    from sentence_transformers import SentenceTransformer
+
+    encoder = Encoder.from_pretrained(base, template=template, precision="fp32", length=24)
+    encoder.save(tmp_path / "export")
+    texts = [*sentences[:20], " ".join(sentences[:8])]  # the last one is longer than 24 tokens and is cut
+    expected = encoder.encode(texts)
+    theirs = SentenceTransformer(str(tmp_path / "export"), device="cpu").encode(texts)
+    np.testing.assert_allclose(theirs, expected, atol=1e-5)
+    np.testing.assert_allclose(Encoder.from_pretrained(tmp_path / "export").encode(texts), expected, atol=1e-6)
+
+
+def test_plain_automodel_is_bidirectional_without_remote_code(encoder, tmp_path):
+    from transformers import AutoModel
+
+    encoder.save(tmp_path / "export")
+    assert not list((tmp_path / "export").glob("*.py"))
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["is_causal"] is False and "auto_map" not in config
+    plain = AutoModel.from_pretrained(tmp_path / "export").eval()
+    ids = torch.arange(5, 17)[None]
+    other = ids.clone()
+    other[0, -1] = 60
+    with torch.no_grad():
+        assert not torch.equal(plain(input_ids=ids)[0][0, 0], plain(input_ids=other)[0][0, 0])
+
+
+def test_an_export_replaces_only_an_export(encoder, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not empty and no export"):
+        encoder.save(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    encoder.save(tmp_path / "out")
+    encoder.save(tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_published_adapters_load_and_order_does_not_matter(tmp_path, bos_tokenizer_folder):
+    from transformers import AutoTokenizer
+
+    base = tmp_path / "base"
+    shutil.copytree(GOLDEN / "base", base)
+    tokenizer = AutoTokenizer.from_pretrained(bos_tokenizer_folder)
+    tokenizer.save_pretrained(base)
+    adapters = [str(GOLDEN / "mntp_adapter"), str(GOLDEN / "contrastive_adapter")]
+    weights = []
+    for order in (adapters, adapters[::-1], adapters[:1]):
+        encoder = Encoder.from_pretrained(base, order, precision="fp32")
+        weights.append(encoder.model.decoder.layers[0].mlp.up_proj.weight)
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-6, rtol=0)
+    assert (weights[0] - weights[2]).abs().max() > 1e-3
+
+
+def test_merging_rounds_once(base):
+    """bf16 weights after the merge are the float32 sum rounded, not a sum of roundings."""
+    from peft import LoraConfig, get_peft_model
+
+    from l2v.model.load import inner_model, load_model
+    from l2v.model.lora import merge_adapters
+    from l2v.recipe import Base
+
+    folders = []
+    for at in range(3):
+        torch.manual_seed(at)
+        peft = get_peft_model(
+            inner_model(load_model(Base(model=str(base)), head=False, dtype=torch.float32)),
+            LoraConfig(r=4, lora_alpha=8, target_modules=["up_proj"], init_lora_weights=False),
+        )
+        folders.append(str(base.parent / f"adapter{at}"))
+        peft.save_pretrained(folders[-1])
+    exact = inner_model(load_model(Base(model=str(base)), head=False, dtype=torch.bfloat16)).float()
+    exact = merge_adapters(exact, folders).layers[0].mlp.up_proj.weight
+    ours = inner_model(load_model(Base(model=str(base)), head=False, dtype=torch.bfloat16))
+    ours = merge_adapters(ours, folders).layers[0].mlp.up_proj.weight
+    assert ours.dtype == torch.bfloat16 and torch.equal(ours, exact.bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda base, tmp: Encoder.from_pretrained(base).encode(["fint", "  "]), "text 1 is empty"),
+        (lambda base, tmp: Encoder.from_pretrained(tmp), "neither a model, nor an adapter, nor a run"),
+        (lambda base, tmp: Encoder.from_pretrained("no/such-model"), "is not there"),
+        (lambda base, tmp: Encoder.from_pretrained(base, [str(tmp)]), "no adapter_config.json"),
+        (lambda base, tmp: Encoder.from_pretrained(base, [str(GOLDEN / "mntp_adapter")]), "does not fit this base"),
+    ],
+    ids=["empty text", "empty folder", "no such base", "no adapter", "adapter of another base"],
+)
+def test_mistakes_get_a_sentence(base, tmp_path, make, sentence):
+    with pytest.raises(UserError, match=sentence):
+        make(base, tmp_path)
+
+
+def test_an_adapter_with_strange_keys_is_refused(base, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(GOLDEN / "mntp_adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({k.replace("layers.0", "blocks.0"): v for k, v in load_file(file).items()}, file)
+    with pytest.raises(UserError, match="belong to no module of this base"):
+        Encoder.from_pretrained(base, [str(tmp_path / "adapter")])

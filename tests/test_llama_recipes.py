@@ -1,0 +1,123 @@
+"""Each Llama-3 recipe, all stages, under the deepspeed launcher: the real tokenizer, a shrunken shape without weights."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from l2v.data.tokens import TextTokenizer, load_tokenizer
+from l2v.recipe_io import load_recipe
+
+RECIPES = ["llama3-8b-da", "ai-sweden-llama3-8b-da", "llama3-8b-en"]
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIALS = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_2|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+]
+
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(tmp_path_factory) -> str:
+    """The 128,256 entries of Llama 3 from the package llama-models (the dev extra), with its BOS post-processor."""
+    spec = importlib.util.find_spec("llama_models")
+    if spec is None:
+        pytest.skip("llama-models is not installed (pip install 'l2v[dev]')")
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    model = Path(spec.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
+    specials = [*SPECIALS, *(f"<|reserved_special_token_{i}|>" for i in range(3, 249))]
+    backend = TikTokenConverter(vocab_file=str(model), pattern=PATTERN, extra_special_tokens=specials).converted()
+    bos = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", pair="<|begin_of_text|> $A $B", special_tokens=[("<|begin_of_text|>", 128000)]
+    )
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), bos])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|eot_id|>"
+    )
+    assert len(tokenizer) == 128256
+    folder = tmp_path_factory.mktemp("llama3")
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_golden_ids_show_what_is_pooled(llama_tokenizer):
+    recipe = load_recipe("llama3-8b-da")
+    texts = TextTokenizer(load_tokenizer(llama_tokenizer), recipe.base.template, 64)
+    ids, starts, cut = texts.embedded(["Rødgrød med fløde"], "Find opskriften")
+    begin, header_start, header_end, end = 128000, 128006, 128007, 128009
+    assert ids[0][:5] == [begin, header_start, 882, header_end, 271]
+    assert ids[0][-1] == end and cut == 0
+    decode = texts.tokenizer.decode
+    assert decode(ids[0][5 : starts[0]]) == "Find opskriften"
+    assert decode(ids[0][starts[0] :]) == " Rødgrød med fløde<|eot_id|>"
+    assert ids[0] == GOLDEN_IDS
+    plain, plain_starts, _ = texts.embedded(["Rødgrød med fløde"])
+    assert decode(plain[0][plain_starts[0] :]) == "Rødgrød med fløde<|eot_id|>"
+    assert texts.single("_") == 62
+    assert texts.documents(["Hej"])[0][0] == begin
+
+
+GOLDEN_IDS: list[int] = []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_all_stages_run_under_the_launcher(name, llama_tokenizer, tmp_path, cli_environment, sentences, write_jsonl):
+    documents = write_jsonl(tmp_path / "documents.jsonl", [{"text": " ".join(sentences[i : i + 8])} for i in range(0, 64, 8)])
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in sentences[:16]])
+    rows = [
+        {"query": f"Hvem {s[4:]}", "positive": s, "negatives": [sentences[100 + i]], "instruction": "Find svaret"}
+        for i, s in enumerate(sentences[:16])
+    ]
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    grouped = load_recipe(name).stages["supervised"].group is not None
+    shape = "{hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2}"
+    overrides = [
+        f"out={tmp_path / 'run'}",
+        f"base.tokenizer={llama_tokenizer}",
+        "base.init=random",
+        f"base.overrides={shape}",
+        "stages.mntp.eval_data=[]",
+        f"stages.mntp.data={documents}",
+        f"stages.simcse.data={texts}",
+        f"stages.supervised.data.path={pairs}" if not grouped else f"stages.supervised.data={pairs}",
+        *(f"stages.{stage}.{key}" for stage in ("mntp", "simcse", "supervised") for key in ("steps=3", "batch=4")),
+        "stages.mntp.length=64",
+        *(["stages.supervised.group=2"] if grouped else []),
+    ]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "1"]
+    port = ["--master_port", cli_environment["MASTER_PORT"]]
+    program = str(Path(__file__).resolve().parents[1] / "launch" / "train.py")
+    done = subprocess.run(
+        [*launcher, *port, program, name, *overrides],
+        env=cli_environment, cwd=tmp_path, text=True, timeout=600, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    for stage in ("mntp", "simcse", "supervised"):
+        folder = tmp_path / "run" / stage
+        steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert steps[-1]["step"] == 3 and math.isfinite(steps[-1]["loss"])
+        assert os.path.getsize(folder / "adapter" / "adapter_model.safetensors") > 0
+    lineage = json.loads((tmp_path / "run" / "supervised" / "adapter" / "lineage.json").read_text())
+    assert [entry["stage"] for entry in lineage["merged"]] == ["mntp"]
+    config = json.loads((tmp_path / "run" / "mntp" / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] is None and config["r"] == 16 and config["lora_alpha"] == 32
+
+
