@@ -80,7 +80,9 @@ GOLDEN_IDS: list[int] = []
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_all_stages_run_under_the_launcher(name, llama_tokenizer, tmp_path, cli_environment, sentences, write_jsonl):
-    documents = write_jsonl(tmp_path / "documents.jsonl", [{"text": " ".join(sentences[i : i + 8])} for i in range(0, 64, 8)])
+    documents = write_jsonl(
+        tmp_path / "documents.jsonl", [{"text": " ".join(sentences[i : i + 8])} for i in range(0, 64, 8)]
+    )
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in sentences[:16]])
     rows = [
         {"query": f"Hvem {s[4:]}", "positive": s, "negatives": [sentences[100 + i]], "instruction": "Find svaret"}
@@ -88,7 +90,9 @@ def test_all_stages_run_under_the_launcher(name, llama_tokenizer, tmp_path, cli_
     ]
     pairs = write_jsonl(tmp_path / "pairs.jsonl", rows)
     grouped = load_recipe(name).stages["supervised"].group is not None
-    shape = "{hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2}"
+    shape = (
+        "{hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2}"
+    )
     overrides = [
         f"out={tmp_path / 'run'}",
         f"base.tokenizer={llama_tokenizer}",
@@ -119,5 +123,3 @@ def test_all_stages_run_under_the_launcher(name, llama_tokenizer, tmp_path, cli_
     assert [entry["stage"] for entry in lineage["merged"]] == ["mntp"]
     config = json.loads((tmp_path / "run" / "mntp" / "adapter" / "adapter_config.json").read_text())
     assert config["task_type"] is None and config["r"] == 16 and config["lora_alpha"] == 32
-
-

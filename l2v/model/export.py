@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tokenizers import processors
+from transformers import PreTrainedTokenizerBase
 
 from l2v.data.tokens import TextTokenizer
 from l2v.errors import UserError
 from l2v.model.packed import PackedDecoder
+from l2v.recipe import Template
 
 ENCODER_FILE = "l2v_encoder.json"
 POOLING_MODES = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken", "first": "cls"}
@@ -41,16 +44,16 @@ def export(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: di
 
 
 def _write(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any]) -> None:
-    decoder, template = model.decoder, texts.template
+    decoder = model.decoder
     implementation = decoder.config._attn_implementation
     decoder.config._attn_implementation = "sdpa"  # the file must not ask for an implementation that only l2v registers
     try:
         decoder.save_pretrained(folder)
     finally:
         decoder.config._attn_implementation = implementation
-    tokenizer, ends_with_suffix = _tokenizer_with_suffix(texts)
+    tokenizer, template = _tokenizer_that_frames(texts)
     tokenizer.save_pretrained(folder)
-    header = texts.header(None)
+    header = template.prefix
     if header and model.pooling in ("weighted_mean", "first"):
         raise UserError(
             f"pooling {model.pooling} after a template's header has no equal in sentence-transformers; use mean"
@@ -73,11 +76,10 @@ def _write(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: di
     (folder / "2_Normalize").mkdir()
     _json(folder / "config_sentence_transformers.json", settings)
     _json(folder / "sentence_bert_config.json", {"max_seq_length": texts.length, "do_lower_case": False})
-    kept = asdict(template) | ({"suffix": ""} if ends_with_suffix else {})
     _json(
         folder / ENCODER_FILE,
         {
-            "template": kept,
+            "template": asdict(template),
             "pooling": model.pooling,
             "attention": "causal" if model.causal else "bidirectional",
             "length": texts.length,
@@ -87,28 +89,35 @@ def _write(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: di
     )
 
 
-def _tokenizer_with_suffix(texts: TextTokenizer):
-    """A copy of the tokenizer that appends the template's suffix by itself: sentence-transformers knows prefixes only."""
-    import copy
+def _tokenizer_that_frames(texts: TextTokenizer) -> tuple[PreTrainedTokenizerBase, Template]:
+    """A copy of the tokenizer that frames texts by itself, and the template that is left to write before them.
 
-    tokenizer, suffix = copy.deepcopy(texts.tokenizer), texts.template.suffix
-    if not suffix:
-        return tokenizer, False
-    ids = tokenizer(suffix, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1 or ids[0] not in tokenizer.all_special_ids:
-        raise UserError(
-            f"the template's suffix '{suffix}' is not one special token; sentence-transformers cannot append it, "
-            "so this encoder cannot be exported"
-        )
-    token = tokenizer.convert_ids_to_tokens(ids[0])
-    append = processors.TemplateProcessing(
-        single=f"$A {token}", pair=f"$A $B {token}", special_tokens=[(token, ids[0])]
-    )
+    sentence-transformers knows prompts, which stand before a text and can be kept out of pooling, and nothing behind it:
+    the suffix becomes the tokenizer's own. A BOS without a header would be pooled, so it becomes the prompt.
+    """
+    tokenizer, template = copy.deepcopy(texts.tokenizer), texts.template
     backend = tokenizer.backend_tokenizer
-    backend.post_processor = (
-        processors.Sequence([backend.post_processor, append]) if backend.post_processor is not None else append
-    )
-    return tokenizer, True
+    if template.suffix:
+        ids = tokenizer(template.suffix, add_special_tokens=False)["input_ids"]
+        if len(ids) != 1 or ids[0] not in tokenizer.all_special_ids:
+            raise UserError(
+                f"the template's suffix '{template.suffix}' is not one special token; sentence-transformers cannot append "
+                "it, so this encoder cannot be exported"
+            )
+        token = tokenizer.convert_ids_to_tokens(ids[0])
+        append = processors.TemplateProcessing(
+            single=f"$A {token}", pair=f"$A $B {token}", special_tokens=[(token, ids[0])]
+        )
+        before = [backend.post_processor] if backend.post_processor is not None else []
+        backend.post_processor = processors.Sequence([*before, append])
+        return tokenizer, replace(template, suffix="")
+    bos = tokenizer.bos_token
+    if not template.prefix and bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        # Named as BOS, sentence-transformers would take it for a trailing special token and count a prompt of length 0.
+        tokenizer.bos_token = None
+        backend.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+        return tokenizer, replace(template, prefix=bos)
+    return tokenizer, template
 
 
 def _json(file: Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from l2v.errors import RecipeError, UserError
 from l2v.model.embedded import resolve
@@ -71,27 +73,45 @@ def load_model(base: Base, *, head: bool, dtype: torch.dtype, seed: int = 0) -> 
     Attention is made bidirectional (or left causal) by `set_attention`.
     """
     config = load_config(base)
+    with _quiet_transformers():
+        model = _load(base, config, head=head, dtype=dtype, seed=seed)
+    set_attention(model, causal=base.attention == "causal")
+    return model.requires_grad_(False).eval()
+
+
+@contextlib.contextmanager
+def _quiet_transformers():
+    """Its report on loading a decoder without its head says UNEXPECTED of what is expected here."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _load(base: Base, config: PretrainedConfig, *, head: bool, dtype: torch.dtype, seed: int) -> PreTrainedModel:
     auto = AutoModelForCausalLM if head else AutoModel
     implementation = _attention_implementation(base)
     if base.init == "random":
         torch.manual_seed(seed)
         with torch.device("cpu"):
-            model = auto.from_config(config, dtype=dtype, attn_implementation=implementation)
-    else:
-        try:
-            model = auto.from_pretrained(
-                resolve(base.model),
-                revision=base.revision,
-                dtype=dtype,
-                attn_implementation=implementation,
-                trust_remote_code=base.trust_remote_code,
-            )
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"the base '{base.model}' cannot be loaded: {str(error).splitlines()[0]}") from None
-    set_attention(model, causal=base.attention == "causal")
-    return model.requires_grad_(False).eval()
+            return auto.from_config(config, dtype=dtype, attn_implementation=implementation)
+    try:
+        return auto.from_pretrained(
+            resolve(base.model),
+            revision=base.revision,
+            dtype=dtype,
+            attn_implementation=implementation,
+            trust_remote_code=base.trust_remote_code,
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the base '{base.model}' cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def set_attention(model: PreTrainedModel, *, causal: bool) -> None:
