@@ -235,7 +235,7 @@ def merged_adapters(recipe: Recipe, name: str) -> list[tuple[str, dict[str, str]
 def _claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh: bool) -> str:
     """Make the stage's folder ours, or say why it is not."""
     parents = [adapter for adapter, _ in merged_adapters(recipe, name)]
-    facts = facts | {"merged": [sha256(Path(p) / WEIGHTS) if Path(p).is_dir() else p for p in parents]}
+    facts = facts | {"merged": [sha256(Path(p) / WEIGHTS) if (Path(p) / WEIGHTS).is_file() else p for p in parents]}
     mark = folder / "stage.json"
     try:
         if fresh and mark.is_file():
