@@ -13,6 +13,28 @@ import pytest
 from l2v.data.tokens import TextTokenizer, load_tokenizer
 from l2v.recipe_io import load_recipe
 
+# From Meta's own tiktoken encoding of header + "Find opskriften Rødgrød med fløde" + end of turn.
+GOLDEN_IDS = [
+    128000,
+    128006,
+    882,
+    128007,
+    271,
+    10086,
+    1200,
+    4991,
+    93366,
+    2002,
+    432,
+    75820,
+    911,
+    75820,
+    1812,
+    1344,
+    6282,
+    451,
+    128009,
+]
 RECIPES = ["llama3-8b-da", "ai-sweden-llama3-8b-da", "llama3-8b-en"]
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -73,9 +95,6 @@ def test_golden_ids_show_what_is_pooled(llama_tokenizer):
     assert decode(plain[0][plain_starts[0] :]) == "Rødgrød med fløde<|eot_id|>"
     assert texts.single("_") == 62
     assert texts.documents(["Hej"])[0][0] == begin
-
-
-GOLDEN_IDS: list[int] = []
 
 
 @pytest.mark.parametrize("name", RECIPES)
