@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,6 +58,7 @@ def run_folder(recipe: Recipe) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, train the stages in order, return the exit code."""
     args = parser().parse_intermixed_args(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # advice to PEFT, not to our users
     try:
         recipe = load_recipe(args.recipe, args.overrides, args.stage)
         if not launched():
@@ -115,7 +117,7 @@ def launch(args: argparse.Namespace, argv: list[str]) -> int:
         # glibc gives large blocks back to the system after every op and faults them in again: 15% of a step on 2 cores.
         environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 33))
         environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 33))
-    command = [sys.executable, "-c", LAUNCHER, "--num_gpus", str(processes)]
+    command = [sys.executable, "-c", LAUNCHER, "--num_gpus", str(processes), "--log_level", "warning"]
     if "MASTER_PORT" in environment:
         command += ["--master_port", environment["MASTER_PORT"]]
     process = subprocess.Popen([*command, "--module", "l2v.train", *argv], env=environment, start_new_session=True)
