@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ COMMANDS = {
     "train": ("l2v.train", "train the stages of a recipe under DeepSpeed"),
     "quickstart": ("l2v.quickstart", "the whole recipe on the embedded model and Danish sample"),
     "search": ("l2v.search", "semantic search with a trained encoder"),
+    "bench": ("l2v.bench_cli", "microbenchmarks of the kernels (in a checkout)"),
     "data": ("l2v.data_cli", "check a data set"),
     "export": ("l2v.export_cli", "write a merged encoder for transformers and sentence-transformers"),
     "recipes": ("l2v.recipes_cli", "list the recipes that come with l2v, or print one"),
@@ -49,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quiet_libraries() -> None:
     """Leave the screen to this program: no bars and advice from libraries unless the user asked for them."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

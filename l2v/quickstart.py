@@ -29,13 +29,13 @@ from l2v.recipe import Recipe
 from l2v.recipe_io import load_recipe
 
 RECIPE = "smollm2-135m-da"
-# Step counts are chosen for this rate (2 cores with bf16 instructions); a slower machine trains fewer steps.
-REFERENCE_GFLOPS = 500.0
-LEAST_SHARE = 0.15
+# Step counts are chosen for 2 cores that multiply bf16 at this rate or more; a slower machine trains fewer steps.
+REFERENCE_GFLOPS = 600.0
+LEAST_SHARE = 0.1
 SEARCHES = (
-    "hvornår må man gå i de danske skove om natten",
-    "min nabo larmer, hvad gør jeg",
-    "hvordan får jeg styr på min økonomi",
+    "hvordan smitter hovedlus",
+    "kan man køre i bil mellem byerne i Grønland",
+    "trappen knirker om natten, hvad kan jeg selv gøre",
 )
 KINDS = ("plain", "colloquial", "disjoint")
 
@@ -127,7 +127,8 @@ def _fit_to_machine(
     if share is None and kept.is_file():  # a continued run keeps its step counts
         share = json.loads(kept.read_text(encoding="utf-8"))["share"]
     if share is None:
-        share = min(1.0, max(LEAST_SHARE, round(rate / REFERENCE_GFLOPS, 2)))
+        # encoding for the scores is the same work on every machine, so training gives way more than in proportion
+        share = min(1.0, max(LEAST_SHARE, round(1.2 * rate / REFERENCE_GFLOPS - 0.2, 1)))
     console.print(
         f"{recipe.name}: {str(dtype).removeprefix('torch.')}, {rate:.0f} GFLOP/s"
         + (f"; trains {share:.0%} of the recipe's steps so that ten minutes are enough" if share < 1 else "")

@@ -117,7 +117,7 @@ def launch(args: argparse.Namespace, argv: list[str]) -> int:
         # glibc gives large blocks back to the system after every op and faults them in again: 15% of a step on 2 cores.
         environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 33))
         environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 33))
-    command = [sys.executable, "-c", LAUNCHER, "--num_gpus", str(processes), "--log_level", "warning"]
+    command = [sys.executable, "-c", LAUNCHER, "--num_gpus", str(processes), "--log_level", "error"]
     if "MASTER_PORT" in environment:
         command += ["--master_port", environment["MASTER_PORT"]]
     process = subprocess.Popen([*command, "--module", "l2v.train", *argv], env=environment, start_new_session=True)

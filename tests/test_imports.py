@@ -23,6 +23,7 @@ MAY = {
     "export_cli": {"encoder"},
     "recipes_cli": {"recipe_io"},
     "data_cli": {"errors", "data"},
+    "bench_cli": {"errors"},
     "cli": {"errors", "package"},
 }
 

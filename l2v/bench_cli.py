@@ -1,0 +1,23 @@
+"""`l2v bench NAME [--quick]`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+
+from l2v.errors import RecipeError, UserError
+
+BENCHMARKS = ("attention",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a microbenchmark of a checkout's benchmarks/ folder; on a CPU only as a smoke test, labelled as such."""
+    argv = list(argv or ())
+    if not argv or argv[0] not in BENCHMARKS:
+        raise RecipeError(f"l2v bench needs one of: {', '.join(BENCHMARKS)}; for example: l2v bench attention --quick")
+    if importlib.util.find_spec("benchmarks") is None:
+        raise UserError(
+            "the benchmarks are part of a checkout, not of the wheel: run this from a clone of the repository"
+        )
+    return importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:]) or 0
