@@ -7,12 +7,13 @@ import warnings
 import torch
 
 from l2v_kernels.attention.autograd import FusedAttention
+from l2v_kernels.attention.padded import attention_padded
 from l2v_kernels.attention.plan import AttentionPlan
 from l2v_kernels.attention.reference import attention_reference
 from l2v_kernels.attention.settings import Settings
 from l2v_kernels.philox import threshold
 
-__all__ = ["AttentionPlan", "attention"]
+__all__ = ["AttentionPlan", "attention", "attention_padded"]
 
 MAX_HEAD_DIM = 256
 

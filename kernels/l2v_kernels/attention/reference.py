@@ -97,14 +97,14 @@ def _visible(length, causal, window, device):
 
 
 def _in_order(x, plan):
-    return x if plan.order_T is None else _Permute.apply(x, plan.order_T, plan.inverse_T)
+    return x if plan.order_T is None else Permute.apply(x, plan.order_T, plan.inverse_T)
 
 
 def _back(x, plan):
-    return x if plan.order_T is None else _Permute.apply(x, plan.inverse_T, plan.order_T)
+    return x if plan.order_T is None else Permute.apply(x, plan.inverse_T, plan.order_T)
 
 
-class _Permute(torch.autograd.Function):
+class Permute(torch.autograd.Function):
     """Rows in another order. The gradient is a gather too; index_select's own adds, by atomics on CUDA."""
 
     @staticmethod
@@ -115,4 +115,4 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         order_T, inverse_T = ctx.saved_tensors
-        return _Permute.apply(grad, inverse_T, order_T), None, None
+        return Permute.apply(grad, inverse_T, order_T), None, None
