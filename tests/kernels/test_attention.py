@@ -5,7 +5,6 @@ from attention_cases import inputs as random_inputs
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-
 from l2v_kernels import AttentionPlan, attention
 from l2v_kernels.attention.tables import TokenTables
 
@@ -221,9 +220,9 @@ def test_plan_on_device_does_not_look_at_values(monkeypatch):
     plan = AttentionPlan.on_device(bounds, 9)
     assert (plan.n_segments, plan.n_tokens) == (3, 9) and plan.tables.n_tokens == 9
     with pytest.raises(ValueError, match="never fall"):
-        plan.lengths
+        _ = plan.lengths
     with pytest.raises(ValueError, match="pack of 9"):
-        AttentionPlan.on_device(torch.tensor([0, 5]), 9).groups
+        _ = AttentionPlan.on_device(torch.tensor([0, 5]), 9).groups
     monkeypatch.setenv("L2V_CHECK", "1")
     with pytest.raises(ValueError, match="never fall"):
         AttentionPlan.on_device(bounds, 9)

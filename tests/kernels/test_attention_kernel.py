@@ -6,8 +6,8 @@ import pytest
 import torch
 from attention_cases import HEAD_DIMS, assert_close_to_exact, inputs, kept, layouts, settings
 from hypothesis import HealthCheck, Phase, given, seed
-from hypothesis import strategies as st
 from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 

@@ -2,7 +2,6 @@ import importlib.util
 
 import pytest
 import torch
-
 from l2v_kernels import rope
 from l2v_kernels.rope.reference import rope_reference
 

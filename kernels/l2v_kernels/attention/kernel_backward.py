@@ -1,5 +1,5 @@
 """Packed attention, backward: two kernels, each of which owns what it writes, so there are no atomics and the bits do
-not change from run to run. The weights are made again from q, k and the forward's lse, the dropout mask from its address.
+not change from run to run. The weights are made again from q, k and the forward's lse, dropout's mask from its address.
 
 With P the softmax, M the mask divided by the kept fraction, O = (P * M) V and delta = rowsum(dO * O):
     dV = (P * M)^T dO        dS = P * (M * (dO V^T) - delta)        dQ = scale dS K        dK = scale dS^T Q

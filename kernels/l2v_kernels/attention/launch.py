@@ -3,11 +3,12 @@
 import torch
 import triton
 
-from l2v_kernels.attention.config import Config, choose
+from l2v_kernels.attention.config import Config
 from l2v_kernels.attention.kernel_backward import key_gradient_kernel, query_gradient_kernel
 from l2v_kernels.attention.kernel_forward import forward_kernel
 from l2v_kernels.attention.settings import Settings
 from l2v_kernels.attention.tables import TokenTables
+from l2v_kernels.attention.tune import choose
 from l2v_kernels.philox import keep_scale, threshold
 
 _LOG2E = 1.4426950408889634
@@ -31,20 +32,23 @@ def forward(
     if o_THD.numel() == 0:
         return o_THD, lse_HT
     group, constants = _constants(q_THD, k_TKD, settings)
-    config = config or choose("forward", q_THD, tables, settings)
-    grid = (triton.cdiv(T * group, config.block_m), H // group)
-    forward_kernel[grid](
-        q_THD,
-        k_TKD,
-        v_TKD,
-        o_THD,
-        lse_HT,
-        *_tables(tables, seeds_S, settings),
-        *_strides(q_THD, k_TKD, v_TKD, o_THD),
-        *_scales(settings),
-        **constants,
-        **config.meta(),
-    )
+
+    def run(config):
+        grid = (triton.cdiv(T * group, config.block_m), H // group)
+        forward_kernel[grid](
+            q_THD,
+            k_TKD,
+            v_TKD,
+            o_THD,
+            lse_HT,
+            *_tables(tables, seeds_S, settings),
+            *_strides(q_THD, k_TKD, v_TKD, o_THD),
+            *_scales(settings),
+            **constants,
+            **config.meta(),
+        )
+
+    run(config or choose("forward", q_THD, tables.n_segments, group, _variant(constants), run))
     return o_THD, lse_HT
 
 
@@ -69,42 +73,50 @@ def backward(
     if q_THD.numel() == 0:
         return dq_THD, dk_TKD.zero_(), dv_TKD.zero_()
     group, constants = _constants(q_THD, k_TKD, settings)
-    of_query, of_key = configs or (choose(kind, q_THD, tables, settings) for kind in ("query", "key"))
     delta_HT = torch.empty_like(lse_HT)
-    # The first kernel leaves delta for the second.
-    query_gradient_kernel[(triton.cdiv(T * group, of_query.block_m), H // group)](
-        q_THD,
-        k_TKD,
-        v_TKD,
-        o_THD,
-        do_THD,
-        dq_THD,
-        lse_HT,
-        delta_HT,
-        *_tables(tables, seeds_S, settings),
-        *_strides(q_THD, k_TKD, v_TKD, o_THD, do_THD),
-        settings.scale,
-        *_scales(settings),
-        **constants,
-        **of_query.meta(),
-    )
-    positions = 16 * tables.n_blocks if threshold(settings.dropout_p) else T
-    key_gradient_kernel[(triton.cdiv(positions, of_key.block_n), K)](
-        q_THD,
-        k_TKD,
-        v_TKD,
-        do_THD,
-        dk_TKD,
-        dv_TKD,
-        lse_HT,
-        delta_HT,
-        *_tables(tables, seeds_S, settings),
-        *_strides(q_THD, k_TKD, v_TKD, do_THD, dk_TKD),
-        settings.scale,
-        *_scales(settings),
-        **constants,
-        **of_key.meta(),
-    )
+
+    def run_query(config):
+        query_gradient_kernel[(triton.cdiv(T * group, config.block_m), H // group)](
+            q_THD,
+            k_TKD,
+            v_TKD,
+            o_THD,
+            do_THD,
+            dq_THD,
+            lse_HT,
+            delta_HT,
+            *_tables(tables, seeds_S, settings),
+            *_strides(q_THD, k_TKD, v_TKD, o_THD, do_THD),
+            settings.scale,
+            *_scales(settings),
+            **constants,
+            **config.meta(),
+        )
+
+    def run_key(config):
+        positions = 16 * tables.n_blocks if threshold(settings.dropout_p) else T
+        key_gradient_kernel[(triton.cdiv(positions, config.block_n), K)](
+            q_THD,
+            k_TKD,
+            v_TKD,
+            do_THD,
+            dk_TKD,
+            dv_TKD,
+            lse_HT,
+            delta_HT,
+            *_tables(tables, seeds_S, settings),
+            *_strides(q_THD, k_TKD, v_TKD, do_THD, dk_TKD),
+            settings.scale,
+            *_scales(settings),
+            **constants,
+            **config.meta(),
+        )
+
+    of_query, of_key = configs or (None, None)
+    choice = (q_THD, tables.n_segments, group, _variant(constants))
+    # In this order: the first kernel leaves delta for the second.
+    run_query(of_query or choose("query", *choice, run_query))
+    run_key(of_key or choose("key", *choice, run_key))
     return dq_THD, dk_TKD, dv_TKD
 
 
@@ -130,6 +142,11 @@ def _constants(q_THD, k_TKD, settings):
         # TF32 would round fp32 inputs to 10 bits; it says nothing for 16-bit inputs.
         "PRECISION": "ieee",
     }
+
+
+def _variant(constants):
+    """What besides shapes decides which of two configurations is faster."""
+    return " ".join(name.lower() for name in ("CAUSAL", "WINDOW", "SOFTCAP", "DROPOUT") if constants[name]) or "plain"
 
 
 def _tables(tables, seeds_S, settings):

@@ -52,7 +52,7 @@ def attention_reference(
                 attn_mask=None if fast_causal else visible_LL,
                 is_causal=fast_causal,
                 scale=settings.scale,
-                enable_gqa=H != k.shape[1],
+                enable_gqa=k.shape[1] != H,
             )
         out.append(o.to(q.dtype).transpose(1, 2).reshape(-1, H, D))
     lse_HT = _back(torch.cat(lse_parts), plan).t() if return_lse else None

@@ -28,6 +28,7 @@ class TokenTables:
     block_end_B: torch.Tensor
     """int32 [B], B = T // 16 + S: a block's first token and one past its segment's last; both T for spare blocks,
     which stand at the end. B is an upper bound, so that its size is known without asking the device."""
+    n_segments: int
 
     @property
     def n_tokens(self) -> int:
@@ -50,7 +51,7 @@ class TokenTables:
         token_T = torch.arange(n_tokens, device=device)
         if n_segments < 1 or n_tokens == 0:
             empty = torch.zeros(n_tokens, dtype=torch.int32, device=device)
-            return cls(empty, empty, empty, empty, empty[:0], empty[:0])
+            return cls(empty, empty, empty, empty, empty[:0], empty[:0], n_segments)
         valid = (cu[0] == 0) & (cu[-1] == n_tokens) & (cu.diff() >= 0).all()
         segment_T = torch.searchsorted(cu[1:].contiguous(), token_T, right=True).clamp_(max=n_segments - 1)
         start_T = torch.minimum(cu[segment_T].clamp_(min=0), token_T) * valid
@@ -66,4 +67,5 @@ class TokenTables:
         first_B = first_B.masked_fill(spare_B, n_tokens).clamp_(0, n_tokens)
         end_B = cu[segment_B + 1].masked_fill(spare_B, n_tokens).clamp_(0, n_tokens)
         first_block_T = first_block_S[segment_T].clamp_(max=block_B.shape[0] - 1)
-        return cls(*(x.int() for x in (segment_T, start_T, end_T, first_block_T, first_B, end_B)))
+        parts = (segment_T, start_T, end_T, first_block_T, first_B, end_B)
+        return cls(*(x.int() for x in parts), n_segments)
