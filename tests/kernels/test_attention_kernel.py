@@ -56,7 +56,7 @@ RANDOM = {"phases": [Phase.generate], "deadline": None, "database": None, "suppr
 
 
 @seed(0)
-@hypothesis_settings(max_examples=40, **RANDOM)
+@hypothesis_settings(max_examples=30, **RANDOM)
 @given(st.data())
 def test_interpreted_random_layouts(data):
     check(data)
@@ -65,7 +65,7 @@ def test_interpreted_random_layouts(data):
 if os.environ.get("L2V_SLOW") == "1":
 
     @seed(1)
-    @hypothesis_settings(max_examples=400, **RANDOM)
+    @hypothesis_settings(max_examples=300, **RANDOM)
     @given(st.data())
     def test_interpreted_many_random_layouts(data):
         check(data)

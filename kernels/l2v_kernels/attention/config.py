@@ -1,7 +1,7 @@
 """Tile shapes and launch parameters: defaults per architecture, and where asked for a search.
 
-Every entry is the first of a list of candidates, larger tiles first, that compiles with dropout on without register
-spills and within shared memory (tests/kernels/test_compile.py checks all of them, with and without dropout). Which of
+Every entry is the first of a list of candidates, larger tiles first, that compiles without register spills and
+within shared memory, with and without dropout (tests/kernels/test_compile.py checks all of them). Which of
 those is fastest is for `L2V_AUTOTUNE=1` to find out, on the device.
 """
 
@@ -62,7 +62,7 @@ _HALF = {
         },
         "key": {
             64: ((32, 64, 4, 2), (64, 128, 8, 2)),
-            128: ((16, 64, 4, 2), (32, 128, 8, 2)),
+            128: ((16, 64, 4, 1), (32, 128, 8, 2)),
             256: ((32, 32, 8, 2), (32, 32, 8, 2)),
         },
     },
@@ -70,11 +70,11 @@ _HALF = {
         "forward": {
             64: ((64, 32, 4, 3), (128, 64, 8, 3)),
             128: ((64, 32, 4, 3), (128, 64, 8, 3)),
-            256: ((64, 32, 4, 2), (64, 32, 4, 2)),
+            256: ((64, 64, 8, 2), (64, 64, 8, 2)),
         },
         "query": {
             64: ((64, 32, 4, 3), (128, 64, 8, 3)),
-            128: ((64, 32, 4, 2), (128, 64, 8, 2)),
+            128: ((64, 32, 4, 2), (128, 32, 8, 2)),
             256: ((64, 32, 8, 2), (64, 32, 8, 2)),
         },
         "key": {
@@ -101,12 +101,19 @@ _HALF = {
         },
     },
 }
+# Head dimensions between 64 and 128 are padded to 128 behind a mask, which costs registers: other tiles where 128 spills.
+_MASKED = {
+    (80, "key"): ((32, 32, 4, 2), (64, 32, 4, 2)),
+    (90, "query"): ((64, 32, 4, 2), (128, 32, 8, 2)),
+    (100, "query"): ((64, 32, 4, 2), (64, 64, 4, 2)),
+    (120, "forward"): ((64, 32, 4, 3), (64, 64, 4, 2)),
+}
 # fp32 products run on the ordinary cores, the same on every architecture. No tile was found with which the query
 # gradient of a head dimension above 128 does not spill.
 _SINGLE = {
-    "forward": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "forward": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
     "query": {64: (32, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
-    "key": {64: (32, 32, 4, 1), 128: (32, 16, 4, 1), 256: (32, 16, 4, 1)},
+    "key": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
 }
 
 ARCHITECTURES = tuple(_HALF)
@@ -126,22 +133,30 @@ def is_short(mean_length: float, group: int) -> bool:
 
 def default(kind: Kind, arch: int, head_dim: int, itemsize: int, short: bool) -> Config:
     """The configuration taken without a search. arch is one of ARCHITECTURES, itemsize bytes an element."""
-    block_d = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    block_d = _padded(head_dim)
     if itemsize == 4:
         return Config(*_SINGLE[kind][block_d])
-    return Config(*_HALF[arch][kind][block_d][0 if short else 1])
+    shapes = _HALF[arch][kind][block_d]
+    if 64 < head_dim < 128:
+        shapes = _MASKED.get((arch, kind), shapes)
+    return Config(*shapes[0 if short else 1])
 
 
 def candidates(kind: Kind, arch: int, head_dim: int, itemsize: int) -> list[Config]:
     """What a search tries: the defaults of all architectures and kinds of segments, this architecture's first, and
     those with one pipeline stage more or less. Some may spill or not fit; those lose, or fail and are passed over."""
-    block_d = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    block_d = _padded(head_dim)
     if itemsize == 4:
         shapes = [_SINGLE[kind][block_d], (16, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 16, 1)]
         return [Config(*shape) for shape in dict.fromkeys(shapes)]
-    shapes = [shape for name in (arch, *ARCHITECTURES) for shape in _HALF[name][kind][block_d]]
+    shapes = list(_MASKED.get((arch, kind), ())) if 64 < head_dim < 128 else []
+    shapes += [shape for name in (arch, *ARCHITECTURES) for shape in _HALF[name][kind][block_d]]
     shapes += (
         [(64, 64, 4, 2), (128, 32, 8, 2), (128, 128, 8, 2)] if kind != "key" else [(64, 64, 4, 2), (64, 128, 8, 2)]
     )
     shapes += [(m, n, warps, stages + more) for m, n, warps, stages in shapes for more in (-1, 1) if stages + more > 0]
     return [Config(*shape) for shape in dict.fromkeys(shapes)]
+
+
+def _padded(head_dim):
+    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
