@@ -85,13 +85,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--head-dim", type=int, nargs="+", default=(64, 128, 256))
+    parser.add_argument("--kernel", nargs="+", default=tuple(KERNELS), choices=tuple(KERNELS))
     parser.add_argument("--dtype", nargs="+", default=("bf16",), choices=("bf16", "fp16", "fp32"))
     options = parser.parse_args(argv)
     columns = "kernel D type segments dropout sm tile warps stages registers shared-KB spills-B unit".split()
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     bad = 0
     for dtype, kind, head_dim, arch, short, dropout in itertools.product(
-        options.dtype, KERNELS, options.head_dim, options.arch, (False, True), (False, True)
+        options.dtype, options.kernel, options.head_dim, options.arch, (False, True), (False, True)
     ):
         case = Case(kind, arch, head_dim, dtype, short, dropout)
         used, config = case.build(), case.config
