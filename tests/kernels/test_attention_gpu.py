@@ -6,7 +6,6 @@ from attention_cases import HEAD_DIMS, assert_close_to_exact, inputs, kept, layo
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-
 from l2v_kernels import AttentionPlan, attention, attention_padded, rope
 from l2v_kernels.rope.reference import rope_reference
 

@@ -101,7 +101,7 @@ _HALF = {
         },
     },
 }
-# Head dimensions between 64 and 128 are padded to 128 behind a mask, which costs registers: other tiles where 128 spills.
+# Head dimensions between 64 and 128 are padded to 128 behind a mask, at the cost of registers: tiles where 128 spills.
 _MASKED = {
     (80, "key"): ((32, 32, 4, 2), (64, 32, 4, 2)),
     (90, "query"): ((64, 32, 4, 2), (128, 32, 8, 2)),
