@@ -3,8 +3,9 @@
 The core needs torch (and Triton on CUDA) only. `integrations` is imported on request, never from here.
 """
 
-from l2v_kernels.attention import AttentionPlan, attention
+from l2v_kernels.attention import AttentionPlan, attention, attention_padded
 from l2v_kernels.dropout import dropout
 from l2v_kernels.philox import philox4x32
+from l2v_kernels.rope import rope
 
-__all__ = ["AttentionPlan", "attention", "dropout", "philox4x32"]
+__all__ = ["AttentionPlan", "attention", "attention_padded", "dropout", "philox4x32", "rope"]

@@ -8,8 +8,9 @@ import torch
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 # An installed distribution puts l2v_kernels on the path itself; a bare checkout does not.
-if str(KERNELS) not in sys.path:
-    sys.path.insert(0, str(KERNELS))
+for folder in (KERNELS, KERNELS.parent):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -1,8 +1,12 @@
 import pytest
 import torch
-
+from attention_cases import HEAD_DIMS, assert_close_to_exact, layouts, plain, settings
+from attention_cases import inputs as random_inputs
+from hypothesis import HealthCheck, Phase, given, seed
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from l2v_kernels import AttentionPlan, attention
-from l2v_kernels.philox import DOMAIN_ATTENTION, keep_bytes, keep_scale, threshold
+from l2v_kernels.attention.tables import TokenTables
 
 LENGTHS = [5, 0, 17, 1, 5, 33, 1, 17, 2]
 SETTINGS = {
@@ -18,44 +22,6 @@ SETTINGS = {
 }
 
 
-def naive(
-    q,
-    k,
-    v,
-    lengths,
-    *,
-    scale=None,
-    dropout_p=0.0,
-    seeds_S=None,
-    stream=0,
-    causal=False,
-    window=None,
-    softcap=None,
-):
-    """Segment by segment and head by head, in q's dtype."""
-    out, start = [], 0
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    for s, n in enumerate(lengths):
-        part, heads = slice(start, start + n), []
-        start += n
-        for h in range(q.shape[1]):
-            kv = h // (q.shape[1] // k.shape[1])
-            scores = q[part, h] @ k[part, kv].t() * scale
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            for i in range(n):
-                for j in range(n):
-                    if (causal and j > i) or (window is not None and abs(i - j) >= window):
-                        scores[i, j] = float("-inf")
-            weights = scores.softmax(-1)
-            if dropout_p:
-                data = keep_bytes(seeds_S[s].expand(n), torch.arange(n), n, stream, h << 8 | DOMAIN_ATTENTION)
-                weights = weights * (data >= threshold(dropout_p)) * keep_scale(dropout_p)
-            heads.append(weights @ v[part, kv])
-        out.append(torch.stack(heads, 1))
-    return torch.cat(out)
-
-
 def inputs(lengths=LENGTHS, H=8, K=4, D=16, dtype=torch.float32):
     T = sum(lengths)
     tensors = [torch.randn(T, n, D).to(dtype).requires_grad_() for n in (H, K, K)]
@@ -66,15 +32,15 @@ def inputs(lengths=LENGTHS, H=8, K=4, D=16, dtype=torch.float32):
     )
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("chosen", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("kv_heads", [1, 4, 8])
-def test_output_and_gradients_against_float64(settings, kv_heads):
+def test_output_and_gradients_against_float64(chosen, kv_heads):
     qkv, cu_seqlens, seeds = inputs(K=kv_heads)
     grad = torch.randn(sum(LENGTHS), 8, 16)
     exact = [x.detach().double().requires_grad_() for x in qkv]
-    want = naive(*exact, LENGTHS, seeds_S=seeds, **settings)
+    want = plain(*exact, LENGTHS, seeds_S=seeds, **chosen)
     want.backward(grad.double())
-    got = attention(*qkv, cu_seqlens, seeds_S=seeds, **settings)
+    got = attention(*qkv, cu_seqlens, seeds_S=seeds, **chosen)
     got.backward(grad)
     assert got.dtype == torch.float32
     assert (got - want).abs().max() < 2e-6 * want.abs().max()
@@ -82,15 +48,15 @@ def test_output_and_gradients_against_float64(settings, kv_heads):
         assert (ours.grad - theirs.grad).abs().max() < 4e-6 * theirs.grad.abs().max()
 
 
-@pytest.mark.parametrize("settings", [SETTINGS["plain"], SETTINGS["dropout"]], ids=["plain", "dropout"])
-def test_bf16_is_as_good_as_a_plain_bf16_softmax(settings):
+@pytest.mark.parametrize("chosen", [SETTINGS["plain"], SETTINGS["dropout"]], ids=["plain", "dropout"])
+def test_bf16_is_as_good_as_a_plain_bf16_softmax(chosen):
     (q, k, v), cu_seqlens, seeds = inputs(dtype=torch.bfloat16)
-    want = naive(q.double(), k.double(), v.double(), LENGTHS, seeds_S=seeds, **settings)
-    plain = naive(q, k, v, LENGTHS, seeds_S=seeds, **settings)
-    got = attention(q, k, v, cu_seqlens, seeds_S=seeds, **settings)
+    want = plain(q.double(), k.double(), v.double(), LENGTHS, seeds_S=seeds, **chosen)
+    same = plain(q, k, v, LENGTHS, seeds_S=seeds, **chosen)
+    got = attention(q, k, v, cu_seqlens, seeds_S=seeds, **chosen)
     assert got.dtype == torch.bfloat16
     rounding = 2 * (want + 0.3 - 0.3 - want).abs().max()
-    assert (got - want).abs().max() <= 2 * (plain - want).abs().max() + rounding
+    assert (got - want).abs().max() <= 2 * (same - want).abs().max() + rounding
 
 
 @pytest.mark.parametrize("name", ["plain", "causal", "window", "dropout", "softcap"])
@@ -123,11 +89,9 @@ def test_segments_are_isolated_bitwise(name, lengths):
 
 def test_noise_does_not_depend_on_the_pack():
     (q, k, v), cu_seqlens, seeds = inputs([4, 9, 4])
-    settings = {"dropout_p": 0.3, "stream": 2}
-    packed = attention(q, k, v, cu_seqlens, seeds_S=seeds, **settings)
-    alone = attention(
-        q[4:13], k[4:13], v[4:13], torch.tensor([0, 9], dtype=torch.int32), seeds_S=seeds[1:2], **settings
-    )
+    chosen = {"dropout_p": 0.3, "stream": 2}
+    packed = attention(q, k, v, cu_seqlens, seeds_S=seeds, **chosen)
+    alone = attention(q[4:13], k[4:13], v[4:13], torch.tensor([0, 9], dtype=torch.int32), seeds_S=seeds[1:2], **chosen)
     torch.testing.assert_close(packed[4:13], alone)
     other_stream = attention(q, k, v, cu_seqlens, seeds_S=seeds, dropout_p=0.3, stream=3)
     assert not torch.allclose(packed, other_stream)
@@ -197,6 +161,9 @@ def test_bad_cu_seqlens(bounds):
         ({"dropout_p": 0.3}, "seeds_S"),
         ({"dropout_p": 0.3, "seeds_S": torch.zeros(3, dtype=torch.int64)}, r"int64 \[2\]"),
         ({"dropout_p": 0.3, "seeds_S": torch.zeros(2)}, r"int64 \[2\]"),
+        ({"stream": -1}, "stream"),
+        ({"stream": 2**31}, "stream"),
+        ({"v_TKD": torch.zeros(6, 4, 16, device="meta")}, "one device"),
         ({"window": 0}, "window"),
         ({"softcap": 0.0}, "softcap"),
     ],
@@ -207,3 +174,64 @@ def test_bad_input(change, message):
     attention(**good)
     with pytest.raises(ValueError, match=message):
         attention(**{**good, **change})
+
+
+@seed(0)
+@hypothesis_settings(
+    max_examples=300, phases=[Phase.generate], deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+@given(st.data())
+def test_random_layouts(data):
+    H, K = data.draw(st.sampled_from([(1, 1), (4, 1), (8, 1), (2, 2), (6, 2)]))
+    lengths, D = data.draw(layouts(total=150)), data.draw(st.sampled_from(HEAD_DIMS))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    chosen = data.draw(settings())
+    q, k, v, do, cu_seqlens, seeds = random_inputs(lengths, H, K, D, dtype, seed=sum(lengths) + D)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o = attention(*leaves, cu_seqlens, seeds_S=seeds, **chosen)
+    o.backward(do)
+    got = [o.detach(), *(x.grad for x in leaves)]
+    assert_close_to_exact(got, *(x.detach() for x in leaves), do, lengths, seeds, **chosen)
+
+
+@pytest.mark.parametrize("name", ["plain", "causal window", "dropout", "all"])
+def test_lse(name):
+    (q, k, v), cu_seqlens, seeds = inputs(K=1)
+    o, lse = attention(q, k, v, cu_seqlens, seeds_S=seeds, return_lse=True, **SETTINGS[name])
+    torch.testing.assert_close(o, attention(q, k, v, cu_seqlens, seeds_S=seeds, **SETTINGS[name]))
+    assert lse.shape == (8, sum(LENGTHS)) and lse.dtype == torch.float32 and not lse.requires_grad
+    if name == "plain":
+        first = (q[:5].transpose(0, 1) @ k[:5, 0].t() / 4).logsumexp(-1)
+        torch.testing.assert_close(lse[:, :5], first)
+
+
+def test_token_tables():
+    tables = TokenTables.build(torch.tensor([0, 2, 2, 20, 23], dtype=torch.int32), 23)
+    assert tables.segment_T.tolist() == [0] * 2 + [2] * 18 + [3] * 3
+    assert tables.start_T.tolist() == [0] * 2 + [2] * 18 + [20] * 3
+    assert tables.end_T.tolist() == [2] * 2 + [20] * 18 + [23] * 3
+    assert tables.first_block_T.tolist() == [0] * 2 + [1] * 18 + [3] * 3
+    assert tables.block_first_B.tolist() == [0, 2, 18, 20, 23]
+    assert tables.block_end_B.tolist() == [2, 20, 20, 23, 23]
+
+
+def test_plan_on_device_does_not_look_at_values(monkeypatch):
+    bounds = torch.tensor([0, 5, 3, 9])
+    plan = AttentionPlan.on_device(bounds, 9)
+    assert (plan.n_segments, plan.n_tokens) == (3, 9) and plan.tables.n_tokens == 9
+    with pytest.raises(ValueError, match="never fall"):
+        _ = plan.lengths
+    with pytest.raises(ValueError, match="pack of 9"):
+        _ = AttentionPlan.on_device(torch.tensor([0, 5]), 9).groups
+    monkeypatch.setenv("L2V_CHECK", "1")
+    with pytest.raises(ValueError, match="never fall"):
+        AttentionPlan.on_device(bounds, 9)
+    with pytest.raises(ValueError, match="pack of 9"):
+        AttentionPlan.on_device(torch.tensor([0, 5]), 9)
+    assert AttentionPlan.on_device(torch.tensor([0, 5, 9]), 9).lengths == (5, 4)
+
+
+def test_a_device_without_kernels():
+    q = torch.zeros(6, 4, 64, device="meta")
+    with pytest.raises(NotImplementedError, match=r"on CUDA with Triton.*\(6, 4, 64\)"):
+        attention(q, q, q, torch.tensor([0, 6]))

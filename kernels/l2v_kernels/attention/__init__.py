@@ -1,12 +1,21 @@
 """Attention over packed segments, with grouped heads, windows, softcap and addressed dropout."""
 
+import functools
+import importlib.util
+import warnings
+
 import torch
 
+from l2v_kernels.attention.autograd import FusedAttention
+from l2v_kernels.attention.padded import attention_padded
 from l2v_kernels.attention.plan import AttentionPlan
 from l2v_kernels.attention.reference import attention_reference
+from l2v_kernels.attention.settings import Settings
 from l2v_kernels.philox import threshold
 
-__all__ = ["AttentionPlan", "attention"]
+__all__ = ["AttentionPlan", "attention", "attention_padded"]
+
+MAX_HEAD_DIM = 256
 
 
 def attention(
@@ -23,46 +32,79 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     plan: AttentionPlan | None = None,
-) -> torch.Tensor:
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale * q k^T) v within each segment of a packed sequence; returns o_THD in q's dtype.
 
+    On CUDA the Triton kernels compute it, on the CPU the reference.
+
     Args:
-        q_THD, k_TKD, v_TKD: queries [T, H, D], keys and values [T, K, D] of one floating dtype, H a multiple
-            of K: query head h reads key head h // (H // K).
-        cu_seqlens: int32 or int64 [S + 1], segment s holds tokens cu_seqlens[s] .. cu_seqlens[s + 1]; empty
-            ones are fine.
+        q_THD, k_TKD, v_TKD: queries [T, H, D], keys and values [T, K, D] of one dtype, H a multiple of K: query head
+            h reads key head h // (H // K). On CUDA fp16, bf16 or fp32, and D a multiple of 8 up to 256; fp64 takes
+            the reference there too, and says so.
+        cu_seqlens: int32 or int64 [S + 1], segment s holds tokens cu_seqlens[s] .. cu_seqlens[s + 1]; empty ones are
+            fine.
         scale: default D ** -0.5.
         dropout_p: drop probability of attention weights, rounded to 1/256 (see `philox.threshold`).
-        seeds_S: int64 [S], one seed per segment; needed with dropout_p > 0. Whether weight (h, i, j) of a
-            segment is dropped depends on its seed, `stream` (by convention the layer), h, i and j alone.
+        seeds_S: int64 [S], one seed per segment; needed with dropout_p > 0. Whether weight (h, i, j) of a segment is
+            dropped depends on its seed, `stream` (by convention the layer), h, i and j alone.
         causal: attend to j <= i instead of to the whole segment.
         window: attend to |i - j| < window only.
         softcap: scores become softcap * tanh(scores / softcap) before the softmax (Gemma 2).
-        plan: `AttentionPlan` of these segments, built once a batch. Without it cu_seqlens is read on the
-            host, which waits for the device.
-    Errors: ValueError on shapes, dtypes or settings outside the above, with the shapes in the message.
+        plan: `AttentionPlan` of these segments, built once a batch. Without it cu_seqlens is read where it is: on the
+            CPU it is checked, on CUDA nothing waits for its values, and wrong ones give NaN (see
+            `AttentionPlan.on_device`).
+        return_lse: return (o_THD, lse_HT), lse fp32 (fp64 for fp64) the logarithm of the softmax's denominator. No
+            gradient flows through it.
+    Errors: ValueError on shapes, dtypes or settings outside the above, NotImplementedError for a device or a head
+        dimension that has no kernel; both give the shapes.
     """
     if plan is None:
-        plan = AttentionPlan.from_cu_seqlens(cu_seqlens)
-    _check(q_THD, k_TKD, v_TKD, cu_seqlens, dropout_p, seeds_S, window, softcap, plan)
+        if cu_seqlens.is_cuda:
+            plan = AttentionPlan.on_device(cu_seqlens, q_THD.shape[0])
+        else:
+            plan = AttentionPlan.from_cu_seqlens(cu_seqlens, q_THD.device)
+    _check(q_THD, k_TKD, v_TKD, cu_seqlens, dropout_p, seeds_S, stream, window, softcap, plan)
     if scale is None:
         scale = q_THD.shape[-1] ** -0.5
-    return attention_reference(
-        q_THD,
-        k_TKD,
-        v_TKD,
-        plan,
-        scale=scale,
-        dropout_p=dropout_p,
-        seeds_S=seeds_S,
-        stream=stream,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-    )
+    settings = Settings(scale, dropout_p, stream, causal, window, softcap)
+    if _takes_kernel(q_THD):
+        o_THD, lse_HT = FusedAttention.apply(q_THD, k_TKD, v_TKD, plan.tables, seeds_S, settings)
+    else:
+        o_THD, lse_HT = attention_reference(q_THD, k_TKD, v_TKD, plan, seeds_S, settings, return_lse)
+    return (o_THD, lse_HT) if return_lse else o_THD
 
 
-def _check(q_THD, k_TKD, v_TKD, cu_seqlens, dropout_p, seeds_S, window, softcap, plan):
+def _takes_kernel(q_THD):
+    """Errors: NotImplementedError where there is neither a kernel nor a CPU."""
+    if not q_THD.is_cuda and q_THD.device.type == "cpu":
+        return False
+    where = f"q {tuple(q_THD.shape)} {q_THD.dtype} on {q_THD.device}"
+    if not q_THD.is_cuda or not _has_triton():
+        raise NotImplementedError(f"attention runs on the CPU, and on CUDA with Triton installed; got {where}")
+    if q_THD.dtype == torch.float64:
+        _say_once("l2v_kernels.attention: fp64 has no kernel, taking the slow PyTorch reference")
+        return False
+    if q_THD.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise NotImplementedError(f"the attention kernel takes fp32, fp16 and bf16, got {where}")
+    if q_THD.shape[2] % 8 or not 8 <= q_THD.shape[2] <= MAX_HEAD_DIM:
+        raise NotImplementedError(
+            f"the attention kernel takes head dimensions that are multiples of 8 up to {MAX_HEAD_DIM}, got {where}"
+        )
+    return True
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    warnings.warn(line, RuntimeWarning, stacklevel=4)
+
+
+def _check(q_THD, k_TKD, v_TKD, cu_seqlens, dropout_p, seeds_S, stream, window, softcap, plan):
     shapes = f"q {tuple(q_THD.shape)}, k {tuple(k_TKD.shape)}, v {tuple(v_TKD.shape)}"
     if q_THD.ndim != 3 or k_TKD.ndim != 3 or k_TKD.shape != v_TKD.shape:
         raise ValueError(f"attention needs q [T, H, D] and k, v [T, K, D], got {shapes}")
@@ -74,19 +116,23 @@ def _check(q_THD, k_TKD, v_TKD, cu_seqlens, dropout_p, seeds_S, window, softcap,
         raise ValueError(
             f"q, k and v must have one floating dtype, got {q_THD.dtype}, {k_TKD.dtype}, {v_TKD.dtype} for {shapes}"
         )
+    if not q_THD.device == k_TKD.device == v_TKD.device == plan.device:
+        devices = f"{q_THD.device}, {k_TKD.device}, {v_TKD.device} and {plan.device}"
+        raise ValueError(f"q, k, v and the plan must be on one device, got {devices} for {shapes}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] != plan.n_segments + 1 or plan.n_tokens != q_THD.shape[0]:
         raise ValueError(
             f"cu_seqlens {tuple(cu_seqlens.shape)} and a plan of {plan.n_segments} segments, "
             f"{plan.n_tokens} tokens do not describe {shapes}"
         )
-    if plan.device is not None and plan.device != q_THD.device:
-        raise ValueError(f"the plan is on {plan.device} and q on {q_THD.device} for {shapes}")
+    if not 0 <= stream < 2**31:
+        raise ValueError(f"stream must be at least 0 and below 2**31, got {stream} for {shapes}")
     if threshold(dropout_p):
         if seeds_S is None:
             raise ValueError(f"attention dropout needs seeds_S [S], one int64 seed a segment, got none for {shapes}")
-        if seeds_S.dtype != torch.int64 or seeds_S.shape != (plan.n_segments,):
+        if seeds_S.dtype != torch.int64 or seeds_S.shape != (plan.n_segments,) or seeds_S.device != q_THD.device:
             raise ValueError(
-                f"seeds_S must be int64 [{plan.n_segments}], got {seeds_S.dtype} {tuple(seeds_S.shape)} for {shapes}"
+                f"seeds_S must be int64 [{plan.n_segments}] on {q_THD.device}, got {seeds_S.dtype} "
+                f"{tuple(seeds_S.shape)} on {seeds_S.device} for {shapes}"
             )
     if window is not None and window < 1:
         raise ValueError(f"a window holds at least the token itself, got {window=} for {shapes}")

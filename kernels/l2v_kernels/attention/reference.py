@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from l2v_kernels.attention.plan import AttentionPlan
+from l2v_kernels.attention.settings import Settings
 from l2v_kernels.philox import DOMAIN_ATTENTION, keep_bytes, keep_scale, threshold
 
 
@@ -12,22 +13,21 @@ def attention_reference(
     k_TKD: torch.Tensor,
     v_TKD: torch.Tensor,
     plan: AttentionPlan,
-    *,
-    scale: float,
-    dropout_p: float,
     seeds_S: torch.Tensor | None,
-    stream: int,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """See `l2v_kernels.attention`, which checks the arguments. o_THD is differentiable in q, k and v."""
+    settings: Settings,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See `l2v_kernels.attention`, which checks the arguments. o_THD is differentiable in q, k and v; lse [H, T], fp32
+    or better, is made when asked for and is not."""
+    T, H, D = q_THD.shape
+    dropout_p, softcap, causal, window = settings.dropout_p, settings.softcap, settings.causal, settings.window
     if plan.n_tokens == 0:
-        return q_THD + 0.0 * (k_TKD.sum() + v_TKD.sum())
+        lse_HT = q_THD.new_empty((H, 0), dtype=torch.promote_types(q_THD.dtype, torch.float32))
+        return q_THD + 0.0 * (k_TKD.sum() + v_TKD.sum()), lse_HT if return_lse else None
     tokens_per_group = [group.tokens_nL.numel() for group in plan.groups]
     q_parts, k_parts, v_parts = (_in_order(x, plan).split(tokens_per_group) for x in (q_THD, k_TKD, v_TKD))
-    explicit = bool(threshold(dropout_p)) or softcap is not None
-    out = []
+    explicit = bool(threshold(dropout_p)) or softcap is not None or return_lse
+    out, lse_parts = [], []
     for group, q, k, v in zip(plan.groups, q_parts, k_parts, v_parts, strict=True):
         shape_nL = group.tokens_nL.shape
         # Views [n, heads, L, D]: packed tokens are never copied into a padded batch.
@@ -36,10 +36,12 @@ def attention_reference(
         if explicit:
             drop = None
             if threshold(dropout_p):
-                drop = _dropped(seeds_S[group.segments_n], q.shape[1], group.length, stream, dropout_p)
-            o = _explicit(q, k, v, scale, visible_LL, softcap, drop)
+                drop = _dropped(seeds_S[group.segments_n], H, group.length, settings.stream, dropout_p)
+            o, lse_nHL = _explicit(q, k, v, settings.scale, visible_LL, softcap, drop, return_lse)
             if drop is not None:
                 o = o * keep_scale(dropout_p)
+            if return_lse:
+                lse_parts.append(lse_nHL.transpose(1, 2).reshape(-1, H))
         else:
             # Without a mask SDPA takes its flash kernel also for causal attention.
             fast_causal = causal and (window is None or window >= group.length)
@@ -49,15 +51,16 @@ def attention_reference(
                 v,
                 attn_mask=None if fast_causal else visible_LL,
                 is_causal=fast_causal,
-                scale=scale,
-                enable_gqa=q.shape[1] != k.shape[1],
+                scale=settings.scale,
+                enable_gqa=k.shape[1] != H,
             )
-        out.append(o.to(q.dtype).transpose(1, 2).reshape(-1, *q_THD.shape[1:]))
-    return _back(torch.cat(out), plan)
+        out.append(o.to(q.dtype).transpose(1, 2).reshape(-1, H, D))
+    lse_HT = _back(torch.cat(lse_parts), plan).t() if return_lse else None
+    return _back(torch.cat(out), plan), lse_HT
 
 
-def _explicit(q_nHLD, k_nKLD, v_nKLD, scale, visible_LL, softcap, drop_nHLL):
-    """Attention with every step spelled out, in fp32 or better."""
+def _explicit(q_nHLD, k_nKLD, v_nKLD, scale, visible_LL, softcap, drop_nHLL, return_lse):
+    """Attention with every step spelled out, in fp32 or better: o [n, H, L, D] and, if asked for, lse [n, H, L]."""
     n, H, L, D = q_nHLD.shape
     K = k_nKLD.shape[1]
     dtype = torch.promote_types(q_nHLD.dtype, torch.float32)
@@ -70,9 +73,10 @@ def _explicit(q_nHLD, k_nKLD, v_nKLD, scale, visible_LL, softcap, drop_nHLL):
     if visible_LL is not None:
         scores = scores.masked_fill(~visible_LL, float("-inf"))
     weights = scores.softmax(-1)
+    lse_nHL = scores.detach().logsumexp(-1) if return_lse else None
     if drop_nHLL is not None:
         weights = weights.masked_fill(drop_nHLL, 0.0)
-    return (weights.view(n, K, H // K * L, L) @ v_nKLD.to(dtype)).view(n, H, L, D)
+    return (weights.view(n, K, H // K * L, L) @ v_nKLD.to(dtype)).view(n, H, L, D), lse_nHL
 
 
 def _dropped(seeds_n, n_heads, length, stream, dropout_p):
@@ -93,14 +97,14 @@ def _visible(length, causal, window, device):
 
 
 def _in_order(x, plan):
-    return x if plan.order_T is None else _Permute.apply(x, plan.order_T, plan.inverse_T)
+    return x if plan.order_T is None else Permute.apply(x, plan.order_T, plan.inverse_T)
 
 
 def _back(x, plan):
-    return x if plan.order_T is None else _Permute.apply(x, plan.inverse_T, plan.order_T)
+    return x if plan.order_T is None else Permute.apply(x, plan.inverse_T, plan.order_T)
 
 
-class _Permute(torch.autograd.Function):
+class Permute(torch.autograd.Function):
     """Rows in another order. The gradient is a gather too; index_select's own adds, by atomics on CUDA."""
 
     @staticmethod
@@ -111,4 +115,4 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         order_T, inverse_T = ctx.saved_tensors
-        return _Permute.apply(grad, inverse_T, order_T), None, None
+        return Permute.apply(grad, inverse_T, order_T), None, None

@@ -4,31 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
-from l2v_kernels.philox import DOMAIN_DROPOUT, ROUNDS, keep_scale, threshold
+from l2v_kernels.philox import DOMAIN_DROPOUT, keep_scale, threshold
+from l2v_kernels.philox_kernel import random_bytes
 
-_ROUNDS = tl.constexpr(ROUNDS)
 _DOMAIN = tl.constexpr(DOMAIN_DROPOUT)
 
 CONFIG = {"BLOCK_T": 8, "BLOCK_E": 512, "num_warps": 8}
 """4096 elements a program: 16 a thread, and one philox call, which serves 16."""
-
-
-@triton.jit
-def random_bytes(seed, row, first_block, stream, domain, n_blocks: tl.constexpr):
-    """int32 [R, 16 * n_blocks] in 0 .. 255: `philox.keep_bytes` from column 16 * first_block on.
-
-    seed int64 [R, 1], row int32 [R, 1], first_block, stream and domain int32. One philox call serves 16
-    columns. Threads exchange words (1 byte a column) through shared memory to match the layout of x; bytes
-    are cut afterwards.
-    """
-    rows: tl.constexpr = row.shape[0]
-    block = (first_block + tl.arange(0, n_blocks))[None, :]
-    w0, w1, w2, w3 = tl.philox(seed, block, row, stream, domain, n_rounds=_ROUNDS)
-    # join makes a new last axis, so the order 0, 1, 2, 3 comes from pairing (0, 2) with (1, 3).
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (rows, 4 * n_blocks))
-    low, high = words & 0xFFFF, words >> 16
-    data = tl.join(tl.join(low & 0xFF, high & 0xFF), tl.join(low >> 8, high >> 8))
-    return tl.reshape(data, (rows, 16 * n_blocks)).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["stream", "drop_below"])

@@ -1,0 +1,162 @@
+"""Tile shapes and launch parameters: defaults per architecture, and where asked for a search.
+
+Every entry is the first of a list of candidates, larger tiles first, that compiles without register spills and
+within shared memory, with and without dropout (tests/kernels/test_compile.py checks all of them). Which of
+those is fastest is for `L2V_AUTOTUNE=1` to find out, on the device.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["forward", "query", "key"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """block_m rows (query token, query head) by block_n keys a step, with Triton's warps and pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def meta(self) -> dict[str, int]:
+        """As a launch's keyword arguments."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# [architecture][kind][head dimension, rounded up] = (short segments, long segments), each (m, n, warps, stages)
+_HALF = {
+    80: {
+        "forward": {
+            64: ((64, 32, 4, 3), (128, 64, 8, 3)),
+            128: ((64, 32, 4, 3), (64, 64, 4, 3)),
+            256: ((64, 32, 8, 2), (64, 64, 8, 2)),
+        },
+        "query": {
+            64: ((64, 32, 4, 3), (64, 32, 4, 2)),
+            128: ((64, 32, 4, 1), (64, 64, 8, 2)),
+            256: ((64, 32, 8, 2), (64, 32, 8, 2)),
+        },
+        "key": {
+            64: ((32, 64, 4, 1), (32, 64, 4, 1)),
+            128: ((32, 32, 4, 2), (64, 64, 8, 2)),
+            256: ((32, 32, 8, 2), (32, 32, 8, 2)),
+        },
+    },
+    90: {
+        "forward": {
+            64: ((64, 32, 4, 3), (128, 64, 8, 3)),
+            128: ((64, 32, 4, 3), (128, 64, 8, 3)),
+            256: ((64, 32, 4, 2), (64, 32, 4, 2)),
+        },
+        "query": {
+            64: ((64, 32, 4, 3), (128, 64, 8, 3)),
+            128: ((64, 32, 4, 2), (128, 64, 8, 2)),
+            256: ((32, 32, 4, 1), (128, 16, 8, 2)),
+        },
+        "key": {
+            64: ((32, 64, 4, 2), (64, 128, 8, 2)),
+            128: ((16, 64, 4, 1), (32, 128, 8, 2)),
+            256: ((32, 32, 8, 2), (32, 32, 8, 2)),
+        },
+    },
+    100: {
+        "forward": {
+            64: ((64, 32, 4, 3), (128, 64, 8, 3)),
+            128: ((64, 32, 4, 3), (128, 64, 8, 3)),
+            256: ((64, 64, 8, 2), (64, 64, 8, 2)),
+        },
+        "query": {
+            64: ((64, 32, 4, 3), (128, 64, 8, 3)),
+            128: ((64, 32, 4, 2), (128, 32, 8, 2)),
+            256: ((64, 32, 8, 2), (64, 32, 8, 2)),
+        },
+        "key": {
+            64: ((32, 64, 4, 2), (64, 128, 8, 2)),
+            128: ((32, 64, 4, 2), (64, 128, 8, 2)),
+            256: ((32, 64, 8, 2), (32, 64, 8, 2)),
+        },
+    },
+    120: {
+        "forward": {
+            64: ((64, 32, 4, 3), (128, 64, 8, 3)),
+            128: ((64, 32, 4, 3), (64, 64, 4, 3)),
+            256: ((64, 32, 8, 2), (64, 32, 8, 2)),
+        },
+        "query": {
+            64: ((64, 32, 4, 3), (64, 32, 4, 2)),
+            128: ((64, 32, 4, 2), (64, 64, 8, 2)),
+            256: ((64, 32, 8, 1), (64, 32, 8, 1)),
+        },
+        "key": {
+            64: ((32, 64, 4, 1), (32, 64, 4, 1)),
+            128: ((32, 32, 4, 2), (64, 64, 8, 2)),
+            256: ((32, 32, 8, 2), (32, 32, 8, 2)),
+        },
+    },
+}
+# Head dimensions between 64 and 128 are padded to 128 behind a mask, at the cost of registers: tiles where 128 spills.
+_MASKED = {
+    (80, "key"): ((32, 32, 4, 2), (64, 32, 4, 2)),
+    (90, "query"): ((64, 32, 4, 2), (128, 32, 8, 2)),
+    (100, "query"): ((64, 32, 4, 2), (64, 64, 4, 2)),
+    (120, "forward"): ((64, 32, 4, 3), (64, 64, 4, 2)),
+}
+# fp32 products run on the ordinary cores, the same on every architecture. No tile was found with which the query
+# gradient of a head dimension above 128 does not spill.
+_SINGLE = {
+    "forward": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
+    "query": {64: (32, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "key": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 8, 1)},
+}
+
+ARCHITECTURES = tuple(_HALF)
+
+
+def architecture(major: int, minor: int) -> int:
+    """Which defaults a compute capability takes. 8.6 and 8.9 have the small shared memory of 12.0."""
+    if major == 8:
+        return 80 if minor in (0, 7) else 120
+    return {9: 90, 10: 100, 11: 100}.get(major, 120)
+
+
+def is_short(mean_length: float, group: int) -> bool:
+    """Whether a tile of 128 rows would mostly hold keys that a row may not see."""
+    return mean_length < max(64, 256 // group)
+
+
+def default(kind: Kind, arch: int, head_dim: int, itemsize: int, short: bool) -> Config:
+    """The configuration taken without a search. arch is one of ARCHITECTURES, itemsize bytes an element."""
+    block_d = _padded(head_dim)
+    if itemsize == 4:
+        return Config(*_SINGLE[kind][block_d])
+    shapes = _HALF[arch][kind][block_d]
+    if 64 < head_dim < 128:
+        shapes = _MASKED.get((arch, kind), shapes)
+    return Config(*shapes[0 if short else 1])
+
+
+def candidates(kind: Kind, arch: int, head_dim: int, itemsize: int) -> list[Config]:
+    """What a search tries: the defaults of all architectures and kinds of segments, this architecture's first, and
+    those with one pipeline stage more or less. Some may spill or not fit; those lose, or fail and are passed over."""
+    block_d = _padded(head_dim)
+    if itemsize == 4:
+        shapes = [_SINGLE[kind][block_d], (16, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 16, 1)]
+        return [Config(*shape) for shape in dict.fromkeys(shapes)]
+    shapes = list(_MASKED.get((arch, kind), ())) if 64 < head_dim < 128 else []
+    shapes += [shape for name in (arch, *ARCHITECTURES) for shape in _HALF[name][kind][block_d]]
+    shapes += (
+        [(64, 64, 4, 2), (128, 32, 8, 2), (128, 128, 8, 2)] if kind != "key" else [(64, 64, 4, 2), (64, 128, 8, 2)]
+    )
+    shapes += [(m, n, warps, stages + more) for m, n, warps, stages in shapes for more in (-1, 1) if stages + more > 0]
+    return [Config(*shape) for shape in dict.fromkeys(shapes)]
+
+
+def _padded(head_dim):
+    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256

@@ -1,0 +1,158 @@
+"""What the forward and the backward kernels of packed attention share. Shapes: M rows (query token, query head), N
+columns (key tokens), D head dimension.
+
+Rows: GROUP query heads that read one key head stand together in a tile, token by token: row r of a tile is token
+first + r // GROUP, head group * GROUP + r % GROUP. A tile of few tokens then still fills the tensor core, and reads
+its keys once for all of these heads.
+"""
+
+import triton
+import triton.language as tl
+
+from l2v_kernels.philox import DOMAIN_ATTENTION
+from l2v_kernels.philox_kernel import random_bytes
+
+_DOMAIN = tl.constexpr(DOMAIN_ATTENTION)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_rows(base, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[R, BLOCK_D] from base + offsets int64 [R] on; columns beyond HEAD_DIM are 0."""
+    columns = tl.arange(0, BLOCK_D)
+    pointers = base + offsets[:, None] + columns[None, :]
+    if HEAD_DIM == BLOCK_D:
+        rows = tl.load(pointers)
+    else:
+        rows = tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+    return rows
+
+
+@triton.jit
+def store_rows(base, offsets, rows, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores rows [R, BLOCK_D] where inside [R], in the pointer's dtype."""
+    columns = tl.arange(0, BLOCK_D)
+    pointers = base + offsets[:, None] + columns[None, :]
+    mask = inside[:, None] & (columns < HEAD_DIM)[None, :]
+    tl.store(pointers, rows.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def key_tokens(
+    position,
+    n_tokens,
+    n_blocks,
+    block_first_ptr,
+    block_end_ptr,
+    BLOCK_N: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    AGAIN: tl.constexpr = False,
+):
+    """int32 [BLOCK_N]: the tokens at the key positions from `position` on, -1 where there is none.
+
+    A position is a token's place in the pack, or, BLOCKED, its place in the row of all key blocks of 16. AGAIN: read
+    the blocks anew, where the compiler would otherwise keep an earlier answer in registers over a whole loop.
+    """
+    offsets = tl.arange(0, BLOCK_N)
+    if BLOCKED:
+        block = position // 16 + offsets // 16
+        known = block < n_blocks
+        token = tl.load(block_first_ptr + block, mask=known, other=n_tokens, volatile=AGAIN) + offsets % 16
+        end = tl.load(block_end_ptr + block, mask=known, other=0, volatile=AGAIN)
+        token = tl.where(token < end, token, -1)
+    else:
+        token = position + offsets
+    return token
+
+
+@triton.jit
+def key_range(
+    first,
+    last,
+    start_ptr,
+    end_ptr,
+    first_block_ptr,
+    window,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCKED: tl.constexpr,
+):
+    """Which key positions the query tokens first .. last need: [low, high), of which whole tiles in [low, whole) are
+    seen by all of them. Returns also what to take from a position within those to get the token."""
+    start, end = tl.load(start_ptr + first), tl.load(end_ptr + last)
+    last_start = tl.load(start_ptr + last)
+    low, high, seen_by_all = start, end, end
+    if CAUSAL:
+        high = tl.minimum(high, last + 1)
+        seen_by_all = tl.minimum(seen_by_all, first + 1)
+    if WINDOW:
+        low = tl.maximum(low, first - window + 1)
+        if not CAUSAL:
+            high = tl.minimum(high, last + window)
+        seen_by_all = low
+    shift = 0
+    if BLOCKED:
+        # Whole blocks only; the window's mask cuts off what is too much.
+        shift = tl.load(first_block_ptr + first) * 16 - start
+        low = start + (low - start) // 16 * 16 + shift
+        high = tl.load(first_block_ptr + last) * 16 + high - last_start
+        seen_by_all += shift
+    seen_by_all = tl.where(start == last_start, seen_by_all, low)
+    whole = low + tl.maximum(seen_by_all - low, 0) // BLOCK_N * BLOCK_N
+    return low, whole, high, shift
+
+
+@triton.jit
+def in_reach(query, key, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Where causality and window let a query token see a key token of its segment. Shapes broadcast."""
+    see = query == query
+    if CAUSAL:
+        see = see & (key <= query)
+    if WINDOW:
+        see = see & (key > query - window) & (key < query + window)
+    return see
+
+
+@triton.jit
+def visible(query, start, end, key, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Where a query token, whose segment is [start, end), may see a key token. Shapes broadcast."""
+    return (key >= start) & (key < end) & in_reach(query, key, window, CAUSAL, WINDOW)
+
+
+@triton.jit
+def kept(seed, query, start, first_block, position, stream, head, drop_below, BLOCK_N: tl.constexpr):
+    """bool [M, BLOCK_N]: which weights dropout keeps. seed, query, start, first_block and head are [M] (seed, start
+    and first_block may be scalars); position is that of the first column, a multiple of 16 from the row's segment."""
+    row = (query - start)[:, None]
+    block = tl.broadcast_to(position // 16 - first_block, query.shape)[:, None]
+    seed = tl.broadcast_to(seed, query.shape)[:, None]
+    domain = (head * 256 + _DOMAIN)[:, None]
+    return random_bytes(seed, row, block, stream, domain, BLOCK_N // 16) >= drop_below
+
+
+@triton.jit
+def tanh(x):
+    """tanh to about one unit in the last place, without the cancellation of 1 - exp near 0."""
+    magnitude = tl.abs(x)
+    decay = tl.exp(-2.0 * magnitude)
+    square = x * x
+    series = 1.0 + square * (-0.3333333333333333 + square * (0.13333333333333333 - square * 0.05396825396825397))
+    value = tl.where(magnitude < 0.15, magnitude * series, (1.0 - decay) / (1.0 + decay))
+    return tl.where(x < 0.0, -value, value)
+
+
+@triton.jit
+def log2_scores(products, scale_in, scale_out, SOFTCAP: tl.constexpr):
+    """Scores times log2(e) of the products q k^T, and what the softcap does to their gradient.
+
+    Without softcap scale_in is scale * log2(e). With it scale_in is scale / softcap and scale_out is softcap *
+    log2(e); the second result is then 1 - tanh^2, and not used otherwise.
+    """
+    scores = products * scale_in
+    slope = scores
+    if SOFTCAP:
+        capped = tanh(scores)
+        slope = 1.0 - capped * capped
+        scores = capped * scale_out
+    return scores, slope

@@ -1,0 +1,187 @@
+"""From tensors to launches. Imported only where Triton is."""
+
+import torch
+import triton
+
+from l2v_kernels.attention.config import Config
+from l2v_kernels.attention.kernel_backward import key_gradient_kernel, query_gradient_kernel
+from l2v_kernels.attention.kernel_forward import forward_kernel
+from l2v_kernels.attention.settings import Settings
+from l2v_kernels.attention.tables import TokenTables
+from l2v_kernels.attention.tune import choose
+from l2v_kernels.philox import keep_scale, threshold
+
+_LOG2E = 1.4426950408889634
+MAX_GROUP = 8
+
+
+def forward(
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    tables: TokenTables,
+    seeds_S: torch.Tensor | None,
+    settings: Settings,
+    config: Config | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """o [T, H, D] in q's dtype and lse fp32 [H, T]."""
+    T, H, _ = q_THD.shape
+    q_THD, k_TKD, v_TKD = (_last_stride_1(x) for x in (q_THD, k_TKD, v_TKD))
+    o_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+    lse_HT = torch.empty((H, T), dtype=torch.float32, device=q_THD.device)
+    if o_THD.numel() == 0:
+        return o_THD, lse_HT
+    group, constants = _constants(q_THD, k_TKD, settings)
+
+    def run(config):
+        grid = (triton.cdiv(T * group, config.block_m), H // group)
+        forward_kernel[grid](
+            q_THD,
+            k_TKD,
+            v_TKD,
+            o_THD,
+            lse_HT,
+            *_tables(tables, seeds_S, settings),
+            *_strides(q_THD, k_TKD, v_TKD, o_THD),
+            *_scales(settings),
+            **constants,
+            **config.meta(),
+        )
+
+    run(config or choose("forward", q_THD, tables.n_segments, group, _variant(constants), run))
+    return o_THD, lse_HT
+
+
+def backward(
+    do_THD: torch.Tensor,
+    q_THD: torch.Tensor,
+    k_TKD: torch.Tensor,
+    v_TKD: torch.Tensor,
+    o_THD: torch.Tensor,
+    lse_HT: torch.Tensor,
+    tables: TokenTables,
+    seeds_S: torch.Tensor | None,
+    settings: Settings,
+    configs: tuple[Config, Config] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq [T, H, D], dk and dv [T, K, D], contiguous. configs: of the query and of the key gradient."""
+    T, H, _ = q_THD.shape
+    K = k_TKD.shape[1]
+    do_THD, q_THD, k_TKD, v_TKD = (_last_stride_1(x) for x in (do_THD, q_THD, k_TKD, v_TKD))
+    dq_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+    dk_TKD, dv_TKD = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k_TKD, v_TKD))
+    if q_THD.numel() == 0:
+        return dq_THD, dk_TKD.zero_(), dv_TKD.zero_()
+    group, constants = _constants(q_THD, k_TKD, settings)
+    delta_HT = torch.empty_like(lse_HT)
+
+    def run_query(config):
+        query_gradient_kernel[(triton.cdiv(T * group, config.block_m), H // group)](
+            q_THD,
+            k_TKD,
+            v_TKD,
+            o_THD,
+            do_THD,
+            dq_THD,
+            lse_HT,
+            delta_HT,
+            *_tables(tables, seeds_S, settings),
+            *_strides(q_THD, k_TKD, v_TKD, o_THD, do_THD),
+            settings.scale,
+            *_scales(settings),
+            **constants,
+            **config.meta(),
+        )
+
+    def run_key(config):
+        positions = 16 * tables.n_blocks if threshold(settings.dropout_p) else T
+        key_gradient_kernel[(triton.cdiv(positions, config.block_n), K)](
+            q_THD,
+            k_TKD,
+            v_TKD,
+            do_THD,
+            dk_TKD,
+            dv_TKD,
+            lse_HT,
+            delta_HT,
+            *_tables(tables, seeds_S, settings),
+            *_strides(q_THD, k_TKD, v_TKD, do_THD, dk_TKD),
+            settings.scale,
+            *_scales(settings),
+            **constants,
+            **config.meta(),
+        )
+
+    of_query, of_key = configs or (None, None)
+    choice = (q_THD, tables.n_segments, group, _variant(constants))
+    # In this order: the first kernel leaves delta for the second.
+    run_query(of_query or choose("query", *choice, run_query))
+    run_key(of_key or choose("key", *choice, run_key))
+    return dq_THD, dk_TKD, dv_TKD
+
+
+def head_group(n_query_heads: int, n_key_heads: int) -> int:
+    """How many query heads share a tile: the largest power of two up to MAX_GROUP that divides the heads of a key
+    head."""
+    ratio = n_query_heads // n_key_heads
+    return min(ratio & -ratio, MAX_GROUP)
+
+
+def _constants(q_THD, k_TKD, settings):
+    group = head_group(q_THD.shape[1], k_TKD.shape[1])
+    head_dim = q_THD.shape[2]
+    return group, {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "GROUP": group,
+        "GROUPS_PER_KEY_HEAD": q_THD.shape[1] // k_TKD.shape[1] // group,
+        "CAUSAL": settings.causal,
+        "WINDOW": settings.window is not None,
+        "SOFTCAP": settings.softcap is not None,
+        "DROPOUT": threshold(settings.dropout_p) > 0,
+        # TF32 would round fp32 inputs to 10 bits; it says nothing for 16-bit inputs.
+        "PRECISION": "ieee",
+    }
+
+
+def _variant(constants):
+    """What besides shapes decides which of two configurations is faster."""
+    return " ".join(name.lower() for name in ("CAUSAL", "WINDOW", "SOFTCAP", "DROPOUT") if constants[name]) or "plain"
+
+
+def _tables(tables, seeds_S, settings):
+    seeds_S = seeds_S.contiguous() if threshold(settings.dropout_p) else tables.segment_T
+    return (
+        tables.start_T,
+        tables.end_T,
+        tables.segment_T,
+        tables.first_block_T,
+        tables.block_first_B,
+        tables.block_end_B,
+        seeds_S,
+        tables.n_tokens,
+        tables.n_blocks,
+    )
+
+
+def _strides(*tensors):
+    return [stride for x in tensors for stride in x.stride()[:2]]
+
+
+def _scales(settings):
+    if settings.softcap is None:
+        scale_in, scale_out = settings.scale * _LOG2E, 0.0
+    else:
+        scale_in, scale_out = settings.scale / settings.softcap, settings.softcap * _LOG2E
+    return (
+        scale_in,
+        scale_out,
+        settings.window or 0,
+        settings.stream,
+        threshold(settings.dropout_p),
+        keep_scale(settings.dropout_p),
+    )
+
+
+def _last_stride_1(x):
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,100 @@
+"""Choosing a configuration at launch: the default, or with L2V_AUTOTUNE=1 the fastest of a few, kept on disk."""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+
+from l2v_kernels.attention.config import Config, Kind, architecture, candidates, default, is_short
+
+
+def choose(
+    kind: Kind,
+    q_THD: torch.Tensor,
+    n_segments: int,
+    group: int,
+    variant: str,
+    launch: Callable[[Config], None],
+) -> Config:
+    """The configuration to launch with, from what the host knows: no look at the device.
+
+    Args: group query heads share a tile; variant names what else is compiled in; launch runs the kernel once and may
+    be called any number of times.
+    """
+    T, _, D = q_THD.shape
+    mean = T / max(n_segments, 1)
+    arch = architecture(*_capability(q_THD.device)) if q_THD.device.type == "cuda" else 80
+    short = is_short(mean, group)
+    if os.environ.get("L2V_AUTOTUNE") != "1":
+        return default(kind, arch, D, q_THD.element_size(), short)
+    # Lengths are grouped by powers of two: a search for every batch would never end.
+    key = f"{kind} {q_THD.dtype} D{D} group{group} {variant} mean{2 ** max(0, round(mean) - 1).bit_length()}"
+    cache = Cache.of(q_THD.device)
+    if key not in cache.known:
+        best = fastest(candidates(kind, arch, D, q_THD.element_size()), launch)
+        cache.add(key, best or default(kind, arch, D, q_THD.element_size(), short))
+    return cache.known[key]
+
+
+def fastest(configs: list[Config], launch: Callable[[Config], None], time: Callable | None = None) -> Config | None:
+    """The configuration of the least median time; None if none runs. Those that do not fit the device are passed by."""
+    time = time or (lambda call: triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median"))
+    best = None
+    for config in configs:
+        try:
+            took = time(functools.partial(launch, config))
+        except (triton.runtime.errors.OutOfResources, triton.compiler.CompilationError, RuntimeError):
+            continue
+        if best is None or took < best[0]:
+            best = (took, config)
+    return best and best[1]
+
+
+class Cache:
+    """Found configurations of one device and one version of Triton and of the kernels: one JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.known = path, {}
+        try:
+            self.known = {key: Config(**value) for key, value in json.loads(path.read_text()).items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            # No file yet, or one that is not ours: search again.
+            self.known = {}
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Cache":
+        """The cache of a device, under L2V_CACHE or ~/.cache/l2v."""
+        folder = Path(os.environ.get("L2V_CACHE") or Path.home() / ".cache/l2v")
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        name = re.sub(r"\W+", "-", f"{name} triton {triton.__version__} torch {torch.__version__} {_source()}")
+        return _cache(folder / "attention" / f"{name}.json")
+
+    def add(self, key: str, config: Config) -> None:
+        """Keeps and writes; the file is replaced in one step, so that ranks may write at once."""
+        self.known[key] = config
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
+            json.dump({key: vars(value) for key, value in self.known.items()}, file, indent=1)
+        os.replace(file.name, self.path)
+
+
+_cache = functools.cache(Cache)
+
+
+@functools.cache
+def _capability(device):
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def _source():
+    """Of the kernels: another source is another cache."""
+    files = sorted(Path(__file__).parent.glob("kernel_*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
