@@ -61,7 +61,7 @@ def build(
     Args: signature maps arguments to Triton types ("*bf16", "i32"), constants the constexpr ones to values.
     Errors: whatever Triton or ptxas raise.
     """
-    types = {name: signature[name] if name in signature else "constexpr" for name in (p.name for p in kernel.params)}
+    types = {name: signature.get(name, "constexpr") for name in (p.name for p in kernel.params)}
     free = {p.name for p in kernel.params if p.do_not_specialize}
     aligned = [
         (i,) for i, (name, kind) in enumerate(types.items()) if kind not in ("fp32", "constexpr") and name not in free

@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import torch
-from l2v_kernels import AttentionPlan
-from l2v_kernels.attention.reference import attention_reference
-from l2v_kernels.attention.settings import Settings
 
 from benchmarks.attention_peers import PROVIDERS, Unavailable, Workload
 from benchmarks.harness import Result, device_facts, fill, measure_ceilings, table, time_interleaved, write
+from l2v_kernels import AttentionPlan
+from l2v_kernels.attention.reference import attention_reference
+from l2v_kernels.attention.settings import Settings
 
 SHAPES = {"llama-3-8b": (32, 8, 128), "64-dim": (16, 16, 64)}
 FIXED = (128, 256, 512, 2048, 8192)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from l2v_kernels import AttentionPlan, attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from l2v_kernels import AttentionPlan, attention
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

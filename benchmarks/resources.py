@@ -9,11 +9,10 @@ import itertools
 import sys
 from dataclasses import dataclass
 
+from benchmarks.aot import MATRIX_INSTRUCTION, Usage, build
 from l2v_kernels.attention.config import ARCHITECTURES, Config, Kind, default
 from l2v_kernels.attention.kernel_backward import key_gradient_kernel, query_gradient_kernel
 from l2v_kernels.attention.kernel_forward import forward_kernel
-
-from benchmarks.aot import MATRIX_INSTRUCTION, Usage, build
 
 KERNELS = {"forward": forward_kernel, "query": query_gradient_kernel, "key": key_gradient_kernel}
 HEAD_DIMS = (64, 96, 128, 256)
@@ -88,7 +87,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kernel", nargs="+", default=tuple(KERNELS), choices=tuple(KERNELS))
     parser.add_argument("--dtype", nargs="+", default=("bf16",), choices=("bf16", "fp16", "fp32"))
     options = parser.parse_args(argv)
-    columns = "kernel D type segments dropout sm tile warps stages registers shared-KB spills-B unit".split()
+    columns = [
+        "kernel",
+        "D",
+        "type",
+        "segments",
+        "dropout",
+        "sm",
+        "tile",
+        "warps",
+        "stages",
+        "registers",
+        "shared-KB",
+        "spills-B",
+        "unit",
+    ]
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     bad = 0
     for dtype, kind, head_dim, arch, short, dropout in itertools.product(

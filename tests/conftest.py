@@ -1,13 +1,13 @@
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from helpers import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 # An installed distribution is on the path by itself; a bare checkout is not.
@@ -156,12 +156,6 @@ def tiny_recipe(bos_tokenizer_folder, tiny_config, sentences):
         return path
 
     return write
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import torch
 from hypothesis import strategies as st
+
 from l2v_kernels.philox import DOMAIN_ATTENTION, keep_bytes, keep_scale, threshold
 
 HEAD_DIMS = (64, 96, 128, 256)

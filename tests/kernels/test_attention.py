@@ -5,6 +5,7 @@ from attention_cases import inputs as random_inputs
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+
 from l2v_kernels import AttentionPlan, attention
 from l2v_kernels.attention.tables import TokenTables
 

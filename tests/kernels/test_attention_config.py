@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+
 from l2v_kernels.attention.config import ARCHITECTURES, Config, architecture, candidates, default, is_short
 
 pytest.importorskip("triton")

@@ -6,6 +6,7 @@ from attention_cases import HEAD_DIMS, assert_close_to_exact, inputs, kept, layo
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+
 from l2v_kernels import AttentionPlan, attention, attention_padded, rope
 from l2v_kernels.rope.reference import rope_reference
 
@@ -54,7 +55,7 @@ def test_rare_settings(chosen):
 
 def test_dropout_mask_bit_for_bit():
     lengths = [7, 0, 40, 1, 19, 64, 3]
-    q, k, v, do, cu_seqlens, seeds_S = inputs(lengths, 4, 2, 64, torch.bfloat16, device="cuda")
+    q, k, v, _do, cu_seqlens, seeds_S = inputs(lengths, 4, 2, 64, torch.bfloat16, device="cuda")
     rows = torch.cat([torch.arange(n) for n in lengths])
     v = torch.eye(64)[rows][:, None].expand(-1, 2, -1).to(q)
     o = attention(torch.zeros_like(q), k, v, cu_seqlens, dropout_p=0.3, seeds_S=seeds_S, stream=9).cpu()

@@ -175,7 +175,7 @@ def test_interpreted_segments_past_two_to_the_31_elements():
 
 
 def test_interpreted_wrong_segments_give_nan_and_no_fault():
-    q, k, v, do, cu_seqlens, seeds_S = inputs([4, 8, 8], 2, 1, 64, torch.float32)
+    q, k, v, do, _cu_seqlens, seeds_S = inputs([4, 8, 8], 2, 1, 64, torch.float32)
     for bounds in ([0, 12, 4, 20], [0, 4, 12, 19], [1, 4, 12, 20], [0, 4, 12, 99], [-5, 4, 12, 20]):
         for dropout_p in (0.0, 0.3):
             (o, *_), _ = run(q, k, v, do, torch.tensor(bounds), seeds_S, dropout_p=dropout_p)

@@ -2,6 +2,7 @@ import importlib.util
 
 import pytest
 import torch
+
 from l2v_kernels import rope
 from l2v_kernels.rope.reference import rope_reference
 

@@ -39,7 +39,7 @@ def start(recipe: Path, environment: dict, world: int, *overrides: str) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_recipe):
     """Every setting trained once; the folder of each run by name."""
-    from conftest import free_port
+    from helpers import free_port
 
     folder = tmp_path_factory.mktemp("parity")
     shared = {

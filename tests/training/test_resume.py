@@ -13,7 +13,7 @@ STAGES = ("mntp", "simcse", "supervised")
 
 
 def processes(recipe: Path, environment: dict, world: int, *overrides: str) -> list[subprocess.Popen]:
-    from conftest import free_port
+    from helpers import free_port
 
     port = str(free_port())
     return [

@@ -19,7 +19,7 @@ def attention_reference(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `l2v_kernels.attention`, which checks the arguments. o_THD is differentiable in q, k and v; lse [H, T], fp32
     or better, is made when asked for and is not."""
-    T, H, D = q_THD.shape
+    _T, H, D = q_THD.shape
     dropout_p, softcap, causal, window = settings.dropout_p, settings.softcap, settings.causal, settings.window
     if plan.n_tokens == 0:
         lse_HT = q_THD.new_empty((H, 0), dtype=torch.promote_types(q_THD.dtype, torch.float32))

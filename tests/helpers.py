@@ -1,0 +1,9 @@
+"""What several test modules call; a module of its own, because every folder has a conftest."""
+
+import socket
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
