@@ -23,7 +23,7 @@ test: $(READY) lint
 	$(BIN)/python -m pytest $(ARGS)
 
 test-all: $(READY) lint wheel-test
-	$(BIN)/python -m pytest -m '' $(ARGS)
+	L2V_SLOW=1 $(BIN)/python -m pytest -m '' $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
