@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -144,7 +145,12 @@ def _fit_to_machine(
 
 def _train(overrides: list[str], fresh: bool) -> None:
     command = [sys.executable, "-m", "l2v.train", RECIPE, *overrides, *(["--fresh"] if fresh else [])]
-    code = subprocess.run(command, check=False).returncode
+    with subprocess.Popen(command) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # it saves a checkpoint first, then says so
+            process.send_signal(signal.SIGINT)
+            code = process.wait()
     if code:
         raise UserError("training did not finish; its message stands above. The same command goes on where it stopped")
 

@@ -57,7 +57,11 @@ class PackedDecoder(nn.Module):
 
     def _attention(self, batch: PackedBatch) -> dict:
         if self.backend == "l2v":
-            plan = AttentionPlan.from_lengths(batch.lengths, batch.cu_seqlens.device)
+            if batch.cu_seqlens.is_cuda:
+                # Nothing waits for the device: the collator made the lengths, so they need no look.
+                plan = AttentionPlan.on_device(batch.cu_seqlens, batch.tokens)
+            else:
+                plan = AttentionPlan.from_lengths(batch.lengths)
             packed = PackedAttention(
                 cu_seqlens=batch.cu_seqlens,
                 seeds_S=batch.seeds_S,

@@ -58,6 +58,7 @@ def main() -> None:
         for parameter_name, parameter in adapter.named_parameters():
             if "lora_B" in parameter_name:
                 torch.nn.init.normal_(parameter, std=0.05)
+        adapter.peft_config["default"].base_model_name_or_path = "base"
         adapter.save_pretrained(HERE / name)
         (HERE / name / "README.md").unlink(missing_ok=True)
 
