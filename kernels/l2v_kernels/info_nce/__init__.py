@@ -1,0 +1,131 @@
+"""InfoNCE on cosine similarity without the score matrix: fused normalisation, masks, directions, Matryoshka."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from l2v_kernels.info_nce import checks
+from l2v_kernels.info_nce.reference import info_nce_reference
+from l2v_kernels.info_nce.settings import DIRECTIONS, Direction, Settings
+
+__all__ = ["info_nce"]
+
+WORKSPACE = 512 << 20
+
+
+def info_nce(
+    queries_NE: torch.Tensor,
+    candidates_ME: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    scale: float | torch.Tensor,
+    directions: Sequence[Direction] = ("query_to_doc",),
+    partition: str = "joint",
+    candidate_ids: torch.Tensor | None = None,
+    query_ids: torch.Tensor | None = None,
+    owners_M: torch.Tensor | None = None,
+    restricted_M: torch.Tensor | None = None,
+    false_negative_margin: float | None = None,
+    prefixes: Sequence[int] | None = None,
+    prefix_weights: Sequence[float] | None = None,
+    weights_N: torch.Tensor | None = None,
+    all_queries_QE: torch.Tensor | None = None,
+    all_query_ids: torch.Tensor | None = None,
+    query_offset: int = 0,
+    reduction: str = "mean",
+    workspace: int = WORKSPACE,
+    variant: str | None = None,
+) -> torch.Tensor:
+    """InfoNCE of queries against candidates on scaled cosine similarity, in memory linear in N + M.
+
+    Query n's loss is log Z_n - scale * cos(query n, candidate targets_N[n]), Z_n the sum of exp(scale * cos) over all it
+    is compared with (see `directions`). The N x M scores exist a piece of `workspace` bytes at a time; where all of them
+    fit, they are kept for the backward. Products take the inputs' dtype and sum in fp32; losses are fp32. No atomics:
+    the same inputs give the same bits. No gradient of a gradient.
+
+    Args:
+        queries_NE, candidates_ME: [N, E] and [M, E], fp32, bf16 or fp16 (fp64 on the CPU), any length of the rows: they
+            are normalised here. A zero vector has cosine 0 with everything and gets no gradient.
+        targets_N: int64 [N], the candidate that answers each query.
+        scale: one over the temperature, above 0; a tensor of one element gets a gradient.
+        directions: what a query i with positive d_i is compared with. "query_to_doc": q_i with all candidates (always
+            needed). "doc_to_query": d_i with all queries. "query_to_query": q_i with the other queries. "doc_to_doc": d_i
+            with the candidates that are not query i's.
+        partition: "joint", one softmax over the scores of all directions (GTE: Li et al. 2023, arXiv 2308.03281), or
+            "per_direction", one each for "query_to_doc" and "doc_to_query", averaged (CLIP: Radford et al. 2021, arXiv
+            2103.00020).
+        candidate_ids: int64 [M] or [M, K], K kinds of ids (same text, same group). A candidate that shares an id of any
+            kind with the query is no negative of it. A negative id equals nothing.
+        query_ids: int64 [N] or [N, K]; default: the ids of each query's target.
+        owners_M: int64 [M], the number of the query that a candidate was given with (as its positive or a hard negative),
+            -1 for none. Needed for `restricted_M`, used by "doc_to_doc".
+        restricted_M: bool [M], candidates that only their owner sees: hard negatives that others should not meet.
+        false_negative_margin: a candidate with cos > cos(positive) + margin is no negative (Zhang et al. 2025, arXiv
+            2506.05176, section 3: margin 0.1). Which ones is decided anew for each prefix; no gradient flows through it.
+        prefixes: Matryoshka (Kusupati et al. 2022, arXiv 2205.13147): ascending prefix lengths up to E, each with a loss
+            of its own, from one pass over E. Default: E alone.
+        prefix_weights: the weight of each prefix's loss in the result, default 1.
+        weights_N: float [N], weight of each query's loss; gets a gradient. "mean" divides by their sum.
+        all_queries_QE, all_query_ids: the queries of all ranks where `queries_NE` are only this one's share: rows
+            `query_offset` .. query_offset + N of them. Used by "query_to_query" and "doc_to_query"; default: the queries.
+        query_offset: number of the first query among all of them.
+        reduction: "mean", "sum" (N = 0 gives 0, with zero gradients), or "none": the losses [N], or [P, N] with prefixes,
+            without any weights.
+        workspace: bytes for scores and their coefficients.
+        variant: "chunked" (library products and an elementwise kernel) or "fused" (scores never leave the kernel that
+            makes them; CUDA); default: by the roofline in docs/info-nce.md.
+    Errors: ValueError with what is wrong and where, for shapes, dtypes and settings. Values are checked on the CPU, and on
+        CUDA with L2V_CHECK=1: rows that are not finite, targets out of range. Without, such a row's loss
+        on CUDA is NaN, and nothing waits for the device.
+    """
+    if variant not in (None, "chunked", "fused"):
+        raise ValueError(f'variant is "chunked", "fused" or None, got {variant!r}')
+    tensors = checks.check_tensors(queries_NE, candidates_ME, targets_N, all_queries_QE)
+    E = queries_NE.shape[1]
+    joint = checks.check_directions(directions, partition)
+    settings = Settings(
+        directions=tuple(d for d in DIRECTIONS if d in directions),
+        joint=joint,
+        margin=None if false_negative_margin is None else float(false_negative_margin),
+        prefixes=checks.check_prefixes(prefixes, E),
+        offset=query_offset,
+        workspace=workspace,
+        variant=variant,
+    )
+    labels = checks.check_labels(
+        tensors, targets_N, candidate_ids, query_ids, all_query_ids, owners_M, restricted_M, settings
+    )
+    checks.check_scale(scale)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction is "mean", "sum" or "none", got {reduction!r}')
+    if len(queries_NE) == 0 and reduction == "mean":
+        raise ValueError(
+            'the mean over no queries is undefined (N = 0); a rank that may hold none takes reduction="sum"'
+        )
+    if len(candidates_ME) < 2 and len(queries_NE):
+        raise ValueError(
+            f"{len(candidates_ME)} candidate leaves no negatives: its probability is 1 whatever the vectors are; give two or more"
+        )
+    if not queries_NE.is_cuda or os.environ.get("L2V_CHECK") == "1":
+        checks.check_values(tensors, labels, settings)
+    losses_PN = info_nce_reference(*tensors, labels, scale, settings)
+    if reduction == "none":
+        return losses_PN if prefixes is not None else losses_PN[0]
+    return _reduce(losses_PN, prefix_weights, weights_N, reduction)
+
+
+def _reduce(losses_PN, prefix_weights, weights_N, reduction):
+    P, N = losses_PN.shape
+    if prefix_weights is not None:
+        if len(prefix_weights) != P:
+            raise ValueError(f"{len(prefix_weights)} prefix_weights for {P} prefixes")
+        losses_N = losses_PN.new_tensor(prefix_weights) @ losses_PN
+    else:
+        losses_N = losses_PN.sum(0)
+    if weights_N is None:
+        return losses_N.mean() if reduction == "mean" else losses_N.sum()
+    if weights_N.shape != (N,):
+        raise ValueError(f"weights_N must be [{N}], one weight a query, got {tuple(weights_N.shape)}")
+    total = (weights_N * losses_N).sum()
+    return total / weights_N.sum() if reduction == "mean" else total
