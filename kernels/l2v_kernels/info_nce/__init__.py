@@ -36,6 +36,7 @@ def info_nce(
     reduction: str = "mean",
     workspace: int = WORKSPACE,
     variant: str | None = None,
+    check_values: bool | None = None,
 ) -> torch.Tensor:
     """InfoNCE of queries against candidates on scaled cosine similarity, in memory linear in N + M.
 
@@ -73,11 +74,12 @@ def info_nce(
         reduction: "mean", "sum" (N = 0 gives 0, with zero gradients), or "none": the losses [N], or [P, N] with prefixes,
             without any weights.
         workspace: bytes for scores and their coefficients.
+        check_values: look at the values of embeddings and targets; default: on the CPU always, on CUDA with L2V_CHECK=1.
+            Unchecked, a row that is not finite or has no target gives NaN, and nothing waits for the device.
         variant: "chunked" (library products and an elementwise kernel) or "fused" (scores never leave the kernel that
             makes them; CUDA); default: by the roofline in docs/info-nce.md.
-    Errors: ValueError with what is wrong and where, for shapes, dtypes and settings. Values are checked on the CPU, and on
-        CUDA with L2V_CHECK=1: rows that are not finite, targets out of range. Without, such a row's loss
-        on CUDA is NaN, and nothing waits for the device.
+    Errors: ValueError with what is wrong and where, for shapes, dtypes and settings, and for values where they are checked:
+        rows that are not finite, targets out of range.
     """
     if variant not in (None, "chunked", "fused"):
         raise ValueError(f'variant is "chunked", "fused" or None, got {variant!r}')
@@ -107,7 +109,9 @@ def info_nce(
         raise ValueError(
             f"{len(candidates_ME)} candidate leaves no negatives: its probability is 1 whatever the vectors are; give two or more"
         )
-    if not queries_NE.is_cuda or os.environ.get("L2V_CHECK") == "1":
+    if check_values is None:
+        check_values = not queries_NE.is_cuda or os.environ.get("L2V_CHECK") == "1"
+    if check_values:
         checks.check_values(tensors, labels, settings)
     losses_PN = info_nce_reference(*tensors, labels, scale, settings)
     if reduction == "none":

@@ -25,8 +25,8 @@ def info_nce_reference(
     | doc_to_query | s(d_i, q_j) for every query q_j | |
     | doc_to_doc | s(d_i, c) for every candidate c | d_i and other candidates of query i |
 
-    The pair (q_i, d_i) always counts, in query_to_doc and in doc_to_query (as in GTE). Other terms do not if they share an id with query i, belong to another query and are
-    restricted to it, or lie above the positive by more than the margin.
+    The pair (q_i, d_i) always counts, in query_to_doc and in doc_to_query (as in GTE). Other terms do not if they share an
+    id with query i, belong to another query and are restricted to it, or lie above the positive by more than the margin.
     """
     losses = []
     N, rows = len(queries_NE), torch.arange(len(queries_NE), device=queries_NE.device)
