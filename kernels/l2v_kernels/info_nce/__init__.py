@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from l2v_kernels.info_nce import checks
-from l2v_kernels.info_nce.reference import info_nce_reference
+from l2v_kernels.info_nce.autograd import InfoNce
 from l2v_kernels.info_nce.settings import DIRECTIONS, Direction, Settings
 
 __all__ = ["info_nce"]
@@ -113,7 +113,7 @@ def info_nce(
         check_values = not queries_NE.is_cuda or os.environ.get("L2V_CHECK") == "1"
     if check_values:
         checks.check_values(tensors, labels, settings)
-    losses_PN = info_nce_reference(*tensors, labels, scale, settings)
+    losses_PN = InfoNce.apply(queries_NE, candidates_ME, all_queries_QE, scale, labels, settings)
     if reduction == "none":
         return losses_PN if prefixes is not None else losses_PN[0]
     return _reduce(losses_PN, prefix_weights, weights_N, reduction)

@@ -1,0 +1,140 @@
+"""What the tests of InfoNCE share: random problems with every option, and a float64 ground truth."""
+
+import torch
+from hypothesis import strategies as st
+
+from l2v_kernels import info_nce
+from l2v_kernels.info_nce.reference import info_nce_reference
+from l2v_kernels.info_nce.settings import DIRECTIONS, Labels, Settings
+
+VARIANTS = {
+    "plain": {},
+    "duplicates": {"ids": 1},
+    "two kinds of ids": {"ids": 2},
+    "hard negatives of their own": {"owners": True, "restricted": True},
+    "margin": {"margin": 0.05},
+    "symmetric": {"directions": DIRECTIONS[::2], "partition": "per_direction"},
+    "symmetric joint": {"directions": DIRECTIONS[::2]},
+    "gte": {"directions": DIRECTIONS, "owners": True},
+    "matryoshka": {"prefixes": (3, 8, 17)},
+    "a share of all queries": {"directions": DIRECTIONS, "share": True, "owners": True},
+    "everything": {
+        "directions": DIRECTIONS, "ids": 2, "owners": True, "restricted": True, "margin": 0.1, "prefixes": (2, 9, 16),
+        "share": True, "weights": True,
+    },
+}  # fmt: skip
+"""Arguments of `problem` by name; E is 17 or more."""
+
+
+def problem(
+    N, M, E, *, seed=0, dtype=torch.float32, scale=20.0, ids=0, owners=False, restricted=False, margin=None,
+    directions=("query_to_doc",), partition="joint", prefixes=None, share=False, weights=False, device="cpu",
+):  # fmt: skip
+    """(tensors, keyword arguments of `info_nce`). tensors: queries, candidates and, for a share, all queries.
+
+    Every query has one positive of its own where M allows it; the other candidates are somebody's hard negatives.
+    """
+    g = torch.Generator().manual_seed(seed)
+    Q = N + 3 if share else N
+    offset = 2 if share else 0
+    # Related texts, of different lengths, so that losses are neither zero nor those of noise.
+    base = torch.randn(max(Q, M), E, generator=g)
+    everyone = base[:Q] + 0.7 * torch.randn(Q, E, generator=g)
+    candidates = (base[torch.arange(M) % Q] + 0.7 * torch.randn(M, E, generator=g)) * torch.rand(M, 1, generator=g).add(
+        0.5
+    )
+    queries = everyone[offset : offset + N]
+    targets = (torch.arange(N) + offset) % M
+    chosen = {"scale": scale, "directions": tuple(directions), "partition": partition, "query_offset": offset}
+    if ids:
+        candidate_ids = torch.randint(-1, max(2, M // 2), (M, ids), generator=g)
+        all_ids = candidate_ids[(torch.arange(Q)) % M]
+        chosen |= {"candidate_ids": candidate_ids.to(device), "query_ids": all_ids[offset : offset + N].to(device)}
+        if share:
+            chosen["all_query_ids"] = all_ids.to(device)
+    if owners:
+        chosen["owners_M"] = torch.where(torch.rand(M, generator=g) < 0.9, torch.arange(M) % Q, -1).to(device)
+    if restricted:
+        chosen["restricted_M"] = (torch.arange(M) >= Q).to(device)
+    if margin is not None:
+        chosen["false_negative_margin"] = margin
+    if prefixes is not None:
+        chosen |= {"prefixes": prefixes, "prefix_weights": [1 / (1 + p) for p in range(len(prefixes))]}
+    if weights:
+        chosen["weights_N"] = torch.rand(N, generator=g).to(device)
+    tensors = [x.to(device, dtype) for x in (queries, candidates, *([everyone] if share else []))]
+    return tensors, targets.to(device), chosen
+
+
+def ours(tensors, targets, chosen, **more):
+    """[loss, gradients of the tensors, of scale and of weights where there are], float64."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    chosen = dict(chosen, **more)
+    scale = torch.tensor(chosen.pop("scale"), requires_grad=True, device=leaves[0].device)
+    weights = chosen.pop("weights_N", None)
+    extra = [scale]
+    if weights is not None:
+        weights = weights.clone().requires_grad_()
+        extra.append(weights)
+    if len(leaves) == 3:
+        chosen["all_queries_QE"] = leaves[2]
+    loss = info_nce(*leaves[:2], targets, scale=scale, weights_N=weights, **chosen)
+    loss.backward()
+    assert loss.dtype == (torch.float64 if tensors[0].dtype == torch.float64 else torch.float32)
+    assert all(x.grad.dtype == x.dtype for x in leaves)
+    return [loss.detach().double(), *(x.grad.double() for x in (*leaves, *extra))]
+
+
+def plain(tensors, targets, chosen, dtype=torch.float64):
+    """The same of the reference, computed in dtype."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+    scale = torch.tensor(chosen["scale"], dtype=dtype, requires_grad=True, device=leaves[0].device)
+    E, extra = tensors[0].shape[1], [scale]
+    prefixes = chosen.get("prefixes", (E,))
+    settings = Settings(
+        tuple(d for d in DIRECTIONS if d in chosen["directions"]), chosen["partition"] == "joint",
+        chosen.get("false_negative_margin"), tuple(prefixes), chosen["query_offset"], 0,
+    )  # fmt: skip
+    ids = chosen.get("query_ids"), chosen.get("candidate_ids"), chosen.get("all_query_ids", chosen.get("query_ids"))
+    labels = Labels(targets, *ids, chosen.get("owners_M"), chosen.get("restricted_M"))
+    losses_PN = info_nce_reference(leaves[0], leaves[1], leaves[-1 if len(leaves) == 3 else 0], labels, scale, settings)
+    weights_P = torch.tensor(chosen.get("prefix_weights", [1.0] * len(prefixes)), dtype=dtype, device=losses_PN.device)
+    losses_N = weights_P @ losses_PN
+    weights = chosen.get("weights_N")
+    if weights is None:
+        loss = losses_N.mean()
+    else:
+        weights = weights.detach().to(dtype).requires_grad_()
+        extra.append(weights)
+        loss = (weights * losses_N).sum() / weights.sum()
+    loss.backward()
+    # A side that no direction reads gets none.
+    return [
+        loss.detach().double(),
+        *(torch.zeros_like(x) if x.grad is None else x.grad.double() for x in (*leaves, *extra)),
+    ]
+
+
+def assert_close(got, tensors, targets, chosen):
+    """fp32 and fp64: loss and each gradient within 1e-5 of the largest; half: twice the error of PyTorch in that dtype."""
+    want = plain(tensors, targets, chosen)
+    dtype = tensors[0].dtype
+    half = dtype in (torch.float16, torch.bfloat16)
+    other = plain(tensors, targets, chosen, dtype) if half else want
+    for name, x, y, z in zip(("loss", *map(str, range(len(want)))), got, want, other, strict=False):
+        error = float((x - y).abs().max())
+        # The gradient of the scale is a sum of terms of about 1 that cancel.
+        largest = max(float(y.abs().max()), 0.05 if x.ndim == 0 else 1e-3)
+        bar = (2 * float((z - y).abs().max()) if half else 0) + 1e-5 * largest
+        assert error <= bar, f"{name}: error {error:.2e}, allowed {bar:.2e}, largest {largest:.2e}"
+
+
+@st.composite
+def options(draw):
+    """Random arguments of `problem`."""
+    chosen = dict(draw(st.sampled_from(list(VARIANTS.values()))))
+    chosen["scale"] = draw(st.sampled_from([1.0, 20.0, 50.0, 200.0]))
+    for key, value in (("ids", 1), ("owners", True), ("margin", 0.02), ("weights", True)):
+        if draw(st.booleans()):
+            chosen[key] = value
+    return chosen
