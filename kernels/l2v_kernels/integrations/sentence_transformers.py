@@ -16,7 +16,7 @@ from torch.distributed.nn.functional import all_gather
 from l2v_kernels.info_nce import checks, info_nce
 from l2v_kernels.info_nce.settings import DIRECTIONS
 
-try:  # 5.6 and later embed columns of equal width in one forward pass
+try:  # newer versions embed the documents in one forward pass
     from sentence_transformers.base.losses.merged_forward import embed_columns
 except ImportError:
 
@@ -72,7 +72,9 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
         if matryoshka_dims is not None:
             # The op takes them ascending; people write them from the largest down.
             pairs = sorted(zip(matryoshka_dims, matryoshka_weights or [1.0] * len(matryoshka_dims), strict=True))
-            self.matryoshka_dims, self.matryoshka_weights = map(tuple, zip(*pairs, strict=True))
+            dims, weights = zip(*pairs, strict=True) if pairs else ((), ())
+            self.matryoshka_dims = checks.check_prefixes(dims, max(dims, default=0))
+            self.matryoshka_weights = weights
 
     def forward(self, sentence_features: Iterable[dict[str, torch.Tensor]], labels: torch.Tensor) -> torch.Tensor:
         """What the trainer calls. The labels are not used: the positive is the second column."""
@@ -101,11 +103,13 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
             return (queries_BE.sum() + docs_BCE.sum()) * 0.0
         # Texts lie query by query: candidate i * C is the positive of query i, its hard negatives follow.
         candidates = torch.arange(everyones * C, device=device)
-        settings = {}
+        settings: dict[str, Any] = {}
         if everyone is not None:
             settings |= {"all_queries_QE": everyone}
         if self.matryoshka_dims is not None:
             settings |= {"prefixes": self.matryoshka_dims, "prefix_weights": self.matryoshka_weights}
+        if self.own_hard_negatives or "doc_to_doc" in self.directions:
+            settings |= {"owners_M": candidates // C}
         if self.own_hard_negatives:
             settings |= {"restricted_M": candidates % C > 0}
         # The op chooses the precision of its products itself; autocast would make fp32 embeddings bf16.
@@ -117,7 +121,6 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
                 scale=self.scale,
                 directions=self.directions,
                 partition=self.partition_mode,
-                owners_M=candidates // C,
                 query_offset=offset,
                 false_negative_margin=self.false_negative_margin,
                 **settings,
