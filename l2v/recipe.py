@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from l2v.errors import RecipeError
 
+Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -134,12 +135,23 @@ class Mntp(Stage):
 
 @dataclass(kw_only=True)
 class Contrastive(Stage):
-    """InfoNCE on cosine similarity; `scale` is one over the temperature."""
+    """InfoNCE on cosine similarity; `scale` is one over the temperature.
+
+    What a query is compared with: `directions` (GTE, Li et al. 2023, arXiv 2308.03281) in one softmax or, `partition:
+    per_direction`, one each (CLIP, Radford et al. 2021, arXiv 2103.00020). `false_negative_margin`: Zhang et al. 2025,
+    arXiv 2506.05176, section 3. `matryoshka`: Kusupati et al. 2022, arXiv 2205.13147.
+    """
 
     scale: float = 20.0
     negatives: Literal["global", "micro"] = "global"
     group: int | None = None
     mask_duplicates: bool = True
+    directions: list[Direction] = field(default_factory=lambda: ["query_to_doc"])
+    partition: Literal["joint", "per_direction"] = "joint"
+    hard_negatives: Literal["all", "own"] = "all"
+    false_negative_margin: float | None = None
+    matryoshka: list[int] | None = None
+    matryoshka_weights: list[float] | None = None
 
 
 @dataclass(kw_only=True)

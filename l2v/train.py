@@ -37,6 +37,7 @@ from l2v.recipe_io import load_recipe, to_dict
 from l2v.training import checkpoint
 from l2v.training.engine import deepspeed_config, initialize, start_distributed
 from l2v.training.loop import Interrupted, Job, train
+from l2v.training.steps import loss_options
 
 T = TypeVar("T")
 
@@ -328,7 +329,7 @@ def _evaluator(engine, stage: Stage, examples, masking: Masking | None) -> Calla
             groups = Groups.from_columns(
                 torch.cat([m.columns_S for m in micros]), torch.cat([m.text_keys_S for m in micros])
             ).to(engine.device)
-            loss += contrastive_loss(vectors_SE, groups, scale=stage.scale).item() * groups.total
+            loss += contrastive_loss(vectors_SE, groups, **loss_options(stage)).item() * groups.total
             count += groups.total
         row = {"eval_loss": loss / max(count, 1)}
         return row | ({"eval_accuracy": hits / max(count, 1)} if isinstance(stage, Mntp) else {})

@@ -12,7 +12,7 @@ MAY = {
     "recipe_io": {"errors", "recipe"},
     "batch": set(),
     "data": {"errors", "recipe", "batch", "kernels"},
-    "objectives": {"batch"},
+    "objectives": {"batch", "kernels"},
     "model": {"errors", "recipe", "batch", "kernels", "data"},
     "training": {"errors", "recipe", "batch", "data", "model", "objectives"},
     "encoder": {"errors", "recipe", "recipe_io", "batch", "data", "model"},

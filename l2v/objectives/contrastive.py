@@ -1,31 +1,44 @@
 """In-batch contrastive loss: InfoNCE on cosine similarity over packed embeddings, negatives from all ranks.
 
 InfoNCE: van den Oord et al. 2018 (arXiv 1807.03748); as multiple negatives ranking with hard negatives in one softmax:
-Henderson et al. 2017 (arXiv 1705.00652). SimCSE's two views are a query and a positive.
+Henderson et al. 2017 (arXiv 1705.00652). SimCSE's two views are a query and a positive. The scores themselves are made in
+`l2v_kernels.info_nce`; here stands who meets whom.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
-import torch.distributed as dist
-from torch.nn import functional as F
+
+from l2v.objectives.gather import gather_labels, gather_rows
+from l2v_kernels import info_nce
+
+WITH_QUERIES = {"query_to_query", "doc_to_query"}
 
 
 @dataclass
 class Groups:
-    """Which embeddings are queries, which are candidates, and which candidate answers which query.
+    """Which embeddings are queries, which are candidates, and which candidate belongs to which query.
 
-    queries_N, candidates_M: rows of the embeddings (int64); targets_N: index of each query's positive among all candidates
-    of all ranks; keys_M: equal for equal texts; counts: candidates of every rank; total: queries of all ranks.
+    Queries and candidates of all ranks are numbered rank by rank. int64 unless said otherwise:
+    queries_N, candidates_M: rows of this rank's embeddings; targets_N: number of each query's positive; query_keys_N2: text
+    keys of its positive and of itself; keys_M: text keys of the candidates, equal for equal texts; owners_M: number of the
+    query that a candidate came with; hard_M: bool, it came as a negative.
+    query_counts, counts: queries and candidates of every rank; rank: whose share this is; total: what the loss is divided by.
     """
 
     queries_N: torch.Tensor
     candidates_M: torch.Tensor
     targets_N: torch.Tensor
+    query_keys_N2: torch.Tensor
     keys_M: torch.Tensor
+    owners_M: torch.Tensor
+    hard_M: torch.Tensor
+    query_counts: list[int]
     counts: list[int]
+    rank: int
     total: int
 
     @classmethod
@@ -34,82 +47,131 @@ class Groups:
         columns_S: torch.Tensor,
         keys_S: torch.Tensor,
         *,
-        counts: list[int] | None = None,
+        query_counts: Sequence[int] | None = None,
+        counts: Sequence[int] | None = None,
         rank: int = 0,
         total: int | None = None,
     ) -> Groups:
         """Read the structure off the columns (0 query, 1 positive, 2.. negatives), on the host.
 
-        Segments stand example by example, the query first. With more than one rank, `counts` are the candidates and
-        `total` the queries of all ranks. A negative column is no part of the loss.
+        Segments stand example by example, the query first. A negative column is no part of the loss. `query_counts` and
+        `counts` are the queries and candidates of all ranks whose embeddings will be gathered, default: this one alone;
+        `total` is the number of queries that the loss is averaged over, default: all of `query_counts`.
+        Errors: ValueError if a query has not exactly one positive, or if this rank's share is not what the counts say.
         """
-        queries = (columns_S == 0).nonzero().flatten()
+        is_query_S = columns_S == 0
+        queries = is_query_S.nonzero().flatten()
         candidates = (columns_S >= 1).nonzero().flatten()
         positives = (columns_S[candidates] == 1).nonzero().flatten()
-        if len(positives) != len(queries):
+        # The query that stands before a candidate is its owner.
+        owners = (is_query_S.cumsum(0) - 1)[candidates]
+        if not torch.equal(owners[positives], torch.arange(len(queries))):
             raise ValueError(f"{len(queries)} queries and {len(positives)} positives: each query needs exactly one")
-        counts = counts or [len(candidates)]
-        if counts[rank] != len(candidates):
-            raise ValueError(f"rank {rank} holds {len(candidates)} candidates and was announced with {counts[rank]}")
-        offset = sum(counts[:rank])
-        total = len(queries) if total is None else total
-        return cls(queries, candidates, positives + offset, keys_S[candidates], counts, total)
+        query_counts = list(query_counts or [len(queries)])
+        counts = list(counts or [len(candidates)])
+        announced = list(zip(query_counts, counts, strict=False))[rank : rank + 1]
+        if len(query_counts) != len(counts) or announced != [(len(queries), len(candidates))]:
+            raise ValueError(
+                f"rank {rank} holds {len(queries)} queries and {len(candidates)} candidates; announced were the queries "
+                f"{query_counts} and the candidates {counts} of all ranks"
+            )
+        keys_M = keys_S[candidates]
+        return cls(
+            queries_N=queries,
+            candidates_M=candidates,
+            targets_N=positives + sum(counts[:rank]),
+            query_keys_N2=torch.stack([keys_M[positives], keys_S[queries]], 1),
+            keys_M=keys_M,
+            owners_M=owners + sum(query_counts[:rank]),
+            hard_M=columns_S[candidates] >= 2,
+            query_counts=query_counts,
+            counts=counts,
+            rank=rank,
+            total=sum(query_counts) if total is None else total,
+        )
 
     def to(self, device: torch.device) -> Groups:
         """The same on a device."""
-        moved = (
-            t.to(device, non_blocking=True) for t in (self.queries_N, self.candidates_M, self.targets_N, self.keys_M)
-        )
-        return Groups(*moved, self.counts, self.total)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
 
 
 def contrastive_loss(
-    embeddings_SE: torch.Tensor, groups: Groups, *, scale: float, mask_duplicates: bool = True, gather: bool = False
+    embeddings_SE: torch.Tensor,
+    groups: Groups,
+    *,
+    scale: float,
+    mask_duplicates: bool = True,
+    directions: Sequence[str] = ("query_to_doc",),
+    partition: str = "joint",
+    own_negatives: bool = False,
+    false_negative_margin: float | None = None,
+    prefixes: Sequence[int] | None = None,
+    prefix_weights: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """InfoNCE of this rank's queries against the candidates of this rank, or of all (`gather`).
+    """InfoNCE of this rank's queries against the candidates of all ranks that `groups` counts.
 
-    Sum over this rank's queries divided by the queries of all ranks: the sum over ranks is the mean. A candidate with the
-    same text as the positive is no negative (`mask_duplicates`). Computed in float32. Returns a scalar.
+    embeddings_SE: [S, E], fp32 (or what `info_nce` takes), not normalised. Returns a scalar: the sum over this rank's
+    queries divided by `groups.total`, so that the sum over ranks is the mean over all queries, and the gradients of all
+    ranks add up to those of one process that holds everything. With a single candidate in all, its probability is 1
+    whatever the vectors are: the loss is exactly 0.
+
+    mask_duplicates: a candidate with the text of the query's positive, or of the query itself, is no negative; nor is a
+    query that shares a positive's or its own text with this one. own_negatives: only its own query meets a hard negative.
+    The others are those of `l2v_kernels.info_nce`, which names their sources. Values are not checked here: a row that is not
+    finite gives a loss that is not finite, on every rank, without a wait.
     """
-    embeddings_SE = F.normalize(embeddings_SE.float(), dim=-1)
+    several = len(groups.counts) > 1
+    if sum(groups.counts) < 2:
+        # The same on all ranks, since all know the counts: nobody waits in a collective.
+        return embeddings_SE[:0].sum()
     queries_NE = embeddings_SE[groups.queries_N]
-    candidates_ME = embeddings_SE[groups.candidates_M]
-    keys_M = groups.keys_M
-    if gather:
-        candidates_ME = gather_rows(candidates_ME, groups.counts)
-        keys_M = _gather(keys_M, groups.counts)
-    scores_NM = scale * queries_NE @ candidates_ME.T
-    if mask_duplicates and len(keys_M):
-        same_NM = keys_M[groups.targets_N].unsqueeze(1) == keys_M.unsqueeze(0)
-        same_NM.scatter_(1, groups.targets_N.unsqueeze(1), False)
-        scores_NM = scores_NM.masked_fill(same_NM, -torch.inf)
-    return F.cross_entropy(scores_NM, groups.targets_N, reduction="sum") / max(groups.total, 1)
+    rows, row_counts = [embeddings_SE[groups.candidates_M]], [groups.counts]
+    with_queries = bool(WITH_QUERIES & set(directions))
+    if several and with_queries:
+        rows, row_counts = [*rows, queries_NE], [*row_counts, groups.query_counts]
+    if several:
+        rows = gather_rows(rows, row_counts)
+    labels = _labels(
+        groups,
+        keys=mask_duplicates,
+        query_keys=mask_duplicates and with_queries,
+        owners=own_negatives or "doc_to_doc" in directions,
+    )
+    if len(queries_NE) == 0:
+        # No loss of its own, but the gradients of the others come through the same collectives.
+        return sum(part[:0].sum() for part in rows)
+    keys_M = labels.get("keys_M")
+    loss = info_nce(
+        queries_NE,
+        rows[0],
+        groups.targets_N,
+        scale=scale,
+        directions=directions,
+        partition=partition,
+        candidate_ids=None if keys_M is None else torch.stack([keys_M, keys_M], 1),
+        query_ids=groups.query_keys_N2 if mask_duplicates else None,
+        owners_M=labels.get("owners_M"),
+        restricted_M=labels["hard_M"].bool() if own_negatives else None,
+        false_negative_margin=false_negative_margin,
+        prefixes=prefixes,
+        prefix_weights=prefix_weights,
+        all_queries_QE=rows[1] if len(rows) > 1 else None,
+        all_query_ids=labels.get("query_keys_N2") if len(rows) > 1 else None,
+        query_offset=sum(groups.query_counts[: groups.rank]),
+        reduction="sum",
+        check_values=False,
+    )
+    return loss / max(groups.total, 1)
 
 
-def gather_rows(rows_ME: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """The rows of all ranks, rank by rank; gradients of remote rows come back to their owner (summed over ranks)."""
-    return _GatherRows.apply(rows_ME, counts)
-
-
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows_ME: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        ctx.counts = counts
-        return _gather(rows_ME, counts)
-
-    @staticmethod
-    def backward(ctx, gradient_ME: torch.Tensor):
-        gradient_ME = gradient_ME.contiguous()
-        dist.all_reduce(gradient_ME)
-        rank = dist.get_rank()
-        begin = sum(ctx.counts[:rank])
-        return gradient_ME[begin : begin + ctx.counts[rank]], None
-
-
-def _gather(rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    # Collectives want equal shapes: pad to the largest share, cut off after.
-    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded.contiguous())
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+def _labels(groups: Groups, *, keys: bool, query_keys: bool, owners: bool) -> dict[str, torch.Tensor]:
+    """The labels that are asked for, of all ranks; one collective, and none where nothing is asked."""
+    wanted = {"keys_M": keys, "query_keys_N2": query_keys, "owners_M": owners, "hard_M": owners}
+    names = [name for name, want in wanted.items() if want]
+    parts = [getattr(groups, name).long() for name in names]
+    if len(groups.counts) > 1 and names:
+        counts = [groups.query_counts if name == "query_keys_N2" else groups.counts for name in names]
+        parts = gather_labels(parts, counts)
+    return dict(zip(names, parts, strict=True))

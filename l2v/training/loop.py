@@ -94,6 +94,7 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
                 for group in engine.optimizer.param_groups:
                     group["lr"] = rate
                 shares = _backward(engine, job, plan, units)
+                shares.pop("not_finite_S", None)
                 engine.step()
                 seen += int(job.examples.lengths[_examples(plan)].sum())
                 log.step(step + 1, plan, shares, rate, engine.get_global_grad_norm(), seen)
@@ -132,7 +133,8 @@ def _backward(engine, job: Job, plan: StepPlan, units) -> dict[str, torch.Tensor
         return mntp_step(engine, units, engine.device)
     shares = [[i for unit in rank_units for i in unit.examples] for rank_units in plan.units]
     counts = [int((job.examples.segments[share] - 1).sum()) for share in shares]
-    return contrastive_step(engine, units, job.stage, counts, sum(map(len, shares)), engine.device)
+    queries = [len(share) for share in shares]
+    return contrastive_step(engine, units, job.stage, counts, sum(queries), engine.device, query_counts=queries)
 
 
 def _evaluate(engine, job: Job, metrics: Metrics, step: int) -> None:
