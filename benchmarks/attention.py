@@ -5,15 +5,30 @@ python -m benchmarks.attention [--quick] [--out FOLDER]
 On a CPU it runs tiny packs, as a smoke test of itself, and says so in everything it writes.
 """
 
-import argparse
 import random
 import sys
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
 
-from benchmarks.attention_peers import PROVIDERS, Unavailable, Workload
-from benchmarks.harness import Result, device_facts, fill, measure_ceilings, table, time_interleaved, write
+from benchmarks.attention_peers import PROVIDERS, Workload
+from benchmarks.harness import (
+    SMOKE,
+    Result,
+    Unavailable,
+    arguments,
+    bars,
+    device_facts,
+    fill,
+    headline,
+    measure_ceilings,
+    reason,
+    sets_beyond_cache,
+    table,
+    tflops_panels,
+    time_interleaved,
+    write,
+)
 from l2v_kernels import AttentionPlan
 from l2v_kernels.attention.reference import attention_reference
 from l2v_kernels.attention.settings import Settings
@@ -82,9 +97,7 @@ def exact_results(w: Workload, tensors: list[torch.Tensor], dropout: float) -> l
 
 def run(w: Workload, ceilings, seconds: float) -> list[Result]:
     """All providers on one workload, forward and backward."""
-    per_set = 2 * w.bytes(False)
-    l2 = torch.cuda.get_device_properties(w.device).L2_cache_size if w.device.type == "cuda" else 0
-    sets = inputs(w, max(2, min(8, round(2 * l2 / per_set) + 1)))
+    sets = inputs(w, sets_beyond_cache(2 * w.bytes(False), w.device, least=2))
     exact, results, forward, backward = None, [], {}, {}
     for provider in PROVIDERS:
         name = provider.__name__
@@ -98,8 +111,7 @@ def run(w: Workload, ceilings, seconds: float) -> list[Result]:
             outputs = [attend(q, k, v) for q, k, v, _ in sets]
             torch.autograd.grad(outputs[0], sets[0][:3], sets[0][3], retain_graph=True)
         except (Unavailable, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}" if str(error) else repr(error)
-            results += [Result(w.name, name, direction, skipped=reason) for direction in ("forward", "backward")]
+            results += [Result(w.name, name, direction, skipped=reason(error)) for direction in ("forward", "backward")]
             continue
 
         def ahead(tensors, attend=attend):
@@ -125,23 +137,22 @@ def run(w: Workload, ceilings, seconds: float) -> list[Result]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table and writes it; the exit code is 1 if this library's own kernel was wrong or failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one shape and fewer lengths: minutes on a GPU")
-    parser.add_argument("--out", type=Path, default=None, help="folder for attention.json, .md and .png")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = arguments("attention", __doc__, quick="one shape and fewer lengths: minutes on a GPU")
     options = parser.parse_args(argv)
     device = torch.empty(0, device=options.device).device
     torch.manual_seed(0)
     facts, ceilings = device_facts(device), measure_ceilings(device)
     if facts["smoke"]:
-        print("SMOKE TEST on a CPU: these times say nothing about a GPU.")
-    results = []
+        print(SMOKE)
+    results, label = [], " (CPU smoke test)" if facts["smoke"] else ""
     for w in workloads(device, options.quick):
         part = run(w, ceilings, seconds=0.02 if facts["smoke"] else 0.1 if options.quick else 0.3)
         print(table(part), flush=True)
         results += part
         if options.out:
-            write(options.out, "attention", results, facts, ceilings)
+            data = {"facts": facts, "ceilings": asdict(ceilings), "results": [asdict(x) for x in results]}
+            panels = tflops_panels(results, lambda x: f"{x.direction}, dropout {x.facts['dropout']}" + label)
+            write(options.out, "attention", data, f"{headline(facts)}\n\n{table(results)}", lambda p=panels: bars(p))
     return int(any(x.provider == "l2v" and x.median is None for x in results))
 
 

@@ -10,13 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.harness import Unavailable
 from l2v_kernels import AttentionPlan, attention
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-class Unavailable(Exception):
-    """This provider cannot do this work here."""
 
 
 @dataclass(frozen=True)

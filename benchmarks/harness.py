@@ -1,5 +1,6 @@
 """Timing several providers of one operation against each other, and the files that come out of it."""
 
+import argparse
 import importlib.metadata
 import itertools
 import json
@@ -11,6 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+
+SMOKE = "SMOKE TEST on a CPU: these times say nothing about a GPU."
+
+
+class Unavailable(Exception):
+    """This provider cannot do this work here."""
 
 
 @dataclass
@@ -28,8 +35,33 @@ class Result:
     tflops: float | None = None
     roofline: float | None = None
     """Share of the time that the slower of arithmetic and memory would take at the rates measured in this run."""
+    memory: int | None = None
+    """Peak bytes beyond what was there before the call; None where the device does not tell."""
+    error: float | None = None
+    """Relative error against the reference, measured before the time was."""
     skipped: str = ""
     facts: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a result has to reach. `value` is None where this run did not measure it."""
+
+    name: str
+    limit: float
+    value: float | None = None
+    at_least: bool = False
+    unit: str = "x"
+
+    @property
+    def verdict(self) -> str:
+        if self.value is None:
+            return "not measured"
+        return "met" if (self.value >= self.limit if self.at_least else self.value <= self.limit) else "not met"
+
+    def row(self) -> dict:
+        """For the JSON."""
+        return asdict(self) | {"verdict": self.verdict}
 
 
 @dataclass(frozen=True)
@@ -60,6 +92,42 @@ def device_facts(device: torch.device) -> dict:
         }
     facts["smoke"] = device.type != "cuda"
     return facts
+
+
+def arguments(name: str, doc: str, quick: str) -> argparse.ArgumentParser:
+    """The arguments that every benchmark takes."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--out", type=Path, default=None, help=f"folder for {name}.json, .md and .png")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def reason(error: Exception) -> str:
+    """Why a provider gave no time, in one line."""
+    if "out of memory" in str(error):
+        return "out of memory"
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:100]}" if str(error) else repr(error)
+
+
+def sets_beyond_cache(bytes_per_set: float, device: torch.device, least: int = 1) -> int:
+    """How many sets of inputs to rotate so that together they are larger than the cache, at most 8."""
+    if device.type != "cuda":
+        return least
+    return max(least, min(8, round(2 * torch.cuda.get_device_properties(device).L2_cache_size / bytes_per_set) + 1))
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that a call allocates at its peak, beyond what is allocated already; None on a CPU."""
+    if device.type != "cuda":
+        call()
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def time_interleaved(
@@ -120,60 +188,103 @@ def measure_ceilings(device: torch.device) -> Ceilings:
 def fill(result: Result, times: list[float], ceilings: Ceilings) -> Result:
     """Medians, spread and rates."""
     result.median, result.low, result.high = statistics.median(times), min(times), max(times)
-    result.tflops = result.flops / result.median / 1e12
-    floor = max(result.flops / ceilings.flops, result.bytes / ceilings.bandwidth)
-    result.roofline = floor / result.median
+    if result.flops:
+        result.tflops = result.flops / result.median / 1e12
+        floor = max(result.flops / ceilings.flops, result.bytes / ceilings.bandwidth)
+        result.roofline = floor / result.median
     return result
 
 
 def table(results: list[Result]) -> str:
-    """Markdown: a row a provider and workload."""
-    lines = [
-        "| workload | direction | provider | median us | spread | TFLOP/s | of roofline |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for x in results:
-        if x.median is None:
-            lines.append(f"| {x.workload} | {x.direction} | {x.provider} | {x.skipped} | | | |")
-            continue
-        spread = (x.high - x.low) / x.median
-        lines.append(
-            f"| {x.workload} | {x.direction} | {x.provider} | {x.median * 1e6:.1f} | {spread:.1%} "
-            f"| {x.tflops:.1f} | {x.roofline:.0%} |"
-        )
-    return "\n".join(lines)
+    """Markdown: a row a provider and workload; memory and error where any was measured."""
+    columns = {
+        "workload": lambda x: x.workload,
+        "direction": lambda x: x.direction,
+        "provider": lambda x: x.provider,
+        "median us": lambda x: x.skipped if x.median is None else f"{x.median * 1e6:.1f}",
+        "spread": lambda x: "" if x.median is None else f"{(x.high - x.low) / x.median:.1%}",
+        "TFLOP/s": lambda x: "" if x.tflops is None else f"{x.tflops:.1f}",
+        "of roofline": lambda x: "" if x.roofline is None else f"{x.roofline:.0%}",
+    }
+    if any(x.memory is not None for x in results):
+        columns["peak MiB"] = lambda x: "" if x.memory is None else f"{x.memory / 2**20:.1f}"
+    if any(x.error is not None for x in results):
+        columns["error"] = lambda x: "" if x.error is None else f"{x.error:.1e}"
+    return markdown(list(columns), [[show(x) for show in columns.values()] for x in results])
 
 
-def write(folder: Path, name: str, results: list[Result], facts: dict, ceilings: Ceilings) -> None:
-    """NAME.json and NAME.md, and NAME.png where matplotlib is installed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = {"facts": facts, "ceilings": asdict(ceilings), "results": [asdict(x) for x in results]}
-    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+def targets_table(targets: list[Target]) -> str:
+    """Markdown: what was to be reached, and whether it was."""
+    rows = []
+    for x in targets:
+        sign = ">=" if x.at_least else "<="
+        value = "" if x.value is None else f"{x.value:.3g} {x.unit}"
+        rows.append([x.name, f"{sign} {x.limit:.4g} {x.unit}", value, x.verdict])
+    return markdown(["target", "limit", "measured", ""], rows)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, *rows]).replace("\n", f"\n|{'---|' * len(head)}\n", 1)
+
+
+def headline(facts: dict) -> str:
+    """The line above every table."""
     head = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}"
-    if facts["smoke"]:
-        head = f"SMOKE TEST on a CPU: these times say nothing about a GPU. {head}"
-    (folder / f"{name}.md").write_text(f"{head}\n\n{table(results)}\n")
+    return f"{SMOKE} {head}" if facts["smoke"] else head
+
+
+Panel = tuple[str, str, dict[str, dict[str, float]]]
+"""Title, unit, and provider -> workload -> value."""
+
+
+def tflops_panels(results: list[Result], title: Callable[[Result], str]) -> list[Panel]:
+    """A panel a title, of TFLOP/s."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for x in results:
+        found.setdefault(title(x), {}).setdefault(x.provider, {})[x.workload] = x.tflops or 0.0
+    return [(name, "TFLOP/s", found[name]) for name in sorted(found)]
+
+
+def bars(panels: list[Panel]):
+    """A figure of grouped bars; Unavailable without matplotlib."""
+    pyplot = plotting()
+    figure, axes = pyplot.subplots(len(panels), 1, figsize=(10, 3.5 * len(panels)), squeeze=False)
+    for axis, (title, unit, values) in zip(axes[:, 0], panels, strict=True):
+        workloads = list(dict.fromkeys(w for found in values.values() for w in found))
+        for i, (provider, found) in enumerate(values.items()):
+            places = [j + (i - len(values) / 2) * 0.8 / len(values) for j in range(len(workloads))]
+            axis.bar(places, [found.get(w, 0.0) for w in workloads], 0.8 / len(values), label=provider)
+        axis.set_xticks(range(len(workloads)), workloads, fontsize=7)
+        axis.set_ylabel(unit)
+        axis.set_title(title)
+        axis.legend(fontsize=6)
+    return figure
+
+
+def plotting():
+    """matplotlib's pyplot, without a screen; Unavailable where it is not installed."""
     try:
         import matplotlib
-    except ImportError:
-        return
+    except ImportError as error:
+        raise Unavailable("matplotlib is not installed") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = sorted({(x.direction, x.facts.get("dropout", 0.0)) for x in results})
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=(10, 3.5 * len(panels)), squeeze=False)
-    for axis, (direction, dropout) in zip(axes[:, 0], panels, strict=True):
-        part = [x for x in results if (x.direction, x.facts.get("dropout", 0.0)) == (direction, dropout)]
-        workloads = list(dict.fromkeys(x.workload for x in part))
-        providers = list(dict.fromkeys(x.provider for x in part))
-        for i, provider in enumerate(providers):
-            found = {x.workload: x.tflops or 0.0 for x in part if x.provider == provider}
-            places = [j + (i - len(providers) / 2) * 0.8 / len(providers) for j in range(len(workloads))]
-            axis.bar(places, [found.get(w, 0.0) for w in workloads], 0.8 / len(providers), label=provider)
-        axis.set_xticks(range(len(workloads)), workloads, fontsize=7)
-        axis.set_ylabel("TFLOP/s")
-        axis.set_title(f"{direction}, dropout {dropout}" + (" (CPU smoke test)" if facts["smoke"] else ""))
-        axis.legend(fontsize=6)
-    figure.tight_layout()
-    figure.savefig(folder / f"{name}.png", dpi=120)
-    pyplot.close(figure)
+    return pyplot
+
+
+def write(folder: Path, name: str, data: dict, text: str, figure: Callable[[], object] | None = None) -> None:
+    """NAME.json and NAME.md, and NAME.png where matplotlib is installed. `data` holds Results and Targets as rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(text + "\n")
+    if figure is None:
+        return
+    try:
+        drawn = figure()
+    except Unavailable:
+        return
+    drawn.tight_layout()
+    drawn.savefig(folder / f"{name}.png", dpi=120)
+    plotting().close(drawn)

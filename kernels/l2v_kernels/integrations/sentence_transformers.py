@@ -112,19 +112,17 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
             settings |= {"owners_M": candidates // C}
         if self.own_hard_negatives:
             settings |= {"restricted_M": candidates % C > 0}
-        # The op chooses the precision of its products itself; autocast would make fp32 embeddings bf16.
-        with torch.autocast(device.type, enabled=False):
-            return info_nce(
-                queries_BE,
-                docs_BCE.flatten(0, 1),
-                (torch.arange(B, device=device) + offset) * C,
-                scale=self.scale,
-                directions=self.directions,
-                partition=self.partition_mode,
-                query_offset=offset,
-                false_negative_margin=self.false_negative_margin,
-                **settings,
-            )
+        return info_nce(
+            queries_BE,
+            docs_BCE.flatten(0, 1),
+            (torch.arange(B, device=device) + offset) * C,
+            scale=self.scale,
+            directions=self.directions,
+            partition=self.partition_mode,
+            query_offset=offset,
+            false_negative_margin=self.false_negative_margin,
+            **settings,
+        )
 
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the model card."""
