@@ -84,18 +84,27 @@ class Encoder:
         normalize: bool = True,
         batch_tokens: int = 16384,
         show_progress: bool = False,
+        dimensions: int | None = None,
     ) -> np.ndarray:
         """Vectors of texts: float32 [texts, dimension], in the order given; [dimension] for a single text.
 
         instruction: stands before the text, is read by the model and not pooled. normalize: length 1. batch_tokens: tokens
-        in one forward. A text longer than `length` is cut. A vector does not depend on the other texts.
+        in one forward. dimensions: keep so many of the vector's first dimensions, cut before normalising; meant for the
+        `matryoshka` lengths that a stage was trained on (Kusupati et al. 2022, arXiv 2205.13147). A text longer than
+        `length` is cut. A vector does not depend on the other texts.
+        Errors: UserError for an empty text, and for dimensions that are no whole number from 1 to `dimension`.
         """
+        width = self.dimension if dimensions is None else dimensions
+        if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= self.dimension:
+            raise UserError(
+                f"dimensions is {dimensions}; give a whole number from 1 to {self.dimension}, the width of the vectors"
+            )
         single = isinstance(texts, str)
         texts = [texts] if single else list(texts)
         for i, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"text {i} is empty; an empty text has no embedding")
-        out = np.zeros((len(texts), self.dimension), dtype=np.float32)
+        out = np.zeros((len(texts), width), dtype=np.float32)
         if not texts:
             return out
         ids, starts, _ = self.tokenizer.embedded(texts, instruction)
@@ -104,7 +113,7 @@ class Encoder:
         with tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress, leave=False) as bar:
             for chosen in _batches(order, [len(i) for i in ids], batch_tokens):
                 batch = pack([Segment(as_ids(ids[i]), starts[i]) for i in chosen])
-                vectors_SE = self.embed(batch.to(where))
+                vectors_SE = self.embed(batch.to(where))[:, :width]
                 if normalize:
                     vectors_SE = torch.nn.functional.normalize(vectors_SE, dim=-1)
                 out[chosen] = vectors_SE.cpu().numpy()

@@ -6,12 +6,15 @@ here, with its type and default; anything else in a file is an error that names 
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from l2v.errors import RecipeError
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
+MAX_PREFIXES = 16  # as many as the kernels of l2v_kernels.info_nce take
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -218,6 +221,50 @@ def _need(condition: bool, sentence: str) -> None:
         raise RecipeError(sentence)
 
 
+def _check_comparison(stage: Contrastive, at: str) -> None:
+    """What a contrastive stage compares, and on how many dimensions."""
+    chosen = stage.directions
+    _need(
+        "query_to_doc" in chosen and len(set(chosen)) == len(chosen),
+        f"{at}: directions are {', '.join(chosen) or 'none'}; name query_to_doc, and each of the others at most once",
+    )
+    if stage.partition == "per_direction":
+        _need(
+            set(chosen) == {"query_to_doc", "doc_to_query"},
+            f"{at}: partition: per_direction takes the directions query_to_doc and doc_to_query, both and no other (the "
+            "others hold no positive of their own); use partition: joint, or these two",
+        )
+    if stage.hard_negatives == "own":
+        _need(
+            isinstance(stage, Supervised) and stage.max_negatives > 0,
+            f"{at}: hard_negatives: own needs hard negatives: a supervised stage with max_negatives of at least 1",
+        )
+    margin = stage.false_negative_margin
+    _need(
+        margin is None or -2 < margin < 2,
+        f"{at}: false_negative_margin is {margin} and must lie between -2 and 2, as differences of cosines do; "
+        "null leaves every negative in",
+    )
+    lengths, weights = stage.matryoshka, stage.matryoshka_weights
+    if lengths is None:
+        _need(weights is None, f"{at}: matryoshka_weights need matryoshka, the prefix lengths that they belong to")
+        return
+    ascending = bool(lengths) and lengths[0] >= 1 and all(a < b for a, b in itertools.pairwise(lengths))
+    _need(
+        ascending and len(lengths) <= MAX_PREFIXES,
+        f"{at}: matryoshka is {lengths}; give 1 to {MAX_PREFIXES} ascending prefix lengths, or null",
+    )
+    if weights is not None:
+        _need(
+            len(weights) == len(lengths),
+            f"{at}: {len(weights)} matryoshka_weights for {len(lengths)} matryoshka lengths; give one each",
+        )
+        _need(
+            min(weights) >= 0 and 0 < sum(weights) < math.inf,
+            f"{at}: matryoshka_weights are {weights}; none may be negative, and one must be above 0",
+        )
+
+
 def check(recipe: Recipe, where: str) -> Recipe:
     """Refuse combinations that no single field rules out. `where` names the file in the message."""
     base = recipe.base
@@ -272,6 +319,7 @@ def check(recipe: Recipe, where: str) -> Recipe:
                     f"{at}: batch {stage.batch} is no multiple of group {stage.group}",
                 )
             _need(stage.batch >= 2, f"{at}: a batch of {stage.batch} has no in-batch negatives; use at least 2")
+            _check_comparison(stage, at)
         if isinstance(stage, Simcse):
             p = stage.attention_dropout
             _need(0 <= p < 0.99, f"{at}: attention_dropout is {p}; use 0 up to 0.99")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,18 +29,17 @@ from l2v.data.sources import open_rows
 from l2v.data.tokens import TextTokenizer, load_tokenizer
 from l2v.errors import RecipeError, UserError
 from l2v.model.embedded import resolve
-from l2v.model.load import dtype_of, fingerprint, inner_model, load_model, output_head
+from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_config, load_model, output_head
 from l2v.model.lora import WEIGHTS, add_lora, describe_adapter, merge_adapters, save_adapter, sha256, trainable
 from l2v.model.packed import PackedDecoder
 from l2v.objectives.contrastive import Groups, contrastive_loss
 from l2v.recipe import Contrastive, Mntp, Recipe, Simcse, Stage, Supervised
-from l2v.recipe_io import load_recipe, to_dict
+from l2v.recipe_io import from_dict, load_recipe, to_dict
 from l2v.training import checkpoint
 from l2v.training.engine import deepspeed_config, initialize, start_distributed
 from l2v.training.loop import Interrupted, Job, train
+from l2v.training.ranks import agree, first_on_node, on_every_rank, on_first_rank
 from l2v.training.steps import loss_options
-
-T = TypeVar("T")
 
 # The launcher's outer process would die of an interrupt before the ranks have saved: it ignores it, the inner one passes it on.
 LAUNCHER = (
@@ -61,12 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # advice to PEFT, not to our users
     try:
-        recipe = load_recipe(args.recipe, args.overrides, args.stage)
+        read = functools.partial(load_recipe, args.recipe, args.overrides, args.stage)
         if not launched():
+            read()  # a mistake is said before twenty seconds of launching
             return launch(args, list(sys.argv[1:] if argv is None else argv))
         rank, world = start_distributed()
+        recipe = on_every_rank(read)
+        agree(to_dict(recipe) | {"--stage": args.stage, "--fresh": args.fresh} | _place(recipe, world))
         if recipe.base.tokenizer is None and recipe.base.model:
-            _first_on_node(lambda: resolve(recipe.base.model))
+            first_on_node(lambda: resolve(recipe.base.model))
         for name in [args.stage] if args.stage else recipe.order():
             train_stage(recipe, name, rank, world, fresh=args.fresh)
     except UserError as error:
@@ -134,11 +137,17 @@ def launch(args: argparse.Namespace, argv: list[str]) -> int:
             signal.signal(number, handler)
 
 
+def _place(recipe: Recipe, world: int) -> dict[str, Any]:
+    """What a rank sees of itself that must be the same for all."""
+    seen = {"world size": world, "device": device().type, "precision": str(dtype_of(recipe.base.precision))}
+    return seen | {"version of torch": torch.__version__}
+
+
 def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool = False) -> None:
     """Train one stage, or go on with it, or find that it is done."""
     stage, folder = recipe.stages[name], run_folder(recipe) / name
     facts = {"name": recipe.name, "stage": name, "recipe": to_dict(recipe)}
-    state = _on_first_rank(lambda: _claim(recipe, name, folder, facts, fresh))
+    state = on_first_rank(lambda: _claim(recipe, name, folder, facts, fresh))
     if state == "done":
         if rank == 0:
             print(f"{name}: already trained, its adapter is {folder / 'adapter'}", flush=True)
@@ -150,19 +159,29 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
         trust_remote_code=recipe.base.trust_remote_code,
     )
     texts = TextTokenizer(tokenizer, recipe.base.template, stage.length)
-    examples = _first_on_node(lambda: open_examples(stage.data, stage, texts))
-    held_out = _first_on_node(lambda: open_examples(stage.eval_data, stage, texts)) if stage.eval_data else None
+    notes = on_every_rank(functools.partial(check_prefixes, recipe, name))
+    examples = first_on_node(lambda: open_examples(stage.data, stage, texts))
+    held_out = first_on_node(lambda: open_examples(stage.eval_data, stage, texts)) if stage.eval_data else None
     if rank == 0:
-        for note in examples.notes:
+        for note in [*examples.notes, *notes]:
             print(f"{name}: {note}", flush=True)
     if len(examples) < 2 and isinstance(stage, Contrastive):
         raise UserError(f"stage '{name}': {len(examples)} example leaves no in-batch negatives; give at least 2")
 
-    model, lineage = build(recipe, name, dtype=dtype, seed=seed)
+    resume = checkpoint.newest(folder / "checkpoints")
+    agree(
+        {
+            f"the examples of stage '{name}'": _summary(examples),
+            f"the held-out examples of stage '{name}'": _summary(held_out) if held_out else None,
+            f"the checkpoint of stage '{name}'": f"step {resume.step}" if resume else None,
+        }
+    )
+
+    model, lineage = on_every_rank(functools.partial(build, recipe, name, dtype=dtype, seed=seed))
+    agree({"the base and its adapters": lineage})
     if stage.recompute:
         model.decoder.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     parameters = {n.removeprefix("decoder."): p for n, p in trainable(model).items()}
-    resume = checkpoint.newest(folder / "checkpoints")
     if resume:
         for key, parameter in parameters.items():
             parameter.data.copy_(resume.tensors[f"weight.{key}"])
@@ -177,7 +196,7 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
     )  # fmt: skip
     final = train(engine, job, resume)
     weights = {key: final[f"weight.{key}"] for key in parameters}
-    _on_first_rank(functools.partial(_publish, model.decoder, weights, folder, lineage))
+    on_first_rank(functools.partial(_publish, model.decoder, weights, folder, lineage))
     if rank == 0:
         print(f"{name}: done, adapter in {folder / 'adapter'}", flush=True)
     engine.destroy()
@@ -192,6 +211,30 @@ def open_examples(sources, stage: Stage, texts: TextTokenizer):
     if isinstance(stage, Supervised):
         return Pairs(open_rows(sources, "pairs"), texts, max_negatives=stage.max_negatives)
     return Views(open_rows(sources, "sentences"), texts)
+
+
+def check_prefixes(recipe: Recipe, name: str) -> list[str]:
+    """Matryoshka lengths against the base: what a user should know of them.
+
+    Errors: UserError if one is longer than the base's vectors.
+    """
+    lengths = getattr(recipe.stages[name], "matryoshka", None)
+    if lengths is None:
+        return []
+    hidden = load_config(recipe.base).get_text_config().hidden_size
+    if lengths[-1] > hidden:
+        raise UserError(
+            f"stage '{name}': matryoshka asks for a prefix of {lengths[-1]} and the vectors of '{recipe.base.model}' have "
+            f"{hidden} dimensions; use at most {hidden}"
+        )
+    beyond = f"dimensions beyond {lengths[-1]} of {hidden} are in no matryoshka length and learn nothing"
+    return [beyond] if lengths[-1] < hidden else []
+
+
+def _summary(examples) -> str:
+    """Number and lengths of examples, by which ranks notice that they read different rows."""
+    digest = hashlib.blake2b(examples.lengths.tobytes() + examples.segments.tobytes(), digest_size=6).hexdigest()
+    return f"{len(examples)} examples, {int(examples.lengths.sum())} tokens (lengths {digest})"
 
 
 def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[PackedDecoder, dict[str, Any]]:
@@ -269,7 +312,11 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     if before.get("stage") != now["stage"]:
         return f"its stage is '{before.get('stage')}'"
     name = now["stage"]
-    old, new = before["recipe"], now["recipe"]
+    try:  # keys that the version before did not know had their defaults
+        old = to_dict(from_dict(before["recipe"], "stage.json"))
+    except RecipeError:
+        old = before["recipe"]
+    new = now["recipe"]
     pairs = [(f"stages.{name}.{k}", old["stages"].get(name, {}).get(k), v) for k, v in new["stages"][name].items()]
     pairs += [(f"base.{k}", old["base"].get(k), v) for k, v in new["base"].items()]
     pairs += [("seed", old["seed"], new["seed"])]
@@ -309,15 +356,13 @@ def _evaluator(engine, stage: Stage, examples, masking: Masking | None) -> Calla
     """Held-out loss without dropout; masks and batches are the same at every call. Every rank does the whole."""
     from l2v.data.sampler import Sampler
 
-    sampler = Sampler(examples, batch=stage.batch, micro_tokens=stage.micro_tokens, seed=0)
+    group = getattr(stage, "group", None)
+    sampler = Sampler(examples, batch=stage.batch, micro_tokens=stage.micro_tokens, seed=0, group=group)
 
     def evaluate(step: int) -> dict[str, float]:
         loss, hits, count = 0.0, 0.0, 0
-        for at in range(sampler.steps_per_epoch):
-            micros = [
-                collate(examples, micro, seed=0, step=0, masking=masking)
-                for micro in sampler.plan(at).units[0][0].micros
-            ]
+        for unit in (unit for at in range(sampler.steps_per_epoch) for unit in sampler.plan(at).units[0]):
+            micros = [collate(examples, micro, seed=0, step=0, masking=masking) for micro in unit.micros]
             if isinstance(stage, Mntp):
                 for micro in (m.to(engine.device) for m in micros):
                     logits_LV = engine(micro, "logits").float()
@@ -326,43 +371,14 @@ def _evaluator(engine, stage: Stage, examples, masking: Masking | None) -> Calla
                     count += len(micro.labels_L)
                 continue
             vectors_SE = torch.cat([engine(m.to(engine.device), "vectors") for m in micros])
-            groups = Groups.from_columns(
-                torch.cat([m.columns_S for m in micros]), torch.cat([m.text_keys_S for m in micros])
-            ).to(engine.device)
+            columns_S, keys_S = (torch.cat([getattr(m, key) for m in micros]) for key in ("columns_S", "text_keys_S"))
+            groups = Groups.from_columns(columns_S, keys_S).to(engine.device)
             loss += contrastive_loss(vectors_SE, groups, **loss_options(stage)).item() * groups.total
             count += groups.total
         row = {"eval_loss": loss / max(count, 1)}
         return row | ({"eval_accuracy": hits / max(count, 1)} if isinstance(stage, Mntp) else {})
 
     return evaluate
-
-
-def _on_first_rank(work: Callable[[], T]) -> T:
-    """Do it once, on rank 0; its result, or its error, reaches every rank."""
-    return _shared(work, dist.get_rank() == 0, everyone_works=False)
-
-
-def _first_on_node(work: Callable[[], T]) -> T:
-    """Each node's first rank does it and fills the caches, then the others do it from there."""
-    return _shared(work, int(os.environ.get("LOCAL_RANK", 0)) == 0, everyone_works=True)
-
-
-def _shared(work: Callable[[], T], first: bool, *, everyone_works: bool) -> T:
-    result, error = None, None
-    if first:
-        try:
-            result = work()
-        except UserError as caught:
-            error = caught
-    outcome: list[Any] = [None] * dist.get_world_size()
-    mine = (type(error).__name__, str(error)) if error else None
-    dist.all_gather_object(outcome, (mine, None if everyone_works else result))
-    for failed, _ in outcome:
-        if failed:
-            raise (RecipeError if failed[0] == "RecipeError" else UserError)(failed[1])
-    if everyone_works:
-        return result if first else work()
-    return outcome[0][1]
 
 
 if __name__ == "__main__":

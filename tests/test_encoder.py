@@ -52,6 +52,21 @@ def test_instruction_is_read_and_not_pooled(encoder):
     assert encoder.tokenizer.tokenizer.decode(ids[0][starts[0] :]).strip() == text + "</s>"
 
 
+def test_dimensions_cut_before_they_normalise(encoder, sentences):
+    whole = encoder.encode(sentences[:5], normalize=False)
+    np.testing.assert_array_equal(encoder.encode(sentences[:5], normalize=False, dimensions=8), whole[:, :8])
+    short = encoder.encode(sentences[:5], dimensions=8)
+    np.testing.assert_allclose(short, whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True), atol=1e-6)
+    assert encoder.encode(sentences[0], dimensions=1).shape == (1,)
+    np.testing.assert_array_equal(encoder.encode(sentences[:5], dimensions=32), encoder.encode(sentences[:5]))
+
+
+@pytest.mark.parametrize("dimensions", [0, -1, 33, 8.0, "8", True])
+def test_dimensions_that_are_none(encoder, dimensions):
+    with pytest.raises(UserError, match=f"dimensions is {dimensions}; give a whole number from 1 to 32"):
+        encoder.encode("Hunden", dimensions=dimensions)
+
+
 @pytest.mark.parametrize("template", [TEMPLATE, Template()], ids=["template", "bare"])
 def test_sentence_transformers_loads_the_export(base, sentences, tmp_path, template):
     from sentence_transformers import SentenceTransformer

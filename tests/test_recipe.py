@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 
@@ -69,6 +70,31 @@ def refused(tree: dict) -> str:
             "with no dropout at all the two views are",
         ),
         ("supervised", {"max_negatives": -1}, "max_negatives must not be negative"),
+        ("simcse", {"directions": ["doc_to_query"]}, "directions are doc_to_query; name query_to_doc, and each of"),
+        ("simcse", {"directions": []}, "directions are none; name query_to_doc"),
+        ("simcse", {"directions": ["query_to_doc", "query_to_doc"]}, "each of the others at most once"),
+        (
+            "simcse",
+            {"directions": ["query_to_doc", "query_to_query"], "partition": "per_direction"},
+            "partition: per_direction takes the directions query_to_doc and doc_to_query, both and no other",
+        ),
+        ("simcse", {"partition": "per_direction"}, "partition: per_direction takes the directions"),
+        ("simcse", {"hard_negatives": "own"}, "hard_negatives: own needs hard negatives: a supervised stage with"),
+        ("supervised", {"hard_negatives": "own", "max_negatives": 0}, "with max_negatives of at least 1"),
+        ("simcse", {"false_negative_margin": 2}, "false_negative_margin is 2.0 and must lie between -2 and 2"),
+        ("simcse", {"false_negative_margin": math.nan}, "false_negative_margin is nan and must lie between"),
+        ("simcse", {"matryoshka": []}, "matryoshka is []; give 1 to 16 ascending prefix lengths, or null"),
+        ("simcse", {"matryoshka": [8, 8]}, "matryoshka is [8, 8]; give 1 to 16 ascending"),
+        ("simcse", {"matryoshka": [0, 8]}, "matryoshka is [0, 8]; give 1 to 16 ascending"),
+        ("simcse", {"matryoshka": list(range(1, 18))}, "give 1 to 16 ascending prefix lengths, or null"),
+        ("simcse", {"matryoshka_weights": [1]}, "matryoshka_weights need matryoshka, the prefix lengths that"),
+        ("simcse", {"matryoshka": [4], "matryoshka_weights": [1, 2]}, "2 matryoshka_weights for 1 matryoshka lengths"),
+        (
+            "simcse",
+            {"matryoshka": [4, 8], "matryoshka_weights": [1, -1]},
+            "none may be negative, and one must be above",
+        ),
+        ("simcse", {"matryoshka": [4], "matryoshka_weights": [0]}, "none may be negative, and one must be above 0"),
     ],
 )
 def test_impossible_values_are_refused(objective, keys, part):
@@ -84,6 +110,23 @@ def test_the_borders_of_what_is_allowed():
     recipe(one={"objective": "simcse", "negatives": "micro", "group": 4, "attention_dropout": 0})
     recipe(one={"objective": "simcse", "lora": {"dropout": 0}})
     recipe(one={"objective": "supervised", "max_negatives": 0, "batch": 2})
+    all_of_gte = ["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
+    recipe(one={"objective": "supervised", "directions": all_of_gte, "hard_negatives": "own"})
+    recipe(one={"objective": "simcse", "directions": all_of_gte[::2], "partition": "per_direction"})
+    recipe(one={"objective": "simcse", "false_negative_margin": -0.5, "matryoshka": list(range(1, 17))})
+    recipe(one={"objective": "simcse", "matryoshka": [4, 8], "matryoshka_weights": [0, 1]})
+
+
+def test_one_direction_needs_no_list_and_a_wrong_one_is_named():
+    assert recipe(one={"objective": "simcse", "directions": "query_to_doc"}).stages["one"].directions == [
+        "query_to_doc"
+    ]
+    wrong = {"objective": "simcse", "directions": ["query_to_doc", "query_to_docs"]}
+    message = refused({"name": "x", "base": {"model": "b"}, "stages": {"one": COMMON | wrong}})
+    assert (
+        "stages.one.directions[1] is 'query_to_docs'; choose one of query_to_doc, query_to_query, doc_to_query"
+        in message
+    )
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "flash_attention_2"])

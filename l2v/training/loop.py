@@ -20,7 +20,8 @@ from l2v.errors import UserError
 from l2v.recipe import Contrastive, Stage, Tracking
 from l2v.training import checkpoint
 from l2v.training.engine import read_state, write_state
-from l2v.training.metrics import Metrics, progress
+from l2v.training.finite import is_broken, refuse
+from l2v.training.metrics import Metrics, Progress
 from l2v.training.steps import contrastive_step, mntp_step
 
 Evaluate = Callable[[int], dict[str, float]]
@@ -76,7 +77,7 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
     seen = resume.facts["tokens"] if resume else 0
     metrics = Metrics(job.folder, job.tracking, name=job.name, active=rank == 0, resumed_at=start)
     stop = _StopFlag()
-    bar = progress(stage.steps, start, job.name, active=rank == 0)
+    bar = Progress(stage.steps, start, job.name, active=rank == 0)
     engine.train()
     log = _Log(job, metrics, bar, engine.device)
     saved_at = start
@@ -93,13 +94,15 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
                 rate = learning_rate(stage, step, sampler.steps_per_epoch)
                 for group in engine.optimizer.param_groups:
                     group["lr"] = rate
-                shares = _backward(engine, job, plan, units)
-                shares.pop("not_finite_S", None)
+                shares = _backward(engine, job, plan, units, bar)
+                not_finite_S = shares.pop("not_finite_S", None)
+                stopping, broken = stop.agreed(is_broken(shares["loss"], not_finite_S))
+                if broken:
+                    raise refuse(step + 1, units, not_finite_S)
                 engine.step()
                 seen += int(job.examples.lengths[_examples(plan)].sum())
                 log.step(step + 1, plan, shares, rate, engine.get_global_grad_norm(), seen)
                 done = step + 1
-                stopping = stop.agreed(engine.device)
                 if done == stage.steps or stopping or (stage.save_every and done % stage.save_every == 0):
                     _save(engine, job, done, seen)
                     saved_at = done
@@ -128,13 +131,15 @@ def _examples(plan: StepPlan) -> list[int]:
     return [i for units in plan.units for unit in units for i in unit.examples]
 
 
-def _backward(engine, job: Job, plan: StepPlan, units) -> dict[str, torch.Tensor]:
+def _backward(engine, job: Job, plan: StepPlan, units, bar: Progress) -> dict[str, torch.Tensor]:
     if not isinstance(job.stage, Contrastive):
         return mntp_step(engine, units, engine.device)
     shares = [[i for unit in rank_units for i in unit.examples] for rank_units in plan.units]
     counts = [int((job.examples.segments[share] - 1).sum()) for share in shares]
     queries = [len(share) for share in shares]
-    return contrastive_step(engine, units, job.stage, counts, sum(queries), engine.device, query_counts=queries)
+    return contrastive_step(
+        engine, units, job.stage, counts, sum(queries), engine.device, progress=bar.within, query_counts=queries
+    )
 
 
 def _evaluate(engine, job: Job, metrics: Metrics, step: int) -> None:
@@ -162,12 +167,12 @@ def _save(engine, job: Job, step: int, tokens: int) -> None:
 class _Log:
     """Turns device scalars into rows: read once every `log_every` steps, so that the device is not kept waiting."""
 
-    def __init__(self, job: Job, metrics: Metrics, bar, device: torch.device) -> None:
+    def __init__(self, job: Job, metrics: Metrics, bar: Progress, device: torch.device) -> None:
         self.job, self.metrics, self.bar, self.device = job, metrics, bar, device
         self.began, self.tokens_at = time.perf_counter(), None
 
     def step(self, step: int, plan: StepPlan, shares: dict[str, torch.Tensor], rate: float, norm, seen: int) -> None:
-        self.bar.update(1)
+        self.bar.step()
         if self.tokens_at is None:
             self.tokens_at = seen - int(self.job.examples.lengths[_examples(plan)].sum())
         if step % self.job.stage.log_every and step != self.job.stage.steps:
@@ -175,8 +180,6 @@ class _Log:
         values = torch.stack([value.float() for value in shares.values()])
         dist.all_reduce(values)
         row = dict(zip(shares, values.tolist(), strict=True))
-        if not math.isfinite(row["loss"]):
-            raise UserError(f"step {step}: the loss is {row['loss']}; lower lr, or use base.precision: fp32")
         now = time.perf_counter()
         row |= {
             "epoch": round(plan.epoch, 4),
@@ -189,7 +192,7 @@ class _Log:
             row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.began, self.tokens_at = now, seen
         self.metrics.write(step, row)
-        self.bar.set_postfix_str(f"loss {row['loss']:.4f}, {row['tokens_per_second']:.0f} tokens/s", refresh=False)
+        self.bar.say(f"loss {row['loss']:.4f}, {row['tokens_per_second']:.0f} tokens/s")
 
 
 class _StopFlag:
@@ -209,9 +212,12 @@ class _StopFlag:
     def _ask(self, *_) -> None:
         self.asked = True
 
-    def agreed(self, device: torch.device) -> bool:
-        """True on all ranks if any was asked. One small collective a step, beside the step's one allowed sync."""
-        flag = torch.tensor(float(self.asked), device=device)
+    def agreed(self, broken: torch.Tensor) -> tuple[bool, bool]:
+        """Whether any rank was asked to stop, and whether any rank's step is `broken` (a device bool); the same on all.
+
+        The step's one wait for the device, and one small collective; before the update, so that a broken step has none.
+        """
+        flags = torch.stack([torch.tensor(self.asked, device=broken.device), broken]).float()
         if dist.get_world_size() > 1:
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return tuple(flags.bool().tolist())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +71,43 @@ class Metrics:
             self.run.finish()
 
 
-def progress(total: int, initial: int, name: str, *, active: bool) -> tqdm:
-    """A bar with rate and time left; where nobody watches a terminal, a line every 10 seconds."""
-    live = sys.stderr.isatty()
-    return tqdm(
-        total=total, initial=initial, desc=name, unit="step", disable=not active, dynamic_ncols=live,
-        mininterval=0.2 if live else 10.0, smoothing=0.1,
-    )  # fmt: skip
+class Progress:
+    """A bar of steps with rate and time left; within a step of many micro-batches, how far its passes are.
+
+    Where nobody watches a terminal it is a line every 10 seconds. Asking it costs a look at the clock.
+    """
+
+    def __init__(self, total: int, initial: int, name: str, *, active: bool) -> None:
+        live = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total, initial=initial, desc=name, unit="step", disable=not active, dynamic_ncols=live,
+            mininterval=0.2 if live else 10.0, smoothing=0.1,
+        )  # fmt: skip
+        self.every, self.told, self.text = self.bar.mininterval if active else math.inf, time.monotonic(), ""
+
+    def within(self, number: int, done: int, of: int) -> None:
+        """`done` of `of` micro-batches of pass `number` are through: 1 encodes, 2 goes backward."""
+        now = time.monotonic()
+        if now - self.told < self.every or of < 2:
+            return
+        self.told = now
+        parts = filter(None, (f"{('encode', 'backward')[number - 1]} {done}/{of}", self.text))
+        self.bar.set_postfix_str(", ".join(parts))
+
+    def step(self) -> None:
+        """One more step is done."""
+        self.bar.set_postfix_str(self.text, refresh=False)
+        self.bar.update(1)
+        self.told = time.monotonic()
+
+    def say(self, text: str) -> None:
+        """What stands behind the bar from now on."""
+        self.text = text
+        self.bar.set_postfix_str(text, refresh=False)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self.bar.close()
 
 
 def _cut(path: Path, step: int) -> None:
