@@ -1,0 +1,290 @@
+"""In-batch InfoNCE against its peers: time of forward and backward together, peak memory, error.
+
+python -m benchmarks.contrastive [--quick] [--out FOLDER]
+
+On a CPU it runs tiny sizes, as a smoke test of itself, and says so in everything it writes.
+"""
+
+import gc
+import sys
+from dataclasses import asdict
+
+import torch
+
+from benchmarks.contrastive_peers import PROVIDERS, Workload, bare_products, spans
+from benchmarks.harness import (
+    SMOKE,
+    Ceilings,
+    Result,
+    Target,
+    Unavailable,
+    arguments,
+    bars,
+    device_facts,
+    fill,
+    headline,
+    markdown,
+    measure_ceilings,
+    peak_memory,
+    reason,
+    sets_beyond_cache,
+    table,
+    targets_table,
+    tflops_panels,
+    time_interleaved,
+    write,
+)
+from l2v_kernels import info_nce
+
+WIDTHS = (384, 1024, 4096)
+ROWS = (512, 1024, 4096, 8192, 16384, 65536)
+HARD = 8
+"""Candidates a query where each has seven hard negatives."""
+QUICK = (
+    (512, 512, 384), (1024, 1024, 1024), (1024, 8192, 1024), (8192, 8192, 4096), (16384, 16384, 1024), (65536, 65536, 384),
+    (65536, 65536, 4096),
+)  # fmt: skip
+MOST_FLOPS = 3e14
+"""Larger ones say nothing new, and their reference alone takes most of a minute."""
+STEP = "forward+backward"
+BARE = bare_products.__name__
+
+
+def workloads(device: torch.device, quick: bool) -> list[Workload]:
+    """From a batch of 512 to 65,536 on a GPU, a handful of rows on a CPU."""
+    if device.type != "cuda":
+        return [Workload(*sizes, device, torch.float32) for sizes in ((48, 48, 64), (16, 16 * HARD, 64))]
+    sizes = QUICK
+    if not quick:
+        sizes = [(n, n * per, e) for e in WIDTHS for per in (1, HARD) for n in ROWS]
+    found = [Workload(*each, device, torch.bfloat16) for each in sizes]
+    return [w for w in found if w.flops <= MOST_FLOPS]
+
+
+@torch.no_grad()
+def exact_gradients(w: Workload, q_NE: torch.Tensor, k_ME: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dq, dk) by the definition, a gigabyte of scores at a time: in float64 on a CPU, in float32 on a GPU."""
+    dtype = torch.float32 if w.device.type == "cuda" else torch.float64
+    q, k = q_NE.detach().to(dtype), k_ME.detach().to(dtype)
+    lengths = [x.norm(dim=1, keepdim=True) for x in (q, k)]
+    u, v = q / lengths[0], k / lengths[1]
+    del q, k
+    du, dv, targets = torch.empty_like(u), torch.zeros_like(v), w.targets_N()
+    for at in spans(w.n, max(1, (1 << 30) // (4 * w.m))):
+        shares = (w.scale * u[at] @ v.T).softmax(1)
+        shares[torch.arange(len(shares), device=w.device), targets[at]] -= 1
+        du[at] = shares @ v
+        dv.addmm_(shares.T, u[at])
+    out = []
+    for unit, gradient, length in ((u, du, lengths[0]), (v, dv, lengths[1])):
+        gradient -= (gradient * unit).sum(1, keepdim=True) * unit
+        out.append(gradient.mul_(w.scale / w.n).div_(length).float())
+    return out[0], out[1]
+
+
+def error_of(w: Workload, step, tensors, exact) -> float:
+    """Relative error of the gradients. Errors: ValueError if it is more than scores in the embeddings' dtype explain."""
+    _, *got = step(*tensors)
+    error = max(float((ours.float() - want).norm() / want.norm()) for ours, want in zip(got, exact, strict=True))
+    # bf16 scores of 10 are off by up to 0.03, and so is every probability that is made of them.
+    tolerance = 3e-2 if w.dtype == torch.bfloat16 else 1e-4
+    if not error < tolerance:
+        raise ValueError(f"wrong gradients: relative error {error:.1e}")
+    return error
+
+
+def run(w: Workload, ceilings: Ceilings, seconds: float) -> list[Result]:
+    """All providers on one workload."""
+    sets = [w.inputs() for _ in range(sets_beyond_cache(2 * w.bytes_of_inputs, w.device))]
+    exact, results, calls = exact_gradients(w, *sets[0]), [], {}
+    facts = {"n": w.n, "m": w.m, "e": w.e, "products": w.products, "scores_s": w.bytes_of_scores / ceilings.bandwidth}
+    facts |= {"inputs": w.bytes_of_inputs}
+    for provider in (*PROVIDERS, bare_products):
+        result = Result(w.name, provider.__name__, STEP, flops=w.flops, bytes=2 * w.bytes_of_inputs, facts=dict(facts))
+        results.append(result)
+        try:
+            step = provider(w)
+            if provider is not bare_products:
+                result.error = error_of(w, step, sets[0], exact)
+                result.memory = peak_memory(lambda s=step: s(*sets[0]), w.device)
+            else:
+                step(*sets[0])
+            calls[result.provider] = [lambda x=x, s=step: s(*x) for x in sets]
+        except Exception as error:  # whatever another library raises is its result
+            result.skipped = reason(error)
+            result.facts["failed"] = not isinstance(error, Unavailable)
+        release(w.device)
+    del exact
+    found = time_interleaved(calls, w.device, seconds, rounds=5)
+    for result in results:
+        if result.provider in found:
+            fill(result, found[result.provider], ceilings)
+    return results
+
+
+def release(device: torch.device) -> None:
+    """What an attempt that ran out of memory left behind."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def run_matryoshka(device: torch.device, ceilings: Ceilings, seconds: float) -> list[Result]:
+    """Six prefixes in one call, against one loss of the whole length and against six calls; the forward by itself too."""
+    if device.type == "cuda":
+        w, prefixes = Workload(16384, 16384, 4096, device, torch.bfloat16), (128, 256, 512, 1024, 2048, 4096)
+    else:
+        w, prefixes = Workload(48, 48, 48, device, torch.float32), (8, 16, 24, 32, 40, 48)
+    targets, (q, k) = w.targets_N(), w.inputs()
+    losses = {
+        "one loss": lambda: info_nce(q, k, targets, scale=w.scale),
+        "six prefixes": lambda: info_nce(q, k, targets, scale=w.scale, prefixes=prefixes),
+        "six losses": lambda: sum(info_nce(q[:, :p], k[:, :p], targets, scale=w.scale) for p in prefixes),
+    }
+    want = torch.autograd.grad(losses["six losses"](), (q, k))
+    got = torch.autograd.grad(losses["six prefixes"](), (q, k))
+    error = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(got, want, strict=True))
+    del want, got
+    if not error < (2e-2 if w.dtype == torch.bfloat16 else 1e-4):
+        return [Result(f"matryoshka {w.name}", "six prefixes", STEP, skipped=f"wrong gradients: {error:.1e}")]
+    results = []
+    for direction, call in (("forward", lambda f: f()), (STEP, lambda f: torch.autograd.grad(f(), (q, k)))):
+        # The forward with a graph, as training runs it; its share of the whole is subtracted for the backward.
+        calls = {name: [lambda f=f, c=call: c(f)] for name, f in losses.items()}
+        memory = {name: peak_memory(variants[0], w.device) for name, variants in calls.items()}
+        for name, times in time_interleaved(calls, device, seconds, rounds=5).items():
+            flops = w.flops if direction == STEP else 2.0 * w.n * w.m * w.e
+            result = Result(f"matryoshka {w.name}", name, direction, flops=flops, memory=memory[name], error=error)
+            results.append(fill(result, times, ceilings))
+    return results
+
+
+def targets(results: list[Result], smoke: bool) -> list[Target]:
+    """What the op has to reach, computed from what was measured: the worst of all workloads that a line speaks of."""
+    steps: dict[str, dict[str, Result]] = {}
+    for x in results:
+        if x.direction == STEP and "n" in x.facts and not smoke:
+            steps.setdefault(x.workload, {})[x.provider] = x
+
+    def ratios(over: str, under: str, where=lambda facts: True) -> list[float]:
+        pairs = [(found.get(over), found.get(under)) for found in steps.values()]
+        timed = [(a, b) for a, b in pairs if a and b and a.median and b.median and where(a.facts)]
+        return [a.median / b.median for a, b in timed]
+
+    def square(facts):
+        return facts["e"] == 4096 and facts["n"] >= 8192
+
+    memory = None
+    large = steps.get("65536 x 65536 x 4096", {}).get("l2v")
+    if large and large.memory is not None:
+        memory = (large.facts["inputs"] + large.memory) / 2**20
+    inputs = 2 * 65536 * 4096 * 2
+    matryoshka = {
+        (x.provider, x.direction): x.median for x in results if x.workload.startswith("matryoshka") and not smoke
+    }
+
+    def against_one_loss(backward: bool) -> float | None:
+        try:
+            six, one = (
+                (matryoshka[name, STEP] - matryoshka[name, "forward"]) if backward else matryoshka[name, "forward"]
+                for name in ("six prefixes", "one loss")
+            )
+        except KeyError:
+            return None
+        return six / one
+
+    return [
+        Target(
+            "peak memory at 65,536 x 65,536 x 4096: 1.2 x (inputs + gradients) + 512 MiB",
+            (1.2 * 2 * inputs + (512 << 20)) / 2**20,
+            memory,
+            unit="MiB",
+        ),
+        Target("time / bare products, E = 4096, N >= 8192", 1.25, max(ratios("l2v", BARE, square), default=None)),
+        Target("time of inf-cl / time", 1.5, min(ratios("inf_cl", "l2v"), default=None), at_least=True),
+        Target("time of chunked torch / time", 1.0, min(ratios("torch_chunked", "l2v"), default=None), at_least=True),
+        Target("six prefixes / one loss, forward", 1.3, against_one_loss(backward=False)),
+        Target("six prefixes / one loss, backward", 1.6, against_one_loss(backward=True)),
+    ]
+
+
+def comparison(results: list[Result]) -> str:
+    """Markdown, a row a workload: the op against its floors, and the peers' times over the op's."""
+    by_workload: dict[str, dict[str, Result]] = {}
+    for x in results:
+        if x.direction == STEP and "n" in x.facts:
+            by_workload.setdefault(x.workload, {})[x.provider] = x
+    peers = [p.__name__ for p in PROVIDERS if not p.__name__.startswith("l2v")]
+    rows = []
+    for workload, found in by_workload.items():
+        ours, bare = found["l2v"].median, found[BARE].median
+        scores = found["l2v"].facts["scores_s"]
+        row = [
+            workload,
+            str(found["l2v"].facts["products"]),
+            f"{bare * 1e6:.0f}" if bare else "",
+            f"{scores * 1e6:.0f}",
+        ]
+        row += [f"{ours / bare:.2f}", f"{ours / (bare + scores):.2f}"] if ours and bare else ["", ""]
+        for peer in (found[p] for p in peers):
+            absent = "" if peer.skipped.startswith("Unavailable") else peer.skipped
+            row.append(f"{peer.median / ours:.2f}" if ours and peer.median else absent)
+        rows.append(row)
+    head = ["workload", "products", "bare us", "scores us", "l2v / bare", "l2v / (bare + scores)"]
+    return markdown(head + [f"{p} / l2v" for p in peers], rows)
+
+
+def report(results: list[Result], found: list[Target], facts: dict) -> str:
+    """The Markdown page."""
+    return (
+        f"{headline(facts)}\n\n## Targets\n\n{targets_table(found)}\n\n## Ratios\n\n"
+        "`bare us`: the matrix products alone, timed in turns with the rest; `scores us`: 22 bytes a score at the bandwidth "
+        "of a large copy, which a way that writes its scores to memory cannot go below. A peer's ratio above 1: it is "
+        f"slower.\n\n{comparison(results)}\n\n## All\n\n{table(results)}"
+    )
+
+
+def panels(results: list[Result], smoke: bool):
+    """TFLOP/s by width, and peak memory where it was measured."""
+    label, steps = " (CPU smoke test)" if smoke else "", [x for x in results if "n" in x.facts]
+    out = tflops_panels(steps, lambda x: f"E = {x.facts['e']}, forward and backward{label}")
+    memory: dict[str, dict[str, float]] = {}
+    for x in steps:
+        if x.memory is not None:
+            memory.setdefault(x.provider, {})[x.workload] = x.memory / 2**20
+    return out + ([("peak beyond the inputs", "MiB", memory)] if memory else [])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the tables and writes them; the exit code is 1 if this library was wrong or failed."""
+    parser = arguments("contrastive", __doc__, quick="seven sizes: two minutes on a GPU")
+    options = parser.parse_args(argv)
+    device = torch.empty(0, device=options.device).device
+    torch.manual_seed(0)
+    facts, ceilings = device_facts(device), measure_ceilings(device)
+    if facts["smoke"]:
+        print(SMOKE)
+    seconds = 0.02 if facts["smoke"] else 0.1 if options.quick else 0.3
+    results: list[Result] = []
+    # One after the other, so that what was measured is kept if the time runs out.
+    parts = [lambda: run_matryoshka(device, ceilings, seconds)]
+    parts += [lambda w=w: run(w, ceilings, seconds) for w in workloads(device, options.quick)]
+    for part in parts:
+        new = part()
+        results += new
+        release(device)
+        print(table(new), flush=True)
+        if options.out:
+            found = targets(results, facts["smoke"])
+            data = {"facts": facts, "ceilings": asdict(ceilings), "targets": [x.row() for x in found]}
+            data["results"] = [asdict(x) for x in results]
+            drawn = panels(results, facts["smoke"])
+            text = report(results, found, facts)
+            write(options.out, "contrastive", data, text, (lambda d=drawn: bars(d)) if drawn else None)
+    print(targets_table(targets(results, facts["smoke"])))
+    ours = [x for x in results if x.provider.startswith(("l2v", "six"))]
+    return int(any(x.median is None and x.facts.get("failed", True) for x in ours))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
