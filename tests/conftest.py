@@ -7,9 +7,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import free_port
+from helpers import ROOT, free_port, training_environment
 
-ROOT = Path(__file__).resolve().parents[1]
 # An installed distribution is on the path by itself; a bare checkout is not.
 for folder in (ROOT, ROOT / "kernels"):
     if str(folder) not in sys.path:
@@ -161,10 +160,7 @@ def tiny_recipe(bos_tokenizer_folder, tiny_config, sentences):
 @pytest.fixture
 def cli_environment() -> dict[str, str]:
     """The environment of a training process on the CPU, with a port of its own and no rank."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    path = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    return environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_PORT": str(free_port())}
+    return training_environment()
 
 
 @pytest.fixture

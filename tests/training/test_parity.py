@@ -1,69 +1,92 @@
-"""The same training on one process and on two, under every ZeRO stage, with dropout on."""
+"""The same training on one process, on two and on four, under every ZeRO stage, with dropout on.
+
+Two and four ranks stand under the real deepspeed launcher. Batches of 7 give them unequal shares, and the last batch of an
+epoch of pairs has three examples: of four ranks, one has nothing.
+"""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import finish, start_ranks, training_environment
 from safetensors.torch import load_file
 
-STAGES = ("mntp", "simcse", "supervised")
+STAGES = ("mntp", "simcse", "supervised", "options")
 STEPS = 20
-SETTINGS = {  # ranks, ZeRO stage, tokens a micro-batch: 160 makes several a step (and a gradient cache), 4096 makes one
-    "zero1x1": (1, 1, 160),
-    "uncached": (1, 1, 4096),
-    "zero1x2": (2, 1, 160),
-    "zero2x2": (2, 2, 160),
-    "zero3x2": (2, 3, 160),
+# Every option that brings ranks together: queries of all, owners of all, a loss for each prefix.
+OPTIONS = {
+    "directions": ["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"],
+    "hard_negatives": "own",
+    "max_negatives": 2,
+    "false_negative_margin": 0.01,
+    "matryoshka": [8, 16, 32],
+    "matryoshka_weights": [0.5, 1, 1],
+}
+# launched?, ranks, ZeRO stage, tokens a micro-batch: 160 makes several a step (and a gradient cache), 4096 makes one
+SETTINGS = {
+    "one": (False, 1, 1, 160),
+    "uncached": (False, 1, 1, 4096),
+    "zero1x2": (False, 2, 1, 160),
+    "zero2x2": (True, 2, 2, 160),
+    "zero3x4": (True, 4, 3, 160),
+}
+SLOW = {
+    "zero3x2": (True, 2, 3, 160),
+    "zero1x4": (True, 4, 1, 160),
+    "zero2x4": (True, 4, 2, 160),
+    "uncached zero2x4": (True, 4, 2, 4096),
 }
 
 
-def start(recipe: Path, environment: dict, world: int, *overrides: str) -> None:
-    """Ranks as a launcher starts them, without its twenty seconds."""
-    processes = []
-    for rank in range(world):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-        command = [sys.executable, "-m", "l2v.train", str(recipe), *overrides]
-        processes.append(
-            subprocess.Popen(
-                command, env=environment | place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [p.returncode for p in processes] == [0] * world, "\n".join(outputs)
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, tiny_recipe, write_jsonl, sentences) -> Path:
+    folder = tmp_path_factory.mktemp("parity")
+    pairs = [  # none, one or two negatives; the positive of every fifth is that of its neighbour
+        {"query": f"Hvem {text.split(' ', 1)[1]}", "positive": sentences[i - (i % 5 == 1)], "negatives": others}
+        for i, text in enumerate(sentences[:24])
+        for others in [sentences[100 + i : 100 + i + i % 3]]
+    ]
+    options = {"objective": "supervised", "data": write_jsonl(folder / "uneven.jsonl", pairs), "micro_tokens": 512}
+    changes = {"stages.options": options | OPTIONS | {"length": 48}}
+    shared = {"steps": STEPS, "batch": 7, "save_every": 1, "keep": STEPS, "from": "base", "clip": 0.5}
+    changes |= {f"stages.{name}.{key}": value for name in STAGES for key, value in shared.items()}
+    # A loss near zero would be all rounding: a mild scale keeps it above 0.1.
+    soft = {f"stages.{name}.{key}": value for name in STAGES[1:] for key, value in {"scale": 3, "lr": 1e-3}.items()}
+    return tiny_recipe(folder, **changes, **{"lora.dropout": 0.1, "stages.simcse.attention_dropout": 0.3, **soft})
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_recipe):
-    """Every setting trained once; the folder of each run by name."""
-    from helpers import free_port
+def runs(recipe):
+    """runs(setting) -> the folder of its run, trained when it is first asked for."""
+    folder, ready = recipe.parent, {}
+    # The tiny weights would all count as too small to be sharded.
+    sharded = folder / "sharded.json"
+    sharded.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
 
-    folder = tmp_path_factory.mktemp("parity")
-    shared = {
-        "steps": STEPS,
-        "batch": 7,
-        "save_every": 1,
-        "keep": STEPS,
-        "from": "base",
-        "clip": 0.5,
-    }
-    changes = {f"stages.{name}.{key}": value for name in STAGES for key, value in shared.items()}
-    # A loss near zero would be all rounding: a mild scale keeps it above 0.1.
-    soft = {f"stages.{name}.{key}": value for name in STAGES[1:] for key, value in {"scale": 3, "lr": 1e-3}.items()}
-    recipe = tiny_recipe(folder, **changes, **{"lora.dropout": 0.1, "stages.simcse.attention_dropout": 0.3, **soft})
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    out = {}
-    for name, (world, zero, micro) in SETTINGS.items():
-        out[name] = folder / name
-        budget = [f"stages.{stage}.micro_tokens={micro}" for stage in STAGES]
-        port = {"MASTER_PORT": str(free_port())}
-        start(recipe, environment | port, world, f"out={out[name]}", f"zero.stage={zero}", *budget)
-    return out
+    def run(setting: str) -> Path:
+        if setting not in ready:
+            launched, world, zero, micro = (SETTINGS | SLOW)[setting]
+            out = folder / setting.replace(" ", "-")
+            arguments = [recipe, f"out={out}", f"zero.stage={zero}", f"zero.config={sharded}"]
+            arguments += [f"stages.{stage}.micro_tokens={micro}" for stage in STAGES]
+            finish([launch(arguments, world)] if launched else start_ranks([arguments] * world))
+            ready[setting] = out
+        return ready[setting]
+
+    return run
+
+
+def launch(arguments: list[object], world: int) -> subprocess.Popen:
+    """Under deepspeed's own launcher, as `deepspeed --num_gpus N --module l2v.train` starts it."""
+    environment = training_environment()
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", world, "--master_port", environment["MASTER_PORT"]]
+    command = [sys.executable, *map(str, [*launcher, "--module", "l2v.train", *arguments])]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def losses(run: Path, stage: str) -> torch.Tensor:
@@ -84,9 +107,11 @@ def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("setting", ["uncached", "zero1x2", "zero2x2", "zero3x2"])
+@pytest.mark.parametrize(
+    "setting", [*list(SETTINGS)[1:], *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)
 def test_every_setting_equals_one_rank(runs, setting, stage):
-    one, two = runs["zero1x1"], runs[setting]
+    one, two = runs("one"), runs(setting)
     # After the first update Adam's first moment is 0.1 of the (clipped) gradient, so it shows the gradient of step 1.
     g1, g2 = (flat(part(state(run, stage, 1), "exp_avg")) for run in (one, two))
     assert g1.abs().max() > 0
@@ -104,12 +129,12 @@ def test_every_setting_equals_one_rank(runs, setting, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_training_changes_something(runs, stage):
-    values = losses(runs["zero1x1"], stage)
+    values = losses(runs("one"), stage)
     assert values[-5:].mean() < values[:5].mean()
 
 
 def test_loss_is_the_mean_over_the_whole_batch(runs):
     """Seven examples a step and 24 in all: the fourth batch of an epoch has three, and no rank may weigh them double."""
-    rows = [json.loads(line) for line in (runs["zero1x2"] / "supervised" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (runs("zero1x2") / "supervised" / "metrics.jsonl").read_text().splitlines()]
     epochs = [row["epoch"] for row in rows]
     assert epochs[3] == 1.0 and epochs[7] == 2.0
