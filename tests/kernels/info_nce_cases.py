@@ -116,16 +116,19 @@ def plain(tensors, targets, chosen, dtype=torch.float64):
 
 
 def assert_close(got, tensors, targets, chosen):
-    """fp32 and fp64: loss and each gradient within 1e-5 of the largest; half: twice the error of PyTorch in that dtype."""
-    want = plain(tensors, targets, chosen)
+    """Loss and each gradient within 1e-5 of the largest; in half precision, and in fp32 at a scale above 50, also within
+    twice the error of PyTorch in that dtype: a score of 200 has no digit below 1e-5 left in fp32."""
+    want, scale_at = plain(tensors, targets, chosen), 1 + len(tensors)
     dtype = tensors[0].dtype
-    half = dtype in (torch.float16, torch.bfloat16)
-    other = plain(tensors, targets, chosen, dtype) if half else want
-    for name, x, y, z in zip(("loss", *map(str, range(len(want)))), got, want, other, strict=False):
+    other = plain(tensors, targets, chosen, dtype) if dtype.itemsize == 2 or chosen["scale"] > 50 else want
+    for i, (x, y, z) in enumerate(zip(got, want, other, strict=True)):
         error = float((x - y).abs().max())
-        # The gradient of the scale is a sum of terms of about 1 that cancel.
-        largest = max(float(y.abs().max()), 0.05 if x.ndim == 0 else 1e-3)
-        bar = (2 * float((z - y).abs().max()) if half else 0) + 1e-5 * largest
+        # The scale's gradient is a difference of mean cosines, so its unit is 1, however small it comes out. Embeddings
+        # of a loss near zero have gradients that are all rounding.
+        floor = 1.0 if i == scale_at else 0.1 if i == 0 else 1e-3
+        largest = max(float(y.abs().max()), floor)
+        bar = 2 * float((z - y).abs().max()) + 1e-5 * largest
+        name = "loss" if i == 0 else f"gradient {i}"
         assert error <= bar, f"{name}: error {error:.2e}, allowed {bar:.2e}, largest {largest:.2e}"
 
 

@@ -106,7 +106,8 @@ def check_labels(
                 f"{name} must be {dtype} [{M}] on {targets_N.device}, one entry a candidate, got {x.dtype} {tuple(x.shape)} "
                 f"on {x.device}"
             )
-    return Labels(targets_N, query_ids, candidate_ids, all_query_ids, owners_M, restricted_M)
+    found = (targets_N, query_ids, candidate_ids, all_query_ids, owners_M, restricted_M)
+    return Labels(*(None if x is None else x.contiguous() for x in found))
 
 
 def _ids(ids, rows, name, device):

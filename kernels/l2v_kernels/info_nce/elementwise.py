@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
+from l2v_kernels.info_nce.settings import Settings
 from l2v_kernels.info_nce.tiles import Tile
 
 
@@ -16,7 +17,7 @@ def statistics(
     each row's own column where it lies in this tile.
     """
     own_R, in_tile_R = _own(tile)
-    for p, scores_RC in enumerate(_scores(tile, planes_PRC)):
+    for p, (_, scores_RC) in enumerate(_scores(tile, planes_PRC)):
         if pair_PR is not None and len(own_R):
             picked_R = scores_RC.gather(1, own_R.unsqueeze(1)).squeeze(1)
             pair_PR[p] = torch.where(in_tile_R, picked_R, pair_PR[p])
@@ -31,38 +32,53 @@ def coefficients(
     tile: Tile,
     planes_PRC: torch.Tensor,
     lse_PR: torch.Tensor,
-    grad_PR: torch.Tensor,
     row_out_PR: torch.Tensor,
-    column_out_PC: torch.Tensor,
     out_PRC: torch.Tensor,
     row_sums_PR: torch.Tensor,
     column_sums_PC: torch.Tensor,
 ) -> None:
     """From dot products to what multiplies the embeddings in the gradient.
 
-    With e = grad * (softmax - 1 at the pair), adds the sums of e * score over a row and over a column, and writes into
-    out[s] the sum over all prefixes that contain segment s of e * row_out * column_out.
+    The coefficient of a pair and prefix is (softmax - 1 at the pair) * row_out * column_scale. Writes into out[s] the sum
+    of coefficients over all prefixes that contain segment s; adds to the sums those of coefficient * dot product.
     """
     own_R, in_tile_R = _own(tile)
-    for p, scores_RC in enumerate(_scores(tile, planes_PRC)):
+    for p, (dots_RC, scores_RC) in enumerate(_scores(tile, planes_PRC)):
         e_RC = (_hide(tile, scores_RC, p, own_R, in_tile_R) - lse_PR[p].unsqueeze(1)).exp_()
         if tile.block.minus and len(own_R):
             e_RC.scatter_add_(1, own_R.unsqueeze(1), -in_tile_R.to(e_RC.dtype).unsqueeze(1))
-        e_RC *= grad_PR[p].unsqueeze(1)
-        moment_RC = e_RC * scores_RC
+        e_RC *= row_out_PR[p].unsqueeze(1)
+        out_PRC[p] = e_RC.mul_(tile.column_scale_PC[p])
+        moment_RC = e_RC.mul_(dots_RC)
         row_sums_PR[p] += moment_RC.sum(1)
         column_sums_PC[p] += moment_RC.sum(0)
-        out_PRC[p] = e_RC.mul_(row_out_PR[p].unsqueeze(1)).mul_(column_out_PC[p])
     for p in range(len(out_PRC) - 2, -1, -1):
         out_PRC[p] += out_PRC[p + 1]
 
 
-def _scores(tile: Tile, planes_PRC: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Each prefix's scores [R, C]."""
+def finish(
+    sum_RE: torch.Tensor,
+    x_RE: torch.Tensor,
+    along_PR: torch.Tensor,
+    unscale: torch.Tensor | None,
+    out_RE: torch.Tensor,
+    settings: Settings,
+) -> None:
+    """out = sum * unscale - x * along, segment by segment; what lies beyond the last prefix is 0. out may be sum."""
+    for s, (begin, end) in enumerate(settings.segments):
+        for at in range(0, len(x_RE), 1024):
+            rows = slice(at, at + 1024)
+            total = sum_RE[rows, begin:end] if unscale is None else sum_RE[rows, begin:end] * unscale
+            out_RE[rows, begin:end] = total - x_RE[rows, begin:end] * along_PR[s, rows].unsqueeze(1)
+    out_RE[:, settings.prefixes[-1] :] = 0
+
+
+def _scores(tile: Tile, planes_PRC: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each prefix's dot products and scores [R, C]."""
     total_RC = None
     for p, plane_RC in enumerate(planes_PRC):
         total_RC = plane_RC if total_RC is None else total_RC + plane_RC
-        yield total_RC * tile.row_scale_PR[p].unsqueeze(1) * tile.column_scale_PC[p]
+        yield total_RC, total_RC * tile.row_scale_PR[p].unsqueeze(1) * tile.column_scale_PC[p]
 
 
 def _own(tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:

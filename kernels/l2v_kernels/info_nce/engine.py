@@ -2,8 +2,8 @@
 
 The gradient. With unit vectors u = q / |q|, v = c / |c|, score s = scale * u.v and e = dL/ds (softmax minus 1 at the pair,
 times the incoming gradient), dL/dq = sum_j e_j * scale / |q| * (v_j - (u.v_j) u). Its first part is a product of a matrix
-of coefficients e * scale / (|q| |c|) with the candidates as they are: nothing is normalised in memory. The second is q
-times -(sum_j e_j s_j) / |q|^2, which needs one sum a row. The same holds for the candidates, with sums over columns.
+of coefficients h = e * scale / (|q| |c|) with the candidates as they are: nothing is normalised in memory. The second is
+q times -(sum_j h_j q.c_j) / |q|^2, which needs one sum a row. The same holds for the candidates, with sums over columns.
 
 Matryoshka. Prefix p has norms, scores and e of its own. Products of the segments between prefixes are summed up to the
 scores of each prefix; backward, segment s is multiplied by the coefficients of all prefixes that contain it, added up.
@@ -47,7 +47,9 @@ class Pass:
         everyone = queries if shared else Side.of(all_queries_QE, settings)
         found = blocks(candidates, everyone, labels, settings)
         rows_N = labels.targets_N.clamp(0, max(0, len(candidates_ME) - 1))
-        return cls(queries, candidates, everyone, labels, settings, scale, choose(queries_NE, settings), found, rows_N)
+        n_scores = len(queries_NE) * sum(len(b.columns.x_nE) for b in found)
+        path = choose(queries_NE, n_scores, settings)
+        return cls(queries, candidates, everyone, labels, settings, scale, path, found, rows_N)
 
     @property
     def n_rows(self) -> int:
@@ -71,8 +73,8 @@ class Pass:
         """Whether the dot products of all blocks, and the coefficients of one, fit the workspace."""
         sizes = [self.n_rows * len(b.columns.x_nE) for b in self.blocks]
         P, plane, out = len(self.settings.prefixes), self.path.plane_bytes, self.queries.x_nE.element_size()
-        scratch = self.path.scratch_bytes
-        return bool(plane) and P * (plane * sum(sizes) + out * max(sizes)) + scratch * max(sizes) <= self.settings.workspace
+        most = P * (plane * sum(sizes) + out * max(sizes)) + self.path.scratch_bytes * max(sizes)
+        return bool(plane) and most <= min(self.settings.workspace, self.path.most_bytes)
 
     def tile_sides(self, block: Block, whole: bool) -> tuple[int, int]:
         """(rows, columns) of this block's tiles."""
@@ -178,6 +180,7 @@ class Gradient:
         inverse_PR, moments_PR = self.side.inverse_Pn[:, at], self.moments_Pn[:, at]
         # Segment s lies in prefixes s and above.
         along_PR = (inverse_PR.square() * moments_PR).flip(0).cumsum(0).flip(0)
+        along_PR = along_PR if unscale is None else along_PR * unscale
         path.finish(sum_RE, self.side.x_nE[at], along_PR, unscale, out_nE[at], self.settings)
 
 
@@ -205,8 +208,9 @@ def gradients(
     out_queries = torch.empty_like(run.queries.x_nE) if want_queries and not both else None
 
     grad_PN = grad_PN.to(dtype) / (1 + max(b.statistic for b in run.blocks))
-    row_gain, column_gain, unscale = _gains(run, grad_PN)
+    gain, unscale = _gain(run, grad_PN)
     row_scales = [run.row_scale(b) for b in run.blocks]
+    row_outs = [grad_PN * x if gain is None else grad_PN * x * gain for x in row_scales]
     coefficients = run.buffer(run.queries.x_nE.dtype, whole)
     planes = run.buffer(dtype, whole) if path.plane_bytes and not whole else None
     for at in spans(N, height):
@@ -217,7 +221,7 @@ def gradients(
             left[True] = of_docs[: at.stop - at.start]
             doc_moments_PR = torch.zeros_like(grad_PN[:, at])
         for i, (block, (_, width)) in enumerate(zip(run.blocks, sides, strict=True)):
-            x_RE, row_scale_PN = run.rows(block, at), row_scales[i]
+            x_RE, row_scale_PN, row_out_PN = run.rows(block, at), row_scales[i], row_outs[i]
             target = of_candidates if block.to_docs else of_everyone
             want_rows = want_candidates if block.of_docs else want_queries or (both and want_everyone)
             want_columns = want_candidates if block.to_docs else (want_everyone if apart else want_queries)
@@ -231,13 +235,11 @@ def gradients(
                     x_RE,
                     planes_PRC,
                     run.lse_SPN[block.statistic, :, at],
-                    grad_PN[:, at],
-                    part.row_scale_PR * row_gain if row_gain is not None else part.row_scale_PR,
-                    part.column_scale_PC * column_gain if column_gain is not None else part.column_scale_PC,
+                    row_out_PN[:, at],
                     out_PRC,
                     doc_moments_PR if block.of_docs else of_queries.moments_Pn[:, at],
                     target.moments_Pn[:, part.columns],
-                    settings,
+                    settings=settings,
                 )
                 y_CE = block.columns.x_nE[part.columns]
                 first_row = at.start == 0 and target.fresh
@@ -259,8 +261,9 @@ def gradients(
         if docs:
             of_candidates.moments_Pn.t().index_put_((run.doc_rows_N[at],), doc_moments_PR.t(), accumulate=True)
     everything = {id(g): g for g in (of_queries, of_candidates, of_everyone)}.values()
-    # Every e * score was added to one row and to one column.
+    # Every coefficient * dot = e * score was added to one row and to one column.
     of_scale = sum(g.moments_Pn.sum() for g in everything) / (2 * run.scale)
+    of_scale = of_scale if unscale is None else of_scale * unscale
     if both and want_queries:
         out_queries = of_queries.finish(path, unscale)
     out_candidates = of_candidates.finish(path, unscale) if want_candidates else None
@@ -268,16 +271,15 @@ def gradients(
     return out_queries, out_candidates, out_everyone, of_scale
 
 
-def _gains(run: Pass, grad_PN: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Factors for rows and columns that bring coefficients into fp16's range, and what undoes their product.
+def _gain(run: Pass, grad_PN: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A factor that brings coefficients into fp16's range, and its inverse.
 
-    |e| is at most the incoming gradient, and 1 / norm is bounded by the largest of the call: coefficients come out at 2048
-    or below, and up to 16 prefixes are added up. Computed on the device; bf16 and fp32 have the range and skip it.
+    |softmax - 1| is at most 1 and 1 / norm at most the largest of the call: coefficients come out at 2048 or below, and up
+    to 16 prefixes are added up. Computed on the device; bf16 and fp32 have the range and skip it.
     """
     if run.queries.x_nE.dtype != torch.float16 or grad_PN.numel() == 0:
-        return None, None, None
+        return None, None
     tiny = torch.finfo(torch.float32).tiny
-    sides = (run.queries, run.candidates, run.everyone)
-    inverse = torch.stack([s.inverse_Pn.max() for s in sides]).max().clamp_min(tiny)
-    row = 2048 / (grad_PN.abs().max().clamp_min(tiny) * run.scale * inverse)
-    return row, 1 / inverse, inverse / row
+    inverse = torch.stack([s.inverse_Pn.max() for s in (run.queries, run.candidates, run.everyone)]).max()
+    unscale = (grad_PN.abs().max() * run.scale * inverse.square() / 2048).clamp_min(tiny)
+    return 1 / unscale, unscale

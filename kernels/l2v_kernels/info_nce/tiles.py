@@ -18,7 +18,9 @@ class Side:
 
     @classmethod
     def of(cls, x_nE: torch.Tensor, settings: Settings) -> "Side":
-        """Measures the rows."""
+        """Measures the rows. Kernels read them from left to right: another layout is copied."""
+        if x_nE.stride(1) != 1:
+            x_nE = x_nE.contiguous()
         return cls(x_nE, inverse_norms(x_nE, settings))
 
 

@@ -1,0 +1,66 @@
+"""Tile shapes of the InfoNCE kernels, and the roofline that chooses between the two variants."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """rows x columns of a program (x block_k of E at a time), with Triton's warps and pipeline stages."""
+
+    block_r: int
+    block_c: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def meta(self, *, products: bool) -> dict[str, int]:
+        """As a launch's keyword arguments; products: of the fused kernels."""
+        meta = {
+            "BLOCK_R": self.block_r,
+            "BLOCK_C": self.block_c,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+        return meta | {"BLOCK_K": self.block_k} if products else meta
+
+
+# Passes over scores: 16 of them a thread, a row's vectors shared by what a program reads of it.
+STATISTICS = Config(4, 1024, 0, 8, 1)
+COEFFICIENTS = Config(16, 256, 0, 8, 1)
+FINISH = {"BLOCK_R": 4, "BLOCK_E": 1024, "num_warps": 8}
+
+# [architecture]: (statistics, coefficients). Chosen to compile without spills under Triton 3.6.0 and 3.7.1.
+_HALF = {
+    80: (Config(128, 128, 32, 8, 4), Config(128, 128, 32, 8, 4)),
+    90: (Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 4)),
+    100: (Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 4)),
+    120: (Config(128, 128, 32, 8, 4), Config(128, 128, 32, 8, 4)),
+}
+# Exact products run on the ordinary cores.
+_SINGLE = (Config(32, 32, 32, 4, 1), Config(32, 32, 32, 4, 1))
+
+ARCHITECTURES = tuple(_HALF)
+
+GROUP = 8
+
+FLOPS_PER_BYTE = 180
+"""bf16 products per second over bytes copied per second: 788e12 / 4.3e12 on an H200; 150 to 300 on other GPUs."""
+FUSED_EFFICIENCY = 0.75
+"""Share of the library's rate that a product in Triton reaches: 75 to 77% is what others published for Hopper."""
+
+
+def fused(arch: int, itemsize: int) -> tuple[Config, Config]:
+    """Tiles of the fused kernels: (statistics, coefficients). arch is one of ARCHITECTURES."""
+    return _SINGLE if itemsize == 4 else _HALF[arch]
+
+
+def prefers_fused(E: int, P: int, kept: bool) -> bool:
+    """By the roofline of docs/info-nce.md: time a score in bytes moved, products at FLOPS_PER_BYTE.
+
+    Chunked: 4 products of 2 E (3 if the scores are kept), and 22 bytes a plane of scores written and read (18 if kept).
+    Fused: 2 products at the library's rate, 2 at the kernel's, and 6 bytes a plane of coefficients, 10 where prefixes are
+    added up.
+    """
+    product = 2 * E / FLOPS_PER_BYTE
+    chunked = (3 if kept else 4) * product + (18 if kept else 22) * P
+    return (2 + 2 / FUSED_EFFICIENCY) * product + (6 if P == 1 else 10) * P < chunked

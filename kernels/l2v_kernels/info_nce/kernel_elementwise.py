@@ -1,0 +1,192 @@
+"""The passes over a tile of dot products as Triton kernels, and the last pass over a gradient. Bound by memory."""
+
+import triton
+import triton.language as tl
+
+from l2v_kernels.info_nce.kernel_common import fold, hidden_pairs, masked_scores, own_columns, pair_coefficients
+
+FREE = ["n_rows", "n_columns", "first_column", "first_number"]
+"""Arguments that differ from tile to tile: a kernel of their own for each value would be compiled all the time."""
+
+
+@triton.jit(do_not_specialize=FREE)
+def statistics_kernel(
+    planes_ptr,
+    m_ptr,
+    l_ptr,
+    pair_ptr,
+    row_scale_ptr,
+    column_scale_ptr,
+    limit_ptr,
+    target_ptr,
+    row_ids_ptr,
+    column_ids_ptr,
+    owners_ptr,
+    restricted_ptr,
+    n_rows,
+    n_columns,
+    row_stride,
+    plane_stride,
+    state_stride,
+    row_scale_stride,
+    column_scale_stride,
+    limit_stride,
+    first_column,
+    first_number,
+    P: tl.constexpr,
+    PREFIXES: tl.constexpr,
+    HIDE: tl.constexpr,
+    IDS: tl.constexpr,
+    OWN: tl.constexpr,
+    RESTRICTED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    KEEP: tl.constexpr,
+    PAIR: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """m, l and (PAIR) pair [P, R], strides state_stride, carried over planes [P, R, C]. A program owns its rows, so the
+    order of sums is fixed. PREFIXES is P, rounded up to a power of two."""
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_rows = rows < n_rows
+    own = own_columns(target_ptr, rows, in_rows, first_column, n_columns)
+    prefixes = tl.arange(0, PREFIXES)[None, :]
+    at_state = rows[:, None] + prefixes.to(tl.int64) * state_stride
+    in_state = in_rows[:, None] & (prefixes < P)
+    state_m = tl.load(m_ptr + at_state, mask=in_state, other=float("-inf"))
+    state_l = tl.load(l_ptr + at_state, mask=in_state, other=0.0)
+    if PAIR:
+        pair = tl.load(pair_ptr + at_state, mask=in_state, other=0.0)
+    planes_ptr += rows.to(tl.int64)[:, None] * row_stride
+    for start in range(0, n_columns, BLOCK_C):
+        columns = start + tl.arange(0, BLOCK_C)
+        in_columns = columns < n_columns
+        hide = hidden_pairs(
+            rows, columns, in_rows, in_columns, row_ids_ptr, column_ids_ptr, owners_ptr, restricted_ptr, first_number,
+            IDS, OWN, RESTRICTED,
+        )  # fmt: skip
+        # Columns beyond the end go through a vector: a mask a score would cost as many registers as the scores.
+        beyond = tl.where(in_columns, 0.0, float("-inf"))
+        inside = in_rows[:, None] & in_columns[None, :]
+        dots = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        for p in range(P):
+            dots += tl.load(planes_ptr + tl.cast(p, tl.int64) * plane_stride + columns[None, :], mask=inside, other=0.0)
+            row_scale = tl.load(row_scale_ptr + p * row_scale_stride + rows, mask=in_rows, other=0.0)
+            column_scale = tl.load(column_scale_ptr + p * column_scale_stride + columns, mask=in_columns, other=0.0)
+            scores = dots * row_scale[:, None] * column_scale[None, :]
+            masked = masked_scores(
+                scores, limit_ptr + p * limit_stride, rows, columns, in_rows, hide, own, HIDE, KEEP, LIMIT
+            )
+            state_m, state_l = fold(state_m, state_l, masked + beyond[None, :], p, PREFIXES)
+            if PAIR:
+                here = (own >= start) & (own < start + BLOCK_C)
+                picked = tl.sum(tl.where(columns[None, :] == own[:, None], scores, 0.0), 1)
+                pair = tl.where(here[:, None] & (prefixes == p), picked[:, None], pair)
+    tl.store(m_ptr + at_state, state_m, mask=in_state)
+    tl.store(l_ptr + at_state, state_l, mask=in_state)
+    if PAIR:
+        tl.store(pair_ptr + at_state, pair, mask=in_state)
+
+
+@triton.jit(do_not_specialize=FREE)
+def coefficients_kernel(
+    planes_ptr,
+    out_ptr,
+    row_sums_ptr,
+    column_sums_ptr,
+    row_scale_ptr,
+    column_scale_ptr,
+    lse_ptr,
+    row_out_ptr,
+    limit_ptr,
+    target_ptr,
+    row_ids_ptr,
+    column_ids_ptr,
+    owners_ptr,
+    restricted_ptr,
+    n_rows,
+    n_columns,
+    row_stride,
+    plane_stride,
+    row_scale_stride,
+    column_scale_stride,
+    lse_stride,
+    row_out_stride,
+    limit_stride,
+    first_column,
+    first_number,
+    P: tl.constexpr,
+    HIDE: tl.constexpr,
+    IDS: tl.constexpr,
+    OWN: tl.constexpr,
+    RESTRICTED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    KEEP: tl.constexpr,
+    MINUS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out [P, R, C] from planes [P, R, C], and sums of coefficient * dot: row_sums [column blocks, P, R], column_sums [row
+    blocks, P, C], one entry a program, to be added up. With several prefixes it goes over the planes twice: first for the
+    sum of all coefficients, then each segment gets what is left of it."""
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_rows, in_columns = rows < n_rows, columns < n_columns
+    inside = in_rows[:, None] & in_columns[None, :]
+    own = own_columns(target_ptr, rows, in_rows, first_column, n_columns)
+    hide = hidden_pairs(
+        rows, columns, in_rows, in_columns, row_ids_ptr, column_ids_ptr, owners_ptr, restricted_ptr, first_number,
+        IDS, OWN, RESTRICTED,
+    )  # fmt: skip
+    at = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    left = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    for turn in tl.static_range(2 if P > 1 else 1):
+        dots = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        for p in range(P):
+            at_p = tl.cast(p, tl.int64) * plane_stride + at
+            dots += tl.load(planes_ptr + at_p, mask=inside, other=0.0)
+            h = pair_coefficients(
+                dots, row_scale_ptr + p * row_scale_stride, column_scale_ptr + p * column_scale_stride,
+                lse_ptr + p * lse_stride, row_out_ptr + p * row_out_stride, limit_ptr + p * limit_stride, rows, columns,
+                in_rows, in_columns, hide, own, HIDE, KEEP, LIMIT, MINUS,
+            )  # fmt: skip
+            if turn == 0:
+                left += h
+                moment = h * dots
+                row_at = (tl.program_id(1) * P + p).to(tl.int64) * n_rows + rows
+                column_at = (tl.program_id(0) * P + p).to(tl.int64) * n_columns + columns
+                tl.store(row_sums_ptr + row_at, tl.sum(moment, 1), mask=in_rows)
+                tl.store(column_sums_ptr + column_at, tl.sum(moment, 0), mask=in_columns)
+            if P == 1 or turn == 1:
+                tl.store(out_ptr + at_p, left.to(out_ptr.dtype.element_ty), mask=inside)
+                left -= h
+
+
+@triton.jit(do_not_specialize=["n_rows", "begin", "end"])
+def finish_kernel(
+    sum_ptr,
+    x_ptr,
+    along_ptr,
+    unscale_ptr,
+    out_ptr,
+    n_rows,
+    begin,
+    end,
+    sum_stride,
+    x_stride,
+    out_stride,
+    UNSCALE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """out = sum * unscale - x * along, columns begin .. end of rows; one rounding to out's dtype. out may be sum."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    columns = begin + tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    mask = (rows < n_rows)[:, None] & (columns < end)[None, :]
+    along = tl.load(along_ptr + rows, mask=rows < n_rows, other=0.0)
+    total = tl.load(sum_ptr + rows[:, None] * sum_stride + columns[None, :], mask=mask, other=0.0)
+    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if UNSCALE:
+        total *= tl.load(unscale_ptr)
+    y = total - x * along[:, None]
+    tl.store(out_ptr + rows[:, None] * out_stride + columns[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)

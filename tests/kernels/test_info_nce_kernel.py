@@ -1,0 +1,84 @@
+"""The Triton kernels of InfoNCE under the interpreter, in fp32 and fp16 (it gets bf16 products wrong)."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, seed
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from info_nce_cases import VARIANTS, assert_close, options, ours, problem
+
+pytest.importorskip("triton")
+
+from l2v_kernels.info_nce import config, engine, launch, paths
+from l2v_kernels.info_nce.config import Config
+
+PATHS = {"chunked": paths.Chunked, "fused": paths.Fused}
+# Several programs a row and a column at the sizes of these tests, and blocks that their sides do not divide.
+SMALL = {"STATISTICS": Config(2, 16, 0, 4, 1), "COEFFICIENTS": Config(4, 8, 0, 4, 1)}
+SMALL_FUSED = (Config(16, 16, 16, 4, 1), Config(16, 16, 16, 4, 1))
+
+
+def run(path, tensors, targets, chosen, workspace=1 << 20):
+    """`ours` on the kernels of a path; every buffer starts as NaN, so what is not written shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(make):
+        def inner(*a, **kw):
+            x = make(*a, **kw)
+            return x.fill_(float("nan")) if x.is_floating_point() else x
+
+        return inner
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "choose", lambda *_: PATHS[path]())
+        patch.setattr(torch, "empty", poisoned(empty))
+        patch.setattr(torch, "empty_like", poisoned(empty_like))
+        patch.setattr(config, "fused", lambda *_: SMALL_FUSED)
+        patch.setattr(config, "GROUP", 2)
+        patch.setattr(launch, "_multiprocessors", lambda _: 2)
+        for name in ("statistics", "coefficients"):
+            patch.setattr(getattr(launch, name), "__defaults__", (SMALL[name.upper()],))
+        return ours(tensors, targets, chosen, workspace=workspace)
+
+
+def test_the_kernels_in_the_interpreter(run_interpreted):
+    run_interpreted(__file__)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_interpreted_options(path, dtype, variant):
+    given_ = problem(7, 21, 33, dtype=dtype, **VARIANTS[variant])
+    assert_close(run(path, *given_), *given_)
+
+
+def check(data):
+    path = data.draw(st.sampled_from(list(PATHS)))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.float16]))
+    N, E = data.draw(st.integers(1, 40)), data.draw(st.integers(17, 70))
+    M = max(2, N + data.draw(st.integers(-3, 40)))
+    workspace = data.draw(st.sampled_from([1 << 20, 20_000, 3_000]))
+    given_ = problem(N, M, E, seed=N * M, dtype=dtype, **data.draw(options()))
+    assert_close(run(path, *given_, workspace=workspace), *given_)
+
+
+RANDOM = {"phases": [Phase.generate], "deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+
+
+@seed(0)
+@hypothesis_settings(max_examples=25, **RANDOM)
+@given(st.data())
+def test_interpreted_random_problems(data):
+    check(data)
+
+
+if os.environ.get("L2V_SLOW") == "1":
+
+    @seed(1)
+    @hypothesis_settings(max_examples=300, **RANDOM)
+    @given(st.data())
+    def test_interpreted_many_random_problems(data):
+        check(data)
