@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from l2v.errors import RecipeError, UserError
 
-BENCHMARKS = ("attention",)
+BENCHMARKS = ("attention", "contrastive", "gradient_cache")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
