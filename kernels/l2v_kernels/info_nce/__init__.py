@@ -98,7 +98,7 @@ def info_nce(
     labels = checks.check_labels(
         tensors, targets_N, candidate_ids, query_ids, all_query_ids, owners_M, restricted_M, settings
     )
-    checks.check_scale(scale)
+    checks.check_numbers(scale, workspace, false_negative_margin)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'reduction is "mean", "sum" or "none", got {reduction!r}')
     if len(queries_NE) == 0 and reduction == "mean":

@@ -56,8 +56,12 @@ def check_prefixes(prefixes, E):
     return prefixes
 
 
-def check_scale(scale: float | torch.Tensor) -> None:
-    """Errors: ValueError unless it is a positive number or a tensor of one element."""
+def check_numbers(scale: float | torch.Tensor, workspace: int, margin: float | None) -> None:
+    """Errors: ValueError unless scale is a positive number or a tensor of one element, and the others make sense."""
+    if workspace < 1:
+        raise ValueError(f"workspace is bytes for scores and must be at least 1, got {workspace}")
+    if margin is not None and not math.isfinite(margin):
+        raise ValueError(f"false_negative_margin must be finite (None for no margin), got {margin}")
     if isinstance(scale, torch.Tensor):
         if scale.numel() != 1:
             raise ValueError(f"scale is a number or a tensor of one element, got {tuple(scale.shape)}")

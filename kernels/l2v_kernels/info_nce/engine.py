@@ -200,7 +200,9 @@ def gradients(
     docs = any(b.of_docs for b in run.blocks)
 
     of_queries = Gradient(run.queries, settings, zero=both, rows=None if both else height)
-    of_candidates = Gradient(run.candidates, settings, zero=several, rows=None if want_candidates else 0)
+    # Without rows nothing would be written; with several blocks another one may have been first.
+    zero = several or N == 0
+    of_candidates = Gradient(run.candidates, settings, zero=zero, rows=None if want_candidates else 0)
     of_everyone = (
         Gradient(run.everyone, settings, zero=True, rows=None if want_everyone else 0) if apart else of_queries
     )
