@@ -118,6 +118,8 @@ def torch_naive(w: Workload) -> Step:
 def torch_compiled(w: Workload) -> Step:
     if w.device.type != "cuda":
         raise Unavailable("compiling for a CPU takes longer than all the rest")
+    # Sizes are compiled one by one, and after eight of them it would quietly stop compiling.
+    torch.compiler.reset()
     return _step(torch.compile(_naive(w), dynamic=False))
 
 

@@ -1,38 +1,62 @@
 #!/usr/bin/env bash
 # GPU tests, then the quick benchmarks, in under nine minutes; results in the folder given or in $OUT.
-#   bash benchmarks/gpu.sh [FOLDER]
+#   bash benchmarks/gpu.sh [FOLDER [PART...]]     parts: info_nce attention gradient_cache; all of them by default
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-benchmarks/results/latest}}
+shift $(($# > 0))
+parts=" ${*:-info_nce attention gradient_cache} "
 mkdir -p "$out"
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python3}
 status=0
+end=530
 
+# step NAME LIMIT COMMAND...: its output goes to a file, its end to the screen; no step outlives the nine minutes.
 step() {
     local name=$1 limit=$2
     shift 2
-    local start=$SECONDS
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1
+    local start=$SECONDS left=$((end - SECONDS))
+    if [ $left -lt 15 ]; then
+        echo "== $name: not run, no time is left"
+        status=1
+        return 1
+    fi
+    timeout $((limit < left ? limit : left)) "$@" >"$out/$name.log" 2>&1
     local code=$?
     [ $code -eq 0 ] || status=1
     echo "== $name: exit code $code, $((SECONDS - start)) s"
     tail -n 25 "$out/$name.log"
+    return $code
 }
+
+wanted() { [[ $parts == *" $1 "* ]]; }
+
+# tests NAME LIMIT: the GPU tests of one op.
+tests() { step "tests-$1" "$2" "$python" -m pytest -q -x -p no:cacheprovider "tests/kernels/test_$1_gpu.py" --durations=10 "${workers[@]}"; }
 
 nvidia-smi >"$out/device.txt" 2>&1
 # Most of the tests' time is compilation, so several processes, where pytest-xdist is there.
 workers=()
 "$python" -c "import xdist" 2>/dev/null && workers=(-n 8)
-# Tests first and benchmarks only if they pass: a fast wrong kernel is not worth a number.
-step tests 280 "$python" -m pytest -q -x -p no:cacheprovider tests/kernels/test_attention_gpu.py --durations=10 "${workers[@]}"
-if command -v compute-sanitizer >/dev/null; then
+# Tests first, and of each op the benchmark only if they pass: a fast wrong kernel is not worth a number.
+for op in info_nce attention; do
+    wanted $op && tests $op 200 && passed="${passed:-} $op "
+done
+if wanted attention && command -v compute-sanitizer >/dev/null; then
     step sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider \
-        tests/kernels/test_attention_gpu.py -k "bit_for_bit or nan_and_no_fault"
+        tests/kernels/test_attention_gpu.py -k "bit_for_bit or nan_and_no_fault" || passed=${passed/ attention /}
 fi
-if [ $status -eq 0 ]; then
-    step attention 180 "$python" -m benchmarks.attention --quick --out "$out"
-else
-    echo "== benchmarks: not run, the tests are red"
+for op in attention info_nce; do
+    wanted $op || continue
+    benchmark=${op/info_nce/contrastive}
+    if [[ ${passed:-} == *" $op "* ]]; then
+        step $benchmark 120 "$python" -m "benchmarks.$benchmark" --quick --out "$out"
+    else
+        echo "== $benchmark: not run, the tests are red"
+    fi
+done
+if wanted gradient_cache; then
+    step gradient_cache 100 "$python" -m benchmarks.gradient_cache --quick --out "$out"
 fi
 exit $status
