@@ -180,19 +180,11 @@ def targets(results: list[Result], smoke: bool) -> list[Target]:
     if large and large.memory is not None:
         memory = (large.facts["inputs"] + large.memory) / 2**20
     inputs = 2 * 65536 * 4096 * 2
-    matryoshka = {
-        (x.provider, x.direction): x.median for x in results if x.workload.startswith("matryoshka") and not smoke
-    }
+    pairs = {} if smoke else matryoshka(results)
+    forward, backward = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
 
-    def against_one_loss(backward: bool) -> float | None:
-        try:
-            six, one = (
-                (matryoshka[name, STEP] - matryoshka[name, "forward"]) if backward else matryoshka[name, "forward"]
-                for name in ("six prefixes", "one loss")
-            )
-        except KeyError:
-            return None
-        return six / one
+    def against_one_loss(times: dict[str, float]) -> float | None:
+        return times["six prefixes"] / times["one loss"] if times else None
 
     return [
         Target(
@@ -204,9 +196,26 @@ def targets(results: list[Result], smoke: bool) -> list[Target]:
         Target("time / bare products, E = 4096, N >= 8192", 1.25, max(ratios("l2v", BARE, square), default=None)),
         Target("time of inf-cl / time", 1.5, min(ratios("inf_cl", "l2v"), default=None), at_least=True),
         Target("time of chunked torch / time", 1.0, min(ratios("torch_chunked", "l2v"), default=None), at_least=True),
-        Target("six prefixes / one loss, forward", 1.3, against_one_loss(backward=False)),
-        Target("six prefixes / one loss, backward", 1.6, against_one_loss(backward=True)),
+        Target("six prefixes / one loss, forward", 1.3, against_one_loss(forward)),
+        Target("six prefixes / one loss, backward", 1.6, against_one_loss(backward)),
     ]
+
+
+def matryoshka(results: list[Result]) -> dict[str, tuple[float, float]]:
+    """Seconds of (forward, backward) of each way; the backward is what a whole step takes beyond its forward."""
+    found = {(x.provider, x.direction): x.median for x in results if x.workload.startswith("matryoshka") and x.median}
+    names = [name for name, direction in found if direction == STEP]
+    return {name: (found[name, "forward"], found[name, STEP] - found[name, "forward"]) for name in names}
+
+
+def matryoshka_table(results: list[Result]) -> str:
+    """Markdown: forward and backward apart, also as multiples of one loss of the whole length."""
+    found = matryoshka(results)
+    one, rows = found.get("one loss"), []
+    for name, times in found.items():
+        ratios = [f"{mine / base:.2f}" for mine, base in zip(times, one, strict=True)]
+        rows.append([name, *(f"{x * 1e6:.0f}" for x in times), *ratios])
+    return markdown(["", "forward us", "backward us", "forward / one loss", "backward / one loss"], rows)
 
 
 def comparison(results: list[Result]) -> str:
@@ -241,7 +250,7 @@ def report(results: list[Result], found: list[Target], facts: dict) -> str:
         f"{headline(facts)}\n\n## Targets\n\n{targets_table(found)}\n\n## Ratios\n\n"
         "`bare us`: the matrix products alone, timed in turns with the rest; `scores us`: 22 bytes a score at the bandwidth "
         "of a large copy, which a way that writes its scores to memory cannot go below. A peer's ratio above 1: it is "
-        f"slower.\n\n{comparison(results)}\n\n## All\n\n{table(results)}"
+        f"slower.\n\n{comparison(results)}\n\n## Matryoshka\n\n{matryoshka_table(results)}\n\n## All\n\n{table(results)}"
     )
 
 

@@ -25,6 +25,7 @@ from benchmarks.harness import (
     peak_memory,
     plotting,
     reason,
+    synchronize,
     targets_table,
     write,
 )
@@ -90,10 +91,10 @@ def on_gpu(chosen: list[Setting], rounds: int, show: Callable[[list[Result]], No
     times: list[list[float]] = [[] for _ in steps]
     for _ in range(rounds):
         for (result, step), taken in zip(steps, times, strict=True):
-            torch.cuda.synchronize()
+            synchronize(at.device)
             start = time.perf_counter()
             step()
-            torch.cuda.synchronize()
+            synchronize(at.device)
             taken.append(time.perf_counter() - start)
             _time(result, taken)
     show(results)

@@ -117,16 +117,22 @@ def sets_beyond_cache(bytes_per_set: float, device: torch.device, least: int = 1
     return max(least, min(8, round(2 * torch.cuda.get_device_properties(device).L2_cache_size / bytes_per_set) + 1))
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; a CPU has nothing to wait for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that a call allocates at its peak, beyond what is allocated already; None on a CPU."""
     if device.type != "cuda":
         call()
         return None
-    torch.cuda.synchronize(device)
+    synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     call()
-    torch.cuda.synchronize(device)
+    synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
 

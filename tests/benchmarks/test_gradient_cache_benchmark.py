@@ -2,6 +2,7 @@ import importlib.util
 import json
 
 import pytest
+import torch
 
 from benchmarks import gradient_cache as benchmark
 from benchmarks import training_step
@@ -71,6 +72,31 @@ def test_targets():
     assert {x.verdict for x in benchmark.targets([], "GPU")} == {"not measured"}
     out_of_memory = [Result("", "", "", skipped="out of memory", facts=x.facts) for x in results(1, 1.0)]
     assert {x.verdict for x in benchmark.targets(out_of_memory, "GPU")} == {"not measured"}
+
+
+class FakeStep:
+    """The engine's stand-in: what needs more than four micro-batches at once has no room."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, model, dtype):
+        self.asked = []
+
+    def prepare(self, x):
+        self.asked.append(x)
+        if x.micros == 1 and x.examples > 4 * SHAPES["tiny"].examples:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return lambda: None
+
+
+def test_a_batch_that_does_not_fit_is_a_result_and_larger_ones_are_not_tried(monkeypatch):
+    monkeypatch.setattr(benchmark, "TrainingStep", FakeStep)
+    chosen, shown = benchmark.settings("tiny", quick=False, recompute=[False]), []
+    found = benchmark.on_gpu(chosen, 2, lambda results: shown.append(len(results)))
+    skipped = [x.facts["batch"] for x in found if x.skipped == "out of memory"]
+    assert skipped == [8 * SHAPES["tiny"].examples, 16 * SHAPES["tiny"].examples]
+    assert all(x.median is not None for x in found if not x.skipped) and shown == [9, 9]
+    assert "out of memory" in benchmark.table(found)
 
 
 def test_settings():
