@@ -45,6 +45,55 @@ def test_a_candidate_with_the_positives_text_is_no_negative():
     )
 
 
+def test_a_candidate_with_the_querys_own_text_is_no_negative():
+    torch.manual_seed(1)
+    vectors, keys = torch.randn(9, 12), torch.arange(9)
+    keys[7] = keys[3]  # a negative of the third example repeats the second query
+    groups = Groups.from_columns(COLUMNS, keys)
+    masked = contrastive_loss(vectors, groups, scale=10)
+    torch.testing.assert_close(masked, naive(vectors.double(), 10, {(3, 7)}).float())
+
+
+def test_own_negatives_meet_their_query_alone():
+    torch.manual_seed(2)
+    vectors, groups = torch.randn(9, 12), Groups.from_columns(COLUMNS, torch.arange(9))
+    others = {(0, 7), (0, 8), (3, 2), (3, 7), (3, 8), (5, 2)}
+    own = contrastive_loss(vectors, groups, scale=10, own_negatives=True)
+    torch.testing.assert_close(own, naive(vectors.double(), 10, others).float())
+
+
+def test_all_directions_in_one_softmax():
+    """GTE, row by row: queries among themselves, documents among themselves, but for those of the same example."""
+    torch.manual_seed(3)
+    vectors = torch.randn(9, 12, dtype=torch.float64)
+    unit = vectors / vectors.norm(dim=1, keepdim=True)
+    scores = 10 * unit @ unit.T
+    examples = [[0, 1, 2], [3, 4], [5, 6, 7, 8]]
+    expected = 0.0
+    for query, positive, *own in examples:
+        other_queries = [e[0] for e in examples if e[0] != query]
+        other_documents = [d for e in examples if e[0] != query for d in e[1:]]
+        met = [scores[query, d] for d in (positive, *own, *other_documents)] + [scores[query, q] for q in other_queries]
+        met += [scores[positive, q] for q in (query, *other_queries)] + [scores[positive, d] for d in other_documents]
+        expected = expected + torch.logsumexp(torch.stack(met), 0) - scores[query, positive]
+    groups = Groups.from_columns(COLUMNS, torch.arange(9))
+    directions = ["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
+    torch.testing.assert_close(contrastive_loss(vectors, groups, scale=10, directions=directions), expected / 3)
+
+
+def test_a_share_is_numbered_among_all_ranks():
+    groups = Groups.from_columns(COLUMNS, torch.arange(9), query_counts=[2, 3, 1], counts=[5, 6, 1], rank=1, total=12)
+    assert groups.targets_N.tolist() == [5, 7, 8]
+    assert groups.owners_M.tolist() == [2, 2, 3, 4, 4, 4]
+    assert groups.hard_M.tolist() == [False, True, False, False, True, True]
+    assert groups.query_keys_N2.tolist() == [[1, 0], [4, 3], [6, 5]]
+    assert groups.total == 12
+    with pytest.raises(ValueError, match="rank 0 holds 3 queries and 6 candidates; announced were the queries"):
+        Groups.from_columns(COLUMNS, torch.arange(9), query_counts=[2, 3, 1], counts=[5, 6, 1])
+    with pytest.raises(ValueError, match="rank 1 holds 3 queries"):
+        Groups.from_columns(COLUMNS, torch.arange(9), query_counts=[6], counts=[5, 6, 1], rank=1)
+
+
 def test_no_negatives_is_no_loss_and_no_rows_is_zero():
     vectors = torch.randn(2, 4, requires_grad=True)
     assert contrastive_loss(vectors, Groups.from_columns(torch.tensor([0, 1]), torch.arange(2)), scale=20).item() == 0
