@@ -181,11 +181,11 @@ def test_a_training_run_ends_with_the_weights_of_the_original(name, model_folder
     want_losses, want, _ = train(original, model_folder, tmp_path, sentences, columns)
     ours = lambda m: FusedMultipleNegativesRankingLoss(m, **settings)  # noqa: E731
     losses, got, trainer = train(ours, model_folder, tmp_path, sentences, columns)
-    assert len(losses) == 6 and losses == pytest.approx(want_losses, rel=1e-4, abs=2e-4)
+    assert len(losses) == 6 and losses == pytest.approx(want_losses, rel=1e-5, abs=1e-5)
     change = sum((want[f"0.{n}"] - x).square().sum() for n, x in start.items()).sqrt()
     difference = sum((want[n] - x).square().sum() for n, x in got.items()).sqrt()
-    # AdamW divides by the gradient's own size, so that a first gradient that is all rounding counts in full.
-    assert difference <= 1e-3 * change and change > 0.1
+    # AdamW divides by the gradient's own size, so an entry that is all rounding moves a weight like any other.
+    assert difference <= 1e-4 * change and change > 0.1
     if name == "pairs":
         trainer.model.save_pretrained(str(tmp_path / "saved"))
         assert "FusedMultipleNegativesRankingLoss" in (tmp_path / "saved" / "README.md").read_text()

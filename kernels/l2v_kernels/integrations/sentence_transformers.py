@@ -13,8 +13,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from torch.distributed.nn.functional import all_gather
 
-from l2v_kernels.info_nce import checks, info_nce
-from l2v_kernels.info_nce.settings import DIRECTIONS
+from l2v_kernels import info_nce
 
 try:  # newer versions embed the documents in one forward pass
     from sentence_transformers.base.losses.merged_forward import embed_columns
@@ -57,8 +56,6 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
         matryoshka_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        checks.check_directions(directions, partition_mode)
-        checks.check_scale(scale)
         if matryoshka_weights is not None and len(matryoshka_weights) != len(matryoshka_dims or ()):
             raise ValueError(f"{len(matryoshka_weights)} matryoshka_weights for {len(matryoshka_dims or ())} dims")
         self.model = model
@@ -72,9 +69,21 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
         if matryoshka_dims is not None:
             # The op takes them ascending; people write them from the largest down.
             pairs = sorted(zip(matryoshka_dims, matryoshka_weights or [1.0] * len(matryoshka_dims), strict=True))
-            dims, weights = zip(*pairs, strict=True) if pairs else ((), ())
-            self.matryoshka_dims = checks.check_prefixes(dims, max(dims, default=0))
-            self.matryoshka_weights = weights
+            self.matryoshka_dims, self.matryoshka_weights = ([x[i] for x in pairs] for i in (0, 1))
+        # The op knows what is wrong with its settings; two rows of ones make it say so now and not in the first step.
+        probe = torch.ones(2, max(self.matryoshka_dims or (1,)))
+        info_nce(probe, probe, torch.arange(2), **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """What does not depend on the batch, as the op's arguments."""
+        return {
+            "scale": self.scale,
+            "directions": self.directions,
+            "partition": self.partition_mode,
+            "false_negative_margin": self.false_negative_margin,
+            "prefixes": self.matryoshka_dims,
+            "prefix_weights": self.matryoshka_weights,
+        }
 
     def forward(self, sentence_features: Iterable[dict[str, torch.Tensor]], labels: torch.Tensor) -> torch.Tensor:
         """What the trainer calls. The labels are not used: the positive is the second column."""
@@ -103,25 +112,19 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
             return (queries_BE.sum() + docs_BCE.sum()) * 0.0
         # Texts lie query by query: candidate i * C is the positive of query i, its hard negatives follow.
         candidates = torch.arange(everyones * C, device=device)
-        settings: dict[str, Any] = {}
-        if everyone is not None:
-            settings |= {"all_queries_QE": everyone}
-        if self.matryoshka_dims is not None:
-            settings |= {"prefixes": self.matryoshka_dims, "prefix_weights": self.matryoshka_weights}
+        belonging = {}
         if self.own_hard_negatives or "doc_to_doc" in self.directions:
-            settings |= {"owners_M": candidates // C}
+            belonging["owners_M"] = candidates // C
         if self.own_hard_negatives:
-            settings |= {"restricted_M": candidates % C > 0}
+            belonging["restricted_M"] = candidates % C > 0
         return info_nce(
             queries_BE,
             docs_BCE.flatten(0, 1),
             (torch.arange(B, device=device) + offset) * C,
-            scale=self.scale,
-            directions=self.directions,
-            partition=self.partition_mode,
+            all_queries_QE=everyone,
             query_offset=offset,
-            false_negative_margin=self.false_negative_margin,
-            **settings,
+            **belonging,
+            **self._settings(),
         )
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -138,7 +141,7 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
     def citation(self) -> str:
         """BibTeX of what these settings compute, for the model card."""
         papers = [_INFO_NCE]
-        if set(self.directions) == set(DIRECTIONS):
+        if len(set(self.directions)) == 4:
             papers.append(_GTE)
         if self.matryoshka_dims is not None:
             papers.append(_MATRYOSHKA)
