@@ -117,11 +117,11 @@ def plain(tensors, targets, chosen, dtype=torch.float64):
 
 def assert_close(got, tensors, targets, chosen):
     """Loss and each gradient within 1e-5 of the largest. Twice the error of PyTorch in that dtype is allowed beside in half
-    precision; for a loss below 0.1, which is what rounding left of a difference; and at a scale above 50: a score of 200
-    has no digit below 1e-5 left in fp32."""
+    precision; for a loss below 0.1, which is what rounding left of a difference; and at a scale above 20: a score of 50
+    is a multiple of 4e-6 in fp32 and one of 200 of 1.5e-5, before anything is computed from it."""
     want, scale_at = plain(tensors, targets, chosen), 1 + len(tensors)
     dtype = tensors[0].dtype
-    lenient = dtype.itemsize == 2 or chosen["scale"] > 50 or want[0] < 0.1
+    lenient = dtype.itemsize == 2 or chosen["scale"] > 20 or want[0] < 0.1
     other = plain(tensors, targets, chosen, dtype) if lenient else want
     for i, (x, y, z) in enumerate(zip(got, want, other, strict=True)):
         error = float((x - y).abs().max())

@@ -27,6 +27,7 @@ class Config:
 # Passes over scores: 16 of them a thread, a row's vectors shared by what a program reads of it.
 STATISTICS = Config(4, 1024, 0, 8, 1)
 COEFFICIENTS = Config(16, 256, 0, 8, 1)
+NORMS = {"BLOCK_R": 4, "BLOCK_E": 1024, "num_warps": 8}
 FINISH = {"BLOCK_R": 4, "BLOCK_E": 1024, "num_warps": 8}
 
 # [architecture]: (statistics, coefficients). Chosen to compile without spills under Triton 3.6.0 and 3.7.1.

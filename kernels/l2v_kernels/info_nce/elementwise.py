@@ -8,6 +8,19 @@ from l2v_kernels.info_nce.settings import Settings
 from l2v_kernels.info_nce.tiles import Tile
 
 
+def inverse_norms(x_nE: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """float64 [P, n]: 1 / norm of each prefix, 0 for a zero vector; a million elements at a time, which are widened."""
+    squares_Pn = torch.empty(len(settings.prefixes), len(x_nE), dtype=torch.float64, device=x_nE.device)
+    rows = max(1, (1 << 20) // x_nE.shape[1])
+    for at in range(0, len(x_nE), rows):
+        part = x_nE[at : at + rows].double()
+        for p, (begin, end) in enumerate(settings.segments):
+            squares_Pn[p, at : at + rows] = torch.linalg.vector_norm(part[:, begin:end], dim=1).square()
+    norms_Pn = squares_Pn.cumsum(0).sqrt()
+    # A norm of zero becomes 0 and not infinity; NaN stays NaN.
+    return torch.where(norms_Pn == 0, 0, 1 / norms_Pn)
+
+
 def statistics(
     tile: Tile, planes_PRC: torch.Tensor, m_PR: torch.Tensor, l_PR: torch.Tensor, pair_PR: torch.Tensor | None
 ) -> None:

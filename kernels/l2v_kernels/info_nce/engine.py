@@ -41,14 +41,21 @@ class Pass:
 
     @classmethod
     def start(cls, queries_NE, candidates_ME, all_queries_QE, labels: Labels, scale, settings: Settings) -> "Pass":
-        queries, candidates = Side.of(queries_NE, settings), Side.of(candidates_ME, settings)
         with_queries = any(d.endswith("to_query") for d in settings.directions)
         shared = all_queries_QE is None or not with_queries
-        everyone = queries if shared else Side.of(all_queries_QE, settings)
+        n_columns = {"doc": len(candidates_ME), "query": len(queries_NE if shared else all_queries_QE)}
+        n_scores = len(queries_NE) * sum(n_columns[d.rpartition("_")[2]] for d in settings.directions)
+        path = choose(queries_NE, n_scores, settings)
+
+        def measured(x_nE: torch.Tensor) -> Side:
+            # Kernels read rows from left to right: another layout is copied.
+            x_nE = x_nE if x_nE.stride(1) == 1 else x_nE.contiguous()
+            return Side.of(x_nE, path.inverse_norms(x_nE, settings))
+
+        queries, candidates = measured(queries_NE), measured(candidates_ME)
+        everyone = queries if shared else measured(all_queries_QE)
         found = blocks(candidates, everyone, labels, settings)
         rows_N = labels.targets_N.clamp(0, max(0, len(candidates_ME) - 1))
-        n_scores = len(queries_NE) * sum(len(b.columns.x_nE) for b in found)
-        path = choose(queries_NE, n_scores, settings)
         return cls(queries, candidates, everyone, labels, settings, scale, path, found, rows_N)
 
     @property
@@ -66,8 +73,8 @@ class Pass:
 
     def row_scale(self, block: Block) -> torch.Tensor:
         """[P, N]: scale / norm of a block's rows."""
-        side = self.candidates.inverse_Pn[:, self.doc_rows_N] if block.of_docs else self.queries.inverse_Pn
-        return side * self.scale
+        exact_PN = self.candidates.exact_Pn[:, self.doc_rows_N] if block.of_docs else self.queries.exact_Pn
+        return (exact_PN * self.scale).to(self.queries.inverse_Pn.dtype)
 
     def fits(self) -> bool:
         """Whether the dot products of all blocks, and the coefficients of one, fit the workspace."""

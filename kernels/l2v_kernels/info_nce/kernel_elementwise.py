@@ -9,6 +9,38 @@ FREE = ["n_rows", "n_columns", "first_column", "first_number"]
 """Arguments that differ from tile to tile: a kernel of their own for each value would be compiled all the time."""
 
 
+@triton.jit(do_not_specialize=["n_rows"])
+def norms_kernel(
+    x_ptr,
+    bounds_ptr,
+    out_ptr,
+    n_rows,
+    x_stride,
+    P: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """out float64 [P, n]: 1 / norm of the prefixes of x, 0 where that is 0. bounds int32 [P + 1]: 0, prefixes, over ALIGN.
+
+    Squares are added in fp32 within a block, blocks in float64: an error here would shift all scores of a row alike.
+    """
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_rows = rows < n_rows
+    x_ptr += rows.to(tl.int64)[:, None] * x_stride
+    squares = tl.zeros([BLOCK_R], tl.float64)
+    for p in range(P):
+        begin = tl.load(bounds_ptr + p) * ALIGN
+        end = tl.load(bounds_ptr + p + 1) * ALIGN
+        for start in range(0, end - begin, BLOCK_E):
+            columns = begin + start + tl.arange(0, BLOCK_E)
+            mask = in_rows[:, None] & (columns < end)[None, :]
+            x = tl.load(x_ptr + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+            squares += tl.sum(x * x, 1).to(tl.float64)
+        inverse = tl.where(squares == 0.0, 0.0, 1.0 / tl.sqrt(squares))
+        tl.store(out_ptr + tl.cast(p, tl.int64) * n_rows + rows, inverse, mask=in_rows)
+
+
 @triton.jit(do_not_specialize=FREE)
 def statistics_kernel(
     planes_ptr,

@@ -10,6 +10,18 @@ from l2v_kernels.info_nce.settings import Settings
 from l2v_kernels.info_nce.tiles import Tile
 
 
+def inverse_norms(x_nE: torch.Tensor, settings: Settings) -> torch.Tensor:
+    """float64 [P, n]: 1 / norm of each prefix, 0 for a zero vector."""
+    n, P = len(x_nE), len(settings.prefixes)
+    out_Pn = torch.empty(P, n, dtype=torch.float64, device=x_nE.device)
+    if n:
+        kernel_elementwise.norms_kernel[(triton.cdiv(n, config.NORMS["BLOCK_R"]),)](
+            x_nE, _bounds(settings.prefixes, x_nE.device), out_Pn, n, x_nE.stride(0), P=P,
+            ALIGN=_alignment(settings.prefixes), **config.NORMS,
+        )  # fmt: skip
+    return out_Pn
+
+
 def statistics(tile: Tile, planes_PRC, m_PR, l_PR, pair_PR, chosen: config.Config = config.STATISTICS) -> None:
     """Carries m, l and pair [P, R] over a tile's planes, in place."""
     P, R, C = planes_PRC.shape

@@ -26,6 +26,8 @@ class Path(Protocol):
     most_bytes: int
     """A larger tile gains nothing."""
 
+    def inverse_norms(self, x_nE: torch.Tensor, settings: Settings) -> torch.Tensor: ...
+
     def dots(self, x_RE: torch.Tensor, y_CE: torch.Tensor, out_PRC: torch.Tensor, settings: Settings) -> None: ...
 
     def statistics(self, tile: Tile, x_RE, planes_PRC, m_PR, l_PR, pair_PR, settings: Settings) -> None: ...
@@ -52,6 +54,9 @@ class OnCpu(_Planes):
         self.scratch_bytes = 4 * self.plane_bytes
         self.most_bytes = CPU_TILE
 
+    def inverse_norms(self, x_nE, settings):
+        return elementwise.inverse_norms(x_nE, settings)
+
     def statistics(self, tile, x_RE, planes_PRC, m_PR, l_PR, pair_PR, settings):
         elementwise.statistics(tile, planes_PRC, m_PR, l_PR, pair_PR)
 
@@ -66,6 +71,11 @@ class Chunked(_Planes):
     """Library products, and a Triton kernel that goes over them."""
 
     plane_bytes, scratch_bytes, most_bytes = 4, 0, 1 << 62
+
+    def inverse_norms(self, x_nE, settings):
+        from l2v_kernels.info_nce import launch
+
+        return launch.inverse_norms(x_nE, settings)
 
     def statistics(self, tile, x_RE, planes_PRC, m_PR, l_PR, pair_PR, settings):
         from l2v_kernels.info_nce import launch

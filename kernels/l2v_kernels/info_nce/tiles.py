@@ -13,15 +13,14 @@ class Side:
     """Embeddings in one role: queries, candidates, or the queries of all ranks."""
 
     x_nE: torch.Tensor
+    exact_Pn: torch.Tensor
+    """1 / norm of each prefix of each row, 0 for a zero vector, in float64: whatever multiplies it is rounded after."""
     inverse_Pn: torch.Tensor
-    """1 / norm of each prefix of each row, 0 for a zero vector; in the dtype of sums."""
+    """The same in the dtype of sums."""
 
     @classmethod
-    def of(cls, x_nE: torch.Tensor, settings: Settings) -> "Side":
-        """Measures the rows. Kernels read them from left to right: another layout is copied."""
-        if x_nE.stride(1) != 1:
-            x_nE = x_nE.contiguous()
-        return cls(x_nE, inverse_norms(x_nE, settings))
+    def of(cls, x_nE: torch.Tensor, exact_Pn: torch.Tensor) -> "Side":
+        return cls(x_nE, exact_Pn, exact_Pn.to(sum_dtype(x_nE)))
 
 
 @dataclass
@@ -79,21 +78,6 @@ class Tile:
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
-
-
-def inverse_norms(x_nE: torch.Tensor, settings: Settings, rows: int = 8192) -> torch.Tensor:
-    """[P, n] of every prefix, in one pass over x; a few rows at a time, since half precision is widened for it."""
-    dtype = sum_dtype(x_nE)
-    squares_Pn = torch.empty(len(settings.prefixes), len(x_nE), dtype=dtype, device=x_nE.device)
-    for at in range(0, len(x_nE), rows):
-        part = x_nE[at : at + rows]
-        for p, (begin, end) in enumerate(settings.segments):
-            norms = torch.linalg.vector_norm(part[:, begin:end], dim=1, dtype=dtype)
-            squares_Pn[p, at : at + rows] = norms if len(settings.prefixes) == 1 else norms.square()
-    if len(settings.prefixes) > 1:
-        squares_Pn = squares_Pn.cumsum(0).sqrt()
-    # A norm of zero becomes 0 and not infinity; NaN stays NaN.
-    return torch.where(squares_Pn == 0, 0, 1 / squares_Pn)
 
 
 def sum_dtype(x: torch.Tensor) -> torch.dtype:
