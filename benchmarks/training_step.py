@@ -55,11 +55,12 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(128, 4, 4, 2, 384, 512, examples=8, length=48),
-    "small": Shape(512, 8, 8, 4, 1536, 4096, examples=4, length=64),
+    "small": Shape(256, 4, 4, 2, 768, 2048, examples=8, length=64),
+    "50m": Shape(512, 12, 8, 4, 2048, 8192, examples=8, length=64),
     "1b": Shape(2048, 16, 32, 8, 8192, 128256, examples=64, length=64),
     "8b": Shape(4096, 32, 32, 8, 14336, 128256, examples=64, length=128),
 }
-"""In the two small ones a micro-batch's activations are several times the weights, so that memory shows what it holds."""
+"""In the three small ones a micro-batch's activations are several times the weights, so that memory shows what it holds."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,44 @@
+"""benchmarks/gpu.sh with a stand-in for Python: which steps it runs, and what a red test keeps from running."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.sh"
+
+
+@pytest.fixture
+def run(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "ran $*"\ncase "$*" in *"$RED"*) exit 3;; esac\n')
+    python.chmod(0o755)
+
+    def run(*parts, red="nothing"):
+        environment = os.environ | {"PYTHON": str(python), "RED": red}
+        command = ["bash", str(SCRIPT), str(tmp_path / "out"), *parts]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        return (
+            done.returncode,
+            [line.split(":")[0][3:] for line in done.stdout.splitlines() if line.startswith("==")],
+            done,
+        )
+
+    return run
+
+
+def test_all_parts_tests_first(run):
+    code, steps, done = run()
+    assert (code, steps) == (
+        0, ["tests-info_nce", "tests-attention", "attention", "contrastive", "gradient_cache"]
+    )  # fmt: skip
+    assert done.stdout.count("--quick") == 3
+
+
+def test_a_part_and_a_red_test(run):
+    code, steps, done = run("info_nce", red="test_info_nce_gpu.py")
+    assert (code, steps) == (1, ["tests-info_nce", "contrastive"])
+    assert "contrastive: not run, the tests are red" in done.stdout
+    code, steps, _ = run("gradient_cache", red="gradient_cache")
+    assert (code, steps) == (1, ["gradient_cache"])
