@@ -124,7 +124,8 @@ def _reduce(losses_PN, prefix_weights, weights_N, reduction):
     if prefix_weights is not None:
         if len(prefix_weights) != P:
             raise ValueError(f"{len(prefix_weights)} prefix_weights for {P} prefixes")
-        losses_N = losses_PN.new_tensor(prefix_weights) @ losses_PN
+        # Not a product with a tensor of weights: copying that to the device would wait for it.
+        losses_N = sum(float(w) * losses_N for w, losses_N in zip(prefix_weights, losses_PN.unbind(), strict=True))
     else:
         losses_N = losses_PN.sum(0)
     if weights_N is None:
