@@ -57,6 +57,6 @@ for op in attention info_nce; do
     fi
 done
 if wanted gradient_cache; then
-    step gradient_cache 100 "$python" -m benchmarks.gradient_cache --quick --out "$out"
+    step gradient_cache 120 "$python" -m benchmarks.gradient_cache --quick --out "$out"
 fi
 exit $status

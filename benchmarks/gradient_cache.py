@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
                 text = report(results, found, facts)
                 write(options.out, "gradient_cache", data, text, lambda: curves(results, facts["line"]))
 
-        rounds = options.rounds if options.rounds is not None else 3 if options.quick or not gpu else 7
+        rounds = options.rounds if options.rounds is not None else 2 if options.quick else 5 if gpu else 3
         results = (on_gpu if gpu else on_cpu)(chosen, rounds, show)
     except Unavailable as error:
         print(f"gradient_cache: {error}", file=sys.stderr)

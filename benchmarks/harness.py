@@ -75,7 +75,7 @@ class Ceilings:
 def device_facts(device: torch.device) -> dict:
     """Device, driver-facing versions and libraries: what a number means nothing without."""
     facts = {"torch": torch.__version__, "python": platform.python_version(), "device": platform.processor() or "cpu"}
-    for name in ("triton", "flash-attn", "transformers"):
+    for name in ("triton", "flash-attn", "transformers", "sentence-transformers", "inf-cl", "peft", "deepspeed"):
         try:
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
