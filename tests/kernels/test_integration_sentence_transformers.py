@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import subprocess
@@ -196,6 +197,19 @@ def test_matryoshka_loss_around_this_one_is_the_same_in_more_passes(model_folder
     inside = lambda m: FusedMultipleNegativesRankingLoss(m, matryoshka_dims=[32, 16, 8])  # noqa: E731
     first, second = (train(make, model_folder, tmp_path, sentences, 3)[0] for make in (around, inside))
     assert first == pytest.approx(second, rel=1e-4, abs=2e-4)
+
+
+def test_an_older_version_embeds_column_by_column(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers.base.losses.merged_forward", None)
+    where = importlib.util.find_spec("l2v_kernels.integrations.sentence_transformers").origin
+    spec = importlib.util.spec_from_file_location("older", where)
+    older = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(older)
+    columns = [x.detach() for x in embeddings(3)]
+    loss = older.FusedMultipleNegativesRankingLoss(lambda features: {"sentence_embedding": features["x"]})
+    want = MultipleNegativesRankingLoss(torch.nn.Identity()).compute_loss_from_embeddings(columns, None)
+    torch.testing.assert_close(loss([{"x": x} for x in columns], None), want)
+    assert older.embed_columns.__module__ == "older"
 
 
 TOGETHER = {
