@@ -50,6 +50,17 @@ def test_a_recipe_that_is_not_there(run_here):
         ({"lora.targets": ["no_proj"]}, ["--stage", "mntp"], ["lora.targets ['no_proj']"]),
         ({"base.template": {"prefix": "bruger: "}}, ["--stage", "simcse", "length=3"], ["leaves no room"]),
         ({"base.config": {"model_type": "lama"}}, ["--stage", "mntp"], ["base.config", "lama"]),
+        (
+            {"stages.simcse.directions": ["query_to_doc", "doc_to_qeury"]},
+            ["--stage", "simcse"],
+            ["tiny.yaml:", "stages.simcse.directions[1] is 'doc_to_qeury'; choose one of query_to_doc, query_to_query"],
+        ),
+        (
+            {},
+            ["--stage", "simcse", "partition=per_direction", "directions=[query_to_doc, query_to_query]"],
+            ["tiny.yaml: stage 'simcse': partition: per_direction takes the directions query_to_doc and doc_to_query"],
+        ),
+        ({}, ["--stage", "simcse", "matryoshka=[16, 8]"], ["stage 'simcse': matryoshka is [16, 8]; give 1 to 16"]),
         ({"base.config": {"hidden_size": 8}}, ["--stage", "mntp"], ["base.config needs a model_type, for example"]),
     ],
 )
@@ -89,6 +100,13 @@ def test_bad_held_out_data_is_found_before_training(run_here, recipe):
 def test_an_example_that_fits_no_micro_batch(run_here, recipe):
     output = run_here(recipe(**{"stages.supervised.micro_tokens": 48}), "--stage", "supervised", expect=1)
     assert_refused(output, "tokens (all its texts) and micro_tokens is 48; raise micro_tokens or lower length")
+
+
+def test_a_matryoshka_prefix_beyond_the_base(run_here, recipe):
+    output = run_here(recipe(), "--stage", "simcse", "matryoshka=[8, 33]", expect=1)
+    assert_refused(output, "stage 'simcse': matryoshka asks for a prefix of 33 and the vectors of 'tiny-llama' have 32")
+    output = run_here(recipe(), "--stage", "simcse", "matryoshka=[8, 16]", "eval_data=sentences.jsonl")
+    assert "simcse: dimensions beyond 16 of 32 are in no matryoshka length and learn nothing" in output
 
 
 def test_a_base_that_is_not_there(run_here, recipe, tokenizer_folder):
@@ -138,6 +156,18 @@ def test_a_folder_of_another_recipe_is_left_alone(run_here, recipe, tmp_path):
     assert "mntp: already trained" in run_here(path, "--stage", "mntp", "log_every=2")
     assert "mntp: done" in run_here(path, "--stage", "mntp", "lr=1e-3", "--fresh")
     assert (run / "adapter/adapter_model.safetensors").read_bytes() != before["adapter/adapter_model.safetensors"]
+
+
+def test_a_run_of_a_version_that_knew_fewer_keys_goes_on(run_here, recipe, tmp_path):
+    path, mark = recipe(), tmp_path / "run" / "simcse" / "stage.json"
+    run_here(path, "--stage", "simcse")
+    facts = json.loads(mark.read_text())
+    for key in ("directions", "matryoshka", "partition"):
+        del facts["recipe"]["stages"]["simcse"][key]
+    mark.write_text(json.dumps(facts))
+    assert "simcse: already trained" in run_here(path, "--stage", "simcse")
+    output = run_here(path, "--stage", "simcse", "matryoshka=[8, 32]", expect=1)
+    assert "stages.simcse.matryoshka was null and is now [8, 32]" in output
 
 
 def test_a_stage_is_not_done_when_its_parent_was_trained_anew(run_here, recipe):
