@@ -65,7 +65,7 @@ def agree(facts: dict[str, Any]) -> None:
         if len(holders) > 1:
             said = "; ".join(f"{value} on rank {_listed(ranks)}" for value, ranks in holders.items())
             raise UserError(
-                f"the ranks do not agree on {key}: {said}; start every rank with the same recipe, command line and data"
+                f"the ranks do not agree on {key}: {said}; all ranks need the same recipe, command line, data and run folder"
             )
 
 

@@ -46,7 +46,7 @@ def together(rank: int, world: int, port: int, folder: str) -> None:
 
 def test_three_ranks_together(tmp_path):
     torch.multiprocessing.spawn(together, (3, free_port(), str(tmp_path)), nprocs=3)
-    mend = "; start every rank with the same recipe, command line and data"
+    mend = "; all ranks need the same recipe, command line, data and run folder"
     for rank in range(3):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
             "same": "gave None",

@@ -32,7 +32,10 @@ def test_ranks_with_other_settings(tiny_recipe, tmp_path, own, key, values):
     path = tiny_recipe(tmp_path, **ALONE)
     common = [path, "--stage", "simcse"]
     said = sentence(finish(start_ranks([common, [*common, *own]]), expect=1))
-    assert f"l2v: the ranks do not agree on {key}: {values}; start every rank with the same recipe" in said
+    assert (
+        f"l2v: the ranks do not agree on {key}: {values}; all ranks need the same recipe, command line, data and"
+        in said
+    )
     assert not (tmp_path / "run").exists()
 
 
