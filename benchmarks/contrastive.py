@@ -5,7 +5,6 @@ python -m benchmarks.contrastive [--quick] [--out FOLDER]
 On a CPU it runs tiny sizes, as a smoke test of itself, and says so in everything it writes.
 """
 
-import gc
 import sys
 from dataclasses import asdict
 
@@ -27,6 +26,7 @@ from benchmarks.harness import (
     measure_ceilings,
     peak_memory,
     reason,
+    release,
     sets_beyond_cache,
     table,
     targets_table,
@@ -122,13 +122,6 @@ def run(w: Workload, ceilings: Ceilings, seconds: float, rounds: int = 5) -> lis
         if result.provider in found:
             fill(result, found[result.provider], ceilings)
     return results
-
-
-def release(device: torch.device) -> None:
-    """What an attempt that ran out of memory left behind."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def run_matryoshka(device: torch.device, ceilings: Ceilings, seconds: float) -> list[Result]:

@@ -25,6 +25,7 @@ from benchmarks.harness import (
     peak_memory,
     plotting,
     reason,
+    release,
     synchronize,
     targets_table,
     write,
@@ -85,7 +86,7 @@ def on_gpu(chosen: list[Setting], rounds: int, show: Callable[[list[Result]], No
             if result.skipped != "out of memory":
                 raise
             full.add(x.recompute)
-        torch.cuda.empty_cache()
+        release(at.device)
     show(results)
     # In turns, so that a clock that drifts hits all alike.
     times: list[list[float]] = [[] for _ in steps]
@@ -111,14 +112,8 @@ def targets(results: list[Result], where: str) -> list[Target]:
     for recompute in (False, True):
         found = [x for x in results if x.facts["recompute"] == recompute and not x.skipped]
         cached = [x for x in found if x.facts["micros"] > 1]
-        base = next(
-            (
-                x
-                for x in found
-                if x.facts["micros"] == 1 and cached and x.facts["examples"] == cached[0].facts["examples"]
-            ),
-            None,
-        )
+        size = cached[0].facts["examples"] if cached else None
+        base = next((x for x in found if x.facts["micros"] == 1 and x.facts["examples"] == size), None)
         label = f"{where}, {'recompute' if recompute else 'no recompute'}"
         slower, memory = [], None
         if base:

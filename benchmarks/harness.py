@@ -1,6 +1,7 @@
 """Timing several providers of one operation against each other, and the files that come out of it."""
 
 import argparse
+import gc
 import importlib.metadata
 import itertools
 import json
@@ -121,6 +122,13 @@ def synchronize(device: torch.device) -> None:
     """Wait for a GPU; a CPU has nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def release(device: torch.device) -> None:
+    """Give back what an attempt that ran out of memory left behind."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
