@@ -8,6 +8,7 @@ one size, so the batch is what changes. On a CPU memory is resident memory, a re
 
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -169,11 +170,13 @@ def curves(results: list[Result], line: str):
             style = "o-" if provider == "gradient cache" else "s--"
             axis.plot([x for x, _ in points], [y for _, y in points], style, label=f"{provider}, {direction}")
         axis.set_xscale("log", base=2)
+        batches = sorted({x.facts["batch"] for x in results})
+        axis.set_xticks(batches, batches)
         axis.set_xlabel("pairs a step")
         axis.set_title(title, fontsize=10)
         axis.set_ylim(bottom=0)
         axis.legend(fontsize=7)
-    figure.suptitle(line, fontsize=7)
+    figure.suptitle(textwrap.fill(line, 70 * (1 + timed)), fontsize=8)
     return figure
 
 
