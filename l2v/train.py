@@ -153,10 +153,12 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
             print(f"{name}: already trained, its adapter is {folder / 'adapter'}", flush=True)
         return
     dtype, seed = dtype_of(recipe.base.precision), recipe.stage_seed(name)
-    tokenizer = load_tokenizer(
-        recipe.base.tokenizer or resolve(recipe.base.model),
-        revision=recipe.base.revision,
-        trust_remote_code=recipe.base.trust_remote_code,
+    tokenizer = on_every_rank(
+        lambda: load_tokenizer(
+            recipe.base.tokenizer or resolve(recipe.base.model),
+            revision=recipe.base.revision,
+            trust_remote_code=recipe.base.trust_remote_code,
+        )
     )
     texts = TextTokenizer(tokenizer, recipe.base.template, stage.length)
     notes = on_every_rank(functools.partial(check_prefixes, recipe, name))
@@ -165,17 +167,16 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
     if rank == 0:
         for note in [*examples.notes, *notes]:
             print(f"{name}: {note}", flush=True)
-    if len(examples) < 2 and isinstance(stage, Contrastive):
-        raise UserError(f"stage '{name}': {len(examples)} example leaves no in-batch negatives; give at least 2")
-
     resume = checkpoint.newest(folder / "checkpoints")
     agree(
         {
             f"the examples of stage '{name}'": _summary(examples),
             f"the held-out examples of stage '{name}'": _summary(held_out) if held_out else None,
-            f"the checkpoint of stage '{name}'": f"step {resume.step}" if resume else None,
+            f"the checkpoint of stage '{name}'": resume and f"step {resume.step} ({resume.facts['sha256'][:12]})",
         }
     )
+    if len(examples) < 2 and isinstance(stage, Contrastive):
+        raise UserError(f"stage '{name}': {len(examples)} example leaves no in-batch negatives; give at least 2")
 
     model, lineage = on_every_rank(functools.partial(build, recipe, name, dtype=dtype, seed=seed))
     agree({"the base and its adapters": lineage})

@@ -120,7 +120,7 @@ def contrastive_loss(
     mask_duplicates: a candidate with the text of the query's positive, or of the query itself, is no negative; nor is a
     query that shares a positive's or its own text with this one. own_negatives: only its own query meets a hard negative.
     The others are those of `l2v_kernels.info_nce`, which names their sources. Values are not checked here: a row that is not
-    finite gives a loss that is not finite, on every rank, without a wait.
+    finite gives a loss that is not finite where its query is, without a wait.
     """
     several = len(groups.counts) > 1
     if sum(groups.counts) < 2:
