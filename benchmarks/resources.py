@@ -7,6 +7,7 @@ python -m benchmarks.resources --arch 90 --head-dim 128  a part of it
 import argparse
 import itertools
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.aot import MATRIX_INSTRUCTION, Usage, build
@@ -79,6 +80,11 @@ def _type(name, dtype):
     return "fp32" if name.startswith("scale") else "i32"
 
 
+def markdown_row(cells: Iterable[object]) -> str:
+    """One line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints a Markdown table; the exit code is 1 if a build may not ship."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.split("\n")[0])
@@ -87,22 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kernel", nargs="+", default=tuple(KERNELS), choices=tuple(KERNELS))
     parser.add_argument("--dtype", nargs="+", default=("bf16",), choices=("bf16", "fp16", "fp32"))
     options = parser.parse_args(argv)
-    columns = [
-        "kernel",
-        "D",
-        "type",
-        "segments",
-        "dropout",
-        "sm",
-        "tile",
-        "warps",
-        "stages",
-        "registers",
-        "shared-KB",
-        "spills-B",
-        "unit",
-    ]
-    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    columns = "kernel", "D", "type", "segments", "dropout", "sm", "tile", "warps", "stages", "registers", "shared-KB"
+    columns += "spills-B", "unit"
+    print(f"{markdown_row(columns)}\n|{'---|' * len(columns)}")
     bad = 0
     for dtype, kind, head_dim, arch, short, dropout in itertools.product(
         options.dtype, options.kernel, options.head_dim, options.arch, (False, True), (False, True)
@@ -110,12 +103,19 @@ def main(argv: list[str] | None = None) -> int:
         case = Case(kind, arch, head_dim, dtype, short, dropout)
         used, config = case.build(), case.config
         bad += bool(used.problems(arch, case.matrix))
-        print(
-            f"| {kind} | {head_dim} | {dtype} | {'short' if short else 'long'} | {'yes' if dropout else 'no'} | {arch} "
-            f"| {config.block_m} x {config.block_n} | {config.num_warps} | {config.num_stages} | {used.registers} "
-            f"| {used.shared / 1024:.0f} | {used.stack} | {', '.join(sorted(used.matrix)) or 'FFMA'} |",
-            flush=True,
+        tile, unit = f"{config.block_m} x {config.block_n}", ", ".join(sorted(used.matrix)) or "FFMA"
+        row = (
+            kind,
+            head_dim,
+            dtype,
+            "short" if short else "long",
+            "yes" if dropout else "no",
+            arch,
+            tile,
+            config.num_warps,
         )
+        row += config.num_stages, used.registers, f"{used.shared / 1024:.0f}", used.stack, unit
+        print(markdown_row(row), flush=True)
     return bool(bad)
 
 

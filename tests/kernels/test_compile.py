@@ -9,6 +9,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("no Triton on this platform", allow_module_level=True)
 
+from benchmarks import resources_info_nce
 from benchmarks.aot import SHARED_LIMIT, Usage, available, build
 from benchmarks.resources import HEAD_DIMS, Case, main
 
@@ -79,6 +80,59 @@ if os.environ.get("L2V_SLOW") == "1":
     @pytest.mark.parametrize("chosen", ["plain", "causal"])
     def test_attention_variants(kind, arch, group, chosen):
         check(Case(kind, arch, 128, dropout=True, causal=chosen == "causal", group=group))
+
+
+def check_info_nce(case):
+    used = case.build()
+    problems = used.problems(case.arch, case.matrix)
+    assert not problems, f"{case} {case.config}: {problems}"
+    if case.dtype != "fp32" and case.kernel.startswith("fused"):
+        # Embeddings come in 16 bytes at a time, while earlier ones are multiplied.
+        assert "cp.async.cg.shared.global" in used.ptx
+    else:
+        assert "ld.global.v4" in used.ptx
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("kernel", resources_info_nce.KERNELS)
+def test_info_nce(kernel, arch):
+    """What a trainer that masks duplicates launches."""
+    check_info_nce(resources_info_nce.Case(kernel, arch))
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("kernel", ["norms", "finish"])
+def test_info_nce_passes_over_embeddings(kernel, dtype, arch):
+    from l2v_kernels.info_nce import config, kernel_elementwise
+
+    pointers = {
+        "x_ptr": f"*{dtype}",
+        "bounds_ptr": "*i32",
+        "sum_ptr": "*fp32",
+        "along_ptr": "*fp32",
+        "unscale_ptr": "*fp32",
+    }
+    pointers["out_ptr"] = "*fp64" if kernel == "norms" else f"*{dtype}"
+    function = getattr(kernel_elementwise, f"{kernel}_kernel")
+    chosen = dict(config.NORMS if kernel == "norms" else config.FINISH)
+    warps = chosen.pop("num_warps")
+    constants = {"P": 6, "ALIGN": 16} | chosen if kernel == "norms" else {"UNSCALE": False} | chosen
+    signature = {p.name: pointers.get(p.name, "i32") for p in function.params if not p.is_constexpr}
+    used = build(function, signature, constants, arch, warps, disassemble=False)
+    assert not used.problems(arch)
+    assert "ld.global.v4" in used.ptx
+
+
+if os.environ.get("L2V_SLOW") == "1":
+
+    @pytest.mark.parametrize("arch", SHARED_LIMIT)
+    @pytest.mark.parametrize("prefixes", [1, 6, 16])
+    @pytest.mark.parametrize("options", resources_info_nce.OPTIONS)
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+    @pytest.mark.parametrize("kernel", resources_info_nce.KERNELS)
+    def test_info_nce_everywhere(kernel, dtype, options, prefixes, arch):
+        check_info_nce(resources_info_nce.Case(kernel, arch, options, prefixes, dtype))
 
 
 def test_the_table_is_written(capsys, monkeypatch):

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from info_nce_cases import VARIANTS, assert_close, options, ours, problem
 
 pytest.importorskip("triton")
+# A zero vector's norm: the interpreter computes both sides of a tl.where, and NumPy warns of the one not taken.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 
 from l2v_kernels.info_nce import config, engine, launch, paths
 from l2v_kernels.info_nce.config import Config
@@ -58,8 +60,8 @@ def test_interpreted_options(path, dtype, variant):
 def check(data):
     path = data.draw(st.sampled_from(list(PATHS)))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.float16]))
-    N, E = data.draw(st.integers(1, 40)), data.draw(st.integers(17, 70))
-    M = max(2, N + data.draw(st.integers(-3, 40)))
+    N, E = data.draw(st.integers(1, 24)), data.draw(st.integers(17, 50))
+    M = max(2, N + data.draw(st.integers(-3, 24)))
     workspace = data.draw(st.sampled_from([1 << 20, 20_000, 3_000]))
     given_ = problem(N, M, E, seed=N * M, dtype=dtype, **data.draw(options()))
     assert_close(run(path, *given_, workspace=workspace), *given_)
@@ -69,7 +71,7 @@ RANDOM = {"phases": [Phase.generate], "deadline": None, "database": None, "suppr
 
 
 @seed(0)
-@hypothesis_settings(max_examples=25, **RANDOM)
+@hypothesis_settings(max_examples=15, **RANDOM)
 @given(st.data())
 def test_interpreted_random_problems(data):
     check(data)

@@ -36,9 +36,7 @@ class InfoNce(torch.autograd.Function):
     def backward(ctx, grad_PN: torch.Tensor):
         _ = ctx.saved_tensors
         with torch.autocast(grad_PN.device.type, enabled=False):
-            *of_tensors, of_scale = gradients(ctx.run, grad_PN, ctx.needs_input_grad[:3])
-        if ctx.needs_input_grad[3]:
+            *of_tensors, of_scale = gradients(ctx.run, grad_PN, ctx.needs_input_grad[:4])
+        if of_scale is not None:
             of_scale = of_scale.to(ctx.scale.dtype).reshape(ctx.scale.shape)
-        else:
-            of_scale = None
         return *of_tensors, of_scale, None, None

@@ -30,12 +30,30 @@ COEFFICIENTS = Config(16, 256, 0, 8, 1)
 NORMS = {"BLOCK_R": 4, "BLOCK_E": 1024, "num_warps": 8}
 FINISH = {"BLOCK_R": 4, "BLOCK_E": 1024, "num_warps": 8}
 
-# [architecture]: (statistics, coefficients). Chosen to compile without spills under Triton 3.6.0 and 3.7.1.
+# [architecture][load] = (statistics, coefficients). Chosen to compile without spills under Triton 3.6.0 and 3.7.1 with all
+# options of their load: "one" prefix, several "prefixes", or "heavy": a margin, hard negatives of their own, or several
+# kinds of ids, each of which is a mask that takes registers.
 _HALF = {
-    80: (Config(128, 128, 32, 8, 4), Config(128, 128, 32, 8, 4)),
-    90: (Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 4)),
-    100: (Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 4)),
-    120: (Config(128, 128, 32, 8, 4), Config(128, 128, 32, 8, 4)),
+    80: {
+        "one": (Config(128, 128, 32, 8, 4), Config(128, 128, 64, 8, 4)),
+        "prefixes": (Config(128, 64, 64, 8, 4), Config(128, 64, 64, 8, 4)),
+        "heavy": (Config(128, 64, 64, 8, 4), Config(64, 64, 64, 8, 3)),
+    },
+    90: {
+        "one": (Config(128, 128, 64, 8, 4), Config(128, 128, 64, 8, 4)),
+        "prefixes": (Config(128, 64, 64, 8, 4), Config(128, 64, 64, 8, 4)),
+        "heavy": (Config(128, 64, 64, 8, 4), Config(64, 64, 64, 8, 3)),
+    },
+    100: {
+        "one": (Config(128, 64, 64, 8, 4), Config(128, 64, 64, 8, 4)),
+        "prefixes": (Config(64, 64, 64, 8, 3), Config(64, 64, 64, 8, 3)),
+        "heavy": (Config(64, 32, 32, 8, 2), Config(64, 32, 32, 8, 2)),
+    },
+    120: {
+        "one": (Config(128, 64, 64, 8, 4), Config(128, 64, 64, 8, 4)),
+        "prefixes": (Config(64, 64, 64, 8, 3), Config(64, 64, 64, 8, 3)),
+        "heavy": (Config(64, 32, 32, 8, 2), Config(64, 32, 32, 8, 2)),
+    },
 }
 # Exact products run on the ordinary cores.
 _SINGLE = (Config(32, 32, 32, 4, 1), Config(32, 32, 32, 4, 1))
@@ -50,9 +68,12 @@ FUSED_EFFICIENCY = 0.75
 """Share of the library's rate that a product in Triton reaches: 75 to 77% is what others published for Hopper."""
 
 
-def fused(arch: int, itemsize: int) -> tuple[Config, Config]:
-    """Tiles of the fused kernels: (statistics, coefficients). arch is one of ARCHITECTURES."""
-    return _SINGLE if itemsize == 4 else _HALF[arch]
+def fused(arch: int, itemsize: int, prefixes: int, heavy: bool) -> tuple[Config, Config]:
+    """Tiles of the fused kernels: (statistics, coefficients). arch is one of ARCHITECTURES, itemsize bytes an element,
+    heavy: the call has a margin, hard negatives of their own, or several kinds of ids."""
+    if itemsize == 4:
+        return _SINGLE
+    return _HALF[arch]["heavy" if heavy else "one" if prefixes == 1 else "prefixes"]
 
 
 def prefers_fused(E: int, P: int, kept: bool) -> bool:

@@ -149,7 +149,7 @@ def losses(run: Pass, keep: bool) -> torch.Tensor:
                 s = block.statistic
                 run.path.statistics(part, x_RE, planes_PRC, m_SPN[s, :, at], l_SPN[s, :, at], pair, settings)
     run.lse_SPN = m_SPN + l_SPN.log()
-    return run.lse_SPN.mean(0) - pair_PN
+    return (run.lse_SPN.mean(0) if n_statistics > 1 else run.lse_SPN[0]) - pair_PN
 
 
 def _pairs(run: Pass) -> torch.Tensor:
@@ -192,11 +192,12 @@ class Gradient:
 
 
 def gradients(
-    run: Pass, grad_PN: torch.Tensor, wanted: tuple[bool, bool, bool]
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-    """Of queries, candidates, all queries (None where not wanted or the same) and scale, given that of the losses."""
+    run: Pass, grad_PN: torch.Tensor, wanted: tuple[bool, bool, bool, bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """Of queries, candidates, all queries and scale, None where not wanted (or all queries are the queries), given that of
+    the losses [P, N]."""
     settings, path, N = run.settings, run.path, run.n_rows
-    want_queries, want_candidates, want_everyone = wanted
+    want_queries, want_candidates, want_everyone = wanted[:3]
     apart = run.everyone is not run.queries
     both = run.columns_have_rows
     several = len(run.blocks) > 1
@@ -216,7 +217,8 @@ def gradients(
     of_docs = torch.empty_like(of_queries.sum_nE[:height]) if docs else None
     out_queries = torch.empty_like(run.queries.x_nE) if want_queries and not both else None
 
-    grad_PN = grad_PN.to(dtype) / (1 + max(b.statistic for b in run.blocks))
+    n_statistics = len(run.lse_SPN)
+    grad_PN = grad_PN.to(dtype) / n_statistics if n_statistics > 1 else grad_PN.to(dtype)
     gain, unscale = _gain(run, grad_PN)
     row_scales = [run.row_scale(b) for b in run.blocks]
     row_outs = [grad_PN * x if gain is None else grad_PN * x * gain for x in row_scales]
@@ -269,10 +271,12 @@ def gradients(
             of_candidates.sum_nE.index_put_(rows_R, left[True], accumulate=True)
         if docs:
             of_candidates.moments_Pn.t().index_put_((run.doc_rows_N[at],), doc_moments_PR.t(), accumulate=True)
-    everything = {id(g): g for g in (of_queries, of_candidates, of_everyone)}.values()
-    # Every coefficient * dot = e * score was added to one row and to one column.
-    of_scale = sum(g.moments_Pn.sum() for g in everything) / (2 * run.scale)
-    of_scale = of_scale if unscale is None else of_scale * unscale
+    of_scale = None
+    if wanted[3]:
+        everything = {id(g): g for g in (of_queries, of_candidates, of_everyone)}.values()
+        # Every coefficient * dot = e * score was added to one row and to one column.
+        of_scale = sum(g.moments_Pn.sum() for g in everything) / (2 * run.scale)
+        of_scale = of_scale if unscale is None else of_scale * unscale
     if both and want_queries:
         out_queries = of_queries.finish(path, unscale)
     out_candidates = of_candidates.finish(path, unscale) if want_candidates else None

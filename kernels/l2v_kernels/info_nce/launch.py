@@ -86,7 +86,7 @@ def fused_statistics(
     (R, C), P = tile.shape, len(settings.prefixes)
     if not R * C:
         return
-    chosen = chosen or config.fused(_architecture(x_RE.device), x_RE.element_size())[0]
+    chosen = chosen or _tiles(tile, x_RE, P)[0]
     row_blocks = triton.cdiv(R, chosen.block_r)
     # Where there are few rows, columns are split, so that every multiprocessor has a few programs.
     splits = max(1, min(triton.cdiv(C, chosen.block_c), 4 * _multiprocessors(x_RE.device) // row_blocks))
@@ -131,7 +131,7 @@ def fused_coefficients(
     P, R, C = out_PRC.shape
     if not R * C:
         return
-    chosen = chosen or config.fused(_architecture(x_RE.device), x_RE.element_size())[1]
+    chosen = chosen or _tiles(tile, x_RE, P)[1]
     grid = (triton.cdiv(R, chosen.block_r), triton.cdiv(C, chosen.block_c))
     with _Sums(P, R, C, grid, out_PRC.device, row_sums_PR, column_sums_PC) as sums:
         kernel_fused.fused_coefficients_kernel[(grid[0] * grid[1],)](
@@ -232,6 +232,12 @@ def _flags(tile: Tile):
         "LIMIT": tile.limit_PR is not None,
         "KEEP": tile.block.keep_target,
     }
+
+
+def _tiles(tile: Tile, x_RE: torch.Tensor, P: int) -> tuple[config.Config, config.Config]:
+    many = tile.row_ids_RK is not None and tile.row_ids_RK.shape[1] > 1
+    heavy = many or tile.limit_PR is not None or tile.restricted_C is not None
+    return config.fused(_architecture(x_RE.device), x_RE.element_size(), P, heavy)
 
 
 def _products(settings: Settings, chosen: config.Config, dtype: torch.dtype):
