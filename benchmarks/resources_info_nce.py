@@ -13,7 +13,7 @@ from typing import Literal
 from benchmarks.aot import MATRIX_INSTRUCTION, Usage, build
 from benchmarks.resources import markdown_row
 from l2v_kernels.info_nce import kernel_elementwise, kernel_fused
-from l2v_kernels.info_nce.config import ARCHITECTURES, COEFFICIENTS, GROUP, STATISTICS, Config, fused
+from l2v_kernels.info_nce.config import ARCHITECTURES, GROUP, Config, elementwise, fused
 
 KERNELS = {
     "statistics": kernel_elementwise.statistics_kernel,
@@ -53,12 +53,13 @@ class Case:
     @property
     def config(self) -> Config:
         """What a launch of this case would take."""
+        second = self.kernel.endswith("coefficients")
         if not self.kernel.startswith("fused"):
-            return STATISTICS if self.kernel == "statistics" else COEFFICIENTS
+            return elementwise(self.prefixes)[second]
         flags = self.flags
         heavy = flags["LIMIT"] or flags["RESTRICTED"] or flags["IDS"] > 1
         itemsize = 4 if self.dtype == "fp32" else 2
-        return fused(self.arch, itemsize, self.prefixes, heavy)[self.kernel.endswith("coefficients")]
+        return fused(self.arch, itemsize, self.prefixes, heavy)[second]
 
     @property
     def matrix(self) -> str | None:

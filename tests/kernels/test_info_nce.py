@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from info_nce_cases import VARIANTS, assert_close, options, ours, plain, problem
 
 from l2v_kernels import info_nce
+from l2v_kernels.info_nce.paths import OnCpu
 from l2v_kernels.info_nce.settings import DIRECTIONS
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -202,6 +203,45 @@ def test_layouts_autocast_and_single_gradients():
         assert leaves[1 - i].grad is None
     with torch.no_grad():
         assert not info_nce(*tensors, targets, scale=20).requires_grad
+
+
+WAYS = {"kept": 1 << 29, "one pass": 60_000, "two passes": 9_000}
+"""Workspaces that make 100 queries and 120 candidates go each way: scores wait for the backward; gradients are made while
+the scores are there; scores are made twice."""
+
+
+@pytest.mark.parametrize("variant", ["plain", "gte", "matryoshka", "hard negatives of their own"])
+def test_three_ways_to_the_gradient(variant, monkeypatch):
+    monkeypatch.setattr(OnCpu, "least_rows", 8)
+    tensors, targets, chosen = problem(100, 120, 17, **VARIANTS[variant])
+    want = plain(tensors, targets, chosen)
+    for way, workspace in WAYS.items():
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        loss = info_nce(*leaves, targets, workspace=workspace, **chosen)
+        run, made = loss.grad_fn.run, loss.grad_fn.made
+        assert (run.kept is not None, made is not None) == (way == "kept", way == "one pass"), way
+        first = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
+        second = torch.autograd.grad(loss, leaves)  # gradients that were made are spent, and made anew
+        for x, y, z in zip(first, second, want[1:3], strict=True):
+            assert (x.double() - 3 * z).abs().max() <= 3e-5 * z.abs().max(), way
+            assert (y.double() - z).abs().max() <= 1e-5 * z.abs().max(), way
+        for i in (0, 1):
+            leaves = [x.clone().requires_grad_(i == j) for j, x in enumerate(tensors)]
+            info_nce(*leaves, targets, workspace=workspace, **chosen).backward()
+            assert (leaves[i].grad - want[1 + i]).abs().max() <= 1e-5 * want[1 + i].abs().max(), way
+
+
+def test_fp16_waits_for_the_loss_scale(monkeypatch):
+    """Its gradients are too small for fp16 until the incoming one has scaled them: they are never made in the forward."""
+    tensors, targets, chosen = problem(100, 120, 17, dtype=torch.float16)
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    monkeypatch.setattr(OnCpu, "least_rows", 8)
+    loss = info_nce(*leaves, targets, workspace=WAYS["one pass"], **chosen)
+    assert loss.grad_fn.made is None and loss.grad_fn.run.kept is None
+    (loss * 65536).backward()
+    want = plain(tensors, targets, chosen)
+    for x, y in zip(leaves, want[1:3], strict=True):
+        assert (x.grad.double() / 65536 - y).norm() <= 2e-3 * y.norm()
 
 
 def test_a_changed_embedding_is_noticed_before_the_backward():

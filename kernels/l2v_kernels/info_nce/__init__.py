@@ -8,6 +8,7 @@ import torch
 from l2v_kernels.info_nce import checks
 from l2v_kernels.info_nce.autograd import InfoNce
 from l2v_kernels.info_nce.settings import DIRECTIONS, Direction, Settings
+from l2v_kernels.info_nce.tiles import sum_dtype
 
 __all__ = ["info_nce"]
 
@@ -113,24 +114,34 @@ def info_nce(
         check_values = not queries_NE.is_cuda or os.environ.get("L2V_CHECK") == "1"
     if check_values:
         checks.check_values(tensors, labels, settings)
-    losses_PN = InfoNce.apply(queries_NE, candidates_ME, all_queries_QE, scale, labels, settings)
+    tensors = (queries_NE, candidates_ME, all_queries_QE, scale)
     if reduction == "none":
+        losses_PN = InfoNce.apply(*tensors, None, labels, settings)
         return losses_PN if prefixes is not None else losses_PN[0]
-    return _reduce(losses_PN, prefix_weights, weights_N, reduction)
+    checks.check_weights(prefix_weights, weights_N, len(settings.prefixes), len(queries_NE))
+    if weights_N is not None and weights_N.requires_grad:
+        return _reduce(InfoNce.apply(*tensors, None, labels, settings), prefix_weights, weights_N, reduction)
+    return InfoNce.apply(
+        *tensors, _weights(queries_NE, prefix_weights, weights_N, reduction, settings), labels, settings
+    )
+
+
+def _weights(queries_NE, prefix_weights, weights_N, reduction, settings):
+    """[P, N]: what each loss counts in the sum. Filled, not copied: a copy to the device would wait for it."""
+    P, N = len(settings.prefixes), len(queries_NE)
+    weights_PN = queries_NE.new_ones((P, N), dtype=sum_dtype(queries_NE))
+    if weights_N is not None:
+        weights_PN *= weights_N / weights_N.sum() if reduction == "mean" else weights_N
+    for row_N, weight in zip(weights_PN, prefix_weights or [1.0] * P, strict=True):
+        factor = float(weight) / (N if reduction == "mean" and weights_N is None else 1)
+        if factor != 1:
+            row_N *= factor
+    return weights_PN
 
 
 def _reduce(losses_PN, prefix_weights, weights_N, reduction):
-    P, N = losses_PN.shape
-    if prefix_weights is not None:
-        if len(prefix_weights) != P:
-            raise ValueError(f"{len(prefix_weights)} prefix_weights for {P} prefixes")
-        # Not a product with a tensor of weights: copying that to the device would wait for it.
-        losses_N = sum(float(w) * losses_N for w, losses_N in zip(prefix_weights, losses_PN.unbind(), strict=True))
-    else:
-        losses_N = losses_PN.sum(0)
-    if weights_N is None:
-        return losses_N.mean() if reduction == "mean" else losses_N.sum()
-    if weights_N.shape != (N,):
-        raise ValueError(f"weights_N must be [{N}], one weight a query, got {tuple(weights_N.shape)}")
+    """The same with a graph to weights_N."""
+    weights = prefix_weights or [1.0] * len(losses_PN)
+    losses_N = sum(float(w) * row_N for w, row_N in zip(weights, losses_PN.unbind(), strict=True))
     total = (weights_N * losses_N).sum()
     return total / weights_N.sum() if reduction == "mean" else total

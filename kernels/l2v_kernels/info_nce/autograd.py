@@ -1,14 +1,19 @@
-"""The autograd function of InfoNCE. The backward needs no second look at the losses, only their gradient."""
+"""The autograd functions of InfoNCE: of all losses, and of their weighted sum, whose gradient needs no second look."""
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from l2v_kernels.info_nce.engine import Pass, gradients, losses
+from l2v_kernels.info_nce.engine import Pass, losses
+from l2v_kernels.info_nce.gradient import gradients, losses_and_gradients
 from l2v_kernels.info_nce.settings import Labels, Settings
 
 
 class InfoNce(torch.autograd.Function):
-    """Losses [P, N]. Kept for the backward: the embeddings, a few numbers a row, and the dot products if they fit."""
+    """Losses [P, N], or with weights [P, N] the scalar sum(weights * losses).
+
+    Kept for the backward: the embeddings, a few numbers a row, and the dot products if they fit. If they do not, the
+    gradients of the sum are made while the scores are there, and the backward multiplies them by the incoming one.
+    """
 
     @staticmethod
     def forward(
@@ -17,26 +22,38 @@ class InfoNce(torch.autograd.Function):
         candidates_ME: torch.Tensor,
         all_queries_QE: torch.Tensor | None,
         scale: float | torch.Tensor,
+        weights_PN: torch.Tensor | None,
         labels: Labels,
         settings: Settings,
     ) -> torch.Tensor:
         tensors = (queries_NE, candidates_ME, all_queries_QE)
         number = scale.detach().reshape(()) if isinstance(scale, torch.Tensor) else scale
+        wanted, made = ctx.needs_input_grad[:4], None
         # Autocast would round fp32 embeddings on their way into every product.
         with torch.autocast(queries_NE.device.type, enabled=False):
             run = Pass.start(*(None if x is None else x.detach() for x in tensors), labels, number, settings)
-            losses_PN = losses(run, keep=any(ctx.needs_input_grad))
+            if weights_PN is not None and any(wanted) and run.one_pass_rows():
+                losses_PN, made = losses_and_gradients(run, weights_PN, wanted)
+            else:
+                losses_PN = losses(run, keep=any(wanted))
         # Through save_for_backward, so that an embedding changed in place meanwhile is noticed.
         ctx.save_for_backward(*tensors)
-        ctx.run, ctx.scale = run, scale
-        return losses_PN
+        ctx.run, ctx.scale, ctx.weights_PN, ctx.made = run, scale, weights_PN, made
+        return losses_PN if weights_PN is None else (weights_PN * losses_PN).sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_PN: torch.Tensor):
+    def backward(ctx, grad: torch.Tensor):
         _ = ctx.saved_tensors
-        with torch.autocast(grad_PN.device.type, enabled=False):
-            *of_tensors, of_scale = gradients(ctx.run, grad_PN, ctx.needs_input_grad[:4])
+        with torch.autocast(grad.device.type, enabled=False):
+            if ctx.made is not None:
+                # In place, so they are good for once; a second backward makes them anew.
+                found = [x if x is None else x.mul_(grad) for x in ctx.made]
+                ctx.made = None
+            else:
+                grad_PN = grad if ctx.weights_PN is None else grad * ctx.weights_PN
+                found = gradients(ctx.run, grad_PN, ctx.needs_input_grad[:4])
+        *of_tensors, of_scale = found
         if of_scale is not None:
             of_scale = of_scale.to(ctx.scale.dtype).reshape(ctx.scale.shape)
-        return *of_tensors, of_scale, None, None
+        return *of_tensors, of_scale, None, None, None

@@ -1,6 +1,7 @@
 """What `info_nce` is given, checked: shapes and settings always, values where that costs no wait."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -67,6 +68,14 @@ def check_numbers(scale: float | torch.Tensor, workspace: int, margin: float | N
             raise ValueError(f"scale is a number or a tensor of one element, got {tuple(scale.shape)}")
     elif not 0 < scale < math.inf:
         raise ValueError(f"scale must be above 0 and finite, got {scale}")
+
+
+def check_weights(prefix_weights: Sequence[float] | None, weights_N: torch.Tensor | None, P: int, N: int) -> None:
+    """Errors: ValueError unless there is one weight a prefix and one a query, where there are any."""
+    if prefix_weights is not None and len(prefix_weights) != P:
+        raise ValueError(f"{len(prefix_weights)} prefix_weights for {P} prefixes")
+    if weights_N is not None and weights_N.shape != (N,):
+        raise ValueError(f"weights_N must be [{N}], one weight a query, got {tuple(weights_N.shape)}")
 
 
 def check_labels(

@@ -24,9 +24,10 @@ class Config:
         return meta | {"BLOCK_K": self.block_k} if products else meta
 
 
-# Passes over scores: 16 of them a thread, a row's vectors shared by what a program reads of it.
-STATISTICS = Config(4, 1024, 0, 8, 1)
-COEFFICIENTS = Config(16, 256, 0, 8, 1)
+# Passes over scores: (statistics, coefficients), 16 scores a thread, a row's vectors shared by what a program reads of it;
+# with several prefixes there are sums beside, which take registers.
+_PASSES = (Config(4, 1024, 0, 8, 1), Config(16, 256, 0, 8, 1))
+_PASSES_OF_PREFIXES = (Config(4, 512, 0, 8, 1), Config(16, 128, 0, 8, 1))
 NORMS = {"BLOCK_R": 4, "BLOCK_E": 1024, "num_warps": 8}
 FINISH = {"BLOCK_R": 4, "BLOCK_E": 1024, "num_warps": 8}
 
@@ -50,9 +51,9 @@ _HALF = {
         "heavy": (Config(64, 32, 32, 8, 2), Config(64, 32, 32, 8, 2)),
     },
     120: {
-        "one": (Config(128, 64, 64, 8, 4), Config(128, 64, 64, 8, 4)),
-        "prefixes": (Config(64, 64, 64, 8, 3), Config(64, 64, 64, 8, 3)),
-        "heavy": (Config(64, 32, 32, 8, 2), Config(64, 32, 32, 8, 2)),
+        "one": (Config(128, 128, 32, 8, 4), Config(128, 128, 64, 8, 4)),
+        "prefixes": (Config(128, 64, 64, 8, 4), Config(128, 64, 64, 8, 4)),
+        "heavy": (Config(128, 64, 64, 8, 4), Config(128, 64, 64, 8, 4)),
     },
 }
 # Exact products run on the ordinary cores.
@@ -66,6 +67,11 @@ FLOPS_PER_BYTE = 180
 """bf16 products per second over bytes copied per second: 788e12 / 4.3e12 on an H200; 150 to 300 on other GPUs."""
 FUSED_EFFICIENCY = 0.75
 """Share of the library's rate that a product in Triton reaches: 75 to 77% is what others published for Hopper."""
+
+
+def elementwise(prefixes: int) -> tuple[Config, Config]:
+    """Tiles of the passes over dot products: (statistics, coefficients)."""
+    return _PASSES if prefixes == 1 else _PASSES_OF_PREFIXES
 
 
 def fused(arch: int, itemsize: int, prefixes: int, heavy: bool) -> tuple[Config, Config]:

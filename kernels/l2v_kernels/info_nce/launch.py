@@ -22,11 +22,12 @@ def inverse_norms(x_nE: torch.Tensor, settings: Settings) -> torch.Tensor:
     return out_Pn
 
 
-def statistics(tile: Tile, planes_PRC, m_PR, l_PR, pair_PR, chosen: config.Config = config.STATISTICS) -> None:
+def statistics(tile: Tile, planes_PRC, m_PR, l_PR, pair_PR) -> None:
     """Carries m, l and pair [P, R] over a tile's planes, in place."""
     P, R, C = planes_PRC.shape
     if not R * C:
         return
+    chosen = config.elementwise(P)[0]
     kernel_elementwise.statistics_kernel[(triton.cdiv(R, chosen.block_r),)](
         planes_PRC,
         m_PR,
@@ -51,12 +52,12 @@ def statistics(tile: Tile, planes_PRC, m_PR, l_PR, pair_PR, chosen: config.Confi
 
 def coefficients(
     tile: Tile, planes_PRC, lse_PR, row_out_PR, out_PRC, row_sums_PR, column_sums_PC,
-    chosen: config.Config = config.COEFFICIENTS,
 ) -> None:  # fmt: skip
     """Writes out [P, R, C] and adds to the sums."""
     P, R, C = out_PRC.shape
     if not R * C:
         return
+    chosen = config.elementwise(P)[1]
     grid = (triton.cdiv(R, chosen.block_r), triton.cdiv(C, chosen.block_c))
     with _Sums(P, R, C, grid, out_PRC.device, row_sums_PR, column_sums_PC) as sums:
         kernel_elementwise.coefficients_kernel[grid](
@@ -78,15 +79,13 @@ def coefficients(
         )
 
 
-def fused_statistics(
-    tile: Tile, x_RE, m_PR, l_PR, pair_PR, settings: Settings, chosen: config.Config | None = None
-) -> None:
+def fused_statistics(tile: Tile, x_RE, m_PR, l_PR, pair_PR, settings: Settings) -> None:
     """As `statistics`, from the embeddings of the tile's rows."""
     y_CE = tile.block.columns.x_nE[tile.columns]
     (R, C), P = tile.shape, len(settings.prefixes)
     if not R * C:
         return
-    chosen = chosen or _tiles(tile, x_RE, P)[0]
+    chosen = _tiles(tile, x_RE, P)[0]
     row_blocks = triton.cdiv(R, chosen.block_r)
     # Where there are few rows, columns are split, so that every multiprocessor has a few programs.
     splits = max(1, min(triton.cdiv(C, chosen.block_c), 4 * _multiprocessors(x_RE.device) // row_blocks))
@@ -124,14 +123,14 @@ def fused_statistics(
 
 def fused_coefficients(
     tile: Tile, x_RE, lse_PR, row_out_PR, out_PRC, row_sums_PR, column_sums_PC,
-    settings: Settings, chosen: config.Config | None = None,
+    settings: Settings,
 ) -> None:  # fmt: skip
     """As `coefficients`, from the embeddings of the tile's rows."""
     y_CE = tile.block.columns.x_nE[tile.columns]
     P, R, C = out_PRC.shape
     if not R * C:
         return
-    chosen = chosen or _tiles(tile, x_RE, P)[1]
+    chosen = _tiles(tile, x_RE, P)[1]
     grid = (triton.cdiv(R, chosen.block_r), triton.cdiv(C, chosen.block_c))
     with _Sums(P, R, C, grid, out_PRC.device, row_sums_PR, column_sums_PC) as sums:
         kernel_fused.fused_coefficients_kernel[(grid[0] * grid[1],)](

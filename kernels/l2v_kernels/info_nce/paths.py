@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from l2v_kernels.info_nce import elementwise
-from l2v_kernels.info_nce.config import prefers_fused
+from l2v_kernels.info_nce.config import FLOPS_PER_BYTE, prefers_fused
 from l2v_kernels.info_nce.products import dots
 from l2v_kernels.info_nce.settings import Settings
 from l2v_kernels.info_nce.tiles import Tile
@@ -25,6 +25,8 @@ class Path(Protocol):
     """Bytes a score that passing over a tile takes beside."""
     most_bytes: int
     """A larger tile gains nothing."""
+    least_rows: int
+    """With fewer at a time, one look at the scores costs more than two."""
 
     def inverse_norms(self, x_nE: torch.Tensor, settings: Settings) -> torch.Tensor: ...
 
@@ -47,6 +49,8 @@ class _Planes:
 
 class OnCpu(_Planes):
     """PyTorch all the way; also where there is no kernel for the dtype."""
+
+    least_rows = 64
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.plane_bytes = 8 if dtype == torch.float64 else 4
@@ -71,6 +75,8 @@ class Chunked(_Planes):
     """Library products, and a Triton kernel that goes over them."""
 
     plane_bytes, scratch_bytes, most_bytes = 4, 0, 1 << 62
+    # A row of tiles reads and writes M E sums of 4 bytes; the product that is saved has 2 M E operations a row.
+    least_rows = 4 * FLOPS_PER_BYTE
 
     def inverse_norms(self, x_nE, settings):
         from l2v_kernels.info_nce import launch
