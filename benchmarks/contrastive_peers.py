@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from benchmarks.harness import Unavailable
 from l2v_kernels import info_nce
 from l2v_kernels.info_nce import WORKSPACE
+from l2v_kernels.info_nce.paths import Chunked
 
 Step = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -37,8 +38,10 @@ class Workload:
 
     @property
     def products(self) -> int:
-        """Three where fp32 scores fit the op's default workspace and can wait there for the backward, else four."""
-        return 3 if 4 * self.n * self.m <= WORKSPACE else 4
+        """Three where scores need one look: all of them fit the op's default workspace, or those of enough rows with all
+        candidates do; else four."""
+        rows = WORKSPACE * 3 // 4 // ((4 + self.itemsize) * self.m)
+        return 3 if rows >= min(self.n, Chunked.least_rows) else 4
 
     @property
     def flops(self) -> float:
