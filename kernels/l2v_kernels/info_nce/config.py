@@ -27,7 +27,7 @@ class Config:
 # Passes over scores: (statistics, coefficients), 16 scores a thread, a row's vectors shared by what a program reads of it;
 # with several prefixes there are sums beside, which take registers.
 _PASSES = (Config(4, 1024, 0, 8, 1), Config(16, 256, 0, 8, 1))
-_PASSES_OF_PREFIXES = (Config(4, 512, 0, 8, 1), Config(16, 128, 0, 8, 1))
+_PASSES_OF_PREFIXES = (Config(2, 512, 0, 4, 1), Config(8, 128, 0, 4, 1))
 NORMS = {"BLOCK_R": 4, "BLOCK_E": 1024, "num_warps": 8}
 FINISH = {"BLOCK_R": 4, "BLOCK_E": 1024, "num_warps": 8}
 
@@ -47,7 +47,7 @@ _HALF = {
     },
     100: {
         "one": (Config(128, 64, 64, 8, 4), Config(128, 64, 64, 8, 4)),
-        "prefixes": (Config(64, 64, 64, 8, 3), Config(64, 64, 64, 8, 3)),
+        "prefixes": (Config(128, 32, 64, 8, 3), Config(64, 64, 64, 8, 3)),
         "heavy": (Config(64, 32, 32, 8, 2), Config(64, 32, 32, 8, 2)),
     },
     120: {

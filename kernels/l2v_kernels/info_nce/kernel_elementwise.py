@@ -5,17 +5,19 @@ import triton.language as tl
 
 from l2v_kernels.info_nce.kernel_common import fold, hidden_pairs, masked_scores, own_columns, pair_coefficients
 
-FREE = ["n_rows", "n_columns", "first_column", "first_number"]
-"""Arguments that differ from tile to tile: a kernel of their own for each value would be compiled all the time."""
+FREE = ["n_rows", "n_columns", "first_column", "first_number", "n_prefixes"]
+"""Arguments that differ from tile to tile: a kernel of their own for each value would be compiled all the time. n_prefixes
+is P again, for loops: with a bound that the compiler knows it unrolls them all and spills."""
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_prefixes"])
 def norms_kernel(
     x_ptr,
     bounds_ptr,
     out_ptr,
     n_rows,
     x_stride,
+    n_prefixes,
     P: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -29,7 +31,7 @@ def norms_kernel(
     in_rows = rows < n_rows
     x_ptr += rows.to(tl.int64)[:, None] * x_stride
     squares = tl.zeros([BLOCK_R], tl.float64)
-    for p in range(P):
+    for p in range(n_prefixes if P > 1 else 1):
         begin = tl.load(bounds_ptr + p) * ALIGN
         end = tl.load(bounds_ptr + p + 1) * ALIGN
         for start in range(0, end - begin, BLOCK_E):
@@ -65,6 +67,7 @@ def statistics_kernel(
     limit_stride,
     first_column,
     first_number,
+    n_prefixes,
     P: tl.constexpr,
     PREFIXES: tl.constexpr,
     HIDE: tl.constexpr,
@@ -101,7 +104,7 @@ def statistics_kernel(
         beyond = tl.where(in_columns, 0.0, float("-inf"))
         inside = in_rows[:, None] & in_columns[None, :]
         dots = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-        for p in range(P):
+        for p in range(n_prefixes if P > 1 else 1):
             dots += tl.load(planes_ptr + tl.cast(p, tl.int64) * plane_stride + columns[None, :], mask=inside, other=0.0)
             row_scale = tl.load(row_scale_ptr + p * row_scale_stride + rows, mask=in_rows, other=0.0)
             column_scale = tl.load(column_scale_ptr + p * column_scale_stride + columns, mask=in_columns, other=0.0)
@@ -147,6 +150,7 @@ def coefficients_kernel(
     limit_stride,
     first_column,
     first_number,
+    n_prefixes,
     P: tl.constexpr,
     HIDE: tl.constexpr,
     IDS: tl.constexpr,
@@ -174,7 +178,7 @@ def coefficients_kernel(
     left = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for turn in tl.static_range(2 if P > 1 else 1):
         dots = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-        for p in range(P):
+        for p in range(n_prefixes if P > 1 else 1):
             at_p = tl.cast(p, tl.int64) * plane_stride + at
             dots += tl.load(planes_ptr + at_p, mask=inside, other=0.0)
             h = pair_coefficients(

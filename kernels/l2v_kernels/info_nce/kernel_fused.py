@@ -5,7 +5,7 @@ import triton.language as tl
 
 from l2v_kernels.info_nce.kernel_common import fold, hidden_pairs, masked_scores, own_columns, pair_coefficients
 
-FREE = ["n_rows", "n_columns", "first_column", "first_number"]
+FREE = ["n_rows", "n_columns", "first_column", "first_number", "n_prefixes"]
 
 
 @triton.jit
@@ -68,6 +68,7 @@ def fused_statistics_kernel(
     limit_stride,
     first_column,
     first_number,
+    n_prefixes,
     P: tl.constexpr,
     PREFIXES: tl.constexpr,
     HIDE: tl.constexpr,
@@ -101,7 +102,7 @@ def fused_statistics_kernel(
         in_columns = columns < n_columns
         y_columns_ptr = y_ptr + columns.to(tl.int64)[:, None] * y_stride
         dots = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-        for p in range(P):
+        for p in range(n_prefixes if P > 1 else 1):
             dots = add_segment(
                 dots, x_rows_ptr, y_columns_ptr, bounds_ptr + p, in_rows, in_columns, ALIGN, EVEN, BLOCK_K, PRECISION
             )
@@ -157,6 +158,7 @@ def fused_coefficients_kernel(
     limit_stride,
     first_column,
     first_number,
+    n_prefixes,
     P: tl.constexpr,
     HIDE: tl.constexpr,
     IDS: tl.constexpr,
@@ -190,7 +192,7 @@ def fused_coefficients_kernel(
     y_columns_ptr = y_ptr + columns.to(tl.int64)[:, None] * y_stride
     at = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
     dots = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for p in range(P):
+    for p in range(n_prefixes if P > 1 else 1):
         dots = add_segment(
             dots, x_rows_ptr, y_columns_ptr, bounds_ptr + p, in_rows, in_columns, ALIGN, EVEN, BLOCK_K, PRECISION
         )
@@ -215,7 +217,7 @@ def fused_coefficients_kernel(
         # A thread may read back what another one wrote, if the compiler gives loads another layout than stores.
         tl.debug_barrier()
         total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-        for q in range(P):
+        for q in range(n_prefixes):
             at_q = tl.cast(P - 1 - q, tl.int64) * plane_stride + at
             total += tl.load(out_ptr + at_q, mask=inside, other=0.0).to(tl.float32)
             tl.store(out_ptr + at_q, total.to(out_ptr.dtype.element_ty), mask=inside)

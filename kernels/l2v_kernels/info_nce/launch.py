@@ -16,7 +16,7 @@ def inverse_norms(x_nE: torch.Tensor, settings: Settings) -> torch.Tensor:
     out_Pn = torch.empty(P, n, dtype=torch.float64, device=x_nE.device)
     if n:
         kernel_elementwise.norms_kernel[(triton.cdiv(n, config.NORMS["BLOCK_R"]),)](
-            x_nE, _bounds(settings.prefixes, x_nE.device), out_Pn, n, x_nE.stride(0), P=P,
+            x_nE, _bounds(settings.prefixes, x_nE.device), out_Pn, n, x_nE.stride(0), P, P=P,
             ALIGN=_alignment(settings.prefixes), **config.NORMS,
         )  # fmt: skip
     return out_Pn
@@ -42,6 +42,7 @@ def statistics(tile: Tile, planes_PRC, m_PR, l_PR, pair_PR) -> None:
         *_strides(tile),
         tile.first_column,
         tile.first_number,
+        P,
         P=P,
         PREFIXES=triton.next_power_of_2(P),
         PAIR=pair_PR is not None,
@@ -72,6 +73,7 @@ def coefficients(
             *_strides(tile, lse_PR, row_out_PR),
             tile.first_column,
             tile.first_number,
+            P,
             P=P,
             MINUS=tile.block.minus,
             **_flags(tile),
@@ -106,6 +108,7 @@ def fused_statistics(tile: Tile, x_RE, m_PR, l_PR, pair_PR, settings: Settings) 
         *_strides(tile),
         tile.first_column,
         tile.first_number,
+        P,
         P=P,
         PREFIXES=triton.next_power_of_2(P),
         **_flags(tile),
@@ -149,6 +152,7 @@ def fused_coefficients(
             *_strides(tile, lse_PR, row_out_PR),
             tile.first_column,
             tile.first_number,
+            P,
             P=P,
             MINUS=tile.block.minus,
             GROUP=config.GROUP,
