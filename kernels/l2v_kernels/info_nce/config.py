@@ -53,7 +53,7 @@ _HALF = {
     120: {
         "one": (Config(128, 128, 32, 8, 4), Config(128, 128, 64, 8, 4)),
         "prefixes": (Config(128, 64, 64, 8, 4), Config(128, 64, 64, 8, 4)),
-        "heavy": (Config(128, 64, 64, 8, 4), Config(128, 64, 64, 8, 4)),
+        "heavy": (Config(128, 64, 64, 8, 4), Config(64, 64, 64, 8, 3)),
     },
 }
 # Exact products run on the ordinary cores.

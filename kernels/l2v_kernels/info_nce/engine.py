@@ -40,7 +40,7 @@ class Pass:
         def measured(x_nE: torch.Tensor) -> Side:
             # Kernels read rows from left to right: another layout is copied.
             x_nE = x_nE if x_nE.stride(1) == 1 else x_nE.contiguous()
-            return Side.of(x_nE, path.inverse_norms(x_nE, settings))
+            return Side.of(x_nE, path.ops.inverse_norms(x_nE, settings))
 
         queries, candidates = measured(queries_NE), measured(candidates_ME)
         everyone = queries if shared else measured(all_queries_QE)

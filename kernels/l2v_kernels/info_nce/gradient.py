@@ -43,7 +43,7 @@ class Gradient:
         # Segment s lies in prefixes s and above.
         along_PR = (inverse_PR.square() * moments_PR).flip(0).cumsum(0).flip(0)
         along_PR = along_PR if unscale is None else along_PR * unscale
-        path.finish(sum_RE, self.side.x_nE[at], along_PR, unscale, out_nE[at], self.settings)
+        path.ops.finish(sum_RE, self.side.x_nE[at], along_PR, unscale, out_nE[at], self.settings)
 
 
 def losses_and_gradients(

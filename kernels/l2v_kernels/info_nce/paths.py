@@ -2,7 +2,7 @@
 
 import functools
 import importlib.util
-from typing import Protocol
+from types import ModuleType
 
 import torch
 
@@ -16,87 +16,60 @@ CPU_TILE = 32 << 20
 """Bytes of a tile and of what is computed from it on a CPU: larger ones leave the caches."""
 
 
-class Path(Protocol):
-    """What the engine asks of a way to compute. Shapes as in `elementwise`; x_RE are the embeddings of the tile's rows."""
+class Path:
+    """What the engine asks of a way to compute: the operations of `elementwise`, on dot products that the library makes."""
 
-    plane_bytes: int
+    plane_bytes = 4
     """Bytes a score that dot products take in the workspace; 0 where they never exist."""
-    scratch_bytes: int
+    scratch_bytes = 0
     """Bytes a score that passing over a tile takes beside."""
-    most_bytes: int
+    most_bytes = 1 << 62
     """A larger tile gains nothing."""
-    least_rows: int
+    least_rows = 1
     """With fewer at a time, one look at the scores costs more than two."""
 
-    def inverse_norms(self, x_nE: torch.Tensor, settings: Settings) -> torch.Tensor: ...
+    ops: ModuleType
+    """The module of operations on planes."""
 
-    def dots(self, x_RE: torch.Tensor, y_CE: torch.Tensor, out_PRC: torch.Tensor, settings: Settings) -> None: ...
-
-    def statistics(self, tile: Tile, x_RE, planes_PRC, m_PR, l_PR, pair_PR, settings: Settings) -> None: ...
-
-    def coefficients(self, tile: Tile, x_RE, planes_PRC, *rest: torch.Tensor, settings: Settings) -> None: ...
-
-    def finish(self, sum_RE, x_RE, along_PR, unscale, out_RE, settings: Settings) -> None: ...
-
-
-class _Planes:
-    """Dot products by the library, into planes of the workspace."""
-
-    def dots(self, x_RE, y_CE, out_PRC, settings):
+    def dots(self, x_RE: torch.Tensor, y_CE: torch.Tensor, out_PRC: torch.Tensor, settings: Settings) -> None:
+        """Products of each segment of x and y."""
         for s, (begin, end) in enumerate(settings.segments):
             dots(x_RE[:, begin:end], y_CE[:, begin:end], out_PRC[s])
 
+    def statistics(self, tile: Tile, x_RE, planes_PRC, m_PR, l_PR, pair_PR, settings: Settings) -> None:
+        """As `elementwise.statistics`; x_RE are the embeddings of the tile's rows."""
+        self.ops.statistics(tile, planes_PRC, m_PR, l_PR, pair_PR)
 
-class OnCpu(_Planes):
+    def coefficients(self, tile: Tile, x_RE, planes_PRC, *rest: torch.Tensor, settings: Settings) -> None:
+        """As `elementwise.coefficients`."""
+        self.ops.coefficients(tile, planes_PRC, *rest)
+
+
+class OnCpu(Path):
     """PyTorch all the way; also where there is no kernel for the dtype."""
 
     least_rows = 64
+    most_bytes = CPU_TILE
+    ops = elementwise
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.plane_bytes = 8 if dtype == torch.float64 else 4
         # Scores, their exponentials and moments, and masks.
         self.scratch_bytes = 4 * self.plane_bytes
-        self.most_bytes = CPU_TILE
-
-    def inverse_norms(self, x_nE, settings):
-        return elementwise.inverse_norms(x_nE, settings)
-
-    def statistics(self, tile, x_RE, planes_PRC, m_PR, l_PR, pair_PR, settings):
-        elementwise.statistics(tile, planes_PRC, m_PR, l_PR, pair_PR)
-
-    def coefficients(self, tile, x_RE, planes_PRC, *rest, settings):
-        elementwise.coefficients(tile, planes_PRC, *rest)
-
-    def finish(self, sum_RE, x_RE, along_PR, unscale, out_RE, settings):
-        elementwise.finish(sum_RE, x_RE, along_PR, unscale, out_RE, settings)
 
 
-class Chunked(_Planes):
-    """Library products, and a Triton kernel that goes over them."""
+class Chunked(Path):
+    """A Triton kernel goes over the dot products."""
 
-    plane_bytes, scratch_bytes, most_bytes = 4, 0, 1 << 62
     # A row of tiles reads and writes M E sums of 4 bytes; the product that is saved has 2 M E operations a row.
     least_rows = 4 * FLOPS_PER_BYTE
 
-    def inverse_norms(self, x_nE, settings):
+    @property
+    def ops(self) -> ModuleType:
+        # Imported here: the package works where Triton is not installed.
         from l2v_kernels.info_nce import launch
 
-        return launch.inverse_norms(x_nE, settings)
-
-    def statistics(self, tile, x_RE, planes_PRC, m_PR, l_PR, pair_PR, settings):
-        from l2v_kernels.info_nce import launch
-
-        launch.statistics(tile, planes_PRC, m_PR, l_PR, pair_PR)
-
-    def coefficients(self, tile, x_RE, planes_PRC, *rest, settings):
-        from l2v_kernels.info_nce import launch
-
-        launch.coefficients(tile, planes_PRC, *rest)
-
-    def finish(self, sum_RE, x_RE, along_PR, unscale, out_RE, settings):
-        from l2v_kernels.info_nce import launch
-
-        launch.finish(sum_RE, x_RE, along_PR, unscale, out_RE, settings)
+        return launch
 
 
 class Fused(Chunked):
@@ -105,14 +78,10 @@ class Fused(Chunked):
     plane_bytes = 0
 
     def statistics(self, tile, x_RE, planes_PRC, m_PR, l_PR, pair_PR, settings):
-        from l2v_kernels.info_nce import launch
-
-        launch.fused_statistics(tile, x_RE, m_PR, l_PR, pair_PR, settings)
+        self.ops.fused_statistics(tile, x_RE, m_PR, l_PR, pair_PR, settings)
 
     def coefficients(self, tile, x_RE, planes_PRC, *rest, settings):
-        from l2v_kernels.info_nce import launch
-
-        launch.fused_coefficients(tile, x_RE, *rest, settings)
+        self.ops.fused_coefficients(tile, x_RE, *rest, settings)
 
 
 @functools.cache
