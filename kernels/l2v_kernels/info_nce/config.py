@@ -24,10 +24,10 @@ class Config:
         return meta | {"BLOCK_K": self.block_k} if products else meta
 
 
-# Passes over scores: (statistics, coefficients), 16 scores a thread, a row's vectors shared by what a program reads of it;
-# with several prefixes there are sums beside, which take registers.
-_PASSES = (Config(4, 1024, 0, 8, 1), Config(16, 256, 0, 8, 1))
-_PASSES_OF_PREFIXES = (Config(2, 512, 0, 4, 1), Config(8, 128, 0, 4, 1))
+# Passes over scores: (statistics, coefficients). 8 or 16 scores a thread, a row's vectors shared by what a program reads
+# of it; with several prefixes there are sums beside, which take registers.
+_PASSES = (Config(4, 1024, 0, 8, 1), Config(8, 256, 0, 8, 1))
+_PASSES_OF_PREFIXES = (Config(2, 512, 0, 4, 1), Config(8, 64, 0, 4, 1))
 NORMS = {"BLOCK_R": 4, "BLOCK_E": 1024, "num_warps": 8}
 FINISH = {"BLOCK_R": 4, "BLOCK_E": 1024, "num_warps": 8}
 

@@ -5,9 +5,10 @@ import triton.language as tl
 
 from l2v_kernels.info_nce.kernel_common import fold, hidden_pairs, masked_scores, own_columns, pair_coefficients
 
-FREE = ["n_rows", "n_columns", "first_column", "first_number", "n_prefixes"]
-"""Arguments that differ from tile to tile: a kernel of their own for each value would be compiled all the time. n_prefixes
-is P again, for loops: with a bound that the compiler knows it unrolls them all and spills."""
+FREE = ["n_rows", "first_column", "first_number", "n_prefixes"]
+"""Arguments whose divisibility is no gain: kernels of their own would only be compiled more often. n_columns is not among
+them: a mask whose end is a multiple of 16 is what lets loads be 16 bytes wide. n_prefixes is P again, for loops: with a
+bound that the compiler knows it unrolls them all and spills."""
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_prefixes"])
@@ -198,7 +199,7 @@ def coefficients_kernel(
                 left -= h
 
 
-@triton.jit(do_not_specialize=["n_rows", "begin", "end"])
+@triton.jit(do_not_specialize=["n_rows"])
 def finish_kernel(
     sum_ptr,
     x_ptr,

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from l2v_kernels.info_nce.kernel_common import fold, hidden_pairs, masked_scores, own_columns, pair_coefficients
 
-FREE = ["n_rows", "n_columns", "first_column", "first_number", "n_prefixes"]
+FREE = ["n_rows", "first_column", "first_number", "n_prefixes"]
 
 
 @triton.jit
