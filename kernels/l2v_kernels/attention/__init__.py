@@ -1,7 +1,6 @@
 """Attention over packed segments, with grouped heads, windows, softcap and addressed dropout."""
 
 import functools
-import importlib.util
 import warnings
 
 import torch
@@ -11,6 +10,7 @@ from l2v_kernels.attention.padded import attention_padded
 from l2v_kernels.attention.plan import AttentionPlan
 from l2v_kernels.attention.reference import attention_reference
 from l2v_kernels.attention.settings import Settings
+from l2v_kernels.dispatch import has_triton, takes_triton
 from l2v_kernels.philox import threshold
 
 __all__ = ["AttentionPlan", "attention", "attention_padded"]
@@ -77,10 +77,11 @@ def attention(
 
 def _takes_kernel(q_THD):
     """Errors: NotImplementedError where there is neither a kernel nor a CPU."""
-    if not q_THD.is_cuda and q_THD.device.type == "cpu":
+    on_cpu = not q_THD.is_cuda and q_THD.device.type == "cpu"
+    if on_cpu and not takes_triton(q_THD):
         return False
     where = f"q {tuple(q_THD.shape)} {q_THD.dtype} on {q_THD.device}"
-    if not q_THD.is_cuda or not _has_triton():
+    if not (q_THD.is_cuda or on_cpu) or not has_triton():
         raise NotImplementedError(f"attention runs on the CPU, and on CUDA with Triton installed; got {where}")
     if q_THD.dtype == torch.float64:
         _say_once("l2v_kernels.attention: fp64 has no kernel, taking the slow PyTorch reference")
@@ -92,11 +93,6 @@ def _takes_kernel(q_THD):
             f"the attention kernel takes head dimensions that are multiples of 8 up to {MAX_HEAD_DIM}, got {where}"
         )
     return True
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -1,11 +1,9 @@
 """The autograd function of addressed dropout. Its gradient is the op itself, on the incoming gradient."""
 
-import functools
-import importlib.util
-
 import torch
 from torch.autograd.function import once_differentiable
 
+from l2v_kernels.dispatch import takes_triton
 from l2v_kernels.dropout.reference import apply_mask, dropped
 
 
@@ -19,8 +17,7 @@ class AddressedDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TE, p, seeds_T, rows_T, stream):
         ctx.p, ctx.stream = p, stream
-        # The kernel computes in fp32, too little for fp64.
-        ctx.triton = x_TE.is_cuda and x_TE.dtype != torch.float64 and _has_triton()
+        ctx.triton = takes_triton(x_TE)
         if ctx.triton:
             ctx.save_for_backward(seeds_T, rows_T)
             return _launch(x_TE, p, seeds_T, rows_T, stream)
@@ -36,12 +33,6 @@ class AddressedDropout(torch.autograd.Function):
         else:
             grad_TE = apply_mask(grad_TE, *ctx.saved_tensors, ctx.p)
         return grad_TE, None, None, None, None
-
-
-@functools.cache
-def _has_triton() -> bool:
-    # There is no Triton for Windows and macOS; CUDA on Windows takes the reference.
-    return importlib.util.find_spec("triton") is not None
 
 
 def _launch(x_TE, p, seeds_T, rows_T, stream):

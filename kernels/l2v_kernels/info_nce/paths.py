@@ -1,11 +1,10 @@
 """Two ways to a tile's statistics and coefficients: library products and an elementwise pass, or one fused kernel."""
 
-import functools
-import importlib.util
 from types import ModuleType
 
 import torch
 
+from l2v_kernels.dispatch import has_triton
 from l2v_kernels.info_nce import elementwise
 from l2v_kernels.info_nce.config import FLOPS_PER_BYTE, prefers_fused
 from l2v_kernels.info_nce.products import dots
@@ -84,15 +83,10 @@ class Fused(Chunked):
         self.ops.fused_coefficients(tile, x_RE, *rest, settings)
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def choose(x_NE: torch.Tensor, n_scores: int, settings: Settings) -> Path:
     """Errors: NotImplementedError where the variant asked for does not run."""
     where = f"embeddings {tuple(x_NE.shape)} {x_NE.dtype} on {x_NE.device}"
-    kernels = x_NE.is_cuda and _has_triton() and x_NE.dtype != torch.float64
+    kernels = x_NE.is_cuda and has_triton() and x_NE.dtype != torch.float64
     if not kernels:
         if settings.variant == "fused":
             raise NotImplementedError(f'variant="fused" needs CUDA with Triton, and fp32, fp16 or bf16; got {where}')

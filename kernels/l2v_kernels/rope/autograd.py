@@ -1,11 +1,9 @@
 """The autograd function of the rotary embedding. Its gradient is the transposed rotation of the incoming one."""
 
-import functools
-import importlib.util
-
 import torch
 from torch.autograd.function import once_differentiable
 
+from l2v_kernels.dispatch import takes_triton
 from l2v_kernels.rope.reference import rope_reference
 
 
@@ -25,14 +23,8 @@ class Rotary(torch.autograd.Function):
         return _rotate(grad_THD, *ctx.saved_tensors, inverse=True, inplace=False), None, None, None
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _rotate(x_THD, cos_TD, sin_TD, *, inverse, inplace):
-    # The kernel computes in fp32, too little for fp64.
-    if x_THD.is_cuda and x_THD.dtype != torch.float64 and _has_triton():
+    if takes_triton(x_THD):
         from l2v_kernels.rope.kernel import launch
 
         y_THD = x_THD if inplace else torch.empty_like(x_THD, memory_format=torch.contiguous_format)
