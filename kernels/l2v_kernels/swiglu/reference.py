@@ -1,0 +1,28 @@
+"""SwiGLU in plain PyTorch: the definition of the op, and the path taken where Triton is not."""
+
+import torch
+
+
+def forward_reference(gate_up_TG: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, in fp32 (fp64 for fp64), rounded once."""
+    gate_TF, up_TF = _halves(gate_up_TG)
+    return (torch.nn.functional.silu(gate_TF) * up_TF).to(gate_up_TG.dtype)
+
+
+def backward_reference(
+    dproduct_TF: torch.Tensor, gate_up_TG: torch.Tensor, out_TG: torch.Tensor | None = None
+) -> torch.Tensor:
+    """With s = sigmoid(gate): dgate = dproduct * up * s * (1 + gate * (1 - s)), dup = dproduct * gate * s."""
+    gate_TF, up_TF = _halves(gate_up_TG)
+    d_TF = dproduct_TF.to(gate_TF.dtype)
+    s_TF = torch.sigmoid(gate_TF)
+    dgate_TF = d_TF * up_TF * s_TF * (1 + gate_TF * (1 - s_TF))
+    dup_TF = d_TF * gate_TF * s_TF
+    out_TG = torch.empty_like(gate_up_TG) if out_TG is None else out_TG
+    for half_TF, found_TF in zip(out_TG.chunk(2, -1), (dgate_TF, dup_TF), strict=True):
+        half_TF.copy_(found_TF)
+    return out_TG
+
+
+def _halves(gate_up_TG: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return gate_up_TG.to(torch.promote_types(gate_up_TG.dtype, torch.float32)).chunk(2, -1)
