@@ -189,6 +189,7 @@ class Recipe:
     lora: Lora = field(default_factory=Lora)
     zero: Zero = field(default_factory=Zero)
     tracking: Tracking = field(default_factory=Tracking)
+    profile: bool = False
 
     def stage_seed(self, name: str) -> int:
         """The seed of a stage: its own or the recipe's."""
