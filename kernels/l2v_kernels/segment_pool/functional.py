@@ -2,7 +2,8 @@
 
 import torch
 
-from l2v_kernels.segment_pool import reference
+from l2v_kernels.dispatch import takes_triton
+from l2v_kernels.segment_pool.reference import backward_reference, forward_reference
 
 
 def forward(
@@ -17,7 +18,15 @@ def forward(
     rstd is that of each token of a weight other than 0, anything for the others, and None without a norm; totals are the
     sums of each segment's weights.
     """
-    return reference.forward_reference(x_TE, weights_T, cu_seqlens, norm_weight_E, eps)
+    if not takes_triton(x_TE):
+        return forward_reference(x_TE, weights_T, cu_seqlens, norm_weight_E, eps)
+    from l2v_kernels.segment_pool.kernel import launch_forward
+
+    (T, E), S = x_TE.shape, len(cu_seqlens) - 1
+    vectors_SE, totals_S = weights_T.new_empty(S, E), weights_T.new_empty(S)
+    rstd_T = None if norm_weight_E is None else weights_T.new_empty(T)
+    launch_forward(x_TE, weights_T, cu_seqlens, norm_weight_E, eps, vectors_SE, totals_S, rstd_T)
+    return vectors_SE, rstd_T, totals_S
 
 
 def backward(
@@ -31,6 +40,9 @@ def backward(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """dx [T, E] in `dtype`, that of x; x and rstd are needed with a norm only. A token of weight 0 gets 0."""
-    return reference.backward_reference(
-        dvectors_SE, x_TE, weights_T, cu_seqlens, norm_weight_E, rstd_T, totals_S, dtype
-    )
+    tensors = (dvectors_SE, x_TE, weights_T, cu_seqlens, norm_weight_E, rstd_T, totals_S)
+    if not takes_triton(dvectors_SE):
+        return backward_reference(*tensors, dtype)
+    from l2v_kernels.segment_pool.kernel import launch_backward
+
+    return launch_backward(*tensors, dvectors_SE.new_empty(len(weights_T), dvectors_SE.shape[1], dtype=dtype))

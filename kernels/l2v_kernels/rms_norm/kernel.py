@@ -1,0 +1,260 @@
+"""RMSNorm as Triton kernels. Bound by memory: a row is read once, held in registers, and written once."""
+
+import torch
+import triton
+import triton.language as tl
+
+TILE = 4096
+"""Elements a program where rows are short. Longer rows take a program each, and more warps."""
+
+WEIGHT_GRADIENT = {"BLOCK_R": 32, "BLOCK_E": 128, "num_warps": 4}
+PROGRAMS = 512
+"""Programs of the weight's gradient: a few for each multiprocessor of any GPU, and no more partial sums than that."""
+
+
+@triton.jit
+def row_offsets(row, stride_t, stride_h, HEADS: tl.constexpr):
+    """Where row `row` of [T, HEADS, WIDTH] begins, int64."""
+    return (row // HEADS) * stride_t + (row % HEADS) * stride_h
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def forward_kernel(
+    x_ptr,
+    delta_ptr,
+    weight_ptr,
+    sum_ptr,
+    y_ptr,
+    rstd_ptr,
+    n_rows,
+    eps,
+    stride_xt,
+    stride_xh,
+    stride_dt,
+    stride_dh,
+    DELTA: tl.constexpr,
+    KNOWN: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """sum = x + delta (DELTA), rstd of it, y = sum * rstd * weight. KNOWN: rstd is read, and y made anew from it: the
+    same two products, so the same bits. sum, y and rstd are contiguous. WIDTH is a constant so that a mask whose end is
+    a multiple of 8 leaves accesses 16 bytes wide."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_rows = row < n_rows
+    column = tl.arange(0, BLOCK_E)[None, :]
+    mask = in_rows[:, None] & (column < WIDTH)
+    x_at = row_offsets(row, stride_xt, stride_xh, HEADS)[:, None] + column
+    out_at = row[:, None] * WIDTH + column
+    x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    if DELTA:
+        delta_at = row_offsets(row, stride_dt, stride_dh, HEADS)[:, None] + column
+        delta = tl.load(delta_ptr + delta_at, mask=mask, other=0.0).to(tl.float32)
+        rounded = (x + delta).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + out_at, rounded, mask=mask)
+        x = rounded.to(tl.float32)
+    if KNOWN:
+        rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)
+    else:
+        rstd = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)
+        tl.store(rstd_ptr + row, rstd, mask=in_rows)
+    y = x * rstd[:, None] * weight
+    tl.store(y_ptr + out_at, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def backward_kernel(
+    dy_ptr,
+    sum_ptr,
+    rstd_ptr,
+    weight_ptr,
+    dsum_ptr,
+    dx_ptr,
+    n_rows,
+    stride_gt,
+    stride_gh,
+    stride_st,
+    stride_sh,
+    stride_rt,
+    stride_rh,
+    stride_xt,
+    stride_xh,
+    DSUM: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """dx = rstd * (g - unit * mean(g * unit)) + dsum (DSUM), g = dy * weight, unit = sum * rstd. A program reads its rows
+    before it writes them: dx may be dy or dsum."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    in_rows = row < n_rows
+    column = tl.arange(0, BLOCK_E)[None, :]
+    mask = in_rows[:, None] & (column < WIDTH)
+    dy_at = row_offsets(row, stride_gt, stride_gh, HEADS)[:, None] + column
+    sum_at = row_offsets(row, stride_st, stride_sh, HEADS)[:, None] + column
+    dx_at = row_offsets(row, stride_xt, stride_xh, HEADS)[:, None] + column
+    rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)[:, None]
+    weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    g = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32) * weight
+    unit = tl.load(sum_ptr + sum_at, mask=mask, other=0.0).to(tl.float32) * rstd
+    if DSUM:
+        dsum_at = row_offsets(row, stride_rt, stride_rh, HEADS)[:, None] + column
+        dsum = tl.load(dsum_ptr + dsum_at, mask=mask, other=0.0)
+    dx = rstd * (g - unit * (tl.sum(g * unit, 1) / WIDTH)[:, None])
+    if DSUM:
+        dx += dsum.to(tl.float32)
+    tl.store(dx_ptr + dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_rows", "rows_a_program"])
+def weight_gradient_kernel(
+    dy_ptr,
+    sum_ptr,
+    rstd_ptr,
+    partial_ptr,
+    n_rows,
+    rows_a_program,
+    stride_gt,
+    stride_gh,
+    stride_st,
+    stride_sh,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """partial [programs along rows, WIDTH]: sums of dy * sum * rstd over the rows of program i, column block j."""
+    column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
+    first = tl.program_id(0).to(tl.int64) * rows_a_program
+    last = tl.minimum(first + rows_a_program, n_rows)
+    total = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
+    for start in range(first, last, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        mask = (row < last)[:, None] & (column < WIDTH)
+        dy_at = row_offsets(row, stride_gt, stride_gh, HEADS)[:, None] + column
+        sum_at = row_offsets(row, stride_st, stride_sh, HEADS)[:, None] + column
+        rstd = tl.load(rstd_ptr + row, mask=row < last, other=0.0)[:, None]
+        unit = tl.load(sum_ptr + sum_at, mask=mask, other=0.0).to(tl.float32) * rstd
+        total += tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32) * unit
+    at = tl.program_id(0) * WIDTH + column
+    tl.store(partial_ptr + at, tl.sum(total, 0)[None, :], mask=column < WIDTH)
+
+
+def config(width: int) -> dict[str, int]:
+    """The tile for rows of `width`: several short ones, or one."""
+    block = triton.next_power_of_2(width)
+    warps = 4 if block < 4096 else 8 if block < 16384 else 16
+    return {"BLOCK_R": max(1, min(64, TILE // block)), "BLOCK_E": block, "num_warps": warps}
+
+
+def launch_forward(
+    x_TE: torch.Tensor,
+    delta_TE: torch.Tensor | None,
+    weight_E: torch.Tensor,
+    eps: float,
+    sum_TE: torch.Tensor | None,
+    y_TE: torch.Tensor,
+    rstd_T: torch.Tensor,
+    known: bool = False,
+) -> None:
+    """Writes y, rstd and, with a delta, sum, all contiguous; known: reads rstd. See `functional.forward`."""
+    n_rows, heads, width = _sizes(x_TE)
+    if x_TE.numel() == 0:
+        return
+    x_TE, delta_TE = _rows(x_TE), _rows(x_TE if delta_TE is None else delta_TE)
+    chosen = config(width)
+    forward_kernel[(triton.cdiv(n_rows, chosen["BLOCK_R"]),)](
+        x_TE,
+        delta_TE,
+        weight_E.contiguous(),
+        y_TE if sum_TE is None else sum_TE,
+        y_TE,
+        rstd_T,
+        n_rows,
+        eps,
+        *_strides(x_TE),
+        *_strides(delta_TE),
+        DELTA=sum_TE is not None,
+        KNOWN=known,
+        HEADS=heads,
+        WIDTH=width,
+        **chosen,
+    )
+
+
+def launch_backward(
+    dy_TE: torch.Tensor,
+    sum_TE: torch.Tensor,
+    rstd_T: torch.Tensor,
+    weight_E: torch.Tensor,
+    dsum_TE: torch.Tensor | None,
+    dx_TE: torch.Tensor,
+) -> torch.Tensor:
+    """Writes dx, of stride 1 along E, and returns it. See `functional.backward`."""
+    n_rows, heads, width = _sizes(sum_TE)
+    if sum_TE.numel() == 0:
+        return dx_TE
+    with_dsum = dsum_TE is not None
+    dy_TE, sum_TE, dsum_TE = _rows(dy_TE), _rows(sum_TE), _rows(dsum_TE if with_dsum else sum_TE)
+    chosen = config(width)
+    backward_kernel[(triton.cdiv(n_rows, chosen["BLOCK_R"]),)](
+        dy_TE,
+        sum_TE,
+        rstd_T,
+        weight_E.contiguous(),
+        dsum_TE,
+        dx_TE,
+        n_rows,
+        *_strides(dy_TE),
+        *_strides(sum_TE),
+        *_strides(dsum_TE),
+        *_strides(dx_TE),
+        DSUM=with_dsum,
+        HEADS=heads,
+        WIDTH=width,
+        **chosen,
+    )
+    return dx_TE
+
+
+def launch_weight_gradient(dy_TE: torch.Tensor, sum_TE: torch.Tensor, rstd_T: torch.Tensor) -> torch.Tensor:
+    """dweight [E] fp32: partial sums by the kernel, then their sum, both in a fixed order."""
+    n_rows, heads, width = _sizes(sum_TE)
+    if sum_TE.numel() == 0:
+        return rstd_T.new_zeros(width)
+    dy_TE, sum_TE = _rows(dy_TE), _rows(sum_TE)
+    blocks, rows = triton.cdiv(width, WEIGHT_GRADIENT["BLOCK_E"]), WEIGHT_GRADIENT["BLOCK_R"]
+    rows_a_program = rows * triton.cdiv(triton.cdiv(n_rows, rows), max(1, PROGRAMS // blocks))
+    partial = rstd_T.new_empty(triton.cdiv(n_rows, rows_a_program), width)
+    weight_gradient_kernel[(len(partial), blocks)](
+        dy_TE,
+        sum_TE,
+        rstd_T,
+        partial,
+        n_rows,
+        rows_a_program,
+        *_strides(dy_TE),
+        *_strides(sum_TE),
+        HEADS=heads,
+        WIDTH=width,
+        **WEIGHT_GRADIENT,
+    )
+    return partial.sum(0)
+
+
+def _sizes(x: torch.Tensor) -> tuple[int, int, int]:
+    """Rows, heads and width of [T, E] or [T, H, D]."""
+    heads = x.shape[1] if x.ndim == 3 else 1
+    return x.shape[0] * heads, heads, x.shape[-1]
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int]:
+    return x.stride(0), x.stride(1) if x.ndim == 3 else 0
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
