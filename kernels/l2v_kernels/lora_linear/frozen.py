@@ -1,0 +1,82 @@
+"""The frozen linears of a group: one product where their weights lie together, one each where they do not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+
+class FrozenLinears(Protocol):
+    """Linears that read one input x [T, E] and write side by side into y [T, N]; no gradient of their own."""
+
+    sizes: tuple[int, ...]
+    """N of each."""
+    biases: tuple[torch.Tensor | None, ...]
+
+    def add_product_(self, y_TN: torch.Tensor, x_TE: torch.Tensor) -> None:
+        """y += x W^T, without biases."""
+
+    def add_gradient_(self, dx_TE: torch.Tensor, dy_TN: torch.Tensor) -> None:
+        """dx += dy W."""
+
+
+class Linears:
+    """Weights [N, E] as they are. Every product adds to its output, which costs its epilogue a read and spares a pass."""
+
+    def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
+        self.weights = tuple(weights)
+        self.biases = tuple(biases)
+        self.sizes = tuple(w.shape[0] for w in self.weights)
+        self.together = _together(self.weights)
+
+    def add_product_(self, y_TN: torch.Tensor, x_TE: torch.Tensor) -> None:
+        """y += x W^T, without biases."""
+        if self.together is not None:
+            y_TN.addmm_(x_TE, self.together.t())
+            return
+        for y, w in zip(y_TN.split(self.sizes, 1), self.weights, strict=True):
+            y.addmm_(x_TE, w.t())
+
+    def add_gradient_(self, dx_TE: torch.Tensor, dy_TN: torch.Tensor) -> None:
+        """dx += dy W."""
+        if self.together is not None:
+            dx_TE.addmm_(dy_TN, self.together)
+            return
+        for dy, w in zip(dy_TN.split(self.sizes, 1), self.weights, strict=True):
+            dx_TE.addmm_(dy, w)
+
+
+def lay_together(linears: Sequence[nn.Linear]) -> None:
+    """Move the weights of several linears into one buffer, one below the other.
+
+    Each parameter stays itself: the same object, contiguous, of its own shape; only its storage is shared, by rows that
+    no other owns. Moving or casting a model parts them again, and the products then go one by one.
+    """
+    weights = [linear.weight for linear in linears]
+    if _together(weights) is not None or len(weights) == 1:
+        return
+    with torch.no_grad():
+        whole = torch.cat([w.detach() for w in weights])
+        for weight, rows in zip(weights, whole.split([w.shape[0] for w in weights]), strict=True):
+            weight.data = rows
+
+
+def _together(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The weights as one [N, E], if that is how they lie in memory."""
+    first = weights[0].detach()
+    if len(weights) == 1:
+        return first
+    storage = first.untyped_storage().data_ptr()
+    for before, after in itertools.pairwise(weights):
+        follows = before.data_ptr() + before.numel() * before.element_size() == after.data_ptr()
+        alike = before.shape[1:] == after.shape[1:] and before.dtype == after.dtype
+        if not (follows and alike and after.untyped_storage().data_ptr() == storage):
+            return None
+    if storage == 0 or not all(w.is_contiguous() and w.numel() for w in weights):
+        return None
+    rows = sum(w.shape[0] for w in weights)
+    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))

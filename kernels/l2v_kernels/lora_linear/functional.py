@@ -1,0 +1,126 @@
+"""Forward and backward without autograd, for layers that decide themselves what they keep.
+
+The adapters write the output first and the frozen product is added to it, so that no pass over y is spent on the sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from l2v_kernels.dispatch import takes_triton
+from l2v_kernels.lora_linear import reference
+from l2v_kernels.lora_linear.frozen import FrozenLinears
+from l2v_kernels.lora_linear.settings import MAX_ADAPTERS, Adapter, Noise, rank_slices
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the backward needs beside x: xa [T, sum of ranks] in x's dtype, and, without Triton, the dropout masks."""
+
+    xa_TR: torch.Tensor | None = None
+    masks: tuple[torch.Tensor | None, ...] = ()
+
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """For save_for_backward."""
+        return (self.xa_TR, *self.masks)
+
+    @classmethod
+    def of(cls, tensors: tuple[torch.Tensor | None, ...]) -> Kept:
+        """From what `tensors` gave."""
+        return cls(tensors[0], tuple(tensors[1:]))
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """dx [T, E], None unless wanted, and of each adapter dA [R, E] and dB [N, R], in the order of the adapters."""
+
+    dx_TE: torch.Tensor | None
+    da: list[torch.Tensor]
+    db: list[torch.Tensor]
+
+
+def forward(
+    x_TE: torch.Tensor, linears: FrozenLinears, adapters: tuple[Adapter, ...], noise: Noise
+) -> tuple[torch.Tensor, Kept]:
+    """y [T, N] of the group, and what its backward needs."""
+    y_TN = x_TE.new_empty((x_TE.shape[0], sum(linears.sizes)))
+    parts = y_TN.split(linears.sizes, 1)
+    kept = Kept()
+    if adapters:
+        kept = _down(x_TE, adapters, noise)
+    columns = dict(zip((a.part for a in adapters), rank_slices(adapters), strict=True))
+    b_of = {a.part: a.b_NR for a in adapters}
+    for at, (y, bias) in enumerate(zip(parts, linears.biases, strict=True)):
+        if at in columns:
+            xa = kept.xa_TR[:, columns[at]]
+            if bias is None:
+                torch.mm(xa, b_of[at].t(), out=y)
+            else:
+                torch.addmm(bias, xa, b_of[at].t(), out=y)
+        elif bias is None:
+            y.zero_()
+        else:
+            y.copy_(bias.expand_as(y))
+    linears.add_product_(y_TN, x_TE)
+    return y_TN, kept
+
+
+def backward(
+    dy_TN: torch.Tensor,
+    x_TE: torch.Tensor,
+    kept: Kept,
+    linears: FrozenLinears,
+    adapters: tuple[Adapter, ...],
+    noise: Noise,
+    *,
+    want_dx: bool = True,
+) -> Gradients:
+    """Gradients of x and of the adapters; the frozen weights have none."""
+    dy_parts = dy_TN.split(linears.sizes, 1)
+    dxa_TR = torch.empty_like(kept.xa_TR) if adapters else None
+    db = []
+    for adapter, columns in zip(adapters, rank_slices(adapters), strict=True):
+        dy = dy_parts[adapter.part]
+        # Outputs of 16 columns are made apart: a library that cannot write into a slice would copy it twice.
+        dxa_TR[:, columns] = (dy @ adapter.b_NR).mul_(adapter.scaling * noise.scale)
+        db.append(dy.t() @ kept.xa_TR[:, columns])
+    dx_TE, da = None, []
+    if adapters:
+        dx_TE, da = _down_backward(x_TE, dxa_TR, adapters, kept, noise, want_dx=want_dx)
+    if want_dx:
+        if dx_TE is None:
+            dx_TE = torch.zeros_like(x_TE)
+        linears.add_gradient_(dx_TE, dy_TN)
+    return Gradients(dx_TE, da, db)
+
+
+def _groups(adapters):
+    """Where the kernels take fewer adapters at once than there are."""
+    return [adapters[i : i + MAX_ADAPTERS] for i in range(0, len(adapters), MAX_ADAPTERS)]
+
+
+def _down(x_TE, adapters, noise):
+    if not takes_triton(x_TE):
+        xa_TR, masks = reference.down(x_TE, adapters, noise)
+        return Kept(xa_TR, tuple(masks))
+    from l2v_kernels.lora_linear import launch
+
+    parts = [launch.down(x_TE, group, noise) for group in _groups(adapters)]
+    return Kept(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+
+
+def _down_backward(x_TE, dxa_TR, adapters, kept, noise, *, want_dx):
+    if not takes_triton(x_TE):
+        return reference.down_backward(x_TE, dxa_TR, adapters, list(kept.masks), want_dx=want_dx)
+    from l2v_kernels.lora_linear import launch
+
+    dx_TE, da, at = None, [], 0
+    for group in _groups(adapters):
+        ranks = sum(a.rank for a in group)
+        part_TE, gradients = launch.down_backward(x_TE, dxa_TR[:, at : at + ranks], group, noise, want_dx=want_dx)
+        dx_TE = part_TE if dx_TE is None else dx_TE.add_(part_TE)
+        da += gradients
+        at += ranks
+    return dx_TE, da

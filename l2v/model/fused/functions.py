@@ -1,0 +1,184 @@
+"""The autograd functions of a fused layer. Only what the backward needs is kept; norms and SwiGLU products are made
+again from it, products with weights never.
+
+Matrices of adapters are arguments, so that autograd finds them; everything frozen is read from the modules, in the backward
+once more, where ZeRO-3 has gathered it again. Sums that a norm takes come out beside it, so that a residual is added where
+it is read anyway.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from l2v.model.fused.spec import Group, LayerSpec
+from l2v_kernels.lora_linear import Adapter, Noise
+from l2v_kernels.lora_linear import functional as lora
+from l2v_kernels.rms_norm import functional as rms_norm
+from l2v_kernels.rope.functional import rotate
+from l2v_kernels.swiglu import functional as swiglu
+
+
+@dataclass(frozen=True)
+class Call:
+    """One forward of one layer."""
+
+    spec: LayerSpec
+    noise: Noise
+    cos_TD: torch.Tensor
+    sin_TD: torch.Tensor
+    keep_all: bool
+    """Keep norm outputs and SwiGLU products too (recompute: none)."""
+
+
+def _adapters(group: Group, matrices: tuple[torch.Tensor, ...]) -> tuple[Adapter, ...]:
+    """The group's adapters with the matrices that autograd handed in."""
+    pairs = zip(matrices[::2], matrices[1::2], strict=True)
+    return tuple(replace(a, a_RE=A, b_NR=B) for a, (A, B) in zip(group.adapters(), pairs, strict=True))
+
+
+def _flat(found: lora.Gradients) -> list[torch.Tensor]:
+    return [gradient for pair in zip(found.da, found.db, strict=True) for gradient in pair]
+
+
+class GroupLinear(torch.autograd.Function):
+    """A group on an input that is kept by somebody else anyway: the output projection on what attention gave."""
+
+    @staticmethod
+    def forward(ctx, x_TE: torch.Tensor, group: Group, noise: Noise, *matrices: torch.Tensor) -> torch.Tensor:
+        y_TN, kept = lora.forward(x_TE, group.linears(), _adapters(group, matrices), noise)
+        ctx.group, ctx.noise = group, noise
+        ctx.save_for_backward(x_TE, *kept.tensors())
+        return y_TN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TN: torch.Tensor):
+        x_TE, *kept = ctx.saved_tensors
+        group = ctx.group
+        found = lora.backward(
+            dy_TN, x_TE, lora.Kept.of(tuple(kept)), group.linears(), group.adapters(), ctx.noise,
+            want_dx=ctx.needs_input_grad[0],
+        )  # fmt: skip
+        return found.dx_TE, None, None, *_flat(found)
+
+
+class ProjectHeads(torch.autograd.Function):
+    """Residual sum, norm, q, k and v with LoRA, norms of heads (Qwen3), rotation.
+
+    (residual [T, E], delta [T, E] or None) -> (sum [T, E], q [T, H, D], k [T, K, D], v [T, K, D]); without delta the sum is
+    the residual and is not returned again: its place holds None.
+    """
+
+    @staticmethod
+    def forward(ctx, residual_TE: torch.Tensor, delta_TE: torch.Tensor | None, call: Call, *matrices: torch.Tensor):
+        spec, group = call.spec, call.spec.qkv
+        norm = spec.module.input_layernorm
+        sum_TE, x_TE, rstd_T = rms_norm.forward(residual_TE, norm.weight, norm.variance_epsilon, delta_TE)
+        linears = group.linears()
+        qkv_TN, kept = lora.forward(x_TE, linears, _adapters(group, matrices), call.noise)
+        q, k, v = (part.unflatten(1, (-1, spec.head_dim)) for part in qkv_TN.split(linears.sizes, 1))
+        before = ()
+        if spec.head_norms is None:
+            for heads in (q, k):
+                rotate(heads, call.cos_TD, call.sin_TD, out=heads)
+        else:
+            # The norms' inputs are needed again: what is rotated is their output.
+            q, q_rstd = _norm_heads(q, spec.head_norms[0])
+            k, k_rstd = _norm_heads(k, spec.head_norms[1])
+            rotate(q, call.cos_TD, call.sin_TD, out=q)
+            rotate(k, call.cos_TD, call.sin_TD, out=k)
+            before = (qkv_TN, q_rstd, k_rstd)
+        ctx.call, ctx.n_before, ctx.has_delta = call, len(before), delta_TE is not None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(sum_TE, rstd_T, x_TE if call.keep_all else None, *before, *kept.tensors())
+        return (None if delta_TE is None else sum_TE), q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dsum_TE, dq_THD, dk_TKD, dv_TKD):
+        sum_TE, rstd_T, x_TE, *rest = ctx.saved_tensors
+        before, kept = rest[: ctx.n_before], lora.Kept.of(tuple(rest[ctx.n_before :]))
+        call, spec = ctx.call, ctx.call.spec
+        linears = spec.qkv.linears()
+        dqkv_TN = sum_TE.new_empty((sum_TE.shape[0], sum(linears.sizes)))
+        parts = [part.unflatten(1, (-1, spec.head_dim)) for part in dqkv_TN.split(linears.sizes, 1)]
+        parts[2].copy_(dv_TKD)
+        if spec.head_norms is None:
+            for part, gradient in zip(parts, (dq_THD, dk_TKD), strict=False):
+                rotate(gradient, call.cos_TD, call.sin_TD, inverse=True, out=part)
+        else:
+            qkv_TN, *rstds = before
+            inputs = [part.unflatten(1, (-1, spec.head_dim)) for part in qkv_TN.split(linears.sizes, 1)]
+            for part, x, rstd, norm, gradient in zip(
+                parts, inputs, rstds, spec.head_norms, (dq_THD, dk_TKD), strict=False
+            ):
+                turned = rotate(gradient, call.cos_TD, call.sin_TD, inverse=True)
+                rms_norm.backward(turned, x, rstd, norm.weight, out=part)
+        norm = spec.module.input_layernorm
+        if x_TE is None:
+            x_TE = rms_norm.normalize(sum_TE, rstd_T, norm.weight)
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        found = lora.backward(
+            dqkv_TN, x_TE, kept, linears, spec.qkv.adapters(), call.noise, want_dx=wanted
+        )  # fmt: skip
+        dx_TE = rms_norm.backward(found.dx_TE, sum_TE, rstd_T, norm.weight, dsum_TE) if wanted else None
+        return dx_TE, (dx_TE if ctx.has_delta else None), None, *_flat(found)
+
+
+def _norm_heads(heads_THD: torch.Tensor, norm: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Normalised heads, contiguous [T, H, D], and rstd [T, H]."""
+    _, y_THD, rstd_TH = rms_norm.forward(heads_THD, norm.weight, norm.variance_epsilon)
+    return y_THD, rstd_TH
+
+
+class GatedMlp(torch.autograd.Function):
+    """Residual sum, norm, gate and up with LoRA, SwiGLU, down with LoRA.
+
+    (residual [T, E], delta [T, E]) -> (sum [T, E], the layer's last delta [T, E]).
+    """
+
+    @staticmethod
+    def forward(ctx, residual_TE: torch.Tensor, delta_TE: torch.Tensor, call: Call, *matrices: torch.Tensor):
+        spec = call.spec
+        norm = spec.module.post_attention_layernorm
+        sum_TE, x_TE, rstd_T = rms_norm.forward(residual_TE, norm.weight, norm.variance_epsilon, delta_TE)
+        n = 2 * len(spec.gate_up.adapters())
+        of_gate_up, of_down = _adapters(spec.gate_up, matrices[:n]), _adapters(spec.down, matrices[n:])
+        gate_up_TG, kept_gate_up = lora.forward(x_TE, spec.gate_up.linears(), of_gate_up, call.noise)
+        product_TF = swiglu.forward(gate_up_TG)
+        y_TE, kept_down = lora.forward(product_TF, spec.down.linears(), of_down, call.noise)
+        saved = kept_gate_up.tensors()
+        ctx.call, ctx.n_gate_up = call, len(saved)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            sum_TE, rstd_T, gate_up_TG, x_TE if call.keep_all else None, product_TF if call.keep_all else None,
+            *saved, *kept_down.tensors(),
+        )  # fmt: skip
+        return sum_TE, y_TE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dsum_TE: torch.Tensor | None, dy_TE: torch.Tensor):
+        sum_TE, rstd_T, gate_up_TG, x_TE, product_TF, *rest = ctx.saved_tensors
+        kept_gate_up = lora.Kept.of(tuple(rest[: ctx.n_gate_up]))
+        kept_down = lora.Kept.of(tuple(rest[ctx.n_gate_up :]))
+        call, spec = ctx.call, ctx.call.spec
+        norm = spec.module.post_attention_layernorm
+        if product_TF is None:
+            product_TF = swiglu.forward(gate_up_TG)
+        of_down = lora.backward(
+            dy_TE, product_TF, kept_down, spec.down.linears(), spec.down.adapters(), call.noise
+        )  # fmt: skip
+        del product_TF
+        dgate_up_TG = swiglu.backward(of_down.dx_TE, gate_up_TG)
+        of_down = replace(of_down, dx_TE=None)
+        if x_TE is None:
+            x_TE = rms_norm.normalize(sum_TE, rstd_T, norm.weight)
+        found = lora.backward(
+            dgate_up_TG, x_TE, kept_gate_up, spec.gate_up.linears(), spec.gate_up.adapters(), call.noise
+        )  # fmt: skip
+        dx_TE = rms_norm.backward(found.dx_TE, sum_TE, rstd_T, norm.weight, dsum_TE)
+        return dx_TE, dx_TE, None, *_flat(found), *_flat(of_down)

@@ -1,0 +1,181 @@
+"""What of a transformers decoder the fused layer knows, and why it does not take another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import Linear as LoraModule
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from l2v.model.noise import AddressedDropout
+from l2v_kernels.lora_linear import Adapter, FrozenLinears, Linears
+
+FAMILIES = {
+    "LlamaDecoderLayer": "llama",
+    "MistralDecoderLayer": "mistral",
+    "Qwen2DecoderLayer": "qwen2",
+    "Qwen3DecoderLayer": "qwen3",
+}
+"""Class of the layer, and the module of transformers.models that it must come from."""
+
+
+class Unsupported(Exception):
+    """A layer that runs on the plain path; the message says why."""
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The frozen linear, below LoRA or bare."""
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def _active(module: nn.Module) -> str | None:
+    """The adapter that a PEFT layer adds now, or None."""
+    if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
+        return None
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    return names[0] if names else None
+
+
+class Group:
+    """Linears that read one input, as transformers and PEFT hold them.
+
+    Weights are read from the modules at every call, forward and backward: ZeRO-3 gathers them anew for each, and the
+    optimizer changes adapters in place.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules = modules
+
+    def linears(self) -> FrozenLinears:
+        """The frozen part."""
+        bases = [base_of(m) for m in self.modules]
+        return Linears([b.weight for b in bases], [b.bias for b in bases])
+
+    def adapters(self) -> tuple[Adapter, ...]:
+        """LoRA as it is now, in the order of the modules."""
+        found = []
+        for part, module in enumerate(self.modules):
+            name = _active(module)
+            if name is not None:
+                drop = module.lora_dropout[name]
+                stream = drop.stream if isinstance(drop, AddressedDropout) else 0
+                a, b = module.lora_A[name].weight, module.lora_B[name].weight
+                found.append(Adapter(part, a, b, module.scaling[name], stream))
+        return tuple(found)
+
+    def matrices(self) -> list[torch.Tensor]:
+        """A and B of each adapter in turn, for autograd to find."""
+        return [matrix for adapter in self.adapters() for matrix in (adapter.a_RE, adapter.b_NR)]
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer, read from its module."""
+
+    module: nn.Module
+    qkv: Group
+    o: Group
+    gate_up: Group
+    down: Group
+    head_dim: int
+    index: int
+    scale: float
+    window: int | None
+    """transformers' sliding_window"""
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> LayerSpec:
+        """Errors: Unsupported, with the reason."""
+        reason = obstacle(layer)
+        if reason:
+            raise Unsupported(reason)
+        attention, mlp = layer.self_attn, layer.mlp
+        if hasattr(attention, "sliding_window"):
+            window = attention.sliding_window
+        else:
+            window = getattr(attention.config, "sliding_window", None) if _family(layer) == "mistral" else None
+        return cls(
+            layer,
+            Group([attention.q_proj, attention.k_proj, attention.v_proj]),
+            Group([attention.o_proj]),
+            Group([mlp.gate_proj, mlp.up_proj]),
+            Group([mlp.down_proj]),
+            attention.head_dim,
+            attention.layer_idx,
+            attention.scaling,
+            window,
+        )
+
+    @property
+    def head_norms(self) -> tuple[nn.Module, nn.Module] | None:
+        """Qwen3's norms of queries and keys."""
+        attention = self.module.self_attn
+        return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
+
+    @property
+    def linears(self) -> list[nn.Module]:
+        """All seven."""
+        return [m for group in (self.qkv, self.o, self.gate_up, self.down) for m in group.modules]
+
+    def dropout(self) -> float:
+        """The probability of LoRA dropout now: that of any adapted linear, in training; all have the same."""
+        for module in self.linears:
+            name = _active(module)
+            if name is not None:
+                return getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0
+        return 0.0
+
+
+def _family(layer: nn.Module) -> str | None:
+    name = FAMILIES.get(type(layer).__name__)
+    return name if name and type(layer).__module__.startswith(f"transformers.models.{name}.") else None
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Why this layer runs on the plain path, as the rest of a sentence; None where it can be fused."""
+    if _family(layer) is None:
+        known = ", ".join(name.title() for name in FAMILIES.values())
+        return f"its layers are {type(layer).__name__}, and the fused layer knows those of {known}"
+    act = layer.self_attn.config.hidden_act
+    if act not in ("silu", "swish"):
+        return f"its activation is {act}, and the fused layer knows SiLU"
+    if getattr(layer.self_attn.config, "_attn_implementation", "l2v") != "l2v":
+        return f"its attention backend is {layer.self_attn.config._attn_implementation}; the fused layer needs base.backend=l2v"
+    attention, mlp = layer.self_attn, layer.mlp
+    names = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+    probabilities = set()
+    for name, module in [(n, getattr(attention, n)) for n in names[0]] + [(n, getattr(mlp, n)) for n in names[1]]:
+        reason = _linear_obstacle(name, module)
+        if reason:
+            return reason
+        if (adapter := _active(module)) is not None:
+            probabilities.add(getattr(module.lora_dropout[adapter], "p", 0.0))
+    if len(probabilities) > 1:
+        return f"its adapters drop out with different probabilities, {sorted(probabilities)}"
+    others = [
+        n for n, m in layer.named_modules() if isinstance(m, LoraLayer) and n.rsplit(".", 1)[-1] not in sum(names, ())
+    ]
+    return f"LoRA sits on {others[0]}, and the fused layer knows it on linears" if others else None
+
+
+def _linear_obstacle(name: str, module: nn.Module) -> str | None:
+    base = base_of(module)
+    if type(base) is not nn.Linear:
+        return f"{name} is a {type(base).__name__}, and the fused layer knows nn.Linear"
+    if not isinstance(module, LoraLayer):
+        return None
+    if type(module) is not LoraModule or any(getattr(module, "use_dora", {}).values()) or module.lora_variant:
+        return f"{name} carries a variant of LoRA ({type(module).__name__}), and the fused layer knows plain LoRA"
+    if len([n for n in module.active_adapters if n in module.lora_A]) > 1:
+        return f"{name} has several active adapters; merge them, or leave one active"
+    adapter = _active(module)
+    if adapter is None:
+        return None
+    if module.lora_A[adapter].bias is not None or module.lora_B[adapter].bias is not None:
+        return f"the adapter of {name} has biases, and the fused layer knows plain LoRA"
+    dtype = module.lora_A[adapter].weight.dtype
+    if dtype != base.weight.dtype:
+        return f"the adapter of {name} is {dtype} on a base of {base.weight.dtype}; the fused layer needs one dtype"
+    return None

@@ -1,0 +1,112 @@
+"""All layers of a decoder, fused: the residual stream travels as a sum and the last delta, added in the next norm."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from l2v.model.fused.functions import Call, GatedMlp, GroupLinear, ProjectHeads
+from l2v.model.fused.spec import LayerSpec, base_of
+from l2v_kernels import attention
+from l2v_kernels.integrations.transformers import PackedAttention
+from l2v_kernels.lora_linear import Noise, lay_together
+from l2v_kernels.rms_norm import rms_norm
+
+Recompute = Literal["none", "cheap", "layer"]
+
+
+class FusedStack:
+    """Runs a decoder's layers with fused forward and backward.
+
+    Holds no parameter: each module of the decoder keeps its own, and is called as a module, so that hooks on modules (ZeRO-3
+    gathers weights in them) run as ever. The decoder's own `forward` is left as it is.
+    recompute: `cheap` keeps what the backward cannot make by one pass over memory; `none` also keeps norm outputs and SwiGLU
+    products; `layer` keeps each layer's input and runs the layer again.
+    """
+
+    def __init__(self, decoder: nn.Module, recompute: Recompute = "cheap") -> None:
+        """Errors: Unsupported where a layer is not of a known family, or adapted in a way that is not known."""
+        inner = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
+        self.inner, self.recompute = inner, recompute
+        self.specs = [LayerSpec.of(layer) for layer in inner.layers]
+        for spec in self.specs:
+            _give(spec.module, lambda residual, delta, run, spec=spec: self._layer(spec, residual, delta, run))
+        _give(inner.norm, lambda residual, delta: _final_norm(inner.norm, residual, delta))
+
+    def lay_together(self) -> None:
+        """Put weights that read one input into one buffer, for one product. Once the model is on its device; not with
+        ZeRO-3, which owns the storage of parameters."""
+        for spec in self.specs:
+            for group in (spec.qkv, spec.gate_up):
+                lay_together([base_of(m) for m in group.modules])
+
+    def __call__(
+        self,
+        input_ids_T: torch.Tensor,
+        position_ids_T: torch.Tensor,
+        packed: PackedAttention,
+        seeds_T: torch.Tensor,
+        rows_T: torch.Tensor,
+    ) -> torch.Tensor:
+        """hidden_TE after the final norm, in the model's dtype. Noise only in training mode."""
+        embedded_TE = self.inner.embed_tokens(input_ids_T.unsqueeze(0))
+        cos, sin = self.inner.rotary_emb(embedded_TE, position_ids_T.unsqueeze(0))
+        run = _Run(packed, seeds_T, rows_T, cos[0], sin[0])
+        sum_TE, delta_TE = embedded_TE[0], None
+        for spec in self.specs:
+            sum_TE, delta_TE = spec.module(sum_TE, delta_TE, fused=run)
+        return self.inner.norm(sum_TE, delta_TE, fused=True)
+
+    def _layer(self, spec, residual_TE, delta_TE, run):
+        if self.recompute == "layer" and torch.is_grad_enabled():
+            # Noise has an address: there is no generator whose state would have to be put back.
+            return checkpoint(
+                self._layer_once, spec, residual_TE, delta_TE, run, use_reentrant=False, preserve_rng_state=False
+            )
+        return self._layer_once(spec, residual_TE, delta_TE, run)
+
+    def _layer_once(self, spec: LayerSpec, residual_TE, delta_TE, run):
+        noise = Noise(spec.dropout(), run.seeds_T, run.rows_T)
+        call = Call(spec, noise, run.cos_TD, run.sin_TD, keep_all=self.recompute == "none")
+        sum_TE, q, k, v = ProjectHeads.apply(residual_TE, delta_TE, call, *spec.qkv.matrices())
+        packed, training = run.packed, spec.module.self_attn.training
+        window = spec.window
+        if window is not None and not packed.causal:
+            window += 1  # as transformers counts it to both sides, see l2v_kernels.integrations.transformers
+        o_THD = attention(
+            q, k, v, packed.cu_seqlens, scale=spec.scale, dropout_p=packed.dropout_p if training else 0.0,
+            seeds_S=packed.seeds_S, stream=spec.index, causal=packed.causal, window=window, plan=packed.plan,
+        )  # fmt: skip
+        a_TE = GroupLinear.apply(o_THD.flatten(1), spec.o, noise, *spec.o.matrices())
+        residual_TE = residual_TE if sum_TE is None else sum_TE
+        return GatedMlp.apply(residual_TE, a_TE, call, *spec.gate_up.matrices(), *spec.down.matrices())
+
+
+class _Run:
+    """What all layers of one forward share."""
+
+    def __init__(self, packed, seeds_T, rows_T, cos_TD, sin_TD) -> None:
+        self.packed, self.seeds_T, self.rows_T = packed, seeds_T, rows_T
+        self.cos_TD, self.sin_TD = cos_TD, sin_TD
+
+
+def _final_norm(norm: nn.Module, residual_TE, delta_TE):
+    if delta_TE is None:
+        return rms_norm(residual_TE, norm.weight, norm.variance_epsilon)
+    return rms_norm(residual_TE, norm.weight, norm.variance_epsilon, residual_TE=delta_TE)[1]
+
+
+def _give(module: nn.Module, fused_forward) -> None:
+    """Let a module run the fused forward when called with `fused=`, and its own otherwise."""
+    own = type(module).forward
+
+    def forward(*args, fused=None, **kwargs):
+        if fused is None:
+            return own(module, *args, **kwargs)
+        return fused_forward(*args) if fused is True else fused_forward(*args, fused)
+
+    module.forward = forward

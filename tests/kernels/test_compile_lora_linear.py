@@ -1,0 +1,48 @@
+"""Ahead-of-time builds of the LoRA kernels, without a GPU: no register spills, wide loads, tensor cores."""
+
+import importlib.util
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("no Triton on this platform", allow_module_level=True)
+
+from benchmarks.aot import SHARED_LIMIT, available, build
+
+pytestmark = pytest.mark.skipif(not available(), reason="this Triton bundles no NVIDIA tools")
+
+POINTERS = ("x_ptr", "a_ptr", "xa_ptr", "dxa_ptr", "dx_ptr")
+
+
+def used_by(kernel_name, dtype, capability, *, ranks=(16, 16, 16), dropout=True, want_dx=True):
+    from l2v_kernels.lora_linear import kernel
+
+    function = getattr(kernel, f"lora_{kernel_name}_kernel")
+    config = dict((kernel.DOWN if kernel_name == "down" else kernel.BACKWARD)[2 if dtype == "bf16" else 4])
+    warps, stages = config.pop("num_warps"), config.pop("num_stages")
+    constants = {f"RANK_{i}": rank for i, rank in enumerate(ranks)} | config
+    constants |= {"BLOCK_R": max(16, max(ranks)), "DROPOUT": dropout, "PRECISION": "ieee"}
+    if kernel_name == "backward":
+        constants["WANT_DX"] = want_dx
+    types = dict.fromkeys(POINTERS, f"*{dtype}") | {"da_ptr": "*fp32", "seeds_ptr": "*i64", "rows_ptr": "*i64"}
+    types |= dict.fromkeys(("factor_0", "factor_1", "factor_2"), "fp32")
+    signature = {p.name: types.get(p.name, "i32") for p in function.params if not p.is_constexpr}
+    return build(function, signature, constants, capability, warps, stages, disassemble=dtype == "bf16")
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("kernel_name", ["down", "backward"])
+def test_what_the_recipe_launches(kernel_name, dtype, capability):
+    """Rank 16 with dropout on q, k and v, which needs the most registers."""
+    used = used_by(kernel_name, dtype, capability)
+    # Tiles of 16 ranks are below the 64 rows of HGMMA and UTCHMMA: HMMA everywhere.
+    assert not used.problems(capability, "HMMA" if dtype == "bf16" else None), used.registers
+    assert "cp.async.cg.shared.global" in used.ptx or "ld.global.v4.b32" in used.ptx
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("ranks", [(16, 0, 0), (64, 64, 64), (7, 16, 0)])
+@pytest.mark.parametrize("kernel_name", ["down", "backward"])
+def test_other_ranks(kernel_name, ranks, capability):
+    assert not used_by(kernel_name, "bf16", capability, ranks=ranks).problems(capability)
