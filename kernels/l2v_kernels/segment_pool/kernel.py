@@ -14,7 +14,7 @@ from l2v_kernels.segment_pool.reference import LEAST_TOTAL
 
 PIECE = 32
 """Tokens a piece. The partial sums of a long segment then cost 1/8 of the bytes of its bf16 states."""
-TILE = 8192
+TILE = 4096
 """Elements of the tile that goes over a piece."""
 COMBINE = {"BLOCK_P": 16, "BLOCK_E": 512, "num_warps": 8}
 

@@ -1,0 +1,102 @@
+import importlib.util
+
+import pytest
+import torch
+from step_cases import bytes_saved, check_swiglu, plain_swiglu, poisoned
+
+from l2v_kernels.dispatch import triton_everywhere
+from l2v_kernels.swiglu import functional, swiglu
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
+SHAPES = [(1, 1), (5, 33), (9, 1024), (3, 1100), (0, 8), (4, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("T", "F"), SHAPES)
+def test_against_float64(T, F, dtype):
+    check_swiglu(T, F, dtype)
+
+
+def test_equals_transformers():
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    config = llama.LlamaConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2)
+    mlp, x = llama.LlamaMLP(config), torch.randn(5, 16)
+    gate_up = x @ torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).t()
+    torch.testing.assert_close(mlp.down_proj(swiglu(gate_up)), mlp(x))
+
+
+def test_gradients():
+    gate_up = torch.randn(5, 14, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(swiglu, (gate_up,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rounds_once(dtype):
+    gate_up = torch.randn(9, 200).to(dtype)
+    exact = plain_swiglu(gate_up.double())
+    error = (swiglu(gate_up).double() - exact).abs()
+    assert (error <= (0.505 * torch.finfo(dtype).eps + 5e-7) * exact.abs() + 1e-7).all()
+
+
+def test_gates_far_from_zero():
+    """No infinity and no NaN on the way, where the result is finite."""
+    gate_up = torch.tensor([[-1e4, 1e4, -200.0, 0.0, 3.0, 3.0, 3.0, 3.0]], requires_grad=True)
+    product = swiglu(gate_up)
+    product.sum().backward()
+    assert torch.equal(product, torch.tensor([[0.0, 3e4, 0.0, 0.0]]))
+    assert torch.equal(gate_up.grad, torch.tensor([[0.0, 3.0, 0.0, 1.5, 0.0, 1e4, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_in_place(dtype):
+    dproduct, gate_up = torch.randn(5, 7).to(dtype), torch.randn(5, 14).to(dtype)
+    want = functional.backward(dproduct, gate_up)
+    assert functional.backward(dproduct, gate_up, gate_up) is gate_up and torch.equal(gate_up, want)
+
+
+def test_keeps_its_input_alone():
+    gate_up = torch.randn(6, 40, dtype=torch.bfloat16, requires_grad=True)
+    assert bytes_saved(lambda: swiglu(gate_up)) == [6 * 40 * 2]
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(4), torch.zeros(2, 3, 4), torch.zeros(4, 5), torch.zeros(4, 6).long()])
+def test_bad_input(bad):
+    with pytest.raises(ValueError, match=r"\(\d"):
+        swiglu(bad)
+
+
+@needs_triton
+def test_the_kernels_in_the_interpreter(run_interpreted):
+    run_interpreted(__file__)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("T", "F"), SHAPES)
+def test_interpreted_against_float64(T, F, dtype):
+    with triton_everywhere():
+        check_swiglu(T, F, dtype)
+
+
+def test_interpreted_gates_far_from_zero():
+    with triton_everywhere():
+        test_gates_far_from_zero()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_interpreted_layouts_and_in_place(dtype):
+    """Rows that lie apart are read and written where they are; other layouts through a copy; gate_up onto itself."""
+    buffer = torch.full((6, 80), float("nan"), dtype=dtype)
+    across = torch.full((40, 6), float("nan"), dtype=dtype)
+    plain = torch.randn(6, 40).to(dtype)
+    dproduct = torch.randn(20, 6).to(dtype).t()
+    want = functional.backward(dproduct, plain), functional.forward(plain)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 1e-3}
+    for gate_up in (plain.clone(), buffer[:, 8:48], across.t()):
+        gate_up.copy_(plain)
+        with triton_everywhere(), poisoned():
+            torch.testing.assert_close(functional.forward(gate_up), want[1], **tolerance)
+            apart = functional.backward(dproduct, gate_up)
+            assert functional.backward(dproduct, gate_up, gate_up) is gate_up
+        torch.testing.assert_close(apart, want[0], **tolerance)
+        assert torch.equal(apart, gate_up)
+    assert buffer[:, :8].isnan().all() and buffer[:, 48:].isnan().all()
