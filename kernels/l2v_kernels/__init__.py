@@ -6,7 +6,17 @@ The core needs torch (and Triton on CUDA) only. `integrations` is imported on re
 from l2v_kernels.attention import AttentionPlan, attention, attention_padded
 from l2v_kernels.dropout import dropout
 from l2v_kernels.info_nce import info_nce
+from l2v_kernels.linear_cross_entropy import linear_cross_entropy
 from l2v_kernels.philox import philox4x32
 from l2v_kernels.rope import rope
 
-__all__ = ["AttentionPlan", "attention", "attention_padded", "dropout", "info_nce", "philox4x32", "rope"]
+__all__ = [
+    "AttentionPlan",
+    "attention",
+    "attention_padded",
+    "dropout",
+    "info_nce",
+    "linear_cross_entropy",
+    "philox4x32",
+    "rope",
+]

@@ -1,0 +1,105 @@
+"""Cross-entropy of a frozen linear head on labelled positions: no logits in memory, no gradient of the head."""
+
+import os
+
+import torch
+
+from l2v_kernels.linear_cross_entropy.autograd import LinearCrossEntropy, in_chunks
+
+__all__ = ["linear_cross_entropy"]
+
+
+def linear_cross_entropy(
+    hidden_LE: torch.Tensor,
+    weight_VE: torch.Tensor,
+    labels_L: torch.Tensor,
+    *,
+    bias_V: torch.Tensor | None = None,
+    count: float | torch.Tensor | None = None,
+    workspace: int | None = None,
+    check_values: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over L of -log softmax(hidden weight^T + bias)[label], over count; and how many labels are the argmax.
+
+    The logits exist some rows at a time. With a gradient asked for, it is made in the forward, while they are there (two
+    products in all), and the backward multiplies it by the incoming one; without, there is one product. No atomics: the
+    same inputs give the same bits.
+
+    Args:
+        hidden_LE: [L, E] fp32, bf16 or fp16 (fp64 by the reference), any strides. L = 0 gives a loss of 0.
+        weight_VE, bias_V: the head, [V, E] and [V], in hidden's dtype. They get no gradient.
+        labels_L: int64 [L], each from 0 up to V - 1.
+        count: what the sum is divided by, a number or a tensor of no dimension, which is not waited for: the labels of a
+            whole step, say. Default: L.
+        workspace: bytes for the rows of logits at a time, at least one row's. Default: 768 MiB on CUDA, 128 MiB on a CPU.
+        check_values: look at the labels; default: on the CPU always, on CUDA with L2V_CHECK=1. Unchecked, a label out of
+            range makes the loss and its row's gradient NaN, reads nothing outside the weight and waits for nothing.
+    Returns: the loss, fp32 (fp64 for fp64), of no dimension, differentiable in hidden once; and hits, int64 of no dimension:
+        labels whose logit is the largest, of equal ones the first, as `argmax` has it.
+    Errors: ValueError with the shapes for shapes, dtypes, devices and labels; for a weight or bias that would need a gradient.
+    Source: chunks of logits whose gradient is made in the forward: Hsu et al. 2024 (Liger Kernel), arXiv 2410.10989.
+    """
+    V, shapes = _check(hidden_LE, weight_VE, labels_L, bias_V)
+    wide = torch.promote_types(hidden_LE.dtype, torch.float32)
+    L = len(hidden_LE)
+    if count is None:
+        count = max(L, 1)
+    elif isinstance(count, torch.Tensor):
+        if count.ndim or count.requires_grad:
+            raise ValueError(
+                f"count is a number or a tensor of no dimension without gradient, got {tuple(count.shape)} for {shapes}"
+            )
+        count = count.to(wide)
+    elif not count > 0:
+        raise ValueError(f"count must be above 0, got {count} for {shapes}")
+    if workspace is None:
+        workspace = (768 if hidden_LE.is_cuda else 128) << 20
+    elif workspace < 1:
+        raise ValueError(f"workspace is bytes for logits and must be at least 1, got {workspace}")
+    if check_values is None:
+        check_values = not hidden_LE.is_cuda or os.environ.get("L2V_CHECK") == "1"
+    if check_values:
+        _check_labels(labels_L, V)
+    arguments = (hidden_LE, weight_VE, bias_V, labels_L, workspace)
+    if torch.is_grad_enabled() and hidden_LE.requires_grad:
+        total, hits = LinearCrossEntropy.apply(*arguments)
+    else:
+        losses_L, hits_L, _ = in_chunks(*arguments, gradient=False)
+        total, hits = losses_L.sum(), hits_L.sum()
+    return total / count, hits
+
+
+def _check(hidden_LE, weight_VE, labels_L, bias_V):
+    """V, and the shapes for a message."""
+    tensors = {"hidden": hidden_LE, "weight": weight_VE, "labels": labels_L, "bias": bias_V}
+    tensors = {name: x for name, x in tensors.items() if x is not None}
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+    if hidden_LE.ndim != 2 or weight_VE.ndim != 2 or hidden_LE.shape[1] != weight_VE.shape[1] or not weight_VE.numel():
+        raise ValueError(f"linear_cross_entropy needs hidden [L, E] and weight [V, E], E and V above 0, got {shapes}")
+    L, V = len(hidden_LE), len(weight_VE)
+    if labels_L.shape != (L,) or (bias_V is not None and bias_V.shape != (V,)):
+        raise ValueError(f"linear_cross_entropy needs labels [L] and bias [V], got {shapes}")
+    floating = [x.dtype for name, x in tensors.items() if name != "labels"]
+    if not hidden_LE.is_floating_point() or len(set(floating)) > 1 or labels_L.dtype != torch.int64:
+        types = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
+        raise ValueError(
+            f"hidden, weight and bias must have one floating dtype and labels int64, got {types} for {shapes}"
+        )
+    if len({x.device for x in tensors.values()}) > 1:
+        devices = ", ".join(f"{name} {x.device}" for name, x in tensors.items())
+        raise ValueError(f"all tensors must be on one device, got {devices} for {shapes}")
+    for name in ("weight", "bias"):
+        if torch.is_grad_enabled() and name in tensors and tensors[name].requires_grad:
+            raise ValueError(
+                f"{name} requires grad and would get none: linear_cross_entropy is for a frozen head. Freeze it with "
+                f"{name}.requires_grad_(False), or use torch.nn.functional.cross_entropy on the logits ({shapes})"
+            )
+    return V, shapes
+
+
+def _check_labels(labels_L, V):
+    """Errors: ValueError naming the first label out of range. Reads the device."""
+    bad = ((labels_L < 0) | (labels_L >= V)).nonzero().flatten()
+    if len(bad):
+        at = int(bad[0])
+        raise ValueError(f"labels[{at}] is {int(labels_L[at])} and the head has {V} rows")
