@@ -24,6 +24,7 @@ from l2v.encoder import Encoder
 from l2v.errors import UserError
 from l2v.evaluation.plots import loss_curves, read_metrics
 from l2v.evaluation.retrieval import RetrievalResult, bootstrap_interval, score, tfidf_scores
+from l2v.machine import processor
 from l2v.model.embedded import resolve
 from l2v.model.load import dtype_of
 from l2v.recipe import Recipe
@@ -86,7 +87,7 @@ def machine(recipe: Recipe) -> dict[str, str | int | float]:
 
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "accelerator": accelerator,
         "precision": str(dtype_of(recipe.base.precision)).removeprefix("torch."),
@@ -94,14 +95,6 @@ def machine(recipe: Recipe) -> dict[str, str | int | float]:
         "torch": torch.__version__.split("+")[0],
         "transformers": transformers.__version__,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def gemm_gflops(dtype: torch.dtype) -> float:

@@ -28,11 +28,14 @@ from l2v.data.examples import MntpBlocks, Pairs, Views
 from l2v.data.sources import open_rows
 from l2v.data.tokens import TextTokenizer, load_tokenizer
 from l2v.errors import RecipeError, UserError
+from l2v.machine import gpu_trouble, threads
 from l2v.model.embedded import resolve
 from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_config, load_model, output_head
 from l2v.model.lora import WEIGHTS, add_lora, describe_adapter, merge_adapters, save_adapter, sha256, trainable
+from l2v.model.memory import LayerShape, activation_bytes, choose_recompute, free_bytes
 from l2v.model.packed import PackedDecoder
 from l2v.objectives.contrastive import Groups, contrastive_loss
+from l2v.objectives.mntp import mntp_loss_of_hidden
 from l2v.recipe import Contrastive, Mntp, Recipe, Simcse, Stage, Supervised
 from l2v.recipe_io import from_dict, load_recipe, to_dict
 from l2v.training import checkpoint
@@ -62,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # advice to PEFT, not to our users
     try:
         read = functools.partial(load_recipe, args.recipe, args.overrides, args.stage)
+        if trouble := gpu_trouble():  # torch would train on the CPU without a word
+            raise UserError(trouble)
         if not launched():
             read()  # a mistake is said before twenty seconds of launching
             return launch(args, list(sys.argv[1:] if argv is None else argv))
@@ -73,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in [args.stage] if args.stage else recipe.order():
             train_stage(recipe, name, rank, world, fresh=args.fresh)
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        # Before the ranks have met, each node speaks for itself: its error is known to no other.
+        if int(os.environ.get("RANK" if dist.is_initialized() else "LOCAL_RANK", 0)) == 0:
             print(f"l2v: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except (Interrupted, KeyboardInterrupt) as stopped:
@@ -117,7 +123,7 @@ def launch(args: argparse.Namespace, argv: list[str]) -> int:
     processes = args.processes or max(1, torch.cuda.device_count())
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        environment.setdefault("OMP_NUM_THREADS", str(threads(processes)))
         # glibc gives large blocks back to the system after every op and faults them in again: 15% of a step on 2 cores.
         environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 33))
         environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 33))
@@ -180,8 +186,8 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
 
     model, lineage = on_every_rank(functools.partial(build, recipe, name, dtype=dtype, seed=seed))
     agree({"the base and its adapters": lineage})
-    if stage.recompute:
-        model.decoder.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    if rank == 0 and model.plain_because and recipe.base.backend == "l2v":
+        print(f"{name}: plain layers, slower than fused ones: {model.plain_because}", flush=True)
     parameters = {n.removeprefix("decoder."): p for n, p in trainable(model).items()}
     if resume:
         for key, parameter in parameters.items():
@@ -189,7 +195,10 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
         if rank == 0:
             print(f"{name}: going on after step {resume.step}", flush=True)
     masking = _masking(stage, texts, recipe.base.mask_token, model)
-    engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype), stage)
+    engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype), stage, model.units())
+    note = _place_memory(model, recipe, stage, dtype)
+    if rank == 0 and note:
+        print(f"{name}: {note}", flush=True)
     job = Job(
         name=name, stage=stage, seed=seed, folder=folder, examples=examples, masking=masking, parameters=parameters,
         facts={"world": world}, tracking=recipe.tracking,
@@ -203,6 +212,33 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
     engine.destroy()
     del engine, model, job
     gc.collect()
+
+
+def _place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: torch.dtype) -> str | None:
+    """Once weights lie where they stay: put together what is multiplied together, decide what the backward makes again.
+
+    Returns what was chosen, for the user. It changes no bit of what is learned, so ranks may choose apart.
+    """
+    if model.fused is None:
+        model.set_recompute(stage.recompute)
+        return None
+    if recipe.zero.stage < 3:
+        model.fused.lay_together()
+    where = device()
+    shape = LayerShape.of(
+        model.fused.inner.config, rank=stage.lora.r, targets=tuple(stage.lora.targets), itemsize=dtype.itemsize
+    )
+    free = free_bytes(where, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    masks = where.type == "cpu" and stage.lora.dropout > 0
+    chosen = stage.recompute
+    if chosen == "auto":
+        chosen = choose_recompute(shape, stage.micro_tokens, free, masks=masks)
+    model.set_recompute(chosen)
+    needs = activation_bytes(shape, chosen, stage.micro_tokens, masks=masks)
+    return (
+        f"fused layers, recompute {chosen}: {stage.micro_tokens:,} tokens keep up to {needs / 2**30:.1f} GiB of "
+        f"{free / 2**30:.1f} GiB free"
+    )
 
 
 def open_examples(sources, stage: Stage, texts: TextTokenizer):
@@ -259,6 +295,7 @@ def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[
         backend=base.backend,
         pooling=base.pooling,
         attention_dropout=stage.attention_dropout if isinstance(stage, Simcse) else 0.0,
+        layers=base.layers,
     )
     return packed, lineage
 
@@ -366,9 +403,9 @@ def _evaluator(engine, stage: Stage, examples, masking: Masking | None) -> Calla
             micros = [collate(examples, micro, seed=0, step=0, masking=masking) for micro in unit.micros]
             if isinstance(stage, Mntp):
                 for micro in (m.to(engine.device) for m in micros):
-                    logits_LV = engine(micro, "logits").float()
-                    loss += torch.nn.functional.cross_entropy(logits_LV, micro.labels_L, reduction="sum").item()
-                    hits += (logits_LV.argmax(-1) == micro.labels_L).sum().item()
+                    part, found = engine(micro, "loss", functools.partial(mntp_loss_of_hidden, count=1.0))
+                    loss += part.item()
+                    hits += found.item()
                     count += len(micro.labels_L)
                 continue
             vectors_SE = torch.cat([engine(m.to(engine.device), "vectors") for m in micros])

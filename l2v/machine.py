@@ -1,0 +1,204 @@
+"""What a device reaches: its calibration, measured by `l2v doctor` and kept, the peak that its maker names, and its troubles.
+
+Throughput is told against these. Nothing is assumed of a device that was neither measured nor stands in the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import platform
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from l2v.errors import UserError
+from l2v.model.embedded import cache_folder
+
+SECONDS = 10.0
+ROUNDS = 9
+GEMM_SHARE = 0.6  # of the seconds; a GPU needs some to fall to the clock that its power limit allows
+
+# Dense bf16 with fp32 accumulation, FLOP/s, by the whole name that CUDA gives: a variant with another clock or a slice of the
+# device (MIG) is another device. From NVIDIA's data sheets (A100, H100, H200, L40S, HGX B200: half of the figure "with
+# sparsity" where only that is printed) and the Ada architecture paper (GeForce RTX 4090).
+PEAK_BF16 = {
+    r"(NVIDIA )?A100-SXM4-[48]0GB|(NVIDIA )?A100-PCIE-40GB|(NVIDIA )?A100 80GB PCIe": 312e12,
+    r"NVIDIA H100 80GB HBM3": 989e12,
+    r"NVIDIA H200": 989e12,
+    r"NVIDIA L40S": 362e12,
+    r"NVIDIA GeForce RTX 4090": 165e12,
+    r"NVIDIA B200": 2250e12,
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Measured medians of one device: FLOP/s of a large matrix product of random numbers, bytes/s (read and written) of a
+    large copy. `dtype` is that of the product; `when` is ISO 8601."""
+
+    device: str
+    torch: str
+    dtype: str
+    gemm_flops: float
+    copy_bytes: float
+    when: str
+
+
+def calibration(
+    device: torch.device, dtype: torch.dtype | None = None, *, measure: bool = False, seconds: float = SECONDS
+) -> Calibration | None:
+    """The kept calibration of this device under this version of torch; None where there is none.
+
+    dtype: of the product; by default the one that `base.precision: auto` takes. On a CPU the number of threads is part of
+    the device. measure: measure now, for about so many seconds, and keep it.
+    Errors: UserError if the device has no room for the measurement. A cache that cannot be written keeps nothing.
+    """
+    if dtype is None:
+        from l2v.model.load import dtype_of  # it loads transformers, which whoever brings a dtype need not wait for
+
+        dtype = dtype_of("auto")
+    file = calibration_file(device, dtype)
+    if not measure:
+        try:
+            return Calibration(**json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):  # not there, or written by another version: as good as none
+            return None
+    try:
+        gemm = gemm_flops(device, dtype, seconds * GEMM_SHARE)
+        copy = copy_bytes(device, seconds * (1 - GEMM_SHARE))
+    except torch.OutOfMemoryError:
+        raise UserError(f"{device_name(device)}: no memory is free to calibrate; stop what runs there first") from None
+    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    found = Calibration(device_name(device), torch.__version__, _short(dtype), gemm, copy, when)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=file.parent, suffix=".partial")
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(asdict(found), stream, indent=1)
+        os.replace(partial, file)
+    return found
+
+
+def calibration_file(device: torch.device, dtype: torch.dtype) -> Path:
+    """Where the calibration of a device, a version of torch and a dtype is kept."""
+    key = f"{device_name(device)} torch {torch.__version__} {_short(dtype)}"
+    return cache_folder() / "calibration" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', key).strip('-').lower()}.json"
+
+
+def device_name(device: torch.device) -> str:
+    """A GPU's name as CUDA gives it; a processor's with the number of threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor()}, {torch.get_num_threads()} threads"
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def threads(processes: int = 1) -> int:
+    """Threads of each process when so many train side by side on this machine's processor."""
+    return max(1, (os.cpu_count() or 1) // processes)
+
+
+def peak_flops(name: str, dtype: torch.dtype) -> float | None:
+    """The dense FLOP/s that the maker names for a device, in bf16 only; None for a device that is not in the table."""
+    if dtype != torch.bfloat16:
+        return None
+    return next((peak for names, peak in PEAK_BF16.items() if re.fullmatch(names, name)), None)
+
+
+def gemm_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """Median FLOP/s of an n x n x n product of random numbers, n as large as the time allows (at most 8192, on a CPU 2048).
+
+    Random, because a GPU multiplies zeros at a higher clock than it multiplies weights.
+    """
+    gpu = device.type == "cuda"
+    n, most = (2048, 8192) if gpu else (256, 2048)
+    while True:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        took = _median(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds / 50)
+        if n == most or took * 8 > seconds / ROUNDS:
+            break
+        n *= 2
+    return 2 * n**3 / _median(lambda: torch.mm(a, b, out=out), device, seconds)
+
+
+def copy_bytes(device: torch.device, seconds: float) -> float:
+    """Median bytes/s, read and written, of a copy that is larger than any cache: 1 GiB, on a CPU 256 MiB."""
+    source = torch.ones(1 << (28 if device.type == "cuda" else 26), device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * source.element_size() / _median(lambda: target.copy_(source), device, seconds)
+
+
+def _median(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Seconds a call: the median over rounds that take so many seconds together, the first call apart."""
+
+    def run(times: int) -> float:
+        began = time.perf_counter()
+        for _ in range(times):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - began) / times
+
+    run(1)
+    times = max(1, round(seconds / ROUNDS / max(run(1), 1e-7)))
+    began, found = time.perf_counter(), [run(times)]
+    while len(found) < ROUNDS and time.perf_counter() - began < seconds:
+        found.append(run(times))
+    return statistics.median(found)
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the system shows an NVIDIA GPU, whatever torch can do with it."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def gpu_trouble() -> str | None:
+    """Why a GPU that is there cannot be used, with the way out, in one sentence; None if nothing is wrong.
+
+    A machine without a GPU, a torch without CUDA, and a user who hid the GPUs are no trouble: training runs on the CPU.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.version.cuda is None or hidden or not has_nvidia_gpu() or torch.cuda.is_available():
+        return None
+    try:
+        torch.cuda.init()  # is_available() swallows the reason
+        message = "no GPU is visible"
+    except (RuntimeError, AssertionError) as error:
+        message = str(error)
+    return explain(message, torch.__version__, torch.version.cuda)
+
+
+def explain(message: str, version: str, cuda: str) -> str:
+    """What CUDA said, as one sentence with the way out. version, cuda: of torch."""
+    way_out = "or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
+    found = re.search(r"driver on your system is too old \(found version (\d+)\)", message)
+    if found:
+        major, minor = divmod(int(found[1]) // 10, 100)
+        return (
+            f"the NVIDIA driver takes programs for CUDA {major}.{minor} at most and torch {version} is built for CUDA {cuda}: "
+            f"update the driver, install a torch that is built for CUDA {major}, {way_out}"
+        )
+    first = message.strip().splitlines()[0].rstrip(".") if message.strip() else "no reason was given"
+    return f"torch {version} cannot use the GPU of this machine: {first}; look at nvidia-smi and CUDA_VISIBLE_DEVICES, {way_out}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

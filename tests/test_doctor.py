@@ -1,0 +1,260 @@
+"""`l2v doctor`: what it says of this machine, and of machines that lack something."""
+
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ROOT, training_environment
+
+from l2v import doctor
+from l2v.doctor import hardware, software
+from l2v.doctor.report import Report, render, tree
+
+OPS = {path.parent.name for path in (ROOT / "kernels" / "l2v_kernels").glob("*/kernel*.py")}
+TOPOLOGY = (
+    "\x1b[4m\tGPU0\tGPU1\tGPU2\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\n"
+    "GPU0\t X \tNV18\tSYS\tPIX\t0-47\t0\t\tN/A\n"
+    "GPU1\tNV18\t X \tNV18\tSYS\t0-47\t0\t\tN/A\n"
+    "GPU2\tSYS\tNV18\t X \tSYS\t48-95\t1\t\tN/A\n"
+    "NIC0\tPIX\tSYS\tSYS\t X \t\t\t\t\n\nLegend:\n\n  X    = Self\n"
+)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """A cache of its own, no GPU in sight, and the number of threads left as it was."""
+    monkeypatch.setenv("L2V_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def said(capsys, *arguments: str, code: int = 0) -> str:
+    assert doctor.main(list(arguments)) == code
+    return capsys.readouterr().out
+
+
+def test_a_report_to_paste(capsys):
+    text = said(capsys, "--seconds", "0.2")
+    assert "\033" not in text and max(map(len, text.splitlines())) < 200
+    assert text.splitlines()[-1] == "training can run here"
+    for title in ("machine", "devices", "versions", "kernels", "backends", "files", "calibration"):
+        assert f"\n{title}\n" in text
+    assert "could not be found out" not in text
+    assert re.search(r"torch +\d+\.\d+\S* \((built without CUDA|CUDA [\d.]+)\)", text)
+    for op in OPS:
+        assert re.search(rf"^  {op} +no  PyTorch reference: Triton needs a GPU$", text, re.M), op
+    assert re.search(r"base_precision: fp8 +no  needs a GPU of compute capability 8\.9, and there is no GPU", text)
+    assert re.search(r"matrix product +[\d.]+ [MGT]FLOP/s in (float32|bfloat16)$", text, re.M)
+
+
+def test_as_json_with_what_was_measured_before(capsys):
+    nothing = json.loads(said(capsys, "--json", "--seconds", "0"))
+    assert nothing["rates"] is None and "none yet" in nothing["calibration"][""]
+    measured = json.loads(said(capsys, "--json", "--seconds", "0.2"))
+    assert measured["rates"]["gemm_flops"] > 1e8 and measured["rates"]["copy_bytes"] > 1e8
+    assert json.loads(said(capsys, "--json", "--seconds", "0"))["rates"] == measured["rates"]
+    assert set(measured["kernels"]) == OPS and not measured["kernels"]["rope"]["available"]
+    assert measured["problems"] == []
+
+
+def test_what_is_missing_or_too_old_is_a_problem(capsys, monkeypatch):
+    real = software._version
+    monkeypatch.setattr(
+        software, "_version", lambda name: {"peft": None, "transformers": "4.40.0"}.get(name, real(name))
+    )
+    monkeypatch.setattr(software, "requirements", lambda: {"peft": ">=0.18", "transformers": ">=5.17,<6"})
+    text = said(capsys, "--seconds", "0", code=1)
+    assert "peft is not installed: pip install 'peft>=0.18'" in text
+    assert "transformers is 4.40.0 and l2v needs >=5.17,<6: pip install 'transformers>=5.17,<6'" in text
+    assert text.splitlines()[-1].startswith("training cannot run here")
+
+
+def test_its_own_requirements_are_met_here():
+    needs = software.requirements()
+    assert needs["transformers"] == "<6,>=5.17" or needs["transformers"] == ">=5.17,<6"
+    assert all(software._satisfies(software._version(name), needs.get(name, "")) for name in software.REQUIRED)
+
+
+def test_without_torch_there_is_still_a_report(tmp_path):
+    """In a process where torch cannot be imported at all."""
+    code = "import sys; sys.modules['torch'] = None; from l2v.cli import main; sys.exit(main(['doctor']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=training_environment(), cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done.stderr
+    assert re.search(r"torch [\d.+a-z]+ cannot be imported", done.stdout)
+    assert "this folder" in done.stdout and "embedded base" in done.stdout
+
+
+def test_a_gpu_that_cannot_be_used_is_a_problem(capsys, monkeypatch):
+    from l2v import machine
+
+    monkeypatch.setattr(machine, "gpu_trouble", lambda: "the NVIDIA driver takes programs for CUDA 12.2 at most")
+    text = said(capsys, "--seconds", "0", code=1)
+    assert "problems\n  - the NVIDIA driver takes programs" in text
+    assert "GPU  no  there is one and it cannot be used" in text
+
+
+def test_a_gpu_beside_a_torch_without_cuda_is_a_note(capsys, monkeypatch):
+    from l2v import machine
+
+    monkeypatch.setattr(machine, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    text = said(capsys, "--seconds", "0")
+    assert "notes\n  - there is one and torch" in text and "install a torch that is built for CUDA" in text
+
+
+def test_folders_that_cannot_be_written(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("L2V_CACHE", str(tmp_path / "file" / "cache"))
+    text = said(capsys, "--seconds", "0.1")
+    assert re.search(r"^  cache +no  .*cannot be written: Not a directory$", text, re.M)
+    assert "set L2V_CACHE to one that can" in text and re.search(r"kept in +no  .*cannot be written", text)
+
+
+def test_a_look_that_fails_is_a_line(monkeypatch):
+    def machine(report):
+        raise OSError("no such thing")
+
+    report = Report()
+    report.add("machine", machine)
+    assert report.sections["machine"] == {"": "could not be found out: OSError: no such thing"}
+    assert "could not be found out" in render(report, color=False)
+
+
+def test_colours_only_where_somebody_looks():
+    report = Report({"kernels": {"rope": (False, "why"), "attention": (True, "Triton")}}, problems=["one"])
+    plain, coloured = render(report, color=False), render(report, color=True)
+    assert re.sub(r"\033\[\d+m", "", coloured) == plain and "\033[31m" in coloured
+    assert "  rope       no  why\n  attention  yes Triton" in plain
+    assert tree(report)["kernels"]["rope"] == {"available": False, "text": "why"}
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """gpus(name, capability, free, total, works): a machine with two of these; memory in GiB."""
+
+    def pretend(name="NVIDIA H100 80GB HBM3", capability=(9, 0), free=78.0, total=79.0, works=True):
+        def ones(*shape, device):
+            if not works:
+                raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore")
+            return torch.zeros(*shape)
+
+        properties = SimpleNamespace(
+            name=name,
+            major=capability[0],
+            minor=capability[1],
+            total_memory=int(total * 2**30),
+            multi_processor_count=132,
+        )
+        for owner, attribute, value in (
+            (torch.cuda, "is_available", lambda: True),
+            (torch.cuda, "device_count", lambda: 2),
+            (torch.cuda, "get_device_properties", lambda at: properties),
+            (torch.cuda, "mem_get_info", lambda at: (int(free * 2**30), int(total * 2**30))),
+            (torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"]),
+            (torch.cuda.nccl, "version", lambda: (2, 27, 3)),
+            (torch._C, "_cuda_getDriverVersion", lambda: 13000),
+            (torch.version, "cuda", "12.8"),
+            (torch, "ones", ones),
+            (
+                hardware,
+                "nvidia_smi",
+                lambda *arguments: TOPOLOGY if arguments[0] == "topo" else "580.65.06\n580.65.06\n",
+            ),
+        ):
+            monkeypatch.setattr(owner, attribute, value, raising=False)
+        report = Report()
+        report.add("devices", hardware.devices)
+        return report
+
+    return pretend
+
+
+def test_gpus_are_described(gpus):
+    report = gpus()
+    assert report.sections["devices"] == {
+        "cuda:0": "NVIDIA H100 80GB HBM3, compute capability 9.0, 79.0 GiB, 78.0 free, 132 multiprocessors, "
+        "989 TFLOP/s bf16 by its data sheet",
+        "cuda:1": report.sections["devices"]["cuda:0"],
+        "CUDA": "driver up to 13.0, torch 12.8",
+        "NCCL": "2.27.3",
+        "driver": "580.65.06",
+        "links": "NV18 between 2 pairs, SYS between 1 pairs",
+    }
+    assert not report.problems and not report.notes
+
+
+@pytest.mark.parametrize(
+    ("what", "problem", "note"),
+    [
+        (
+            {"works": False},
+            "cuda:0 (NVIDIA H100 80GB HBM3, compute capability 9.0) does not work: RuntimeError: CUDA",
+            None,
+        ),
+        ({"name": "Tesla P4", "capability": (6, 1)}, "has no code for cuda:0 (Tesla P4, compute capability 6.1)", None),
+        (
+            {"name": "Tesla T4", "capability": (7, 5)},
+            None,
+            "are built and tested for 8.0 and up, and it multiplies no bf16",
+        ),
+        ({"free": 20.0}, None, "59.0 of 79.0 GiB of cuda:0 are in use already"),
+    ],
+)
+def test_gpus_that_do_not_serve(gpus, what, problem, note):
+    report = gpus(**what)
+    assert (problem in report.problems[0]) if problem else not report.problems
+    assert (note in report.notes[0]) if note else not report.notes
+
+
+def test_links_between_gpus():
+    assert hardware.links(TOPOLOGY) == "NV18 between 2 pairs, SYS between 1 pairs"
+    assert hardware.links(TOPOLOGY.replace("SYS", "NV18")) == "NV18 between all 3 pairs"
+
+
+@pytest.mark.parametrize(
+    ("capability", "builds", "runs"),
+    [
+        ((9, 0), ["sm_80", "sm_90"], True),
+        ((8, 9), ["sm_75", "sm_80", "sm_86", "sm_90"], True),
+        ((6, 1), ["sm_75", "sm_80"], False),
+        ((12, 0), ["sm_90", "sm_100"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),
+        ((12, 0), ["sm_90a", "sm_120"], True),
+        ((9, 0), [], True),
+    ],
+)
+def test_which_gpus_a_build_of_torch_runs_on(capability, builds, runs):
+    assert hardware.has_code_for(capability, builds) is runs
+
+
+def test_a_kernel_is_compiled_and_compared(monkeypatch):
+    """Triton's own failure is told; a kernel that computes something else is found."""
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda x: x)
+    assert software.triton_error() is None
+    import l2v_kernels
+
+    real, calls = l2v_kernels.dropout, []
+
+    def first_call_differs(*arguments):
+        calls.append(1)
+        return real(*arguments) * (2 if len(calls) == 1 else 1)
+
+    monkeypatch.setattr(l2v_kernels, "dropout", first_call_differs)
+    assert software.triton_error() == "dropout differs from its reference"
+
+    def fails(*arguments):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+
+    monkeypatch.setattr(l2v_kernels, "dropout", fails)
+    assert software.triton_error().startswith("RuntimeError: Failed to find C compiler. Please specify via CC")
+
+
+@pytest.mark.parametrize("rate", [(788e12, "788 TFLOP/s"), (96.3e9, "96.3 GFLOP/s"), (5e6, "5 MFLOP/s")])
+def test_rates_have_three_digits(rate):
+    assert hardware.rate(rate[0], "FLOP/s") == rate[1]

@@ -1,0 +1,131 @@
+"""What a device reaches, where it is kept, and what is wrong with a GPU."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from l2v import machine
+from l2v.machine import Calibration, calibration, calibration_file, explain, peak_flops
+
+CPU = torch.device("cpu")
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver by downloading and "
+    "installing a new version.\nAlternatively, install a PyTorch version that has been compiled with your driver."
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("L2V_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def broken_gpu(monkeypatch):
+    """broken_gpu(message): a machine with a GPU and a torch with CUDA 13 that says this when it is asked for it."""
+
+    def pretend(message: str) -> None:
+        def init():
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(machine, "has_nvidia_gpu", lambda: True)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "init", init)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    return pretend
+
+
+def test_a_calibration_is_measured_and_kept():
+    assert calibration(CPU, torch.float32) is None
+    found = calibration(CPU, torch.float32, measure=True, seconds=0.3)
+    assert calibration(CPU, torch.float32) == found
+    assert found.gemm_flops > 1e9 and found.copy_bytes > 1e8
+    assert (found.torch, found.dtype) == (torch.__version__, "float32")
+    assert calibration(CPU, torch.float64) is None, "another precision has another rate"
+
+
+def test_the_rate_is_that_of_the_product():
+    """An n x n product of float32 timed by hand: the rate lies within a factor of two of it."""
+    a = torch.randn(512, 512)
+    torch.mm(a, a)
+    by_hand = []
+    for _ in range(9):
+        began = time.perf_counter()
+        torch.mm(a, a)
+        by_hand.append(2 * 512**3 / (time.perf_counter() - began))
+    measured = machine.gemm_flops(CPU, torch.float32, 0.5)
+    assert sorted(by_hand)[0] / 2 < measured < 4 * sorted(by_hand)[-1]
+
+
+def test_a_calibration_belongs_to_a_device_a_torch_and_its_threads(monkeypatch):
+    found = calibration(CPU, torch.float32, measure=True, seconds=0.05)
+    assert found.device == f"{machine.processor()}, {torch.get_num_threads()} threads"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
+    assert calibration(CPU, torch.float32) is None
+    monkeypatch.undo()
+
+
+def test_a_damaged_or_older_file_counts_as_none():
+    file = calibration_file(CPU, torch.float32)
+    file.parent.mkdir(parents=True)
+    for content in ("{", "[]", json.dumps({"gemm": 1})):
+        file.write_text(content)
+        assert calibration(CPU, torch.float32) is None
+
+
+def test_a_cache_that_cannot_be_written_keeps_nothing(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("L2V_CACHE", str(tmp_path / "file"))
+    assert isinstance(calibration(CPU, torch.float32, measure=True, seconds=0.02), Calibration)
+    assert calibration(CPU, torch.float32) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("AMD EPYC, 2 threads", None),
+    ],
+)
+def test_peaks_are_of_whole_names(name, tera):
+    assert peak_flops(name, torch.bfloat16) == (tera and tera * 1e12)
+    assert peak_flops(name, torch.float32) is None
+
+
+def test_a_driver_that_is_too_old_has_two_ways_out():
+    said = explain(TOO_OLD, "2.12.0", "13.0")
+    assert "the NVIDIA driver takes programs for CUDA 12.2 at most and torch 2.12.0 is built for CUDA 13.0" in said
+    assert "update the driver, install a torch that is built for CUDA 12" in said and "\n" not in said
+
+
+def test_any_other_trouble_is_told_in_one_sentence():
+    said = explain("CUDA unknown error - this may be due to an incorrect setup.\nmore", "2.12.0", "13.0")
+    assert "CUDA unknown error - this may be due to an incorrect setup; look at nvidia-smi" in said and "\n" not in said
+    assert "no reason was given" in explain("", "2.12.0", "13.0")
+
+
+def test_training_is_refused_where_a_gpu_cannot_be_used(broken_gpu, run_here, tiny_recipe, tmp_path):
+    broken_gpu(TOO_OLD)
+    said = run_here(tiny_recipe(tmp_path), expect=1)
+    assert said.startswith("l2v: the NVIDIA driver takes programs for CUDA 12.2 at most") and "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_who_hides_the_gpus_trains_on_the_cpu(broken_gpu, monkeypatch):
+    broken_gpu(TOO_OLD)
+    assert machine.gpu_trouble()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert machine.gpu_trouble() is None
