@@ -1,13 +1,14 @@
-"""The one way through a decoder: a packed batch in, hidden states, vectors or logits out."""
+"""The one way through a decoder: a packed batch in, hidden states, vectors, logits or a loss of them out."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from l2v.batch import PackedBatch
+from l2v.model.head import Loss, WithHead
 from l2v.model.noise import NoiseState, address_dropout
 from l2v.model.pooling import pool
 from l2v_kernels import AttentionPlan
@@ -18,7 +19,8 @@ class PackedDecoder(nn.Module):
     """A decoder (plain, or with LoRA) over packed sequences.
 
     `forward(batch, want)` gives hidden_TE (model dtype), vectors_SE (float32) or logits_LV (model dtype, labelled
-    positions only). Noise is taken from the batch's seeds, in training mode only.
+    positions only); `forward(batch, "loss", loss)` gives loss(head, hidden_LE, labels_L), without logits in memory if the
+    loss does not make them. Noise is taken from the batch's seeds, in training mode only.
     """
 
     def __init__(
@@ -33,11 +35,17 @@ class PackedDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.decoder, self.head = decoder, head
+        self.with_head = None if head is None else WithHead(head)
         self.causal, self.backend, self.pooling = causal, backend, pooling
         self.attention_dropout = attention_dropout
         self.noise: NoiseState = address_dropout(decoder)
 
-    def forward(self, batch: PackedBatch, want: Literal["hidden", "vectors", "logits"] = "vectors") -> torch.Tensor:
+    def forward(
+        self,
+        batch: PackedBatch,
+        want: Literal["hidden", "vectors", "logits", "loss"] = "vectors",
+        loss: Loss[Any] | None = None,
+    ) -> Any:
         lengths_S = batch.cu_seqlens.diff().long()
         self.noise.seeds_T = batch.seeds_S.repeat_interleave(lengths_S, output_size=batch.tokens)
         self.noise.rows_T = batch.position_ids_T
@@ -52,8 +60,11 @@ class PackedDecoder(nn.Module):
         if want == "vectors":
             return pool(hidden_TE, batch, self.pooling)
         if self.head is None:
-            raise ValueError("logits need the language-model head; build the PackedDecoder with head=")
-        return self.head(hidden_TE[batch.label_index_L])
+            raise ValueError(f"{want} needs the language-model head; build the PackedDecoder with head=")
+        labelled_LE = hidden_TE[batch.label_index_L]
+        if want == "loss":
+            return self.with_head(loss, labelled_LE, batch.labels_L)
+        return self.head(labelled_LE)
 
     def _attention(self, batch: PackedBatch) -> dict:
         if self.backend == "l2v":

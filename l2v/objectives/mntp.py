@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+
+from l2v_kernels import linear_cross_entropy
 
 
 def mntp_loss(logits_LV: torch.Tensor, labels_L: torch.Tensor, count: torch.Tensor | float) -> torch.Tensor:
@@ -14,3 +17,16 @@ def mntp_loss(logits_LV: torch.Tensor, labels_L: torch.Tensor, count: torch.Tens
     still part of the graph. Returns float32, a scalar.
     """
     return F.cross_entropy(logits_LV.float(), labels_L, reduction="sum") / count
+
+
+def mntp_loss_of_hidden(
+    head: nn.Module, hidden_LE: torch.Tensor, labels_L: torch.Tensor, count: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mntp_loss` of the head's logits, and how many labels are the likeliest token (int64, a scalar, no gradient).
+
+    A frozen linear layer never has its logits in memory; any other head is called as it is.
+    """
+    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+        return linear_cross_entropy(hidden_LE, head.weight, labels_L, bias_V=head.bias, count=count)
+    logits_LV = head(hidden_LE)
+    return mntp_loss(logits_LV, labels_L, count), (logits_LV.detach().argmax(-1) == labels_L).sum()

@@ -6,6 +6,7 @@ over ranks, so a local share is multiplied by the world size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from l2v.batch import PackedBatch
 from l2v.objectives.contrastive import Groups, contrastive_loss
-from l2v.objectives.mntp import mntp_loss
+from l2v.objectives.mntp import mntp_loss_of_hidden
 from l2v.recipe import Contrastive
 
 Micros = Sequence[PackedBatch]
@@ -28,15 +29,14 @@ def mntp_step(engine, units: Sequence[Micros], device: torch.device) -> dict[str
     count = torch.tensor(float(sum(len(m.labels_L) for m in micros)), device=device)
     dist.all_reduce(count)
     count = count.clamp(min=1)
+    share = functools.partial(mntp_loss_of_hidden, count=count)
     loss_sum, hits = torch.zeros((), device=device), torch.zeros((), device=device)
     for at, micro in enumerate(micros):
-        batch = micro.to(device)
-        logits_LV = engine(batch, "logits")
-        loss = mntp_loss(logits_LV, batch.labels_L, count)
+        loss, found = engine(micro.to(device), "loss", share)
         _backward(engine, loss * world, last=at == len(micros) - 1)
         loss_sum += loss.detach()
-        hits += (logits_LV.detach().argmax(-1) == batch.labels_L).sum() / count
-    return {"loss": loss_sum, "accuracy": hits}
+        hits += found
+    return {"loss": loss_sum, "accuracy": hits / count}
 
 
 def loss_options(stage: Contrastive) -> dict[str, Any]:
