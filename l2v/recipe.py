@@ -43,6 +43,7 @@ class Base:
     overrides: dict[str, Any] = field(default_factory=dict)
     attention: Literal["bidirectional", "causal"] = "bidirectional"
     backend: Literal["l2v", "sdpa", "flash_attention_2"] = "l2v"
+    layers: Literal["auto", "fused", "plain"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     template: Template = field(default_factory=Template)
     pooling: Literal["mean", "weighted_mean", "last", "first"] = "mean"
@@ -118,7 +119,7 @@ class Stage:
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
     lora: Lora = field(default_factory=Lora)
-    recompute: bool = False
+    recompute: Literal["auto", "none", "cheap", "layer"] = "auto"
     log_every: int = 1
     eval_every: int = 0
     save_every: int = 0
@@ -270,6 +271,10 @@ def check(recipe: Recipe, where: str) -> Recipe:
     """Refuse combinations that no single field rules out. `where` names the file in the message."""
     base = recipe.base
     _need(bool(recipe.stages), f"{where}: `stages` is empty; name at least one stage with an `objective`")
+    _need(
+        base.layers != "fused" or base.backend == "l2v",
+        f"{where}: base.layers: fused needs base.backend: l2v; with {base.backend} use base.layers: plain",
+    )
     _need(
         base.init == "random" or not base.overrides,
         f"{where}: base.overrides changes the shape of the base and needs base.init: random",

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from l2v.batch import PackedBatch
+from l2v.errors import RecipeError
+from l2v.model.fused import FusedStack, Recompute, Unsupported
 from l2v.model.head import Loss, WithHead
 from l2v.model.noise import NoiseState, address_dropout
 from l2v.model.pooling import pool
@@ -18,6 +21,8 @@ from l2v_kernels.integrations.transformers import PackedAttention
 class PackedDecoder(nn.Module):
     """A decoder (plain, or with LoRA) over packed sequences.
 
+    Layers of the Llama family run fused, all others as transformers has them; `plain_because` then says why (None where
+    they are fused, or plain was asked for).
     `forward(batch, want)` gives hidden_TE (model dtype), vectors_SE (float32) or logits_LV (model dtype, labelled
     positions only); `forward(batch, "loss", loss)` gives loss(head, hidden_LE, labels_L), without logits in memory if the
     loss does not make them. Noise is taken from the batch's seeds, in training mode only.
@@ -32,13 +37,38 @@ class PackedDecoder(nn.Module):
         backend: str = "l2v",
         pooling: str = "mean",
         attention_dropout: float = 0.0,
+        layers: Literal["auto", "fused", "plain"] = "auto",
     ) -> None:
+        """Errors: RecipeError where layers are to be fused and cannot be."""
         super().__init__()
         self.decoder, self.head = decoder, head
         self.with_head = None if head is None else WithHead(head)
         self.causal, self.backend, self.pooling = causal, backend, pooling
         self.attention_dropout = attention_dropout
         self.noise: NoiseState = address_dropout(decoder)
+        self.fused: FusedStack | None = None
+        self.plain_because: str | None = None
+        if layers != "plain":
+            try:
+                self.fused = FusedStack(decoder)
+            except Unsupported as reason:
+                if layers == "fused":
+                    raise RecipeError(
+                        f"base.layers: fused does not fit this model: {reason}; use base.layers: auto"
+                    ) from None
+                self.plain_because = str(reason)
+
+    def units(self) -> list[nn.Module]:
+        """Modules that use the parameters of their submodules directly, for an engine that keeps parameters elsewhere."""
+        return [] if self.fused is None else [spec.module for spec in self.fused.specs]
+
+    def set_recompute(self, how: Recompute) -> None:
+        """What the backward makes again (see `FusedStack`); plain layers know `layer`, and keep everything otherwise."""
+        if self.fused is not None:
+            self.fused.recompute = how
+        elif how == "layer":
+            inner = self.decoder.get_base_model() if isinstance(self.decoder, PeftModel) else self.decoder
+            inner.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(
         self,
@@ -49,12 +79,18 @@ class PackedDecoder(nn.Module):
         lengths_S = batch.cu_seqlens.diff().long()
         self.noise.seeds_T = batch.seeds_S.repeat_interleave(lengths_S, output_size=batch.tokens)
         self.noise.rows_T = batch.position_ids_T
-        hidden_TE = self.decoder(
-            input_ids=batch.input_ids_T.unsqueeze(0),
-            position_ids=batch.position_ids_T.unsqueeze(0),
-            use_cache=False,
-            **self._attention(batch),
-        )[0].squeeze(0)
+        attention = self._attention(batch)
+        if self.fused is not None:
+            hidden_TE = self.fused(
+                batch.input_ids_T, batch.position_ids_T, attention["packed"], self.noise.seeds_T, self.noise.rows_T
+            )
+        else:
+            hidden_TE = self.decoder(
+                input_ids=batch.input_ids_T.unsqueeze(0),
+                position_ids=batch.position_ids_T.unsqueeze(0),
+                use_cache=False,
+                **attention,
+            )[0].squeeze(0)
         if want == "hidden":
             return hidden_TE
         if want == "vectors":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +61,15 @@ def deepspeed_config(stage: Stage, zero: Zero, dtype: torch.dtype) -> dict[str, 
     return config
 
 
-def initialize(model: nn.Module, config: dict[str, Any], stage: Stage):
-    """The DeepSpeed engine over the trainable parameters, with torch's AdamW."""
+def initialize(model: nn.Module, config: dict[str, Any], stage: Stage, units: Sequence[nn.Module] = ()):
+    """The DeepSpeed engine over the trainable parameters, with torch's AdamW.
+
+    units: modules whose forward uses the parameters of its submodules directly; ZeRO-3 gathers each as a whole.
+    """
     import deepspeed
 
+    for unit in units:
+        deepspeed.utils.set_z3_leaf_module(unit, True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay, eps=1e-8)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)

@@ -17,8 +17,14 @@ class FrozenLinears(Protocol):
     """N of each."""
     biases: tuple[torch.Tensor | None, ...]
 
+    def product(self, x_TE: torch.Tensor) -> torch.Tensor:
+        """y [T, N] = x W^T + bias."""
+
     def add_product_(self, y_TN: torch.Tensor, x_TE: torch.Tensor) -> None:
         """y += x W^T, without biases."""
+
+    def gradient(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        """dx [T, E] = dy W."""
 
     def add_gradient_(self, dx_TE: torch.Tensor, dy_TN: torch.Tensor) -> None:
         """dx += dy W."""
@@ -33,6 +39,15 @@ class Linears:
         self.sizes = tuple(w.shape[0] for w in self.weights)
         self.together = _together(self.weights)
 
+    def product(self, x_TE: torch.Tensor) -> torch.Tensor:
+        """y [T, N] = x W^T + bias."""
+        if self.together is not None and not any(b is not None for b in self.biases):
+            return x_TE @ self.together.t()
+        y_TN = x_TE.new_empty((x_TE.shape[0], sum(self.sizes)))
+        for y, w, b in zip(y_TN.split(self.sizes, 1), self.weights, self.biases, strict=True):
+            torch.mm(x_TE, w.t(), out=y) if b is None else torch.addmm(b, x_TE, w.t(), out=y)
+        return y_TN
+
     def add_product_(self, y_TN: torch.Tensor, x_TE: torch.Tensor) -> None:
         """y += x W^T, without biases."""
         if self.together is not None:
@@ -40,6 +55,16 @@ class Linears:
             return
         for y, w in zip(y_TN.split(self.sizes, 1), self.weights, strict=True):
             y.addmm_(x_TE, w.t())
+
+    def gradient(self, dy_TN: torch.Tensor) -> torch.Tensor:
+        """dx [T, E] = dy W."""
+        if self.together is not None:
+            return dy_TN @ self.together
+        first, *others = zip(dy_TN.split(self.sizes, 1), self.weights, strict=True)
+        dx_TE = first[0] @ first[1]
+        for dy, w in others:
+            dx_TE.addmm_(dy, w)
+        return dx_TE
 
     def add_gradient_(self, dx_TE: torch.Tensor, dy_TN: torch.Tensor) -> None:
         """dx += dy W."""

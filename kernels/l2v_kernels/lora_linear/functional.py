@@ -45,11 +45,11 @@ def forward(
     x_TE: torch.Tensor, linears: FrozenLinears, adapters: tuple[Adapter, ...], noise: Noise
 ) -> tuple[torch.Tensor, Kept]:
     """y [T, N] of the group, and what its backward needs."""
+    if not adapters:
+        return linears.product(x_TE), Kept()
     y_TN = x_TE.new_empty((x_TE.shape[0], sum(linears.sizes)))
     parts = y_TN.split(linears.sizes, 1)
-    kept = Kept()
-    if adapters:
-        kept = _down(x_TE, adapters, noise)
+    kept = _down(x_TE, adapters, noise)
     columns = dict(zip((a.part for a in adapters), rank_slices(adapters), strict=True))
     b_of = {a.part: a.b_NR for a in adapters}
     for at, (y, bias) in enumerate(zip(parts, linears.biases, strict=True)):
@@ -78,20 +78,18 @@ def backward(
     want_dx: bool = True,
 ) -> Gradients:
     """Gradients of x and of the adapters; the frozen weights have none."""
+    if not adapters:
+        return Gradients(linears.gradient(dy_TN) if want_dx else None, [], [])
     dy_parts = dy_TN.split(linears.sizes, 1)
-    dxa_TR = torch.empty_like(kept.xa_TR) if adapters else None
+    dxa_TR = torch.empty_like(kept.xa_TR)
     db = []
     for adapter, columns in zip(adapters, rank_slices(adapters), strict=True):
         dy = dy_parts[adapter.part]
         # Outputs of 16 columns are made apart: a library that cannot write into a slice would copy it twice.
         dxa_TR[:, columns] = (dy @ adapter.b_NR).mul_(adapter.scaling * noise.scale)
         db.append(dy.t() @ kept.xa_TR[:, columns])
-    dx_TE, da = None, []
-    if adapters:
-        dx_TE, da = _down_backward(x_TE, dxa_TR, adapters, kept, noise, want_dx=want_dx)
+    dx_TE, da = _down_backward(x_TE, dxa_TR, adapters, kept, noise, want_dx=want_dx)
     if want_dx:
-        if dx_TE is None:
-            dx_TE = torch.zeros_like(x_TE)
         linears.add_gradient_(dx_TE, dy_TN)
     return Gradients(dx_TE, da, db)
 

@@ -1,6 +1,6 @@
 """Fused decoder layers of the Llama family: transformers' modules hold the parameters, forward and backward are ours."""
 
 from l2v.model.fused.spec import Unsupported, obstacle
-from l2v.model.fused.stack import FusedStack
+from l2v.model.fused.stack import FusedStack, Recompute
 
-__all__ = ["FusedStack", "Unsupported", "obstacle"]
+__all__ = ["FusedStack", "Recompute", "Unsupported", "obstacle"]

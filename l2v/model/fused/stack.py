@@ -63,6 +63,8 @@ class FusedStack:
 
     def _layer(self, spec, residual_TE, delta_TE, run):
         if self.recompute == "layer" and torch.is_grad_enabled():
+            if delta_TE is not None:
+                residual_TE, delta_TE = residual_TE + delta_TE, None  # kept as one tensor instead of two
             # Noise has an address: there is no generator whose state would have to be put back.
             return checkpoint(
                 self._layer_once, spec, residual_TE, delta_TE, run, use_reentrant=False, preserve_rng_state=False
