@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from l2v.training.engine import read_state, write_state
 from l2v.training.finite import is_broken, refuse
 from l2v.training.metrics import Metrics, Progress
 from l2v.training.steps import contrastive_step, mntp_step
+from l2v.training.throughput import Throughput, peak_memory, told
 
 Evaluate = Callable[[int], dict[str, float]]
 
@@ -79,14 +79,15 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
     stop = _StopFlag()
     bar = Progress(stage.steps, start, job.name, active=rank == 0)
     engine.train()
-    log = _Log(job, metrics, bar, engine.device)
+    log = _Log(job, metrics, bar, engine, seen)
     saved_at = start
     try:
         # One thread for the collator: a second OpenMP team would spin on the cores that training needs.
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as ahead, stop:
             work = ahead.submit(_prepare, sampler, job, start, rank) if start < stage.steps else None
             if job.evaluate and start == 0:
-                _evaluate(engine, job, metrics, 0)
+                with log.speed.paused():
+                    _evaluate(engine, job, metrics, 0)
             for step in range(start, stage.steps):
                 plan, units = work.result()
                 if step + 1 < stage.steps:
@@ -101,15 +102,17 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
                     raise refuse(step + 1, units, not_finite_S)
                 engine.step()
                 seen += int(job.examples.lengths[_examples(plan)].sum())
-                log.step(step + 1, plan, shares, rate, engine.get_global_grad_norm(), seen)
+                log.step(step + 1, plan.epoch, shares, rate, engine.get_global_grad_norm(), seen)
                 done = step + 1
                 if done == stage.steps or stopping or (stage.save_every and done % stage.save_every == 0):
-                    _save(engine, job, done, seen)
+                    with log.speed.paused():
+                        _save(engine, job, done, seen)
                     saved_at = done
                 if stopping and done < stage.steps:
                     raise Interrupted(f"stopped after step {done}; the same command goes on from there")
                 if job.evaluate and (done == stage.steps or (stage.eval_every and done % stage.eval_every == 0)):
-                    _evaluate(engine, job, metrics, done)
+                    with log.speed.paused():
+                        _evaluate(engine, job, metrics, done)
     finally:
         bar.close()
         metrics.close()
@@ -167,32 +170,31 @@ def _save(engine, job: Job, step: int, tokens: int) -> None:
 class _Log:
     """Turns device scalars into rows: read once every `log_every` steps, so that the device is not kept waiting."""
 
-    def __init__(self, job: Job, metrics: Metrics, bar: Progress, device: torch.device) -> None:
-        self.job, self.metrics, self.bar, self.device = job, metrics, bar, device
-        self.began, self.tokens_at = time.perf_counter(), None
+    def __init__(self, job: Job, metrics: Metrics, bar: Progress, engine, seen: int) -> None:
+        self.job, self.metrics, self.bar, self.device = job, metrics, bar, engine.device
+        dtype = next(iter(job.parameters.values())).dtype  # adapters have that of the base
+        self.speed = Throughput(engine.module.decoder, engine.device, dtype, world=dist.get_world_size(), tokens=seen)
 
-    def step(self, step: int, plan: StepPlan, shares: dict[str, torch.Tensor], rate: float, norm, seen: int) -> None:
+    def step(
+        self, step: int, epoch: float, shares: dict[str, torch.Tensor], rate: float, norm: float | None, seen: int
+    ) -> None:
         self.bar.step()
-        if self.tokens_at is None:
-            self.tokens_at = seen - int(self.job.examples.lengths[_examples(plan)].sum())
         if step % self.job.stage.log_every and step != self.job.stage.steps:
             return
         values = torch.stack([value.float() for value in shares.values()])
         dist.all_reduce(values)
+        memory = torch.tensor(float(peak_memory(self.device)), device=self.device)
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         row = dict(zip(shares, values.tolist(), strict=True))
-        now = time.perf_counter()
         row |= {
-            "epoch": round(plan.epoch, 4),
+            "epoch": round(epoch, 4),
             "learning_rate": rate,
             "gradient_norm": float(norm) if norm is not None else None,
             "tokens": seen,
-            "tokens_per_second": round((seen - self.tokens_at) / max(now - self.began, 1e-9), 1),
         }
-        if self.device.type == "cuda":
-            row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        self.began, self.tokens_at = now, seen
+        row |= self.speed.row(seen) | {"peak_memory_gib": round(memory.item() / 2**30, 2)}
         self.metrics.write(step, row)
-        self.bar.say(f"loss {row['loss']:.4f}, {row['tokens_per_second']:.0f} tokens/s")
+        self.bar.say(told(row))
 
 
 class _StopFlag:
