@@ -18,7 +18,7 @@ from l2v.model.lora import merge_adapters
 from l2v.model.packed import PackedDecoder
 from l2v.model.pooling import pool
 from l2v.objectives.contrastive import Groups, contrastive_loss
-from l2v.objectives.mntp import mntp_loss
+from l2v.objectives.mntp import mntp_loss, mntp_loss_of_hidden
 from l2v.recipe import Base
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -82,9 +82,10 @@ def test_hidden_states(folder, backend):
     torch.testing.assert_close(hidden_TE, expected_TE, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("want", ["logits", "loss"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_mntp_loss_and_gradients(folder, backend):
+def test_mntp_loss_and_gradients(folder, backend, want):
     cases = load(folder)
     ids, labels = cases["mntp.input_ids"], cases["mntp.labels"]
     rows = [Segment(row.numpy(), example=i) for i, row in enumerate(ids)]
@@ -92,7 +93,10 @@ def test_mntp_loss_and_gradients(folder, backend):
     index = [i for i in range(len(flat)) if flat[i] != -100 and i % labels.shape[1] > 0]
     batch = pack(rows, label_index=[i - 1 for i in index], labels=flat[index])
     model = decoder(folder, backend, adapter="mntp_adapter", head=True)
-    loss = mntp_loss(model(batch, "logits"), batch.labels_L, len(index))
+    if want == "logits":
+        loss = mntp_loss(model(batch, "logits"), batch.labels_L, len(index))
+    else:
+        loss, _ = model(batch, "loss", functools.partial(mntp_loss_of_hidden, count=len(index)))
     torch.testing.assert_close(loss, cases["mntp.loss"].float(), atol=TOLERANCE, rtol=0)
     loss.backward()
     assert_gradients(model, cases, "mntp")
