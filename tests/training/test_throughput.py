@@ -157,7 +157,7 @@ def test_a_step_over_everything_counts_every_token_once(
 def test_two_ranks_count_together(tiny_recipe, tmp_path, bos_tokenizer_folder):
     """Three examples, one a micro-batch: the second micro-batch of one rank is empty, and what fills it does not count."""
     data = {"path": str(tmp_path / "pairs.jsonl"), "limit": 3}
-    recipe = tiny_recipe(tmp_path, **ALONE, **{"stages.supervised.data": data, "stages.supervised.micro_tokens": 64})
+    recipe = tiny_recipe(tmp_path, **ALONE, **{"stages.supervised.data": data, "stages.supervised.micro_tokens": 96})
     finish(start_ranks([[recipe, "--stage", "supervised", "batch=3", "steps=1"]] * 2))
     row = json.loads((tmp_path / "run" / "supervised" / "metrics.jsonl").read_text())
     assert row["tokens"] == expected("supervised", tmp_path, bos_tokenizer_folder, limit=3) and "mfu" not in row
