@@ -12,12 +12,14 @@ from l2v_kernels.attention.reference import attention_reference
 from l2v_kernels.attention.settings import Settings
 from l2v_kernels.dispatch import has_triton, takes_triton
 from l2v_kernels.philox import threshold
+from l2v_kernels.spans import spanned
 
 __all__ = ["AttentionPlan", "attention", "attention_padded"]
 
 MAX_HEAD_DIM = 256
 
 
+@spanned("attention")
 def attention(
     q_THD: torch.Tensor,
     k_TKD: torch.Tensor,

@@ -9,12 +9,14 @@ from l2v_kernels.info_nce import checks
 from l2v_kernels.info_nce.autograd import InfoNce
 from l2v_kernels.info_nce.settings import DIRECTIONS, Direction, Settings
 from l2v_kernels.info_nce.tiles import sum_dtype
+from l2v_kernels.spans import spanned
 
 __all__ = ["info_nce"]
 
 WORKSPACE = 512 << 20
 
 
+@spanned("loss")
 def info_nce(
     queries_NE: torch.Tensor,
     candidates_ME: torch.Tensor,

@@ -5,10 +5,12 @@ import os
 import torch
 
 from l2v_kernels.linear_cross_entropy.autograd import LinearCrossEntropy, in_chunks
+from l2v_kernels.spans import spanned
 
 __all__ = ["linear_cross_entropy"]
 
 
+@spanned("head")
 def linear_cross_entropy(
     hidden_LE: torch.Tensor,
     weight_VE: torch.Tensor,

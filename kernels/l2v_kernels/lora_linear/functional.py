@@ -13,6 +13,7 @@ from l2v_kernels.dispatch import takes_triton
 from l2v_kernels.lora_linear import reference
 from l2v_kernels.lora_linear.frozen import FrozenLinears
 from l2v_kernels.lora_linear.settings import MAX_ADAPTERS, Adapter, Noise, rank_slices
+from l2v_kernels.spans import span, spanned
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,14 @@ class Gradients:
     db: list[torch.Tensor]
 
 
+@spanned("lora")
 def forward(
     x_TE: torch.Tensor, linears: FrozenLinears, adapters: tuple[Adapter, ...], noise: Noise
 ) -> tuple[torch.Tensor, Kept]:
     """y [T, N] of the group, and what its backward needs."""
     if not adapters:
-        return linears.product(x_TE), Kept()
+        with span("gemm"):
+            return linears.product(x_TE), Kept()
     y_TN = x_TE.new_empty((x_TE.shape[0], sum(linears.sizes)))
     parts = y_TN.split(linears.sizes, 1)
     kept = _down(x_TE, adapters, noise)
@@ -63,10 +66,12 @@ def forward(
             y.zero_()
         else:
             y.copy_(bias.expand_as(y))
-    linears.add_product_(y_TN, x_TE)
+    with span("gemm"):
+        linears.add_product_(y_TN, x_TE)
     return y_TN, kept
 
 
+@spanned("lora")
 def backward(
     dy_TN: torch.Tensor,
     x_TE: torch.Tensor,
@@ -79,7 +84,8 @@ def backward(
 ) -> Gradients:
     """Gradients of x and of the adapters; the frozen weights have none."""
     if not adapters:
-        return Gradients(linears.gradient(dy_TN) if want_dx else None, [], [])
+        with span("gemm"):
+            return Gradients(linears.gradient(dy_TN) if want_dx else None, [], [])
     dy_parts = dy_TN.split(linears.sizes, 1)
     dxa_TR = torch.empty_like(kept.xa_TR)
     db = []
@@ -90,7 +96,8 @@ def backward(
         db.append(dy.t() @ kept.xa_TR[:, columns])
     dx_TE, da = _down_backward(x_TE, dxa_TR, adapters, kept, noise, want_dx=want_dx)
     if want_dx:
-        linears.add_gradient_(dx_TE, dy_TN)
+        with span("gemm"):
+            linears.add_gradient_(dx_TE, dy_TN)
     return Gradients(dx_TE, da, db)
 
 

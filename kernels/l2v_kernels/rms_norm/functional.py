@@ -8,8 +8,10 @@ import torch
 
 from l2v_kernels.dispatch import takes_triton
 from l2v_kernels.rms_norm import reference
+from l2v_kernels.spans import spanned
 
 
+@spanned("norm")
 def forward(
     x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float, delta_TE: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -28,6 +30,7 @@ def forward(
     return x_TE if sum_TE is None else sum_TE, y_TE, rstd_T
 
 
+@spanned("norm")
 def normalize(sum_TE: torch.Tensor, rstd_T: torch.Tensor, weight_E: torch.Tensor) -> torch.Tensor:
     """The y that `forward` gave, bit for bit."""
     if not takes_triton(sum_TE):
@@ -39,6 +42,7 @@ def normalize(sum_TE: torch.Tensor, rstd_T: torch.Tensor, weight_E: torch.Tensor
     return y_TE
 
 
+@spanned("norm")
 def backward(
     dy_TE: torch.Tensor,
     sum_TE: torch.Tensor,
@@ -61,6 +65,7 @@ def backward(
     return launch_backward(dy_TE, sum_TE, rstd_T, weight_E, dsum_TE, out)
 
 
+@spanned("norm")
 def weight_gradient(dy_TE: torch.Tensor, sum_TE: torch.Tensor, rstd_T: torch.Tensor) -> torch.Tensor:
     """[E] fp32 (fp64 for fp64): dweight, in a fixed order of sums."""
     if not takes_triton(sum_TE):

@@ -4,8 +4,10 @@ import torch
 
 from l2v_kernels.dispatch import takes_triton
 from l2v_kernels.rope.reference import rope_reference
+from l2v_kernels.spans import spanned
 
 
+@spanned("rope")
 def rotate(
     x_THD: torch.Tensor,
     cos_TD: torch.Tensor,

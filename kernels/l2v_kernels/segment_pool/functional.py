@@ -4,8 +4,10 @@ import torch
 
 from l2v_kernels.dispatch import takes_triton
 from l2v_kernels.segment_pool.reference import backward_reference, forward_reference
+from l2v_kernels.spans import spanned
 
 
+@spanned("pooling")
 def forward(
     x_TE: torch.Tensor,
     weights_T: torch.Tensor,
@@ -29,6 +31,7 @@ def forward(
     return vectors_SE, rstd_T, totals_S
 
 
+@spanned("pooling")
 def backward(
     dvectors_SE: torch.Tensor,
     x_TE: torch.Tensor | None,

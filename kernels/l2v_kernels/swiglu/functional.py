@@ -6,9 +6,11 @@ Arguments are not checked. Rows may lie apart; where the last dimension is not o
 import torch
 
 from l2v_kernels.dispatch import takes_triton
+from l2v_kernels.spans import spanned
 from l2v_kernels.swiglu.reference import backward_reference, forward_reference
 
 
+@spanned("swiglu")
 def forward(gate_up_TG: torch.Tensor) -> torch.Tensor:
     """product [T, F] = silu(gate) * up of gate_up [T, G], G = 2 F: gate in its first F columns, up in the others."""
     if not takes_triton(gate_up_TG):
@@ -19,6 +21,7 @@ def forward(gate_up_TG: torch.Tensor) -> torch.Tensor:
     return launch_forward(gate_up_TG, gate_up_TG.new_empty(T, G // 2))
 
 
+@spanned("swiglu")
 def backward(dproduct_TF: torch.Tensor, gate_up_TG: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """dgate_up [T, G], into `out` if given; out may be gate_up itself, which is then lost."""
     if out is None:
