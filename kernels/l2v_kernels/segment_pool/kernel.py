@@ -192,7 +192,7 @@ def backward_kernel(
 def config(width: int) -> dict[str, int]:
     """The tile for states of `width`: several tokens of short ones, one of long ones."""
     block = triton.next_power_of_2(width)
-    return {"BLOCK_T": max(1, min(PIECE, TILE // block)), "BLOCK_E": block, "num_warps": 8 if block < 16384 else 16}
+    return {"BLOCK_T": max(1, min(PIECE, TILE // block)), "BLOCK_E": block, "num_warps": 8 if block < 16384 else 32}
 
 
 def launch_forward(

@@ -1,0 +1,107 @@
+"""Ahead-of-time builds of rms_norm, swiglu and segment_pool: no register spills, accesses 16 bytes wide."""
+
+import importlib.util
+import os
+import re
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("no Triton on this platform", allow_module_level=True)
+
+from benchmarks.aot import SHARED_LIMIT, available, build
+from l2v_kernels.rms_norm import kernel as rms_norm
+from l2v_kernels.segment_pool import kernel as segment_pool
+from l2v_kernels.swiglu import kernel as swiglu
+
+pytestmark = pytest.mark.skipif(not available(), reason="this Triton bundles no NVIDIA tools")
+
+# In the dtype of the model; whatever else a kernel points to is fp32.
+STATES = "x delta weight sum y dy dsum dx gate_up product dproduct out norm_weight".split()
+WIDTHS = (384, 576, 896, 1024, 2048, 3584, 5120, 8192, 14336, 16384)
+"""Hidden sizes of SmolLM2 and of the Llama, Mistral and Qwen families, up to the widest that the kernels are made for."""
+
+
+def check(kernel, constants, chosen, dtype, arch, wide=("ld", "st")):
+    """Builds a kernel of a tile; wide: whether it is loads, stores or both that must come 16 bytes at a time."""
+    kinds = {"cu_ptr": "*i32", "eps": "fp32"} | {f"{name}_ptr": f"*{dtype}" for name in STATES}
+    signature = {
+        p.name: kinds.get(p.name, "*fp32" if p.name.endswith("_ptr") else "i32")
+        for p in kernel.params
+        if not p.is_constexpr
+    }
+    sizes = {name: value for name, value in chosen.items() if name != "num_warps"}
+    used = build(kernel, signature, constants | sizes, arch, chosen["num_warps"], disassemble=False)
+    assert not used.problems(arch)
+    assert all(f"{way}.global.v4" in used.ptx for way in wide)
+    return used
+
+
+def check_rms_norm(heads, width, dtype, arch, residual):
+    chosen = rms_norm.config(width)
+    constants = {"HEADS": heads, "WIDTH": width}
+    builds = [
+        check(rms_norm.forward_kernel, constants | {"DELTA": residual, "KNOWN": False}, chosen, dtype, arch),
+        check(rms_norm.backward_kernel, constants | {"DSUM": residual}, chosen, dtype, arch),
+    ]
+    if chosen["BLOCK_E"] >= 2048:
+        for used in builds:
+            # Long rows are read 16 bytes at a time alone; what is narrower is a number a row.
+            assert not re.search(r"ld\.global\.\S*b16", used.ptx)
+
+
+def check_segment_pool(width, dtype, arch, norm):
+    constants = {"NORM": norm, "WIDTH": width, "PIECE": segment_pool.PIECE}
+    chosen = segment_pool.config(width)
+    check(segment_pool.pool_kernel, constants, chosen, dtype, arch, wide=["ld"])
+    # Without a norm the backward reads a row a piece, and writes a row a token.
+    check(segment_pool.backward_kernel, constants, chosen, dtype, arch, wide=("ld", "st") if norm else ["st"])
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize(("heads", "width", "residual"), [(1, 4096, True), (32, 128, False)])
+def test_rms_norm(heads, width, residual, dtype, arch):
+    check_rms_norm(heads, width, dtype, arch, residual)
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_rms_norm_weight_gradient(dtype, arch):
+    constants = {"HEADS": 1, "WIDTH": 4096}
+    check(rms_norm.weight_gradient_kernel, constants, rms_norm.WEIGHT_GRADIENT, dtype, arch, wide=["ld"])
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_swiglu(dtype, arch):
+    for kernel in (swiglu.forward_kernel, swiglu.backward_kernel):
+        assert not re.search(r"global\.b(16|32)", check(kernel, {}, swiglu.CONFIG, dtype, arch).ptx)
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_segment_pool(dtype, arch):
+    check_segment_pool(4096, dtype, arch, norm=True)
+    constants = {"NORM": True, "WIDTH": 4096, "PIECE": segment_pool.PIECE}
+    check(segment_pool.combine_kernel, constants, segment_pool.COMBINE, dtype, arch, wide=["ld"])
+
+
+if os.environ.get("L2V_SLOW") == "1":
+
+    @pytest.mark.parametrize("arch", SHARED_LIMIT)
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+    @pytest.mark.parametrize("width", WIDTHS)
+    def test_everywhere(width, dtype, arch):
+        for residual in (False, True):
+            check_rms_norm(1, width, dtype, arch, residual)
+        constants = {"HEADS": 1, "WIDTH": width, "DELTA": False, "KNOWN": True}
+        check(rms_norm.forward_kernel, constants, rms_norm.config(width), dtype, arch)
+        for norm in (False, True):
+            check_segment_pool(width, dtype, arch, norm)
+
+    @pytest.mark.parametrize("arch", SHARED_LIMIT)
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+    @pytest.mark.parametrize("width", [64, 96, 128, 256])
+    def test_heads_everywhere(width, dtype, arch):
+        check_rms_norm(8, width, dtype, arch, residual=False)
