@@ -195,7 +195,8 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
         if rank == 0:
             print(f"{name}: going on after step {resume.step}", flush=True)
     masking = _masking(stage, texts, recipe.base.mask_token, model)
-    engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype), stage, model.units())
+    units = model.as_units() if recipe.zero.stage == 3 else []
+    engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype), stage, units)
     note = _place_memory(model, recipe, stage, dtype)
     if rank == 0 and note:
         print(f"{name}: {note}", flush=True)

@@ -58,9 +58,13 @@ class PackedDecoder(nn.Module):
                     ) from None
                 self.plain_because = str(reason)
 
-    def units(self) -> list[nn.Module]:
-        """Modules that use the parameters of their submodules directly, for an engine that keeps parameters elsewhere."""
-        return [] if self.fused is None else [spec.module for spec in self.fused.specs]
+    def as_units(self) -> list[nn.Module]:
+        """Prepare for an engine that gathers parameters when a module runs (ZeRO-3): the modules whose forward uses those
+        of their submodules directly."""
+        if self.fused is None:
+            return []
+        self.fused.gathered = True
+        return [spec.module for spec in self.fused.specs]
 
     def set_recompute(self, how: Recompute) -> None:
         """What the backward makes again (see `FusedStack`); plain layers know `layer`, and keep everything otherwise."""

@@ -1,4 +1,4 @@
-"""The same training on one process, on two and on four, under every ZeRO stage, with dropout on.
+"""The same training on one process, on two and on four, under every ZeRO stage, fused and plain, with dropout on.
 
 Two and four ranks stand under the real deepspeed launcher. Batches of 7 give them unequal shares, and the last batch of an
 epoch of pairs has three examples: of four ranks, one has nothing.
@@ -25,14 +25,17 @@ OPTIONS = {
     "matryoshka": [8, 16, 32],
     "matryoshka_weights": [0.5, 1, 1],
 }
-# ranks, ZeRO stage, tokens a micro-batch: 104 makes several a step (and a gradient cache) on each of four ranks, 4096 one
+# ranks, ZeRO stage, tokens a micro-batch: 104 makes several a step (and a gradient cache) on each of four ranks, 4096 one.
+# The layers are fused but for "plain".
 SETTINGS = {
     "one": (1, 1, 104),
+    "plain": (1, 1, 104),
     "uncached": (1, 1, 4096),
     "zero2x2": (2, 2, 104),
     "zero3x4": (4, 3, 104),
 }
 SLOW = {
+    "zero0x2": (2, 0, 104),
     "zero1x2": (2, 1, 104),
     "zero3x2": (2, 3, 104),
     "zero1x4": (4, 1, 104),
@@ -71,6 +74,7 @@ def runs(recipe):
             world, zero, micro = (SETTINGS | SLOW)[setting]
             out = folder / setting
             arguments = [recipe, f"out={out}", f"zero.stage={zero}", f"zero.config={sharded}"]
+            arguments.append(f"base.layers={'plain' if setting == 'plain' else 'fused'}")
             arguments += [f"stages.{stage}.micro_tokens={micro}" for stage in STAGES]
             finish([launch(arguments, world)] if world > 1 else start_ranks([arguments]))
             ready[setting] = out

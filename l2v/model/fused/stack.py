@@ -25,13 +25,15 @@ class FusedStack:
     Holds no parameter: each module of the decoder keeps its own, and is called as a module, so that hooks on modules (ZeRO-3
     gathers weights in them) run as ever. The decoder's own `forward` is left as it is.
     recompute: `cheap` keeps what the backward cannot make by one pass over memory; `none` also keeps norm outputs and SwiGLU
-    products; `layer` keeps each layer's input and runs the layer again.
+    products; `layer` keeps each layer's input and runs the layer again. gathered: an engine gathers the parameters of a
+    layer when it runs.
     """
 
     def __init__(self, decoder: nn.Module, recompute: Recompute = "cheap") -> None:
         """Errors: Unsupported where a layer is not of a known family, or adapted in a way that is not known."""
         inner = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
         self.inner, self.recompute = inner, recompute
+        self.gathered = False
         self.specs = [LayerSpec.of(layer) for layer in inner.layers]
         for spec in self.specs:
             _give(spec.module, lambda residual, delta, run, spec=spec: self._layer(spec, residual, delta, run))
@@ -55,6 +57,9 @@ class FusedStack:
         """hidden_TE after the final norm, in the model's dtype. Noise only in training mode."""
         embedded_TE = self.inner.embed_tokens(input_ids_T.unsqueeze(0))
         cos, sin = self.inner.rotary_emb(embedded_TE, position_ids_T.unsqueeze(0))
+        if self.gathered and torch.is_grad_enabled():
+            # ZeRO-3 reduces a layer's gradients when that of its input is there; without one it would do so too early.
+            embedded_TE.requires_grad_()
         run = _Run(packed, seeds_T, rows_T, cos[0], sin[0])
         sum_TE, delta_TE = embedded_TE[0], None
         for spec in self.specs:
