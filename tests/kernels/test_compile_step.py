@@ -17,7 +17,9 @@ from l2v_kernels.swiglu import kernel as swiglu
 pytestmark = pytest.mark.skipif(not available(), reason="this Triton bundles no NVIDIA tools")
 
 # In the dtype of the model; whatever else a kernel points to is fp32.
-STATES = "x delta weight sum y dy dsum dx gate_up product dproduct out norm_weight".split()
+STATES = {
+    "x", "delta", "weight", "sum", "y", "dy", "dsum", "dx", "gate_up", "product", "dproduct", "out", "norm_weight",
+}  # fmt: skip
 WIDTHS = (384, 576, 896, 1024, 2048, 3584, 5120, 8192, 14336, 16384)
 """Hidden sizes of SmolLM2 and of the Llama, Mistral and Qwen families, up to the widest that the kernels are made for."""
 

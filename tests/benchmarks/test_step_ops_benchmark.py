@@ -1,0 +1,64 @@
+import json
+
+import pytest
+import torch
+
+from benchmarks import step_ops as benchmark
+from benchmarks.harness import Ceilings, Unavailable
+from benchmarks.step_ops_peers import PROVIDERS, Workload, definition, l2v
+
+CPU = (torch.device("cpu"), torch.float32)
+
+
+def test_smoke_run_is_labelled_and_complete(tmp_path, capsys):
+    assert benchmark.main(["--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert "SMOKE TEST on a CPU" in capsys.readouterr().out
+    data = json.loads((tmp_path / "step_ops.json").read_text())
+    assert data["facts"]["smoke"] and data["facts"]["torch"] == torch.__version__
+    text = (tmp_path / "step_ops.md").read_text()
+    assert text.startswith("SMOKE TEST on a CPU")
+    results = data["results"]
+    assert len(results) == len(benchmark.workloads(CPU[0], False)) * len(PROVIDERS) * 2
+    assert len(text.splitlines()) == len(results) + 4
+    assert all((x["median"] is None) == bool(x["skipped"]) for x in results)
+    for x in results:
+        if x["provider"] in ("l2v", "eager"):
+            assert x["facts"]["gigabytes_per_second"] == pytest.approx(x["bytes"] / x["median"] / 1e9)
+            assert x["error"] < 1e-6
+        else:
+            assert x["skipped"]
+
+
+def test_a_wrong_provider_is_not_timed(monkeypatch):
+    def wrong(w):
+        step = definition(w)
+        return lambda *leaves: tuple(x * 1.01 for x in step(*leaves))
+
+    monkeypatch.setattr(benchmark, "PROVIDERS", (l2v, wrong))
+    results = benchmark.run(Workload("swiglu", "tiny", 3, 5, *CPU), Ceilings(1e9, 1e9), seconds=0.001)
+    assert {x.provider for x in results if x.median} == {"l2v"}
+    assert all("wrong results" in x.skipped and x.facts["failed"] for x in results if x.provider == "wrong")
+
+
+def test_bytes_are_those_of_the_definition():
+    bf16 = (torch.device("cpu"), torch.bfloat16)
+    sizes = {
+        Workload("rms_norm", "", 10, 8, *bf16): (4 * 10 * 8 * 2, 4 * 10 * 8 * 2),
+        Workload("head_norm", "", 10, 8, *bf16, heads=3): (2 * 10 * 3 * 8 * 2, 3 * 10 * 3 * 8 * 2),
+        Workload("swiglu", "", 10, 8, *bf16): (3 * 10 * 8 * 2, 5 * 10 * 8 * 2),
+        Workload("segment_pool", "", 10, 8, *bf16, lengths=(4, 6)): (10 * 8 * 2 + 64, 2 * 10 * 8 * 2 + 64),
+    }
+    for w, want in sizes.items():
+        assert (w.bytes(False), w.bytes(True)) == want
+
+
+@pytest.mark.parametrize("provider", PROVIDERS, ids=lambda x: x.__name__)
+@pytest.mark.parametrize("op", ["rms_norm", "head_norm", "swiglu", "segment_pool"])
+def test_cpu_providers_run_or_say_why_not(op, provider):
+    w = Workload(op, "", 6, 8, *CPU, heads=2 if op == "head_norm" else 1, lengths=(2, 4))
+    try:
+        step = provider(w)
+    except Unavailable as error:
+        assert str(error)
+        return
+    assert len(step(*w.leaves())) == (2 if op == "rms_norm" else 1)
