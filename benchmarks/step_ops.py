@@ -170,8 +170,9 @@ def main(argv: list[str] | None = None) -> int:
         results += part
         if options.out:
             data = {"facts": facts, "ceilings": asdict(ceilings), "results": [asdict(x) for x in results]}
+            shown = panels(results, label)
             text = f"{headline(facts)}\n\n{table(results)}"
-            write(options.out, "step_ops", data, text, lambda p=panels(results, label): bars(p))
+            write(options.out, "step_ops", data, text, lambda p=shown: bars(p))
     return int(any(x.provider == "l2v" and x.median is None for x in results))
 
 
