@@ -15,6 +15,7 @@ from dataclasses import asdict
 
 import torch
 
+from benchmarks.gradient_cache_step import SHAPES, Setting, TrainingStep, check_installed, memory_on_cpu, times_on_cpu
 from benchmarks.harness import (
     Result,
     Target,
@@ -31,7 +32,6 @@ from benchmarks.harness import (
     targets_table,
     write,
 )
-from benchmarks.training_step import SHAPES, Setting, TrainingStep, check_installed, memory_on_cpu, times_on_cpu
 
 CPU_TIMES = "Memory is resident memory of a CPU process; times are a CPU's and say nothing about a GPU."
 TIMES = (1, 2, 4, 8, 16)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from benchmarks import gradient_cache as benchmark
-from benchmarks import training_step
+from benchmarks import gradient_cache_step
+from benchmarks.gradient_cache_step import NEEDED, SHAPES, Setting, memory_on_cpu
 from benchmarks.harness import Result, Unavailable
-from benchmarks.training_step import NEEDED, SHAPES, Setting, memory_on_cpu
 
 installed = all(importlib.util.find_spec(name) for name in NEEDED)
 
@@ -110,7 +110,9 @@ def test_settings():
 def test_one_sentence_where_the_training_libraries_are_missing(monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        training_step.importlib.util, "find_spec", lambda name: None if name in ("peft", "deepspeed") else find(name)
+        gradient_cache_step.importlib.util,
+        "find_spec",
+        lambda name: None if name in ("peft", "deepspeed") else find(name),
     )
     assert benchmark.main(["--device", "cpu"]) == 1
     said = capsys.readouterr().err

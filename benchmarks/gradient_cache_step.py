@@ -1,6 +1,6 @@
 """One contrastive optimizer step on the real training path, and its peak memory; what gradient_cache.py measures.
 
-python -m benchmarks.training_step JSON     one measurement in a process of its own, its result the last line of stdout
+python -m benchmarks.gradient_cache_step JSON     one measurement in a process of its own, its result the last line of stdout
 """
 
 import ctypes
@@ -110,11 +110,10 @@ class TrainingStep:
         base = Base(model=model, init="random", config=self.shape.config())
         self.stage = Supervised(data=[Source("none")], batch=self.shape.examples, steps=1, lr=1e-4)
         inner = load_model(base, head=False, dtype=dtype)
-        self.decoder = add_lora(inner, self.stage.lora, base_name=model, seed=0)
-        packed = PackedDecoder(self.decoder, backend=base.backend, pooling=base.pooling)
-        self.engine = initialize(packed, deepspeed_config(self.stage, Zero(), dtype), self.stage)
+        decoder = add_lora(inner, self.stage.lora, base_name=model, seed=0)
+        self.packed = PackedDecoder(decoder, backend=base.backend, pooling=base.pooling)
+        self.engine = initialize(self.packed, deepspeed_config(self.stage, Zero(), dtype), self.stage)
         self.engine.train()
-        self.recomputes = False
 
     @property
     def device(self) -> torch.device:
@@ -124,16 +123,10 @@ class TrainingStep:
         """A callable that runs one optimizer step; its data is made here."""
         from l2v.training.steps import contrastive_step
 
-        model = self.decoder.get_base_model()
         unit = [self._micro(at, setting.examples) for at in range(setting.micros)]
 
         def step() -> None:
-            if setting.recompute != self.recomputes:
-                self.recomputes = setting.recompute
-                if setting.recompute:
-                    model.gradient_checkpointing_enable({"use_reentrant": False})
-                else:
-                    model.gradient_checkpointing_disable()
+            self.packed.set_recompute("layer" if setting.recompute else "none")
             contrastive_step(self.engine, [unit], self.stage, [setting.batch], setting.batch, self.device)
             self.engine.step()
 
@@ -175,7 +168,7 @@ def _ask(setting, rounds, settings_of_malloc):
     path = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     question = json.dumps(asdict(setting) | {"rounds": rounds})
-    command = [sys.executable, "-m", "benchmarks.training_step", question]
+    command = [sys.executable, "-m", "benchmarks.gradient_cache_step", question]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{setting}: {(done.stderr or done.stdout)[-2000:]}")
