@@ -45,6 +45,7 @@ class Base:
     backend: Literal["l2v", "sdpa", "flash_attention_2"] = "l2v"
     layers: Literal["auto", "fused", "plain"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    base_precision: Literal["same", "fp8", "nf4"] = "same"
     template: Template = field(default_factory=Template)
     pooling: Literal["mean", "weighted_mean", "last", "first"] = "mean"
     mask_token: str = "_"
@@ -267,6 +268,29 @@ def _check_comparison(stage: Contrastive, at: str) -> None:
         )
 
 
+def _check_base_precision(recipe: Recipe, where: str) -> None:
+    """What a frozen base in fewer bits goes with."""
+    base, how = recipe.base, recipe.base.base_precision
+    if how == "same":
+        return
+    at, same = f"{where}: base.base_precision: {how}", "use base.base_precision: same"
+    _need(
+        recipe.zero.stage < 3,
+        f"{at} does not go with zero.stage: 3, which shards the weights as they were loaded; use a lower stage, or {same}",
+    )
+    if how == "fp8":
+        _need(base.layers != "plain", f"{at} needs fused layers; use base.layers: auto, or {same}")
+        _need(
+            base.backend == "l2v",
+            f"{at} needs fused layers, and those need base.backend: l2v, not {base.backend}; use that, or {same}",
+        )
+    else:
+        _need(
+            base.layers != "fused",
+            f"{at} runs on plain layers; use base.layers: auto, or base.base_precision: fp8 or same",
+        )
+
+
 def check(recipe: Recipe, where: str) -> Recipe:
     """Refuse combinations that no single field rules out. `where` names the file in the message."""
     base = recipe.base
@@ -279,6 +303,7 @@ def check(recipe: Recipe, where: str) -> Recipe:
         base.init == "random" or not base.overrides,
         f"{where}: base.overrides changes the shape of the base and needs base.init: random",
     )
+    _check_base_precision(recipe, where)
     for name in recipe.stages:
         try:
             recipe.chain(name)
