@@ -202,7 +202,7 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
         print(f"{name}: {note}", flush=True)
     job = Job(
         name=name, stage=stage, seed=seed, folder=folder, examples=examples, masking=masking, parameters=parameters,
-        facts={"world": world}, tracking=recipe.tracking,
+        facts={"world": world}, tracking=recipe.tracking, profile=recipe.profile,
         evaluate=_evaluator(engine, stage, held_out, masking) if held_out else None,
     )  # fmt: skip
     final = train(engine, job, resume)

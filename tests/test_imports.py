@@ -16,7 +16,7 @@ MAY = {
     "model": {"errors", "recipe", "batch", "kernels", "data"},
     "machine": {"errors", "model"},
     "doctor": {"errors", "package", "machine", "model", "kernels"},
-    "training": {"errors", "recipe", "batch", "data", "model", "objectives", "machine"},
+    "training": {"errors", "recipe", "batch", "data", "model", "objectives", "machine", "kernels"},
     "encoder": {"errors", "recipe", "recipe_io", "batch", "data", "model"},
     "evaluation": {"encoder"},
     "train": {"errors", "recipe", "recipe_io", "data", "model", "objectives", "training", "machine"},

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from l2v.batch import PackedBatch
+from l2v_kernels.spans import spanned
 
 
+@spanned("pooling")
 def pool(hidden_TE: torch.Tensor, batch: PackedBatch, how: str) -> torch.Tensor:
     """Pool packed hidden states to float32 [S, E].
 

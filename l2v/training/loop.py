@@ -21,8 +21,10 @@ from l2v.training import checkpoint
 from l2v.training.engine import read_state, write_state
 from l2v.training.finite import is_broken, refuse
 from l2v.training.metrics import Metrics, Progress
+from l2v.training.profile import Profile
 from l2v.training.steps import contrastive_step, mntp_step
 from l2v.training.throughput import Throughput, peak_memory, told
+from l2v_kernels.spans import span
 
 Evaluate = Callable[[int], dict[str, float]]
 
@@ -44,6 +46,7 @@ class Job:
     parameters: dict[str, torch.nn.Parameter]
     facts: dict[str, Any]
     tracking: Tracking
+    profile: bool = False
     evaluate: Evaluate | None = None
 
 
@@ -80,6 +83,10 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
     bar = Progress(stage.steps, start, job.name, active=rank == 0)
     engine.train()
     log = _Log(job, metrics, bar, engine, seen)
+    profile = Profile(
+        engine.module, job.folder / "profile", active=job.profile and rank == 0, start=start, steps=stage.steps,
+        device=engine.device, aside=log.speed.paused, tell=bar.note,
+    )  # fmt: skip
     saved_at = start
     try:
         # One thread for the collator: a second OpenMP team would spin on the cores that training needs.
@@ -89,20 +96,22 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
                 with log.speed.paused():
                     _evaluate(engine, job, metrics, 0)
             for step in range(start, stage.steps):
-                plan, units = work.result()
-                if step + 1 < stage.steps:
-                    work = ahead.submit(_prepare, sampler, job, step + 1, rank)
-                rate = learning_rate(stage, step, sampler.steps_per_epoch)
-                for group in engine.optimizer.param_groups:
-                    group["lr"] = rate
-                shares = _backward(engine, job, plan, units, bar)
-                not_finite_S = shares.pop("not_finite_S", None)
-                stopping, broken = stop.agreed(is_broken(shares["loss"], not_finite_S))
-                if broken:
-                    raise refuse(step + 1, units, not_finite_S)
-                engine.step()
-                seen += int(job.examples.lengths[_examples(plan)].sum())
-                log.step(step + 1, plan.epoch, shares, rate, engine.get_global_grad_norm(), seen)
+                with profile.step(step + 1):
+                    plan, units = work.result()
+                    if step + 1 < stage.steps:
+                        work = ahead.submit(_prepare, sampler, job, step + 1, rank)
+                    rate = learning_rate(stage, step, sampler.steps_per_epoch)
+                    for group in engine.optimizer.param_groups:
+                        group["lr"] = rate
+                    shares = _backward(engine, job, plan, units, bar)
+                    not_finite_S = shares.pop("not_finite_S", None)
+                    stopping, broken = stop.agreed(is_broken(shares["loss"], not_finite_S))
+                    if broken:
+                        raise refuse(step + 1, units, not_finite_S)
+                    with span("optimizer"):
+                        engine.step()
+                    seen += int(job.examples.lengths[_examples(plan)].sum())
+                    log.step(step + 1, plan.epoch, shares, rate, engine.get_global_grad_norm(), seen)
                 done = step + 1
                 if done == stage.steps or stopping or (stage.save_every and done % stage.save_every == 0):
                     with log.speed.paused():
@@ -114,6 +123,7 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
                     with log.speed.paused():
                         _evaluate(engine, job, metrics, done)
     finally:
+        profile.close()
         bar.close()
         metrics.close()
     if saved_at == start and start == stage.steps and resume:

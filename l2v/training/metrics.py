@@ -105,6 +105,10 @@ class Progress:
         self.text = text
         self.bar.set_postfix_str(text, refresh=False)
 
+    def note(self, text: str) -> None:
+        """A line above the bar."""
+        self.bar.write(text)
+
     def close(self) -> None:
         """Leave the bar as it is."""
         self.bar.close()

@@ -17,6 +17,7 @@ from l2v.batch import PackedBatch
 from l2v.objectives.contrastive import Groups, contrastive_loss
 from l2v.objectives.mntp import mntp_loss_of_hidden
 from l2v.recipe import Contrastive
+from l2v_kernels.spans import span
 
 Micros = Sequence[PackedBatch]
 Progress = Callable[[int, int, int], None]
@@ -106,8 +107,9 @@ def contrastive_step(
         sizes = [len(micro.lengths) for micro in micros]
         cache_SE = torch.cat([*first, kept_SE.detach()]).requires_grad_()
         del first
-        loss = contrastive_loss(cache_SE, groups, **options)
-        (gradient_SE,) = torch.autograd.grad(loss, cache_SE)
+        with span("loss"):
+            loss = contrastive_loss(cache_SE, groups, **options)
+            (gradient_SE,) = torch.autograd.grad(loss, cache_SE)
         del cache_SE
         *parts, part_SE = gradient_SE.split(sizes)
         _backward(engine, (kept_SE * part_SE).sum() * world, last=last_unit and not parts)

@@ -1,0 +1,266 @@
+"""Where the time of a step goes, read off a Chrome trace that torch.profiler wrote.
+
+On a GPU the time is that of kernels, and idle is when none runs. On a CPU it is that of operators in the thread that trains,
+each without those that it calls, and idle is when none runs: Python, and waiting for data.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from l2v_kernels.spans import PREFIX
+
+STEP = PREFIX + "step"
+KINDS = (
+    "gemm", "attention", "norm", "lora", "head", "loss", "swiglu", "rope", "pooling", "optimizer", "communication", "copy",
+    "other", "idle",
+)  # fmt: skip
+KERNELS = {"kernel", "gpu_memcpy", "gpu_memset"}
+LAUNCHES = {"cuda_runtime", "cuda_driver"}
+HOST = {"cpu_op", "user_annotation"} | LAUNCHES
+
+# What belongs to a kind whatever span it runs in.
+ALWAYS = (
+    ("communication", r"nccl|^c10d::|^gloo:|^record_param_comms"),
+    ("copy", r"^Mem(cpy|set)"),
+)
+# Operators and autograd functions that are a span by themselves.
+FRAMES = (
+    ("optimizer", r"^Optimizer\.|AccumulateGrad$"),
+    ("attention", r"scaled_dot_product|_flash_attention|_efficient_attention|^FusedAttention"),
+    ("norm", r"^RmsNorm|^aten::(_fused_)?rms_norm$|layer_norm$"),
+    ("lora", r"^LoraLinear|^AddressedDropout"),
+    ("rope", r"^Rotary(Backward)?$"),
+    ("swiglu", r"^SwiGlu"),
+    ("head", r"^LinearCrossEntropy"),
+    ("loss", r"^InfoNce|cross_entropy"),
+)
+# By name alone, where no span says more: kernels of CUDA libraries and ours, and operators of torch. The first that fits.
+NAMES = (
+    ("attention", r"flash|fmha|attention|^(query|key)_gradient_kernel$"),
+    ("lora", r"^lora_\w+_kernel$|^dropout_kernel$"),
+    ("head", r"^look_kernel$"),
+    ("loss", r"^(fused_)?(statistics|coefficients)_kernel$|^(norms|finish)_kernel$|softmax|nll_loss"),
+    ("optimizer", r"multi_tensor_apply|[Aa]dam|_foreach_"),
+    ("rope", r"^rope_kernel$"),
+    ("swiglu", r"silu|swiglu"),
+    ("norm", r"rms_?norm|layer_?norm|RMSNorm|LayerNorm"),
+    ("pooling", r"^(pool|combine)_kernel$|segment_reduce"),
+    (
+        "gemm",
+        r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitK|^aten::(mm|addmm|bmm|baddbmm|addbmm|linear|_scaled_mm|_addmm_activation)_?$"
+        r"|mkldnn_linear|mkl_linear",
+    ),
+    ("copy", r"^aten::(copy_|_to_copy|clone)$"),
+)
+
+
+@dataclass
+class Use:
+    """What one kind of work takes of a step: milliseconds, share of the step, launches (on a CPU calls of operators)."""
+
+    kind: str
+    ms: float = 0.0
+    share: float = 0.0
+    launches: float = 0.0
+
+
+@dataclass
+class Table:
+    """A step's time by kind (all of KINDS; shares add up to 1), and the kernels or operators (`counted`) that take most."""
+
+    counted: str
+    steps: int
+    step_ms: float
+    uses: list[Use]
+    longest: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The events of a trace, .json or .json.gz."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as stream:
+        return json.load(stream)["traceEvents"]
+
+
+def tabulate(events: Iterable[dict[str, Any]], *, longest: int = 15) -> Table:
+    """The table of a trace whose steps are spans named STEP. Errors: ValueError without one."""
+    events = list(events)
+    host = _Host(events)
+    if not host.steps:
+        raise ValueError(f"no span '{STEP}' in the trace")
+    kernels = [e for e in events if e.get("ph") == "X" and e.get("cat") in KERNELS]
+    pieces = list(_kernels(kernels, host) if kernels else host.operators())
+    wall = sum(end - start for start, end in host.steps)
+    spent = _share_out(pieces) if kernels else _add_up(pieces)
+    launches = Counter(piece.kind for piece in pieces if piece.counts)
+    spent["idle"] = max(0.0, wall - sum(spent.values()))
+    n = len(host.steps)
+    uses = [Use(kind, spent[kind] / 1e3 / n, spent[kind] / wall, launches[kind] / n) for kind in KINDS]
+    return Table("kernels" if kernels else "operators", n, wall / 1e3 / n, uses, _longest(pieces, n, longest))
+
+
+def kind_of_name(name: str) -> str | None:
+    """The kind of a kernel or an operator by its name alone."""
+    return _first(ALWAYS, name) or _first(NAMES, name)
+
+
+@dataclass
+class _Piece:
+    """A stretch of work, in microseconds of the trace."""
+
+    name: str
+    kind: str
+    start: float
+    time: float
+    counts: bool = True
+
+
+@dataclass
+class _Open:
+    """A span, operator or launch that is running in its thread."""
+
+    event: dict[str, Any]
+    end: float
+    frame: str | None
+    named: str | None
+    in_step: bool
+    alone: float
+    calls: int = 0
+
+
+class _Host:
+    """What the processor did: which kind of work each launch and each operator belongs to."""
+
+    def __init__(self, events: list[dict[str, Any]]) -> None:
+        self.steps: list[tuple[float, float]] = []
+        self.frames: dict[int, str | None] = {}
+        """Of launches, by their correlation with kernels."""
+        self.done: list[_Open] = []
+        of_forward: dict[Any, str | None] = {}
+        """Frames of operators that a backward belongs to, by the flow's id."""
+        starts, ends = _flows(events)
+        threads: dict[Any, list[_Open]] = defaultdict(list)
+        found = [e for e in events if e.get("ph") == "X" and e.get("cat") in HOST]
+        # By time over all threads: a forward is looked at before its backward, in whichever thread that runs.
+        for event in sorted(found, key=lambda e: (e["ts"], -e["dur"])):
+            place, stack = (event["tid"], event["ts"]), threads[event["tid"]]
+            while stack and stack[-1].end <= event["ts"]:
+                self.done.append(stack.pop())
+            above = stack[-1] if stack else None
+            name, end = event["name"], event["ts"] + event["dur"]
+            is_step = name == STEP and event["cat"] == "user_annotation"
+            if is_step:
+                self.steps.append((event["ts"], end))
+            frame = self._own(event)
+            if frame is None and place in ends:
+                frame = of_forward.get(ends[place])
+            if frame is None and above:
+                frame = above.frame
+            named = kind_of_name(name) or (above.named if above else None)
+            for flow in starts.get(place, ()):
+                of_forward[flow] = frame
+            if event["cat"] in LAUNCHES:
+                self.frames[event.get("args", {}).get("correlation")] = frame
+                continue
+            if above:
+                above.alone -= min(end, above.end) - event["ts"]
+                above.calls += _is_operator(event)
+            in_step = is_step or bool(above and above.in_step)
+            stack.append(_Open(event, end, frame, named, in_step, event["dur"]))
+        for stack in threads.values():
+            self.done += stack
+
+    def _own(self, event: dict[str, Any]) -> str | None:
+        name = event["name"]
+        if name.startswith(PREFIX):
+            kind = name.removeprefix(PREFIX)
+            return kind if kind in KINDS else None
+        return _first(FRAMES, name)
+
+    def operators(self) -> Iterable[_Piece]:
+        """Those that ran within a step, each with the time that it took alone."""
+        for op in self.done:
+            if op.in_step and _is_operator(op.event) and op.alone > 0:
+                name = op.event["name"]
+                kind = _first(ALWAYS, name) or op.frame or op.named or "other"
+                yield _Piece(name, kind, op.event["ts"], op.alone, counts=op.calls == 0)
+
+
+def _is_operator(event: dict[str, Any]) -> bool:
+    """Whether work was done: `aten::mm` is an operator, a span and a function of autograd only hold some."""
+    return event["cat"] == "cpu_op" and "::" in event["name"] and "autograd::" not in event["name"]
+
+
+def _flows(events: list[dict[str, Any]]) -> tuple[dict[Any, list], dict[Any, Any]]:
+    """The profiler's arrows from forward to backward: where they start (thread, time) -> ids, where they end -> id."""
+    starts: dict[Any, list] = defaultdict(list)
+    ends: dict[Any, Any] = {}
+    for event in events:
+        if event.get("cat") == "fwdbwd":
+            place = (event["tid"], event["ts"])
+            if event["ph"] == "s":
+                starts[place].append(event["id"])
+            elif event["ph"] == "f":
+                ends[place] = event["id"]
+    return starts, ends
+
+
+def _kernels(kernels: list[dict[str, Any]], host: _Host) -> Iterable[_Piece]:
+    """What the device ran within the steps, cut to them."""
+    for event in kernels:
+        start, end = event["ts"], event["ts"] + event["dur"]
+        name = event["name"]
+        frame = host.frames.get(event.get("args", {}).get("correlation"))
+        kind = _first(ALWAYS, name) or frame or _first(NAMES, name) or "other"
+        parts = [(max(start, a), min(end, b)) for a, b in host.steps if a < end and start < b]
+        for at, (a, b) in enumerate(parts):
+            yield _Piece(name, kind, a, b - a, counts=at == 0)
+
+
+def _share_out(pieces: list[_Piece]) -> Counter:
+    """Microseconds a kind. While several kernels run at once, each has an equal part of the time."""
+    edges = [(piece.start, 1, piece.kind) for piece in pieces]
+    edges += [(piece.start + piece.time, -1, piece.kind) for piece in pieces]
+    spent: Counter = Counter()
+    running: Counter = Counter()
+    before, total = 0.0, 0
+    for at, change, kind in sorted(edges, key=lambda edge: edge[:2]):
+        if total:
+            for other, count in running.items():
+                spent[other] += (at - before) * count / total
+        running[kind] += change
+        total += change
+        if not running[kind]:
+            del running[kind]
+        before = at
+    return spent
+
+
+def _add_up(pieces: list[_Piece]) -> Counter:
+    spent: Counter = Counter()
+    for piece in pieces:
+        spent[piece.kind] += piece.time
+    return spent
+
+
+def _longest(pieces: list[_Piece], steps: int, most: int) -> list[dict[str, Any]]:
+    time: Counter = Counter()
+    count: Counter = Counter()
+    for piece in pieces:
+        time[piece.name, piece.kind] += piece.time
+        count[piece.name, piece.kind] += piece.counts
+    return [
+        {"name": name, "kind": kind, "ms": spent / 1e3 / steps, "launches": count[name, kind] / steps}
+        for (name, kind), spent in time.most_common(most)
+    ]
+
+
+def _first(rules: tuple[tuple[str, str], ...], name: str) -> str | None:
+    return next((kind for kind, pattern in rules if re.search(pattern, name)), None)
