@@ -40,6 +40,7 @@ from l2v.recipe import Contrastive, Mntp, Recipe, Simcse, Stage, Supervised
 from l2v.recipe_io import from_dict, load_recipe, to_dict
 from l2v.training import checkpoint
 from l2v.training.engine import deepspeed_config, initialize, start_distributed
+from l2v.training.frozen import frozen_checksum
 from l2v.training.loop import Interrupted, Job, train
 from l2v.training.ranks import agree, first_on_node, on_every_rank, on_first_rank
 from l2v.training.steps import loss_options
@@ -205,7 +206,17 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
         facts={"world": world}, tracking=recipe.tracking, profile=recipe.profile,
         evaluate=_evaluator(engine, stage, held_out, masking) if held_out else None,
     )  # fmt: skip
+    check = os.environ.get("L2V_CHECK") == "1"
+    before = frozen_checksum(model) if check else None
     final = train(engine, job, resume)
+    if check:
+        after = frozen_checksum(model)
+        print(f"{name}: rank {rank}: frozen weights {before} before, {after} after", flush=True)
+        agree({"the frozen weights": (before, after)})
+        if before != after:
+            raise UserError(
+                f"stage '{name}': frozen weights changed in training; the adapter does not belong to the base"
+            )
     weights = {key: final[f"weight.{key}"] for key in parameters}
     on_first_rank(functools.partial(_publish, model.decoder, weights, folder, lineage))
     if rank == 0:
