@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,3 +64,23 @@ def test_cpu_providers_run_or_say_why_not(op, provider):
         assert str(error)
         return
     assert len(step(*w.leaves())) == (2 if op == "rms_norm" else 1)
+
+
+def test_the_numbers_of_the_docs():
+    """Bytes and times a token in docs/step-ops.md are those that the benchmark counts, at 4.3 TB/s."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "step-ops.md").read_text(encoding="utf-8")
+    sizes = {"rms_norm": 4096, "swiglu": 14336, "segment_pool": 4096}
+    found, total = {}, 0.0
+    for name, amount, time in re.findall(r"^\| (\w+ [^|]+) \|[^|]*\|[^|]*\| (\d+) \| ([\d.]+) \|$", text, re.MULTILINE):
+        assert float(time) == pytest.approx(int(amount) / 4300, abs=0.05), name
+        found[name.split(",")[0]] = int(amount)
+    for op, width in sizes.items():
+        w = Workload(op, "", 1, width, torch.device("cpu"), torch.bfloat16)
+        for direction in ("forward", "backward"):
+            assert found.pop(f"{op} {direction}") == w.bytes(direction == "backward")
+            total += w.bytes(direction == "backward") * {"rms_norm": 2, "swiglu": 1, "segment_pool": 0}[op]
+    # Two norms made again, and a product.
+    assert found == {"rms_norm made again": 2 * 4096 * 2}
+    total += 2 * 2 * 4096 * 2 + 3 * 14336 * 2
+    assert f"that is {total / 4300:.0f} ns a token and layer" in text
+    assert f"{total / 4.3e12 * 16384 * 32 * 1e3:.0f} ms of a step" in text

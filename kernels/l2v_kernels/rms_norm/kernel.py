@@ -19,7 +19,7 @@ def row_offsets(row, stride_t, stride_h, HEADS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def forward_kernel(
+def rms_norm_forward_kernel(
     x_ptr,
     delta_ptr,
     weight_ptr,
@@ -66,7 +66,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def backward_kernel(
+def rms_norm_backward_kernel(
     dy_ptr,
     sum_ptr,
     rstd_ptr,
@@ -111,7 +111,7 @@ def backward_kernel(
 
 
 @triton.jit(do_not_specialize=["n_rows", "rows_a_program"])
-def weight_gradient_kernel(
+def rms_norm_weight_gradient_kernel(
     dy_ptr,
     sum_ptr,
     rstd_ptr,
@@ -148,7 +148,7 @@ def config(width: int) -> dict[str, int]:
     """The tile for rows of `width`: several short ones, or one."""
     block = triton.next_power_of_2(width)
     warps = 4 if block < 4096 else 8 if block < 16384 else 16
-    return {"BLOCK_R": max(1, min(64, TILE // block)), "BLOCK_E": block, "num_warps": warps}
+    return {"BLOCK_R": max(1, min(32, TILE // block)), "BLOCK_E": block, "num_warps": warps}
 
 
 def launch_forward(
@@ -167,7 +167,7 @@ def launch_forward(
         return
     x_TE, delta_TE = _rows(x_TE), _rows(x_TE if delta_TE is None else delta_TE)
     chosen = config(width)
-    forward_kernel[(triton.cdiv(n_rows, chosen["BLOCK_R"]),)](
+    rms_norm_forward_kernel[(triton.cdiv(n_rows, chosen["BLOCK_R"]),)](
         x_TE,
         delta_TE,
         weight_E.contiguous(),
@@ -201,7 +201,7 @@ def launch_backward(
     with_dsum = dsum_TE is not None
     dy_TE, sum_TE, dsum_TE = _rows(dy_TE), _rows(sum_TE), _rows(dsum_TE if with_dsum else sum_TE)
     chosen = config(width)
-    backward_kernel[(triton.cdiv(n_rows, chosen["BLOCK_R"]),)](
+    rms_norm_backward_kernel[(triton.cdiv(n_rows, chosen["BLOCK_R"]),)](
         dy_TE,
         sum_TE,
         rstd_T,
@@ -230,7 +230,7 @@ def launch_weight_gradient(dy_TE: torch.Tensor, sum_TE: torch.Tensor, rstd_T: to
     blocks, rows = triton.cdiv(width, WEIGHT_GRADIENT["BLOCK_E"]), WEIGHT_GRADIENT["BLOCK_R"]
     rows_a_program = rows * triton.cdiv(triton.cdiv(n_rows, rows), max(1, PROGRAMS // blocks))
     partial = rstd_T.new_empty(triton.cdiv(n_rows, rows_a_program), width)
-    weight_gradient_kernel[(len(partial), blocks)](
+    rms_norm_weight_gradient_kernel[(len(partial), blocks)](
         dy_TE,
         sum_TE,
         rstd_T,

@@ -143,7 +143,7 @@ def combine_kernel(
 
 
 @triton.jit(do_not_specialize=["n_segments", "n_tokens"])
-def backward_kernel(
+def pool_backward_kernel(
     dvectors_ptr,
     x_ptr,
     weights_ptr,
@@ -252,7 +252,7 @@ def launch_backward(
         return dx_TE
     norm = norm_weight_E is not None
     x_TE = _plain(x_TE) if norm else dx_TE
-    backward_kernel[(T // PIECE + S,)](
+    pool_backward_kernel[(T // PIECE + S,)](
         dvectors_SE.contiguous(),
         x_TE,
         weights_T.contiguous(),

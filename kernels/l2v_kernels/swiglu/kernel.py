@@ -9,7 +9,7 @@ CONFIG = {"BLOCK_T": 4, "BLOCK_F": 1024, "num_warps": 8}
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
-def forward_kernel(
+def swiglu_forward_kernel(
     gate_up_ptr,
     product_ptr,
     n_tokens,
@@ -30,7 +30,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["n_tokens"])
-def backward_kernel(
+def swiglu_backward_kernel(
     dproduct_ptr,
     gate_up_ptr,
     out_ptr,
@@ -64,7 +64,7 @@ def launch_forward(gate_up_TG: torch.Tensor, product_TF: torch.Tensor) -> torch.
     if product_TF.numel() == 0:
         return product_TF
     gate_up_TG = _rows(gate_up_TG)
-    forward_kernel[_grid(T, F)](gate_up_TG, product_TF, T, F, gate_up_TG.stride(0), **CONFIG)
+    swiglu_forward_kernel[_grid(T, F)](gate_up_TG, product_TF, T, F, gate_up_TG.stride(0), **CONFIG)
     return product_TF
 
 
@@ -76,7 +76,7 @@ def launch_backward(dproduct_TF: torch.Tensor, gate_up_TG: torch.Tensor, out_TG:
     dproduct_TF, gate_up_TG = _rows(dproduct_TF), _rows(gate_up_TG)
     target_TG = out_TG if out_TG.stride(1) == 1 else torch.empty_like(out_TG, memory_format=torch.contiguous_format)
     strides = (dproduct_TF.stride(0), gate_up_TG.stride(0), target_TG.stride(0))
-    backward_kernel[_grid(T, F)](dproduct_TF, gate_up_TG, target_TG, T, F, *strides, **CONFIG)
+    swiglu_backward_kernel[_grid(T, F)](dproduct_TF, gate_up_TG, target_TG, T, F, *strides, **CONFIG)
     return out_TG if target_TG is out_TG else out_TG.copy_(target_TG)
 
 
