@@ -9,15 +9,12 @@ import argparse
 import functools
 import gc
 import hashlib
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,17 +24,18 @@ from l2v.data.collate import Masking, collate
 from l2v.data.examples import MntpBlocks, Pairs, Views
 from l2v.data.sources import open_rows
 from l2v.data.tokens import TextTokenizer, load_tokenizer
-from l2v.errors import RecipeError, UserError
+from l2v.errors import UserError
 from l2v.machine import gpu_trouble, threads
 from l2v.model.embedded import resolve
 from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_config, load_model, output_head
-from l2v.model.lora import WEIGHTS, add_lora, describe_adapter, merge_adapters, save_adapter, sha256, trainable
+from l2v.model.lora import add_lora, describe_adapter, merge_adapters, trainable
 from l2v.model.memory import LayerShape, activation_bytes, choose_recompute, free_bytes
 from l2v.model.packed import PackedDecoder
 from l2v.objectives.contrastive import Groups, contrastive_loss
 from l2v.objectives.mntp import mntp_loss_of_hidden
 from l2v.recipe import Contrastive, Mntp, Recipe, Simcse, Stage, Supervised
-from l2v.recipe_io import from_dict, load_recipe, to_dict
+from l2v.recipe_io import load_recipe, to_dict
+from l2v.run import claim, merged_adapters, publish, run_folder
 from l2v.training import checkpoint
 from l2v.training.engine import deepspeed_config, initialize, start_distributed
 from l2v.training.frozen import frozen_checksum
@@ -50,14 +48,6 @@ LAUNCHER = (
     "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.argv[0] = 'deepspeed'; "
     "runpy.run_module('deepspeed.launcher.runner', run_name='__main__')"
 )
-
-# May differ between the start and the continuation of a run: they change where it runs and what it tells, not what it learns.
-FREE_KEYS = {"log_every", "eval_every", "save_every", "keep", "micro_tokens", "recompute", "eval_data"}
-
-
-def run_folder(recipe: Recipe) -> Path:
-    """Where a recipe's run lives."""
-    return Path(recipe.out or f"runs/{recipe.name}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -154,7 +144,7 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
     """Train one stage, or go on with it, or find that it is done."""
     stage, folder = recipe.stages[name], run_folder(recipe) / name
     facts = {"name": recipe.name, "stage": name, "recipe": to_dict(recipe)}
-    state = on_first_rank(lambda: _claim(recipe, name, folder, facts, fresh))
+    state = on_first_rank(lambda: claim(recipe, name, folder, facts, fresh))
     if state == "done":
         if rank == 0:
             print(f"{name}: already trained, its adapter is {folder / 'adapter'}", flush=True)
@@ -218,7 +208,7 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
                 f"stage '{name}': frozen weights changed in training; the adapter does not belong to the base"
             )
     weights = {key: final[f"weight.{key}"] for key in parameters}
-    on_first_rank(functools.partial(_publish, model.decoder, weights, folder, lineage))
+    on_first_rank(functools.partial(publish, model.decoder, weights, folder, lineage))
     if rank == 0:
         print(f"{name}: done, adapter in {folder / 'adapter'}", flush=True)
     engine.destroy()
@@ -310,83 +300,6 @@ def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[
         layers=base.layers,
     )
     return packed, lineage
-
-
-def merged_adapters(recipe: Recipe, name: str) -> list[tuple[str, dict[str, str]]]:
-    """What is merged into the base before a stage, oldest first: published adapters, then earlier stages."""
-    chain = recipe.chain(name)
-    oldest = recipe.stages[chain[0] if chain else name]
-    out = [(adapter, {}) for adapter in oldest.adapters or []]
-    for earlier in chain:
-        adapter = run_folder(recipe) / earlier / "adapter"
-        if not adapter.is_dir():
-            raise UserError(
-                f"stage '{name}' starts from '{earlier}', which is not trained yet ({adapter} is missing): train it first, "
-                "or leave out --stage, or give adapters=[...]"
-            )
-        out.append((str(adapter), {"stage": earlier}))
-    return out
-
-
-def _claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh: bool) -> str:
-    """Make the stage's folder ours, or say why it is not."""
-    parents = [adapter for adapter, _ in merged_adapters(recipe, name)]
-    facts = facts | {"merged": [sha256(Path(p) / WEIGHTS) if (Path(p) / WEIGHTS).is_file() else p for p in parents]}
-    mark = folder / "stage.json"
-    try:
-        if fresh and mark.is_file():
-            shutil.rmtree(folder)
-        if folder.is_dir() and any(folder.iterdir()) and not mark.is_file():
-            raise UserError(f"{folder} is not empty and no run of l2v: choose another folder with out=...")
-        if mark.is_file():
-            before = json.loads(mark.read_text(encoding="utf-8"))
-            changed = _difference(before, facts)
-            trained = (folder / "adapter").is_dir() or any(folder.glob("checkpoints/step-*"))
-            if changed and trained:  # a start that failed on a wrong path left nothing to protect
-                raise UserError(
-                    f"{folder} belongs to another recipe: {changed}; choose another folder with out=..., "
-                    "or start anew with --fresh"
-                )
-            if (folder / "adapter").is_dir():
-                return "done"
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another folder with out=...") from None
-    except json.JSONDecodeError:
-        raise UserError(f"{mark}: damaged; remove {folder} or choose another folder with out=...") from None
-    return "go"
-
-
-def _difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    if before.get("stage") != now["stage"]:
-        return f"its stage is '{before.get('stage')}'"
-    name = now["stage"]
-    try:  # keys that the version before did not know had their defaults
-        old = to_dict(from_dict(before["recipe"], "stage.json"))
-    except RecipeError:
-        old = before["recipe"]
-    new = now["recipe"]
-    pairs = [(f"stages.{name}.{k}", old["stages"].get(name, {}).get(k), v) for k, v in new["stages"][name].items()]
-    pairs += [(f"base.{k}", old["base"].get(k), v) for k, v in new["base"].items()]
-    pairs += [("seed", old["seed"], new["seed"])]
-    if before.get("merged") != now["merged"]:
-        return "an adapter that it starts from was trained anew or replaced since"
-    for key, was, is_now in pairs:
-        if was != is_now and key.rsplit(".", 1)[-1] not in FREE_KEYS:
-            return f"{key} was {json.dumps(was)} and is now {json.dumps(is_now)}"
-    return None
-
-
-def _publish(decoder, weights: dict[str, torch.Tensor], folder: Path, lineage: dict[str, Any]) -> None:
-    partial = folder / ".adapter.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        save_adapter(decoder, weights, partial, lineage)
-        partial.rename(folder / "adapter")
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{folder / 'adapter'}: cannot be written: {error.strerror}; the checkpoint is kept") from None
 
 
 def _masking(stage: Stage, texts: TextTokenizer, mask_token: str, model: PackedDecoder) -> Masking | None:
