@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="this Triton bundles no 
 POINTERS = ("x_ptr", "a_ptr", "xa_ptr", "dxa_ptr", "dx_ptr")
 
 
-def used_by(kernel_name, dtype, capability, *, ranks=(16, 16, 16), dropout=True, want_dx=True):
+def used_by(kernel_name, dtype, capability, *, ranks=(16, 16, 16), dropout=True, want_dx=True, add_dx=False):
     from l2v_kernels.lora_linear import kernel
 
     function = getattr(kernel, f"lora_{kernel_name}_kernel")
@@ -23,7 +23,7 @@ def used_by(kernel_name, dtype, capability, *, ranks=(16, 16, 16), dropout=True,
     constants = {f"RANK_{i}": rank for i, rank in enumerate(ranks)} | config
     constants |= {"BLOCK_R": max(16, max(ranks)), "DROPOUT": dropout, "PRECISION": "ieee"}
     if kernel_name == "backward":
-        constants["WANT_DX"] = want_dx
+        constants |= {"WANT_DX": want_dx, "ADD_DX": add_dx}
     types = dict.fromkeys(POINTERS, f"*{dtype}") | {"da_ptr": "*fp32", "seeds_ptr": "*i64", "rows_ptr": "*i64"}
     types |= dict.fromkeys(("factor_0", "factor_1", "factor_2"), "fp32")
     signature = {p.name: types.get(p.name, "i32") for p in function.params if not p.is_constexpr}
@@ -46,3 +46,9 @@ def test_what_the_recipe_launches(kernel_name, dtype, capability):
 @pytest.mark.parametrize("kernel_name", ["down", "backward"])
 def test_other_ranks(kernel_name, ranks, capability):
     assert not used_by(kernel_name, "bf16", capability, ranks=ranks).problems(capability)
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_gradients_on_top_of_frozen_ones(capability):
+    used = used_by("backward", "bf16", capability, add_dx=True)
+    assert not used.problems(capability, "HMMA"), used.registers

@@ -15,16 +15,24 @@ class FrozenLinears(Protocol):
 
     sizes: tuple[int, ...]
     """N of each."""
-    biases: tuple[torch.Tensor | None, ...]
+    adds: bool
+    """Whether a product can add to what is there. If so the adapters' share is written first and the frozen products are
+    added to it; if not, the frozen products come first and the adapters add to them: no pass over memory more either way."""
 
     def product(self, x_TE: torch.Tensor) -> torch.Tensor:
         """y [T, N] = x W^T + bias."""
 
-    def add_product_(self, y_TN: torch.Tensor, x_TE: torch.Tensor) -> None:
-        """y += x W^T, without biases."""
-
     def gradient(self, dy_TN: torch.Tensor) -> torch.Tensor:
         """dx [T, E] = dy W."""
+
+
+class AddingLinears(FrozenLinears, Protocol):
+    """Those of which `adds` is true."""
+
+    biases: tuple[torch.Tensor | None, ...]
+
+    def add_product_(self, y_TN: torch.Tensor, x_TE: torch.Tensor) -> None:
+        """y += x W^T, without biases."""
 
     def add_gradient_(self, dx_TE: torch.Tensor, dy_TN: torch.Tensor) -> None:
         """dx += dy W."""
@@ -32,6 +40,8 @@ class FrozenLinears(Protocol):
 
 class Linears:
     """Weights [N, E] as they are. Every product adds to its output, which costs its epilogue a read and spares a pass."""
+
+    adds = True
 
     def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
         self.weights = tuple(weights)

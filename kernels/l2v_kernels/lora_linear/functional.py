@@ -1,6 +1,6 @@
 """Forward and backward without autograd, for layers that decide themselves what they keep.
 
-The adapters write the output first and the frozen product is added to it, so that no pass over y is spent on the sum.
+No pass over y is spent on the sum of the adapters' share and the frozen product: whichever is second adds to the first.
 """
 
 from __future__ import annotations
@@ -50,9 +50,16 @@ def forward(
     if not adapters:
         with span("gemm"):
             return linears.product(x_TE), Kept()
+    kept = _down(x_TE, adapters, noise)
+    if not linears.adds:
+        with span("gemm"):
+            y_TN = linears.product(x_TE)
+        parts = y_TN.split(linears.sizes, 1)
+        for adapter, columns in zip(adapters, rank_slices(adapters), strict=True):
+            parts[adapter.part].addmm_(kept.xa_TR[:, columns], adapter.b_NR.t())
+        return y_TN, kept
     y_TN = x_TE.new_empty((x_TE.shape[0], sum(linears.sizes)))
     parts = y_TN.split(linears.sizes, 1)
-    kept = _down(x_TE, adapters, noise)
     columns = dict(zip((a.part for a in adapters), rank_slices(adapters), strict=True))
     b_of = {a.part: a.b_NR for a in adapters}
     for at, (y, bias) in enumerate(zip(parts, linears.biases, strict=True)):
@@ -94,8 +101,12 @@ def backward(
         # Outputs of 16 columns are made apart: a library that cannot write into a slice would copy it twice.
         dxa_TR[:, columns] = (dy @ adapter.b_NR).mul_(adapter.scaling * noise.scale)
         db.append(dy.t() @ kept.xa_TR[:, columns])
-    dx_TE, da = _down_backward(x_TE, dxa_TR, adapters, kept, noise, want_dx=want_dx)
-    if want_dx:
+    dx_TE = None
+    if want_dx and not linears.adds:
+        with span("gemm"):
+            dx_TE = linears.gradient(dy_TN)
+    dx_TE, da = _down_backward(x_TE, dxa_TR, adapters, kept, noise, dx_TE, want_dx=want_dx)
+    if want_dx and linears.adds:
         with span("gemm"):
             linears.add_gradient_(dx_TE, dy_TN)
     return Gradients(dx_TE, da, db)
@@ -116,16 +127,15 @@ def _down(x_TE, adapters, noise):
     return Kept(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
 
 
-def _down_backward(x_TE, dxa_TR, adapters, kept, noise, *, want_dx):
+def _down_backward(x_TE, dxa_TR, adapters, kept, noise, dx_TE, *, want_dx):
     if not takes_triton(x_TE):
-        return reference.down_backward(x_TE, dxa_TR, adapters, list(kept.masks), want_dx=want_dx)
+        return reference.down_backward(x_TE, dxa_TR, adapters, list(kept.masks), dx_TE, want_dx=want_dx)
     from l2v_kernels.lora_linear import launch
 
-    dx_TE, da, at = None, [], 0
+    da, at = [], 0
     for group in _groups(adapters):
         ranks = sum(a.rank for a in group)
-        part_TE, gradients = launch.down_backward(x_TE, dxa_TR[:, at : at + ranks], group, noise, want_dx=want_dx)
-        dx_TE = part_TE if dx_TE is None else dx_TE.add_(part_TE)
+        dx_TE, gradients = launch.down_backward(x_TE, dxa_TR[:, at : at + ranks], group, noise, dx_TE, want_dx=want_dx)
         da += gradients
         at += ranks
     return dx_TE, da

@@ -180,11 +180,12 @@ def lora_backward_kernel(
     BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr,
     WANT_DX: tl.constexpr,
+    ADD_DX: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """dx [T, E] and dA, fp32 [split, R, E], of up to three adapters, with each mask made once for both.
+    """dx [T, E] and dA, fp32 [split, R, E], of up to three adapters, with each mask made once for both. ADD_DX: dx is added to.
 
     Program (i, j) does column block i of the tokens of split j. dxa carries the factors already.
     """
@@ -227,6 +228,8 @@ def lora_backward_kernel(
             )  # fmt: skip
         if WANT_DX:
             at = tokens[:, None] * n_columns + columns[None, :]
+            if ADD_DX:
+                dx += tl.load(dx_ptr + at, mask=mask, other=0.0).to(tl.float32)
             tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     _store_da(da_ptr, split, 0, columns, in_row, n_columns, da_0, RANK_0, RANKS, BLOCK_R)
     if RANK_1 > 0:

@@ -36,7 +36,13 @@ def down(x_TE: torch.Tensor, adapters: tuple[Adapter, ...], noise: Noise) -> tor
 
 
 def down_backward(
-    x_TE: torch.Tensor, dxa_TR: torch.Tensor, adapters: tuple[Adapter, ...], noise: Noise, *, want_dx: bool
+    x_TE: torch.Tensor,
+    dxa_TR: torch.Tensor,
+    adapters: tuple[Adapter, ...],
+    noise: Noise,
+    dx_TE: torch.Tensor | None = None,
+    *,
+    want_dx: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
     """As `reference.down_backward`, with masks made anew. dA comes in A's dtype, summed in fp32."""
     T, E = x_TE.shape
@@ -44,7 +50,9 @@ def down_backward(
     blocks = triton.cdiv(E, config["BLOCK_E"])
     splits = max(1, min(triton.cdiv(PROGRAMS, blocks), triton.cdiv(T, 4 * config["BLOCK_T"])))
     per_split = triton.cdiv(triton.cdiv(T, splits), config["BLOCK_T"]) * config["BLOCK_T"]
-    dx_TE = torch.empty((T, E), dtype=x_TE.dtype, device=x_TE.device) if want_dx else None
+    add = dx_TE is not None
+    if want_dx and not add:
+        dx_TE = torch.empty((T, E), dtype=x_TE.dtype, device=x_TE.device)
     da_SRE = torch.empty((splits, dxa_TR.shape[1], E), dtype=torch.float32, device=x_TE.device)
     if T == 0:
         da_SRE.zero_()
@@ -64,6 +72,7 @@ def down_backward(
             *_pad([a.stream for a in adapters], 0),
             threshold(noise.p),
             WANT_DX=want_dx,
+            ADD_DX=add,
             **_constants(adapters, noise),
             **config,
         )

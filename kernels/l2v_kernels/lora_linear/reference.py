@@ -49,14 +49,15 @@ def down_backward(
     dxa_TR: torch.Tensor,
     adapters: tuple[Adapter, ...],
     masks: list[torch.Tensor | None],
+    dx_TE: torch.Tensor | None = None,
     *,
     want_dx: bool,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """Gradients of `down`: dx [T, E] (None unless wanted) and dA [R, E] of each adapter.
+    """Gradients of `down`: dx [T, E] (None unless wanted), added to the one given, and dA [R, E] of each adapter.
 
     dxa_TR: the gradient of what `down` scaled and masked, so with scaling and the dropout's scale already inside.
     """
-    dx_TE, gradients = None, []
+    gradients = []
     for adapter, columns, mask_TE in zip(adapters, rank_slices(adapters), masks, strict=True):
         dxa = dxa_TR[:, columns]
         kept_TE = x_TE if mask_TE is None else x_TE.masked_fill(mask_TE, 0.0)
