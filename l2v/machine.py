@@ -98,7 +98,8 @@ def device_name(device: torch.device) -> str:
     """A GPU's name as CUDA gives it; a processor's with the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor()}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"{processor()}, {count} thread{'s' if count > 1 else ''}"
 
 
 def processor() -> str:

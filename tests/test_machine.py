@@ -62,7 +62,8 @@ def test_the_rate_is_that_of_the_product():
 
 def test_a_calibration_belongs_to_a_device_a_torch_and_its_threads(monkeypatch):
     found = calibration(CPU, torch.float32, measure=True, seconds=0.05)
-    assert found.device == f"{machine.processor()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    assert found.device == f"{machine.processor()}, {threads} thread{'s' * (threads > 1)}"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
     assert calibration(CPU, torch.float32) is None
     monkeypatch.undo()

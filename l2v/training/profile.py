@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -84,6 +85,7 @@ class Profile:
         self.running.close()
 
     def _begin(self) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says that it starts and stops, in the middle of a bar
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -103,6 +105,12 @@ class Profile:
             trace = self.folder / "trace.json.gz"
             self.tracer.export_chrome_trace(str(trace))
             table = tabulate(read(trace))
+            if self.device.type == "cuda" and table.counted != "kernels":
+                self.tell(
+                    f"{trace}: no kernel is in the trace, so there is no table: the driver lets only administrators look "
+                    "(its option NVreg_RestrictProfilingToAdminUsers=0 lets everybody)"
+                )
+                return
             write(table, self.folder, steps=list(self.steps), device=device_name(self.device))
         except OSError as error:  # a run of days is not lost for a picture
             self.tell(f"{self.folder}: the profile cannot be written: {error.strerror or error}")

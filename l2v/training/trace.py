@@ -6,6 +6,7 @@ each without those that it calls, and idle is when none runs: Python, and waitin
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import re
@@ -99,7 +100,7 @@ def tabulate(events: Iterable[dict[str, Any]], *, longest: int = 15) -> Table:
     pieces = list(_kernels(kernels, host) if kernels else host.operators())
     wall = sum(end - start for start, end in host.steps)
     spent = _share_out(pieces) if kernels else _add_up(pieces)
-    launches = Counter(piece.kind for piece in pieces if piece.counts)
+    launches = Counter(piece.kind for piece in pieces if piece.outer)
     spent["idle"] = max(0.0, wall - sum(spent.values()))
     n = len(host.steps)
     uses = [Use(kind, spent[kind] / 1e3 / n, spent[kind] / wall, launches[kind] / n) for kind in KINDS]
@@ -119,7 +120,8 @@ class _Piece:
     kind: str
     start: float
     time: float
-    counts: bool = True
+    outer: bool = True
+    """Called by no other operator."""
 
 
 @dataclass
@@ -132,7 +134,7 @@ class _Open:
     named: str | None
     in_step: bool
     alone: float
-    calls: int = 0
+    outer: bool
 
 
 class _Host:
@@ -140,8 +142,10 @@ class _Host:
 
     def __init__(self, events: list[dict[str, Any]]) -> None:
         self.steps: list[tuple[float, float]] = []
-        self.frames: dict[int, str | None] = {}
-        """Of launches, by their correlation with kernels."""
+        self.launches: dict[int, str | None] = {}
+        """The frames of launches, by their correlation with kernels."""
+        self.operations: dict[int, str | None] = {}
+        """The frames of operators, by the id that kernels name, for launches that the trace lacks."""
         self.done: list[_Open] = []
         of_forward: dict[Any, str | None] = {}
         """Frames of operators that a backward belongs to, by the flow's id."""
@@ -167,13 +171,14 @@ class _Host:
             for flow in starts.get(place, ()):
                 of_forward[flow] = frame
             if event["cat"] in LAUNCHES:
-                self.frames[event.get("args", {}).get("correlation")] = frame
+                self.launches[event.get("args", {}).get("correlation")] = frame
                 continue
+            self.operations[event.get("args", {}).get("External id")] = frame
             if above:
                 above.alone -= min(end, above.end) - event["ts"]
-                above.calls += _is_operator(event)
             in_step = is_step or bool(above and above.in_step)
-            stack.append(_Open(event, end, frame, named, in_step, event["dur"]))
+            outer = not any(_is_operator(each.event) for each in stack)
+            stack.append(_Open(event, end, frame, named, in_step, event["dur"], outer))
         for stack in threads.values():
             self.done += stack
 
@@ -184,13 +189,20 @@ class _Host:
             return kind if kind in KINDS else None
         return _first(FRAMES, name)
 
+    def frame_of(self, kernel: dict[str, Any]) -> str | None:
+        """The kind of work that a kernel was launched for, where a span says so."""
+        args = kernel.get("args", {})
+        if args.get("correlation") in self.launches:
+            return self.launches[args["correlation"]]
+        return self.operations.get(args.get("External id"))
+
     def operators(self) -> Iterable[_Piece]:
         """Those that ran within a step, each with the time that it took alone."""
         for op in self.done:
             if op.in_step and _is_operator(op.event) and op.alone > 0:
                 name = op.event["name"]
                 kind = _first(ALWAYS, name) or op.frame or op.named or "other"
-                yield _Piece(name, kind, op.event["ts"], op.alone, counts=op.calls == 0)
+                yield _Piece(name, kind, op.event["ts"], op.alone, outer=op.outer)
 
 
 def _is_operator(event: dict[str, Any]) -> bool:
@@ -217,11 +229,10 @@ def _kernels(kernels: list[dict[str, Any]], host: _Host) -> Iterable[_Piece]:
     for event in kernels:
         start, end = event["ts"], event["ts"] + event["dur"]
         name = event["name"]
-        frame = host.frames.get(event.get("args", {}).get("correlation"))
-        kind = _first(ALWAYS, name) or frame or _first(NAMES, name) or "other"
-        parts = [(max(start, a), min(end, b)) for a, b in host.steps if a < end and start < b]
-        for at, (a, b) in enumerate(parts):
-            yield _Piece(name, kind, a, b - a, counts=at == 0)
+        kind = _first(ALWAYS, name) or host.frame_of(event) or _first(NAMES, name) or "other"
+        for first, last in host.steps:
+            if first < end and start < last:
+                yield _Piece(name, kind, max(start, first), min(end, last) - max(start, first))
 
 
 def _share_out(pieces: list[_Piece]) -> Counter:
@@ -255,12 +266,13 @@ def _longest(pieces: list[_Piece], steps: int, most: int) -> list[dict[str, Any]
     count: Counter = Counter()
     for piece in pieces:
         time[piece.name, piece.kind] += piece.time
-        count[piece.name, piece.kind] += piece.counts
+        count[piece.name, piece.kind] += 1
     return [
         {"name": name, "kind": kind, "ms": spent / 1e3 / steps, "launches": count[name, kind] / steps}
         for (name, kind), spent in time.most_common(most)
     ]
 
 
+@functools.cache
 def _first(rules: tuple[tuple[str, str], ...], name: str) -> str | None:
     return next((kind for kind, pattern in rules if re.search(pattern, name)), None)

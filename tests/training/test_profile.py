@@ -166,6 +166,17 @@ def test_a_backward_belongs_to_the_span_of_its_forward():
     assert by_kind(trace.table()) == {"attention": (40, 2), "other": (50, 2), "optimizer": (30, 1), "idle": (880, 0)}
 
 
+def test_a_kernel_whose_launch_is_not_in_the_trace():
+    """It names the operator that it belongs to."""
+    trace = Trace()
+    trace.span(STEP, 0, 100)
+    trace.span("l2v::norm", 10, 20)
+    trace.add("aten::mul", 12, 10, **{"External id": 77})
+    trace.add("forward_kernel", 40, 5, "kernel", 7, **{"External id": 77, "correlation": 9})
+    trace.add("forward_kernel", 50, 5, "kernel", 7, **{"External id": 78, "correlation": 10})
+    assert by_kind(trace.table()) == {"norm": (5, 1), "other": (5, 1), "idle": (90, 0)}
+
+
 def test_what_a_backward_makes_again_belongs_to_its_own_span():
     """A norm that is recomputed inside the backward of something else."""
     trace = Trace()
@@ -216,7 +227,8 @@ def test_operators_of_a_cpu_by_hand():
     trace.add("aten::mm", 0, 900, thread=3)
     table = trace.table()
     assert table.counted == "operators"
-    assert by_kind(table) == {"gemm": (90, 1), "copy": (10, 1), "swiglu": (60, 1), "other": (50, 1), "idle": (790, 0)}
+    assert by_kind(table) == {"gemm": (90, 1), "copy": (10, 0), "swiglu": (60, 1), "other": (50, 1), "idle": (790, 0)}
+    assert [(row["name"], row["launches"]) for row in table.longest[:2]] == [("aten::addmm", 1), ("aten::mul", 1)]
     assert "Idle: no operator runs" in markdown(table, [3], "a processor")
 
 
@@ -312,6 +324,19 @@ def test_a_folder_that_cannot_be_written_does_not_stop_training(tmp_path):
         model(torch.ones(1, 4))
     assert len(said) == 1 and "the profile cannot be written: Not a directory" in said[0]
     assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_a_driver_that_lets_nobody_look_is_told(tmp_path, monkeypatch):
+    """A GPU, and a trace in which no kernel is."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    said = []
+    profile = Profile(nn.Linear(4, 4), tmp_path, start=0, steps=1, device=torch.device("cuda"), tell=said.append)
+    with profile.step(1):
+        torch.ones(1).add_(1)
+    assert (
+        len(said) == 1 and "no kernel is in the trace" in said[0] and "NVreg_RestrictProfilingToAdminUsers=0" in said[0]
+    )
+    assert {file.name for file in tmp_path.iterdir()} == {"trace.json.gz"}
 
 
 def test_training_that_ends_within_the_traced_steps_leaves_no_hooks(tmp_path):
