@@ -1,7 +1,8 @@
 """Quantising rows as Triton kernels. Bound by memory: read once (twice beyond the widest row that registers hold), written
 once at half the size.
 
-Rounding is arithmetic, and the cast to e4m3 behind it exact: so every build, and the interpreter, gives the same bytes.
+Rounding is arithmetic, and the cast to e4m3 behind it exact, so that every build gives the same bytes: Triton's own cast goes
+through fp16 on sm_89, which rounds twice, and its interpreter does not carry.
 """
 
 import torch
