@@ -1,4 +1,9 @@
-"""What a decoder layer keeps for its backward, by tensor, and which `recompute` fits the memory that is free."""
+"""Memory of a training step, by tensor: what layers keep for their backward, what they and the end of the forward need at
+work, and which `recompute` fits the memory that is free.
+
+All of it is arithmetic on shapes. tests/test_plan_memory.py holds it against saved-tensor hooks (what a layer keeps, exactly)
+and against whole steps on fake tensors.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,13 @@ from typing import Any
 import torch
 
 from l2v.model.fused import Recompute
+from l2v_kernels.linear_cross_entropy.autograd import rows_of_a_chunk
+
+SLACK = 0.05  # of free memory, left to the allocator: it rounds blocks up and cannot join those that lie apart
+LOGITS = {True: 768 << 20, False: 128 << 20}
+"""Workspace of `linear_cross_entropy`, with Triton and without."""
+SCORES = 512 << 20
+"""Workspace of `info_nce`."""
 
 
 @dataclass(frozen=True)
@@ -48,73 +60,165 @@ class LayerShape:
     @property
     def inputs(self) -> dict[str, int]:
         """Width of the input of each linear."""
-        attended = self.heads * self.head_dim
         wide = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), self.hidden)
-        return wide | {"o_proj": attended, "down_proj": self.ffn}
+        return wide | {"o_proj": self.queries, "down_proj": self.ffn}
 
     @property
     def outputs(self) -> dict[str, int]:
         """Width of the output of each linear."""
-        attended, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        narrow = {"q_proj": attended, "k_proj": keys, "v_proj": keys, "o_proj": self.hidden, "down_proj": self.hidden}
-        return narrow | {"gate_proj": self.ffn, "up_proj": self.ffn}
+        narrow = {"q_proj": self.queries, "k_proj": self.keys, "v_proj": self.keys, "o_proj": self.hidden}
+        return narrow | {"down_proj": self.hidden, "gate_proj": self.ffn, "up_proj": self.ffn}
+
+    @property
+    def queries(self) -> int:
+        """Width of all query heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Width of all key heads."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Linears with LoRA."""
+        return tuple(name for name in self.targets if name in self.inputs)
 
     @property
     def linear_parameters(self) -> int:
         """Weights of one layer's linears."""
         return sum(self.inputs[name] * self.outputs[name] for name in self.inputs)
 
+    @property
+    def lora_parameters(self) -> int:
+        """Weights of one layer's adapters."""
+        return self.rank * sum(self.inputs[name] + self.outputs[name] for name in self.adapted)
 
-def kept_for_backward(shape: LayerShape, recompute: Recompute, *, masks: bool = False) -> dict[str, int]:
-    """Bytes a token that one fused layer keeps, by tensor.
 
-    masks: LoRA dropout keeps its masks, 1 byte an input, as the path without Triton does. Attention's logarithm of the
-    denominator is fp32; the CPU's attention also keeps copies in another layout, which are not counted.
+@dataclass(frozen=True)
+class Way:
+    """How layers run, as far as memory sees it: fused, and with Triton's kernels or the references of a CPU.
+
+    dropout: LoRA's, whose masks the references keep. attention_dropout: with it the references keep attention's weights,
+    `length` of them (tokens of a segment) for every token and head.
+    """
+
+    fused: bool = True
+    kernels: bool = True
+    dropout: bool = True
+    attention_dropout: bool = False
+    length: int = 0
+
+
+FUSED = Way()
+
+
+@dataclass(frozen=True)
+class End:
+    """Bytes at the end of a forward: kept until the backward is through, and needed only there."""
+
+    kept: int = 0
+    work: int = 0
+
+
+def kept_for_backward(shape: LayerShape, recompute: Recompute, way: Way = FUSED) -> dict[str, int]:
+    """Bytes a token that one layer keeps for its backward, by tensor. What all layers share (rotation, seeds) is not in it.
+
+    Plain layers know no `cheap`: they keep everything, or their input.
     """
     b, E, F = shape.itemsize, shape.hidden, shape.ffn
     if recompute == "layer":
         return {"layer input": E * b}
-    adapted = [name for name in shape.targets if name in shape.inputs]
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    kept = {
-        "residual sums": 2 * E * b,
-        "norm statistics": 2 * 4,
-        "q, k, v": (q + 2 * kv) * b,
-        "attention output": q * b,
-        "attention statistics": shape.heads * 4,
-        "gate and up": 2 * F * b,
-        "LoRA, x A": len(adapted) * shape.rank * b,
-    }
-    if shape.head_norms:
-        kept["rotated q, k"] = (q + kv) * b
-        kept["head norm statistics"] = (shape.heads + shape.kv_heads) * 4
-    if recompute == "none":
+    kept = {"residual sums": 2 * E * b} if way.fused else {"norm inputs, fp32": 2 * E * 4}
+    kept |= {"norm statistics": 2 * 4} | _attention(shape, way)
+    kept |= {"gate and up": 2 * F * b} if way.fused else {"gate, SiLU, up": 3 * F * b}
+    if shape.adapted:
+        kept["LoRA, x A"] = len(shape.adapted) * shape.rank * b
+    if way.fused and recompute == "none":
         kept |= {"norm outputs": 2 * E * b, "SwiGLU product": F * b}
-    if masks:
-        kept["LoRA, masks"] = sum(shape.inputs[name] for name in adapted)
+    inputs = sum(shape.inputs[name] for name in shape.adapted)
+    if not way.fused:
+        kept["LoRA, inputs"] = inputs * b  # each adapter's own, as its dropout made it
+    if way.dropout and not way.kernels and inputs:
+        kept["LoRA, masks"] = inputs
     return kept
 
 
-def activation_bytes(shape: LayerShape, recompute: Recompute, tokens: int, *, masks: bool = False) -> int:
-    """Bytes that all layers keep for the backward of `tokens` tokens, and the most that one layer needs beside at work."""
-    kept = sum(kept_for_backward(shape, recompute, masks=masks).values()) * shape.layers
-    return tokens * (kept + transient_bytes(shape, recompute, masks=masks))
+def _attention(shape: LayerShape, way: Way) -> dict[str, int]:
+    b, q, kv = shape.itemsize, shape.queries, shape.keys
+    kept = {"q, k, v": (q + 2 * kv) * b, "attention output": q * b, "attention statistics": shape.heads * 4}
+    if shape.head_norms:
+        kept["rotated q, k" if way.fused else "head norm inputs, fp32"] = (q + kv) * (b if way.fused else 4)
+        kept["head norm statistics"] = (shape.heads + shape.kv_heads) * 4
+    if way.kernels:
+        return kept
+    if way.attention_dropout:  # spelled out in fp32: weights before and after dropout, and the mask
+        del kept["attention statistics"]
+        weights = {"attention weights": shape.heads * way.length * (4 + 4 + 1)}
+        return kept | {"q, k, v": (q + 2 * kv) * 4} | weights
+    return kept | {"attention output": 2 * q * b}  # torch's, and in the order of tokens
 
 
-def transient_bytes(shape: LayerShape, recompute: Recompute, *, masks: bool = False) -> int:
-    """Bytes a token at the widest point of a layer's backward: the MLP's product, its gradient, gate's and up's, and the
-    residual's; with recompute: layer also what the layer keeps while it runs again."""
-    b = shape.itemsize
-    work = (4 * shape.ffn + 3 * shape.hidden) * b
+def work_bytes(shape: LayerShape, recompute: Recompute, way: Way = FUSED) -> int:
+    """Bytes a token at the widest point of one layer's backward, beside what all layers keep.
+
+    That is in the MLP: the gradients of the SwiGLU product, of gate and up, and of the output; with recompute: layer also
+    what the layer keeps while it runs again.
+    """
+    b, E, F = shape.itemsize, shape.hidden, shape.ffn
+    work = (3 * F + E) * b
+    if way.fused and not way.kernels:  # the references compute in fp32, in two buffers, from fp32 copies
+        work += 2 * F * 4 + (2 * F * 4 if b < 4 else 0)
+    elif not way.fused:  # or in an fp32 norm
+        work = max(work, 5 * E * 4 + E * b)
     if recompute == "layer":
-        work += sum(kept_for_backward(shape, "cheap", masks=masks).values())
+        work += sum(kept_for_backward(shape, "cheap", way).values()) - (E * b if way.fused else 0)
     return work
 
 
-def choose_recompute(shape: LayerShape, tokens: int, free: int, *, masks: bool = False) -> Recompute:
-    """The least recomputing that fits `free` bytes with a twentieth to spare; `layer` where nothing does."""
+def end_of_mntp(shape: LayerShape, tokens: int, labels: int, vocabulary: int, *, kernels: bool = True) -> End:
+    """The last sum and its norm; the labelled rows and their gradient, and the logits of as many as the workspace holds."""
+    b, E = shape.itemsize, shape.hidden
+    apart = b if b < 4 else 0
+    rows = rows_of_a_chunk(max(labels, 1), vocabulary * (4 + apart), LOGITS[kernels])
+    work = tokens * E * b + 2 * labels * E * b + rows * vocabulary * (4 + apart)
+    return End(kept=tokens * E * b, work=work)
+
+
+def end_of_contrastive(
+    shape: LayerShape, tokens: int, *, rows: int, candidates: int, queries: int, ranks: int = 1, prefixes: int = 1
+) -> End:
+    """The last sum, its norm and pooling; embeddings of a unit's `rows` texts with their gradient, fp32; and the loss.
+
+    candidates, queries: of this rank's unit. ranks: whose candidates meet here (1 with `negatives: micro`).
+    """
+    b, E = shape.itemsize, shape.hidden
+    pooling = tokens * E * (4 + b)
+    everyone = candidates * ranks
+    cache = 2 * rows * E * 4
+    scores = min(SCORES, queries * everyone * (4 + 4) * prefixes)
+    # Rows taken out of the cache, those of other ranks, and gradients of all of them, of which one more copy is summed up.
+    sides = (queries + candidates + (everyone if ranks > 1 else 0)) * E * 4
+    loss = sides + 2 * (queries + everyone) * E * 4 + scores
+    return End(kept=pooling, work=max(tokens * E * (4 + 4), cache + loss))
+
+
+def activation_bytes(
+    shape: LayerShape, recompute: Recompute, tokens: int, way: Way = FUSED, end: End | None = None
+) -> int:
+    """The most that forward and backward of `tokens` tokens need beside weights and optimizer.
+
+    Either at the end of the forward, or in the backward of the last layer, when all others still keep everything.
+    """
+    end = end or End(kept=tokens * shape.hidden * shape.itemsize)
+    kept = tokens * shape.layers * sum(kept_for_backward(shape, recompute, way).values())
+    return kept + max(end.kept + end.work, tokens * work_bytes(shape, recompute, way))
+
+
+def choose_recompute(shape: LayerShape, tokens: int, free: int, way: Way = FUSED, end: End | None = None) -> Recompute:
+    """The least recomputing that fits `free` bytes with a little to spare; `layer` where nothing does."""
     for how in ("none", "cheap"):
-        if activation_bytes(shape, how, tokens, masks=masks) <= 0.95 * free:
+        if activation_bytes(shape, how, tokens, way, end) <= (1 - SLACK) * free:
             return how
     return "layer"
 

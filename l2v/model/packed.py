@@ -13,7 +13,7 @@ from l2v.errors import RecipeError
 from l2v.model.fused import FusedStack, Recompute, Unsupported
 from l2v.model.head import Loss, WithHead
 from l2v.model.noise import NoiseState, address_dropout
-from l2v.model.pooling import pool
+from l2v.model.pooling import pool, pool_weights
 from l2v_kernels import AttentionPlan
 from l2v_kernels.integrations.transformers import PackedAttention
 
@@ -85,9 +85,18 @@ class PackedDecoder(nn.Module):
         self.noise.rows_T = batch.position_ids_T
         attention = self._attention(batch)
         if self.fused is not None:
-            hidden_TE = self.fused(
-                batch.input_ids_T, batch.position_ids_T, attention["packed"], self.noise.seeds_T, self.noise.rows_T
+            weights_T = pool_weights(batch, self.pooling) if want == "vectors" else None
+            out = self.fused(
+                batch.input_ids_T,
+                batch.position_ids_T,
+                attention["packed"],
+                self.noise.seeds_T,
+                self.noise.rows_T,
+                weights_T,
             )
+            if want == "vectors":
+                return out  # pooled within the final norm
+            hidden_TE = out
         else:
             hidden_TE = self.decoder(
                 input_ids=batch.input_ids_T.unsqueeze(0),

@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from l2v.model.fused.functions import Call, GatedMlp, GroupLinear, ProjectHeads
 from l2v.model.fused.spec import LayerSpec, base_of
-from l2v_kernels import attention
+from l2v_kernels import attention, rms_norm, segment_pool
 from l2v_kernels.integrations.transformers import PackedAttention
 from l2v_kernels.lora_linear import Noise, lay_together
-from l2v_kernels.rms_norm import rms_norm
+from l2v_kernels.spans import span
 
 Recompute = Literal["none", "cheap", "layer"]
 
@@ -37,7 +37,7 @@ class FusedStack:
         self.specs = [LayerSpec.of(layer) for layer in inner.layers]
         for spec in self.specs:
             _give(spec.module, lambda residual, delta, run, spec=spec: self._layer(spec, residual, delta, run))
-        _give(inner.norm, lambda residual, delta: _final_norm(inner.norm, residual, delta))
+        _give(inner.norm, lambda residual, delta, pooling: _final_norm(inner.norm, residual, delta, *pooling))
 
     def lay_together(self) -> None:
         """Put weights that read one input into one buffer, for one product. Once the model is on its device; not with
@@ -53,8 +53,10 @@ class FusedStack:
         packed: PackedAttention,
         seeds_T: torch.Tensor,
         rows_T: torch.Tensor,
+        pool_weights_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden_TE after the final norm, in the model's dtype. Noise only in training mode."""
+        """hidden_TE after the final norm, in the model's dtype; with weights, each segment's weighted mean of it, float32
+        [S, E], and no normalised token in memory. Noise only in training mode."""
         embedded_TE = self.inner.embed_tokens(input_ids_T.unsqueeze(0))
         cos, sin = self.inner.rotary_emb(embedded_TE, position_ids_T.unsqueeze(0))
         if self.gathered and torch.is_grad_enabled():
@@ -64,7 +66,7 @@ class FusedStack:
         sum_TE, delta_TE = embedded_TE[0], None
         for spec in self.specs:
             sum_TE, delta_TE = spec.module(sum_TE, delta_TE, fused=run)
-        return self.inner.norm(sum_TE, delta_TE, fused=True)
+        return self.inner.norm(sum_TE, delta_TE, fused=(pool_weights_T, packed.cu_seqlens))
 
     def _layer(self, spec, residual_TE, delta_TE, run):
         if self.recompute == "layer" and torch.is_grad_enabled():
@@ -101,10 +103,15 @@ class _Run:
         self.cos_TD, self.sin_TD = cos_TD, sin_TD
 
 
-def _final_norm(norm: nn.Module, residual_TE, delta_TE):
+def _final_norm(norm: nn.Module, residual_TE, delta_TE, weights_T, cu_seqlens):
+    weight_E, eps = norm.weight, norm.variance_epsilon
+    if weights_T is not None:
+        with span("pooling"):
+            sum_TE = residual_TE if delta_TE is None else residual_TE + delta_TE
+            return segment_pool(sum_TE, weights_T, cu_seqlens, weight_E, eps)
     if delta_TE is None:
-        return rms_norm(residual_TE, norm.weight, norm.variance_epsilon)
-    return rms_norm(residual_TE, norm.weight, norm.variance_epsilon, residual_TE=delta_TE)[1]
+        return rms_norm(residual_TE, weight_E, eps)
+    return rms_norm(residual_TE, weight_E, eps, residual_TE=delta_TE)[1]
 
 
 def _give(module: nn.Module, fused_forward) -> None:
@@ -112,8 +119,6 @@ def _give(module: nn.Module, fused_forward) -> None:
     own = type(module).forward
 
     def forward(*args, fused=None, **kwargs):
-        if fused is None:
-            return own(module, *args, **kwargs)
-        return fused_forward(*args) if fused is True else fused_forward(*args, fused)
+        return own(module, *args, **kwargs) if fused is None else fused_forward(*args, fused)
 
     module.forward = forward
