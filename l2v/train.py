@@ -40,6 +40,7 @@ from l2v.training import checkpoint
 from l2v.training.engine import deepspeed_config, initialize, start_distributed
 from l2v.training.frozen import frozen_checksum
 from l2v.training.loop import Interrupted, Job, train
+from l2v.training.memory import end_of, engine_bytes, largest_micro, way_of, yet_to_come
 from l2v.training.ranks import agree, first_on_node, on_every_rank, on_first_rank
 from l2v.training.steps import loss_options
 
@@ -188,7 +189,7 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
     masking = _masking(stage, texts, recipe.base.mask_token, model)
     units = model.as_units() if recipe.zero.stage == 3 else []
     engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype), stage, units)
-    note = _place_memory(model, recipe, stage, dtype)
+    note = _place_memory(model, recipe, stage, dtype, int(examples.lengths.max()))
     if rank == 0 and note:
         print(f"{name}: {note}", flush=True)
     job = Job(
@@ -216,9 +217,10 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
     gc.collect()
 
 
-def _place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: torch.dtype) -> str | None:
+def _place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: torch.dtype, longest: int) -> str | None:
     """Once weights lie where they stay: put together what is multiplied together, decide what the backward makes again.
 
+    longest: tokens of the longest example.
     Returns what was chosen, for the user. It changes no bit of what is learned, so ranks may choose apart.
     """
     if model.fused is None:
@@ -230,15 +232,21 @@ def _place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: tor
     shape = LayerShape.of(
         model.fused.inner.config, rank=stage.lora.r, targets=tuple(stage.lora.targets), itemsize=dtype.itemsize
     )
-    free = free_bytes(where, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    masks = where.type == "cpu" and stage.lora.dropout > 0
+    world, kernels = dist.get_world_size(), where.type == "cuda"
+    sizes = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters() if p.requires_grad]
+    config = deepspeed_config(stage, recipe.zero, dtype)
+    engine = engine_bytes(sum(sizes), config, dtype.itemsize, world, max(sizes), gpu=kernels)
+    free = free_bytes(where, int(os.environ.get("LOCAL_WORLD_SIZE", 1))) - yet_to_come(engine, recipe.zero.stage)
+    tokens, way = largest_micro(stage, world, longest), way_of(stage, fused=True, kernels=kernels)
+    vocabulary = model.fused.inner.config.get_text_config().vocab_size
+    end = end_of(stage, shape, vocabulary, tokens, world, kernels=kernels)
     chosen = stage.recompute
     if chosen == "auto":
-        chosen = choose_recompute(shape, stage.micro_tokens, free, masks=masks)
+        chosen = choose_recompute(shape, tokens, free, way, end)
     model.set_recompute(chosen)
-    needs = activation_bytes(shape, chosen, stage.micro_tokens, masks=masks)
+    needs = activation_bytes(shape, chosen, tokens, way, end)
     return (
-        f"fused layers, recompute {chosen}: {stage.micro_tokens:,} tokens keep up to {needs / 2**30:.1f} GiB of "
+        f"fused layers, recompute {chosen}: {tokens:,} tokens need up to {needs / 2**30:.1f} GiB of "
         f"{free / 2**30:.1f} GiB free"
     )
 

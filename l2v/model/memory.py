@@ -188,19 +188,18 @@ def end_of_mntp(shape: LayerShape, tokens: int, labels: int, vocabulary: int, *,
 def end_of_contrastive(
     shape: LayerShape, tokens: int, *, rows: int, candidates: int, queries: int, ranks: int = 1, prefixes: int = 1
 ) -> End:
-    """The last sum, its norm and pooling; embeddings of a unit's `rows` texts with their gradient, fp32; and the loss.
+    """The last sum, which is pooled; embeddings of a unit's `rows` texts with their gradient, fp32; and the loss.
 
     candidates, queries: of this rank's unit. ranks: whose candidates meet here (1 with `negatives: micro`).
     """
     b, E = shape.itemsize, shape.hidden
-    pooling = tokens * E * (4 + b)
     everyone = candidates * ranks
     cache = 2 * rows * E * 4
     scores = min(SCORES, queries * everyone * (4 + 4) * prefixes)
     # Rows taken out of the cache, those of other ranks, and gradients of all of them, of which one more copy is summed up.
     sides = (queries + candidates + (everyone if ranks > 1 else 0)) * E * 4
     loss = sides + 2 * (queries + everyone) * E * 4 + scores
-    return End(kept=pooling, work=max(tokens * E * (4 + 4), cache + loss))
+    return End(kept=tokens * E * b, work=cache + loss)
 
 
 def activation_bytes(
