@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Tests side by side, whole files to a process: fixtures of a file are made once.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: setup quickstart test test-all lint wheel-test clean
 
@@ -20,10 +23,10 @@ quickstart: $(READY)
 	$(BIN)/l2v quickstart $(ARGS)
 
 test: $(READY) lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: $(READY) lint wheel-test
-	L2V_SLOW=1 $(BIN)/python -m pytest -m '' $(ARGS)
+	L2V_SLOW=1 $(PYTEST) -m '' $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
