@@ -31,6 +31,7 @@ from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_conf
 from l2v.model.lora import add_lora, describe_adapter, merge_adapters, trainable
 from l2v.model.memory import LayerShape, activation_bytes, choose_recompute, free_bytes
 from l2v.model.packed import PackedDecoder
+from l2v.model.quantize import check_base_precision, check_fused, notice, to_fp8, to_nf4
 from l2v.objectives.contrastive import Groups, contrastive_loss
 from l2v.objectives.mntp import mntp_loss_of_hidden
 from l2v.recipe import Contrastive, Mntp, Recipe, Simcse, Stage, Supervised
@@ -180,6 +181,8 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
     agree({"the base and its adapters": lineage})
     if rank == 0 and model.plain_because and recipe.base.backend == "l2v":
         print(f"{name}: plain layers, slower than fused ones: {model.plain_because}", flush=True)
+    if rank == 0 and (banner := notice(recipe.base)):
+        print(f"{name}: {banner}", flush=True)
     parameters = {n.removeprefix("decoder."): p for n, p in trainable(model).items()}
     if resume:
         for key, parameter in parameters.items():
@@ -226,7 +229,9 @@ def _place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: tor
     if model.fused is None:
         model.set_recompute(stage.recompute)
         return None
-    if recipe.zero.stage < 3:
+    if recipe.base.base_precision == "fp8":
+        to_fp8(model.fused, model.decoder)
+    elif recipe.zero.stage < 3:
         model.fused.lay_together()
     where = device()
     shape = LayerShape.of(
@@ -287,10 +292,13 @@ def _summary(examples) -> str:
 def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[PackedDecoder, dict[str, Any]]:
     """The decoder of a stage: base, earlier adapters merged in order, fresh LoRA; and its lineage."""
     stage, base = recipe.stages[name], recipe.base
+    check_base_precision(base, device(), dtype)
     model = load_model(base, head=isinstance(stage, Mntp), dtype=dtype, seed=recipe.seed)
     merged = merged_adapters(recipe, name)
     inner = merge_adapters(inner_model(model), [adapter for adapter, _ in merged])
     head = output_head(model) if isinstance(stage, Mntp) else None
+    if base.base_precision == "nf4":
+        to_nf4(inner, device(), dtype)
     decoder = add_lora(inner, stage.lora, base_name=base.model, seed=seed)
     lineage = {
         "base": {"model": base.model, "revision": base.revision, "sha256": fingerprint(base)},
@@ -298,6 +306,8 @@ def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[
         "stage": name,
         "dtype": str(dtype).removeprefix("torch."),
     }
+    if base.base_precision != "same":
+        lineage["base_precision"] = base.base_precision
     packed = PackedDecoder(
         decoder,
         head=head,
@@ -307,6 +317,7 @@ def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[
         attention_dropout=stage.attention_dropout if isinstance(stage, Simcse) else 0.0,
         layers=base.layers,
     )
+    check_fused(base, packed)
     return packed, lineage
 
 

@@ -6,10 +6,10 @@ import torch
 
 from l2v_kernels.dispatch import takes_triton
 from l2v_kernels.fp8 import reference
-from l2v_kernels.fp8.linears import Fp8Linears, Fp8Weight
+from l2v_kernels.fp8.linears import ALIGN, Fp8Linears, Fp8Weight
 from l2v_kernels.fp8.product import CAPABILITY, obstacle
 
-__all__ = ["CAPABILITY", "Fp8Linears", "Fp8Weight", "obstacle", "quantize_rows"]
+__all__ = ["ALIGN", "CAPABILITY", "Fp8Linears", "Fp8Weight", "obstacle", "quantize_rows"]
 
 
 def quantize_rows(x_TK: torch.Tensor, factors_K: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

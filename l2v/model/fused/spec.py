@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from peft.tuners.lora import Linear as LoraModule
@@ -38,6 +39,13 @@ def _active(module: nn.Module) -> str | None:
     return names[0] if names else None
 
 
+class Quantized(Protocol):
+    """Holds the weights of a group in fewer bits, in place of its modules (see `l2v.model.quantize`)."""
+
+    def linears(self) -> FrozenLinears:
+        """What multiplies by them."""
+
+
 class Group:
     """Linears that read one input, as transformers and PEFT hold them.
 
@@ -47,9 +55,12 @@ class Group:
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
+        self.quantized: Quantized | None = None
 
     def linears(self) -> FrozenLinears:
         """The frozen part."""
+        if self.quantized is not None:
+            return self.quantized.linears()
         bases = [base_of(m) for m in self.modules]
         return Linears([b.weight for b in bases], [b.bias for b in bases])
 

@@ -1,0 +1,185 @@
+"""The frozen base in fewer bits: FP8 for faster products, NF4 for small GPUs. Adapters, embeddings, norms and head stay.
+
+Weights are quantised once, after earlier adapters have been merged into them in full precision, and the full weights are let
+go. What is left cannot be saved or merged; adapters can, for they need nothing of the base but its configuration.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import NoReturn
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from l2v.errors import RecipeError, UserError
+from l2v.model.fused import FusedStack
+from l2v.model.fused.spec import Group, base_of
+from l2v.model.packed import PackedDecoder
+from l2v.recipe import Base
+from l2v_kernels.fp8 import ALIGN, Fp8Linears, Fp8Weight, obstacle
+
+SWITCH = "L2V_FP8"
+SAME = "use base.base_precision: same"
+
+
+def emulated() -> bool:
+    """Whether FP8 is to be emulated: L2V_FP8=emulate, for tests and comparisons on a machine without it.
+
+    Errors: UserError for another value.
+    """
+    value = os.environ.get(SWITCH, "")
+    if value not in ("", "emulate"):
+        raise UserError(f"{SWITCH} is '{value}'; set it to emulate, or leave it unset")
+    return value == "emulate"
+
+
+def check_base_precision(base: Base, where: torch.device, dtype: torch.dtype) -> None:
+    """Whether this machine can do what the recipe asks, before weights are loaded.
+
+    Errors: UserError where it cannot, with the way out.
+    """
+    if base.base_precision == "fp8" and not emulated():
+        if reason := obstacle(where):
+            raise UserError(f"base.base_precision: fp8 cannot run here: {reason}; {SAME}")
+        if dtype != torch.bfloat16:
+            raise UserError(
+                f"base.base_precision: fp8 multiplies into bf16, and base.precision is {base.precision}; use bf16, or {SAME}"
+            )
+    if base.base_precision == "nf4":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"base.base_precision: nf4 needs the package bitsandbytes: pip install 'l2v[nf4]', or {SAME}"
+            )
+        try:
+            importlib.import_module("bitsandbytes")
+        except Exception as error:
+            raise UserError(
+                f"base.base_precision: nf4 needs bitsandbytes, which cannot be imported: {_first_line(error)}; {SAME}"
+            ) from None
+
+
+def check_fused(base: Base, model: PackedDecoder) -> None:
+    """FP8 lives in fused layers.
+
+    Errors: RecipeError for a decoder that they do not know.
+    """
+    if base.base_precision == "fp8" and model.fused is None:
+        raise RecipeError(f"base.base_precision: fp8 needs fused layers, and {model.plain_because}; {SAME}")
+
+
+def notice(base: Base) -> str | None:
+    """What a user must know of a base in fewer bits: one line, or None."""
+    if base.base_precision == "fp8" and emulated():
+        return f"*** {SWITCH}=emulate: FP8 is emulated in fp32, SLOWER than without; for tests and comparisons only ***"
+    if base.base_precision == "nf4" and not torch.cuda.is_available():
+        return "*** an NF4 base on a CPU saves memory, and is SLOWER than without ***"
+    return None
+
+
+class Fp8Group(nn.Module):
+    """The FP8 weights of linears that read one input, held as buffers that no file carries.
+
+    Bytes, so that casting a model leaves them alone; scales are powers of two, which bf16 holds as well as fp32.
+    """
+
+    def __init__(self, weight: Fp8Weight, sizes: list[int], bias_N: torch.Tensor | None, *, emulate: bool) -> None:
+        super().__init__()
+        self.sizes, self.emulate = sizes, emulate
+        self.register_buffer("rows_NK", weight.rows_NK.view(torch.uint8), persistent=False)
+        self.register_buffer("columns_KN", weight.columns_KN.view(torch.uint8), persistent=False)
+        self.register_buffer("scale_N", weight.scale_N, persistent=False)
+        self.register_buffer("bias_N", bias_N, persistent=False)
+
+    def linears(self) -> Fp8Linears:
+        """For the fused layer."""
+        e4m3 = torch.float8_e4m3fn
+        weight = Fp8Weight(self.rows_NK.view(e4m3), self.columns_KN.view(e4m3), self.scale_N.float())
+        return Fp8Linears(weight, self.sizes, self.bias_N, emulate=self.emulate)
+
+
+def to_fp8(stack: FusedStack, decoder: nn.Module) -> None:
+    """Quantise the linears of all fused layers where they lie, group by group, and let their weights go.
+
+    Each `weight` keeps its shape, dtype and device and no memory: every element is the same NaN, so that whoever still
+    multiplies by it gets no number that could be taken for one. Errors: UserError for weights that FP8 cannot hold.
+    """
+    emulate = emulated()
+    for spec in stack.specs:
+        for name, group in (("qkv", spec.qkv), ("o", spec.o), ("gate_up", spec.gate_up), ("down", spec.down)):
+            held = _quantize_group(group, f"layer {spec.index}, {name}", emulate=emulate)
+            spec.module.add_module(f"fp8_{name}", held)
+            group.quantized = held
+    _refuse_to_write(decoder, "FP8", "fp8")
+
+
+def _quantize_group(group: Group, where: str, *, emulate: bool) -> Fp8Group:
+    bases = [base_of(m) for m in group.modules]
+    weights = [b.weight for b in bases]
+    if any(hasattr(w, "ds_id") for w in weights):
+        raise UserError(
+            f"base.base_precision: fp8 does not go with ZeRO stage 3 (zero.config); use a lower one, or {SAME}"
+        )
+    shapes = [tuple(w.shape) for w in weights]
+    if not emulate and any(side % ALIGN for shape in shapes for side in shape):
+        raise UserError(
+            f"base.base_precision: fp8 needs weights whose sides are multiples of {ALIGN}, and {where} has {shapes}; {SAME}"
+        )
+    weight = Fp8Weight.of([w.detach() for w in weights])
+    if not weight.scale_N.isfinite().all():
+        raise UserError(f"base.base_precision: fp8: the weights of {where} hold infinity or NaN; the base is damaged")
+    bias_N = None
+    if any(b.bias is not None for b in bases):
+        zeros = (w.new_zeros(w.shape[0]) for w in weights)
+        bias_N = torch.cat([z if b.bias is None else b.bias.detach() for b, z in zip(bases, zeros, strict=True)])
+    for w in weights:
+        w.data = w.data.new_full((1, 1), torch.nan).expand(w.shape)
+    return Fp8Group(weight, [shape[0] for shape in shapes], bias_N, emulate=emulate)
+
+
+def to_nf4(inner: nn.Module, where: torch.device, dtype: torch.dtype) -> None:
+    """Replace the linears of a decoder by bitsandbytes' of 4 bits (Dettmers et al. 2023, QLoRA, arXiv 2305.14314: NF4, with
+    quantised constants), on `where`, one by one. Biases stay; products compute in dtype."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    linears = [(name, module) for name, module in inner.named_modules() if type(module) is nn.Linear]
+    if not linears:
+        raise UserError(f"base.base_precision: nf4 finds no linear in {type(inner).__name__}; {SAME}")
+    for name, linear in linears:
+        how = {"compress_statistics": True, "quant_type": "nf4"}
+        small = Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, dtype, device="meta", **how
+        )
+        small.weight = Params4bit(linear.weight.detach(), requires_grad=False, module=small, **how)
+        small.bias = linear.bias
+        # On some CPUs an evaluation would repack the weights for good, into a form that has no gradient.
+        small.support_avx512bf16_for_cpu = False
+        inner.set_submodule(name, small.to(where).eval())
+        linear.weight = None
+    inner.is_loaded_in_4bit = True  # by this PEFT knows to put its own LoRA for 4 bits on them
+    _refuse_to_write(inner, "NF4", "nf4")
+
+
+def _refuse_to_write(decoder: nn.Module, what: str, key: str) -> None:
+    """One sentence instead of a file that would hold no weights, or a merge that would round them again."""
+
+    def refuse(*_, **__) -> NoReturn:
+        raise UserError(
+            f"a base in {what} cannot be saved or merged: load it with base.base_precision: same for that; the adapter is "
+            f"the same file either way (base.base_precision is {key})"
+        )
+
+    inner = decoder
+    if isinstance(decoder, PeftModel):
+        inner = decoder.get_base_model()
+        for owner in (decoder, decoder.base_model):
+            owner.merge_adapter = owner.merge_and_unload = refuse
+    inner.save_pretrained = refuse
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
