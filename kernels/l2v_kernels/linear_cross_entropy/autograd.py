@@ -51,6 +51,8 @@ def in_chunks(
     rows = rows_of_a_chunk(L, V * (wide.itemsize + (dtype.itemsize if apart else 0)), workspace)
     logits_RV = hidden_LE.new_empty(rows, V, dtype=wide)
     narrow_RV = hidden_LE.new_empty(rows, V) if apart else logits_RV
+    if triton:
+        from l2v_kernels.linear_cross_entropy.kernel import launch
     # Autocast would round fp32 hidden states on their way into the products.
     with torch.autocast(hidden_LE.device.type, enabled=False):
         for begin in range(0, L, rows):
@@ -58,8 +60,6 @@ def in_chunks(
             logits, narrow = logits_RV[: at.stop - begin], narrow_RV[: at.stop - begin]
             narrow = narrow if apart else logits
             if triton:
-                from l2v_kernels.linear_cross_entropy.kernel import launch
-
                 dots(hidden_LE[at], weight_VE, logits)
                 launch(logits, bias_V, labels_L[at], losses_L[at], hits_L[at], narrow if gradient else None)
             else:
