@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # GPU tests, then the quick benchmarks, in under nine minutes; results in the folder given or in $OUT.
 #   bash benchmarks/gpu.sh [FOLDER [PART...]]     parts: info_nce attention gradient_cache; all of them by default
+# Two more parts take the nine minutes for themselves; called again with the same FOLDER, train_step goes on where it stopped:
+#   LLM2VEC=PATH bash benchmarks/gpu.sh FOLDER train_step      the full step of Llama-3-8B; PATH: see its --llm2vec
+#   bash benchmarks/gpu.sh FOLDER encode
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-benchmarks/results/latest}}
@@ -58,5 +61,14 @@ for op in attention info_nce; do
 done
 if wanted gradient_cache; then
     step gradient_cache 120 "$python" -m benchmarks.gradient_cache --quick --out "$out"
+fi
+# 16 GB of random weights stay where the next call finds them.
+work=${WORK:-${TMPDIR:-/tmp}/l2v-benchmarks}
+if wanted train_step; then
+    step train_step 525 "$python" -m benchmarks.train_step --minutes 8.5 --out "$out" --work "$work" \
+        ${LLM2VEC:+--llm2vec "$LLM2VEC"}
+fi
+if wanted encode; then
+    step encode 300 "$python" -m benchmarks.encode --out "$out" --work "$work"
 fi
 exit $status

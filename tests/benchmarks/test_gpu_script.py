@@ -42,3 +42,14 @@ def test_a_part_and_a_red_test(run):
     assert "contrastive: not run, the tests are red" in done.stdout
     code, steps, _ = run("gradient_cache", red="gradient_cache")
     assert (code, steps) == (1, ["gradient_cache"])
+
+
+def test_the_long_parts_are_asked_for(run, monkeypatch):
+    monkeypatch.setenv("LLM2VEC", "/some/packages")
+    monkeypatch.setenv("WORK", "/some/weights")
+    code, steps, done = run("train_step", "encode")
+    assert (code, steps) == (0, ["train_step", "encode"])
+    assert "-m benchmarks.train_step --minutes 8.5" in done.stdout and "--llm2vec /some/packages" in done.stdout
+    assert done.stdout.count("--work /some/weights") == 2
+    monkeypatch.delenv("LLM2VEC")
+    assert "--llm2vec" not in run("train_step")[2].stdout

@@ -1,0 +1,247 @@
+"""Encoding texts: `Encoder` against sentence-transformers, with the same exported model.
+
+python -m benchmarks.encode [--quick] [--out FOLDER] [--model 8b|smollm2|mini]
+
+sentence-transformers loads the folder that `Encoder.save` wrote, sorts texts by length and pads each batch to its longest, in
+its default batch of 32 and in a larger one. Both have to give the same vectors before either is timed; then they take turns in
+one process. Lengths of texts are log-normal around those of the train-step benchmark, and over a wide range in `mixed`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.harness import (
+    SMOKE,
+    Result,
+    Unavailable,
+    arguments,
+    bars,
+    device_facts,
+    headline,
+    markdown,
+    peak_memory,
+    reason,
+    time_interleaved,
+    write,
+)
+from benchmarks.train_step_work import MODELS, Lengths, Words, write_base
+from l2v.encoder import Encoder
+
+CPU = "Work on a CPU: these numbers say nothing about a GPU."
+PROFILES = {
+    "queries": (Lengths("query", 20, 64),),
+    "sentences": (Lengths("sentence", 30, 128),),
+    "passages": (Lengths("passage", 200, 512),),
+    "mixed": (Lengths("query", 20, 64), Lengths("sentence", 60, 256), Lengths("passage", 200, 512)),
+}
+TEXTS = {"8b": 2048, "smollm2": 32, "mini": 64}
+LONG = {"passages", "mixed"}
+BATCHES = (32, 256)
+BARS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Of the distance between two vectors of length 1."""
+
+Encode = Callable[[Sequence[str]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Texts, and the tokens that `Encoder` makes of them: no pads."""
+
+    name: str
+    texts: list[str]
+    tokens: int
+
+
+def profiles(encoder: Encoder, count: int) -> list[Profile]:
+    """Texts of every length profile, the same at every call; a quarter as many of those with long texts."""
+    tokenizer = encoder.tokenizer
+    words = Words.counted(tokenizer.tokenizer)
+    frame = len(tokenizer.embedded([words.words[0]])[0][0]) - words.tokens[0]
+    out = []
+    for name, kinds in PROFILES.items():
+        generator = random.Random(name)
+        n = max(4, count // 4) if name in LONG else count
+        drawn = [generator.choice(kinds).draw(generator) for _ in range(n)]
+        texts = [words.text(max(1, tokens - frame) + words.added, generator) for tokens in drawn]
+        ids, _, _ = tokenizer.embedded(texts)
+        out.append(Profile(name, texts, sum(map(len, ids))))
+    return out
+
+
+def export(model: str, folder: Path, device: torch.device) -> Path:
+    """The folder that both load: random weights in the model's shape, or the embedded base."""
+    target = folder / "export"
+    if not target.is_dir():
+        base = "smollm2-135m-instruct"
+        if MODELS[model].shape:
+            from l2v.model.load import dtype_of
+
+            base = str(folder / "base")
+            if not (folder / "base" / "config.json").is_file():
+                write_base(MODELS[model], folder / "base", device, dtype_of("auto"))
+        Encoder.from_pretrained(base).save(target)
+    return target
+
+
+def sentence_transformer(folder: Path, device: torch.device):
+    """The exported model, loaded by sentence-transformers. Errors: Unavailable."""
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise Unavailable("sentence-transformers is not installed")
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device=device.type)
+
+
+class Places:
+    """Counts what sentence-transformers computes: tokens and pads."""
+
+    def __init__(self, model) -> None:
+        self.count = 0
+        model[0].register_forward_pre_hook(self._see)
+
+    def _see(self, module, inputs) -> None:
+        self.count += inputs[0]["attention_mask"].numel()
+
+    def of(self, call: Callable[[], object]) -> int:
+        """Places that a call computes."""
+        self.count = 0
+        call()
+        return self.count
+
+
+def run(profile: Profile, ours: Encode, theirs: dict[str, Encode], places, device, dtype, rounds: int) -> list[Result]:
+    """All providers on one profile: vectors compared, then times."""
+    reference, calls, results = ours(profile.texts), {"l2v": lambda: ours(profile.texts)}, []
+    for name, encode in {"l2v": ours, **theirs}.items():
+        result = Result(profile.name, name, "encode", facts={"texts": len(profile.texts), "tokens": profile.tokens})
+        results.append(result)
+        call = calls.setdefault(name, lambda encode=encode: encode(profile.texts))
+        try:
+            result.error = float(np.linalg.norm(call() - reference, axis=1).max())
+            if not result.error < BARS[dtype]:
+                raise ValueError(f"other vectors: {result.error:.1e} apart")
+            computed = profile.tokens if name == "l2v" else places.of(call)
+            result.facts["padded"] = 1 - profile.tokens / computed
+            result.memory = peak_memory(call, device)
+        except (RuntimeError, ValueError) as error:
+            result.skipped = reason(error)
+            del calls[name]
+    times = time_interleaved({name: [call] for name, call in calls.items()}, device, seconds=1e-6, rounds=rounds)
+    own = times.get("l2v")
+    for result in results:
+        if taken := times.get(result.provider):
+            result.median, result.low, result.high = float(np.median(taken)), min(taken), max(taken)
+            result.facts["texts_per_second"] = len(profile.texts) / result.median
+            result.facts["tokens_per_second"] = profile.tokens / result.median
+            result.facts["faster"] = float(np.median(np.array(taken) / np.array(own))) if own else None
+    return results
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown: a row a profile and provider."""
+    head = [
+        "texts",
+        "tokens a text",
+        "provider",
+        "texts/s",
+        "tokens/s",
+        "pads",
+        "peak MiB",
+        "l2v is faster",
+        "distance",
+    ]
+    rows = []
+    for x in results:
+        f = x.facts
+        start = [x.workload, f"{f['tokens'] / f['texts']:.0f}", x.provider]
+        if x.median is None:
+            rows.append([*start, x.skipped, *[""] * 5])
+            continue
+        memory = "" if x.memory is None else f"{x.memory / 2**20:,.0f}"
+        faster = f"{f['faster']:.2f}x" if f["faster"] and x.provider != "l2v" else ""
+        numbers = [
+            f"{f['texts_per_second']:,.1f}",
+            f"{f['tokens_per_second']:,.0f}",
+            f"{f['padded']:.0%}",
+            memory,
+            faster,
+        ]
+        rows.append([*start, *numbers, f"{x.error:.1e}"])
+    return markdown(head, rows)
+
+
+def page(results: Sequence[Result], facts: dict) -> str:
+    """The Markdown page."""
+    label = SMOKE if facts["smoke"] else CPU if facts.get("cuda") is None else ""
+    about = (
+        f"{facts['model']}, {facts['dtype']}; medians of {facts['rounds']} rounds in turns, ratios taken round by round. "
+        "tokens/s: real tokens, never pads. distance: the largest between two vectors of length 1 of the same text."
+    )
+    if facts.get("cuda") is None:
+        about += f" Load of the machine at the start: {facts['load']:.1f} on {facts['cores']} cores."
+    return f"{label} {headline(facts | {'smoke': False})}.\n\n{about}\n\n{table(results)}".strip()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table and writes it; the exit code is 1 if ours did not run, or gave other vectors."""
+    parser = arguments("encode", __doc__, quick="the mini model, a check of the benchmark itself")
+    parser.add_argument("--model", choices=tuple(MODELS), help="default: 8b on a GPU, mini on a CPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--texts", type=int, help="of a profile of short ones")
+    parser.add_argument("--work", type=Path, help="keep the weights in this folder")
+    options = parser.parse_args(argv)
+    device = torch.empty(0, device=options.device).device
+    gpu = device.type == "cuda"
+    model = "mini" if options.quick else options.model or ("8b" if gpu else "mini")
+    name = "encode_mini" if model == "mini" else "encode"
+    facts = device_facts(device) | {"model": model, "smoke": model == "mini", "rounds": options.rounds}
+    facts |= {"load": os.getloadavg()[0], "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory(prefix="l2v-encode-", ignore_cleanup_errors=True) as temporary:
+        folder = export(model, options.work or Path(temporary), device)
+        encoder = Encoder.from_pretrained(folder)
+        dtype = encoder.model.decoder.dtype
+        facts["dtype"] = str(dtype).removeprefix("torch.")
+        theirs: dict[str, Encode] = {}
+        places = None
+        try:
+            loaded = sentence_transformer(folder, device)
+            places = Places(loaded)
+            for size in BATCHES:
+                theirs[f"sentence_transformers, {size}"] = lambda texts, size=size: loaded.encode(
+                    texts, batch_size=size
+                )
+        except Unavailable as missing:
+            print(f"encode: {missing}", file=sys.stderr)
+        for profile in profiles(encoder, options.texts or TEXTS[model]):
+            part = run(profile, encoder.encode, theirs, places, device, dtype, options.rounds)
+            results += part
+            print(table(part), flush=True)
+            if options.out:
+                data = {"facts": facts, "results": [asdict(x) for x in results]}
+                write(options.out, name, data, page(results, facts), lambda found=tuple(results): figure(found, facts))
+    return int(any(x.median is None for x in results if x.provider == "l2v"))
+
+
+def figure(results: Sequence[Result], facts: dict):
+    """Real tokens a second by profile."""
+    label = " (CPU smoke test)" if facts["smoke"] else " (CPU)" if facts.get("cuda") is None else ""
+    values: dict[str, dict[str, float]] = {}
+    for x in results:
+        values.setdefault(x.provider, {})[x.workload] = x.facts.get("tokens_per_second", 0.0)
+    return bars([(f"encoding, real tokens a second{label}", "tokens/s", values)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
