@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # GPU tests, then the quick benchmarks, in under nine minutes; results in the folder given or in $OUT.
-#   bash benchmarks/gpu.sh [FOLDER [PART...]]     parts: info_nce attention gradient_cache; all of them by default
+#   bash benchmarks/gpu.sh [FOLDER [PART...]]     parts: info_nce attention gradient_cache, all of them by default; and those
+#                                                 of the fused layer: step_ops lora_linear linear_cross_entropy fp8
 # Two more parts take the nine minutes for themselves; called again with the same FOLDER, train_step goes on where it stopped:
 #   LLM2VEC=PATH bash benchmarks/gpu.sh FOLDER train_step      the full step of Llama-3-8B; PATH: see its --llm2vec
 #   bash benchmarks/gpu.sh FOLDER encode
@@ -43,16 +44,20 @@ nvidia-smi >"$out/device.txt" 2>&1
 workers=()
 "$python" -c "import xdist" 2>/dev/null && workers=(-n 8)
 # Tests first, and of each op the benchmark only if they pass: a fast wrong kernel is not worth a number.
-for op in info_nce attention; do
+for op in step_ops lora_linear linear_cross_entropy fp8 info_nce attention; do
     wanted $op && tests $op 200 && passed="${passed:-} $op "
 done
 if wanted attention && command -v compute-sanitizer >/dev/null; then
     step sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider \
         tests/kernels/test_attention_gpu.py -k "bit_for_bit or nan_and_no_fault" || passed=${passed/ attention /}
 fi
-for op in attention info_nce; do
+for op in lora_linear step_ops linear_cross_entropy attention info_nce; do
     wanted $op || continue
-    benchmark=${op/info_nce/contrastive}
+    case $op in
+        info_nce) benchmark=contrastive ;;
+        lora_linear) benchmark=fused_layer ;;
+        *) benchmark=$op ;;
+    esac
     if [[ ${passed:-} == *" $op "* ]]; then
         step $benchmark 120 "$python" -m "benchmarks.$benchmark" --quick --out "$out"
     else

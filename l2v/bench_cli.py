@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 from l2v.errors import RecipeError, UserError
 
-BENCHMARKS = ("attention", "contrastive", "gradient_cache", "train_step", "encode")
+BENCHMARKS = (
+    "attention", "contrastive", "linear_cross_entropy", "step_ops", "fused_layer", "gradient_cache", "train_step", "encode",
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

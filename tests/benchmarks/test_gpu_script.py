@@ -36,6 +36,15 @@ def test_all_parts_tests_first(run):
     assert done.stdout.count("--quick") == 3
 
 
+def test_the_parts_of_the_fused_layer(run):
+    parts = ["step_ops", "lora_linear", "linear_cross_entropy", "fp8"]
+    code, steps, _ = run(*parts, red="test_step_ops_gpu.py")
+    tests = [f"tests-{part}" for part in parts]
+    assert (code, steps) == (1, [*tests, "fused_layer", "step_ops", "linear_cross_entropy"])
+    code, steps, done = run(*parts)
+    assert code == 0 and "not run" not in done.stdout
+
+
 def test_a_part_and_a_red_test(run):
     code, steps, done = run("info_nce", red="test_info_nce_gpu.py")
     assert (code, steps) == (1, ["tests-info_nce", "contrastive"])
