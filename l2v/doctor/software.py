@@ -149,13 +149,11 @@ def backends(report: Report) -> Rows:
     rows["precision: bf16"] = (in_hardware, ("" if in_hardware else "slow, not in hardware; ") + f"auto takes {auto}")
     fp8 = capability is not None and capability >= FP8_CAPABILITY
     rows["base_precision: fp8"] = (fp8, "" if fp8 else f"needs a GPU of compute capability 8.9, and {have}")
-    if not gpu:
-        rows["base_precision: nf4"] = (False, "needs a GPU")
-    elif _version("bitsandbytes") is None:
-        rows["base_precision: nf4"] = (False, "needs the package bitsandbytes: pip install bitsandbytes")
+    if _version("bitsandbytes") is None:
+        rows["base_precision: nf4"] = (False, "needs the package bitsandbytes: pip install 'l2v[nf4]'")
     else:
         error = import_error("bitsandbytes")
-        rows["base_precision: nf4"] = (False, f"broken: {error}") if error else (True, "")
+        rows["base_precision: nf4"] = (False, f"broken: {error}") if error else (True, "plain layers" if gpu else "slow")
     between = "nccl" if gpu else "gloo"
     there = torch.distributed.is_available() and getattr(torch.distributed, f"is_{between}_available")()
     rows["between ranks"] = (there, between)

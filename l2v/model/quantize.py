@@ -73,8 +73,9 @@ def check_fused(base: Base, model: PackedDecoder) -> None:
 
 def notice(base: Base) -> str | None:
     """What a user must know of a base in fewer bits: one line, or None."""
-    if base.base_precision == "fp8" and emulated():
-        return f"*** {SWITCH}=emulate: FP8 is emulated in fp32, SLOWER than without; for tests and comparisons only ***"
+    if base.base_precision == "fp8":
+        slow = f"*** {SWITCH}=emulate: FP8 is emulated in fp32, SLOWER than without; for tests and comparisons only ***"
+        return slow if emulated() else "frozen linears multiply in FP8"
     if base.base_precision == "nf4" and not torch.cuda.is_available():
         return "*** an NF4 base on a CPU saves memory, and is SLOWER than without ***"
     return None

@@ -406,4 +406,4 @@ def test_nf4_is_made_of_what_adapters_left(tmp_path):
 def test_what_a_user_is_told(monkeypatch):
     assert "SLOWER" in notice(base(base_precision="fp8")) and notice(base()) is None
     monkeypatch.delenv("L2V_FP8")
-    assert notice(base(base_precision="fp8")) is None
+    assert notice(base(base_precision="fp8")) == "frozen linears multiply in FP8"
