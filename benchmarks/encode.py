@@ -3,8 +3,9 @@
 python -m benchmarks.encode [--quick] [--out FOLDER] [--model 8b|smollm2|mini]
 
 sentence-transformers loads the folder that `Encoder.save` wrote, sorts texts by length and pads each batch to its longest, in
-its default batch of 32 and in one that suits the device better. Both have to give the same vectors before either is timed; then they take turns in
-one process. Lengths of texts are log-normal around those of the train-step benchmark, and over a wide range in `mixed`.
+its default batch of 32 and in one that suits the device better. Both have to give the same vectors before either is timed;
+then they take turns in one process. Lengths of texts are log-normal around those of the train-step benchmark, and over a wide
+range in `mixed`.
 """
 
 from __future__ import annotations

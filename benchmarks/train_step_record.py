@@ -68,7 +68,7 @@ class Recorder:
 
     def __init__(self, spec: Spec) -> None:
         self.spec, self.file, self.device = spec, Path(spec.out), torch.device(spec.device)
-        self.setting, self.done, self.began, self.at = Setting(), 0, 0.0, 0.0
+        self.setting, self.done, self.began, self.at, self.used = Setting(), 0, 0.0, 0.0, 0.0
 
     def settings(self) -> Iterator[Setting]:
         """The settings to try; one that does not fit is written down as such, and the next one follows."""
@@ -93,17 +93,22 @@ class Recorder:
             torch.cuda.reset_peak_memory_stats(self.device)
         synchronize(self.device)
         self.done, self.began = 0, time.perf_counter()
-        self.at = self.began
+        self.at, self.used = self.began, time.process_time()
 
     def step(self, tokens: int, places: int, loss: float) -> bool:
         """A step is through: its real tokens, the places it computed with the pads, its loss. Whether to go on."""
         synchronize(self.device)
-        now = time.perf_counter()
-        took, self.at = now - self.at, now
+        now, used = time.perf_counter(), time.process_time()
+        row = {
+            "seconds": now - self.at,
+            "processor": used - self.used,
+            "tokens": tokens,
+            "places": places,
+            "loss": loss,
+        }
+        self.at, self.used = now, used
         self.done += 1
-        warm = self.done <= self.spec.warmup
-        row = {"seconds": took, "tokens": tokens, "places": places, "loss": loss, "warmup": warm}
-        self.write(row | {"peak": self._peak()})
+        self.write(row | {"warmup": self.done <= self.spec.warmup, "peak": self._peak()})
         timed = self.done - self.spec.warmup
         return timed < self.spec.steps and (timed < 2 or now - self.began < self.spec.seconds)
 

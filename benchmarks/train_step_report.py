@@ -263,9 +263,13 @@ def page(runs: Sequence[Run], results: Sequence[Result], facts: dict[str, Any]) 
     ]
     if loads and facts.get("cuda") is None:
         lines.append(
-            f"Load of the machine when a run began: {min(loads):.1f} to {max(loads):.1f} on {facts['cores']} cores; what "
-            "runs beside slows all alike, so ratios, taken round by round, say more than rates."
+            f"{facts['threads']} thread(s). Load of the machine when a run began: {min(loads):.1f} to {max(loads):.1f} on "
+            f"{facts['cores']} cores; what runs beside slows all alike, so ratios, taken round by round, say more than rates."
         )
+        if facts["clock"] == "processor":
+            lines.append(
+                "Seconds are the processor's own for one thread, so that waiting for others has no part in them."
+            )
     if known := targets(runs, results, facts):
         lines += ["", "## Targets", "", targets_table(known)]
     lines += ["", "## Steps", "", table(results)]

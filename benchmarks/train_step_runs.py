@@ -6,13 +6,16 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +27,6 @@ from benchmarks.train_step_record import Setting, Spec
 from benchmarks.train_step_report import Run
 from benchmarks.train_step_work import Model, Work, linear_parameters
 from l2v.machine import threads
-from l2v.recipe import Base
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 900.0
@@ -42,6 +44,8 @@ class Runner:
         self.steps = self.model.warmup + self.model.steps
         self.gpu = device.type == "cuda"
         self.dtype = "float32"
+        one = self._environment().get("OMP_NUM_THREADS") == "1"
+        self.clock = "processor" if one and not self.gpu else "wall"
 
     def prepare(self) -> dict[str, Any]:
         """Write the weights, calibrate a GPU, and say what the numbers will be measured against."""
@@ -60,6 +64,7 @@ class Runner:
             "quickstart_steps": self._own_steps(),
             "work": hashlib.sha256(b"".join(content)).hexdigest()[:12],
             "threads": int(self._environment().get("OMP_NUM_THREADS", 0)) or None,
+            "clock": self.clock,
         }
 
     def _own_steps(self) -> dict[str, int] | None:
@@ -82,20 +87,21 @@ class Runner:
         """The training program, as a launcher starts its one rank."""
         stage = self.model.workloads[run.workload].stage
         keys = [key.replace("STAGE", stage) for key in self.rungs.get(run.provider, ())]
-        known = {f"base.{field.name}" for field in dataclasses.fields(Base)}
-        unknown = [key for key in (x.split("=")[0] for x in keys) if key.startswith("base.") and key not in known]
-        if unknown:
-            return dataclasses.replace(run, skipped=f"the recipe has no key {unknown[0]}")
         out = self.work.folder / f"{run.workload}-{run.provider}-{run.round}"
         overrides = self.work.overrides(run.workload, self.steps, [*keys, f"out={out}"])
         command = [sys.executable, "-m", "l2v.train", self.model.recipe, *overrides, "--stage", stage, "--fresh"]
         rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         rank["MASTER_PORT"] = str(_free_port())
-        told, trouble = _finish(command, self._environment() | rank, limit)
+        shutil.rmtree(out, ignore_errors=True)
         file = out / stage / "metrics.jsonl"
+        watch = ProcessorTime(file)
+        told, trouble = _finish(command, self._environment() | rank, limit, watch)
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         rows = [row for row in map(json.loads, lines) if "tokens_per_second" in row]
         run.rows = [self._row(row, before) for row, before in zip(rows, [{"tokens": 0}, *rows], strict=False)]
+        for row, used in zip(run.rows, watch.differences(), strict=False):
+            row["processor"] = used
+        run = self._clocked(run)
         found = re.search(r"fused layers, recompute \w+", told)
         asked = [key.split("=")[1] for key in keys if key.endswith(("=layer", "=none"))]
         run.setting = found[0] if found else ", recompute ".join(["plain layers", *asked])
@@ -142,7 +148,13 @@ class Runner:
                 at.rows.append(row)
         if trouble and not any(x.timed or x.skipped for x in runs.values()):
             return [dataclasses.replace(run, skipped=trouble)]
-        return list(runs.values())
+        return [self._clocked(x) for x in runs.values()]
+
+    def _clocked(self, run: Run) -> Run:
+        """With one thread on a CPU, time is the processor's: what others run beside it has no part in that."""
+        if self.clock == "processor" and all(row.get("processor") for row in run.timed):
+            run.rows = [row | {"seconds": row.get("processor"), "wall": row["seconds"]} for row in run.rows]
+        return run
 
     def _spec(self, run: Run, out: Path) -> Spec:
         from l2v.model.embedded import resolve
@@ -194,13 +206,44 @@ def settings(model: Model, provider: str, stage: str) -> list[Setting]:
     return out + ([Setting(checkpointing=True)] if model.checkpointing else [])
 
 
-def _finish(command: list[str], environment: dict[str, str], limit: float) -> tuple[str, str]:
+class ProcessorTime:
+    """Processor seconds that a process had used by each line that it wrote to a file; Linux only, nothing elsewhere."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.used = file, []
+
+    def start(self, pid: int) -> None:
+        """Look every 20 ms until the process is gone."""
+        self.used = []
+        threading.Thread(target=self._look, args=(pid,), daemon=True).start()
+
+    def _look(self, pid: int) -> None:
+        while True:
+            try:
+                fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+            except (OSError, IndexError):
+                return
+            lines = self.file.read_bytes().count(b"\n") if self.file.is_file() else 0
+            seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            self.used += [seconds] * (lines - len(self.used))
+            time.sleep(0.02)
+
+    def differences(self) -> list[float | None]:
+        """From line to line; None for the first, before which there was the start."""
+        return [None, *(b - a for a, b in itertools.pairwise(self.used))] if self.used else []
+
+
+def _finish(
+    command: list[str], environment: dict[str, str], limit: float, watch: ProcessorTime | None = None
+) -> tuple[str, str]:
     """Run to the end, or to the limit: what it said, and why it failed in one line (empty if it did not)."""
     with subprocess.Popen(
         command, env=environment, cwd=ROOT, text=True, start_new_session=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ) as process:  # fmt: skip
         began = time.monotonic()
+        if watch is not None:
+            watch.start(process.pid)
         try:
             said, _ = process.communicate(timeout=limit)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
