@@ -154,17 +154,17 @@ def _train(spec: Spec, recorder: Recorder, setting: Setting, rows: list[list[str
         SentenceTransformerTrainingArguments,
     )
     from sentence_transformers.losses import MultipleNegativesRankingLoss
-    from sentence_transformers.models import Pooling, Transformer
+    from sentence_transformers.models import Pooling
     from sentence_transformers.sampler import DefaultBatchSampler
     from torch.utils.data import SequentialSampler
 
-    body = Transformer(
-        spec.base, max_seq_length=spec.length,
+    loaded = SentenceTransformer(
+        spec.base, device=spec.device, config_kwargs={"attention_dropout": spec.attention_dropout},
         model_kwargs={"dtype": getattr(torch, spec.dtype), "attn_implementation": "sdpa"},
-        config_kwargs={"attention_dropout": spec.attention_dropout},
     )  # fmt: skip
-    width = body.auto_model.config.hidden_size
-    model = SentenceTransformer(modules=[body, Pooling(width, "mean")], device=spec.device)
+    body = loaded[0]
+    body.max_seq_length = spec.length
+    model = SentenceTransformer(modules=[body, Pooling(body.auto_model.config.hidden_size, "mean")], device=spec.device)
     lora = spec.lora
     model.add_adapter(
         LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], lora_dropout=lora["dropout"], target_modules=lora["targets"])

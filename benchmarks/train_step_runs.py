@@ -168,7 +168,7 @@ class Runner:
             device=self.device.type, batches=str(self.work.batches(run.workload, self.steps)), batch=stage.batch,
             length=stage.length, lora=to_dict(stage.lora), lr=stage.lr, betas=list(stage.betas),
             weight_decay=stage.weight_decay, clip=stage.clip, warmup=self.model.warmup, steps=self.model.steps,
-            seconds=25.0 if self.gpu else 1e9, out=str(out),
+            seconds=15.0 if self.gpu else 1e9, out=str(out),
             settings=[dataclasses.asdict(x) for x in settings(self.model, run.provider, workload.stage)],
             scale=getattr(stage, "scale", 0.0), attention_dropout=getattr(stage, "attention_dropout", 0.0),
             mask_probability=getattr(stage, "mask_probability", 0.0),

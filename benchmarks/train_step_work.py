@@ -108,7 +108,7 @@ _8B = "llama3-8b-da"
 
 MODELS = {
     "8b": Model("8b", _8B, _workloads((32, 128, 64), 512, 16384, 512), load_recipe(_8B).base.config, 3, 8, rows=8),
-    "smollm2": Model("smollm2", "smollm2-135m-da", _OWN, checkpointing=False),
+    "smollm2": Model("smollm2", "smollm2-135m-da", _OWN, steps=2, checkpointing=False),
     "mini": Model("mini", _8B, _workloads((4, 16, 6), 128, 2048, 128), _MINI, rows=2),
 }
 
