@@ -52,3 +52,34 @@ def test_other_ranks(kernel_name, ranks, capability):
 def test_gradients_on_top_of_frozen_ones(capability):
     used = used_by("backward", "bf16", capability, add_dx=True)
     assert not used.problems(capability, "HMMA"), used.registers
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("rank", [7, 16, 32])
+def test_gradients_of_outputs(rank, dtype, capability):
+    from l2v_kernels.lora_linear import up_kernel
+
+    block_r = 32 if rank > 16 else 16
+    config = dict(up_kernel.UP_BACKWARD[2 if dtype == "bf16" else 4, block_r])
+    warps, stages = config.pop("num_warps"), config.pop("num_stages")
+    types = dict.fromkeys(("dy_ptr", "b_ptr", "xa_ptr"), f"*{dtype}") | {"dxa_ptr": "*fp32", "db_ptr": "*fp32"}
+    function = up_kernel.lora_up_backward_kernel
+    signature = {p.name: types.get(p.name, "i32") for p in function.params if not p.is_constexpr}
+    constants = config | {"RANK": rank, "BLOCK_R": block_r, "PRECISION": "ieee"}
+    used = build(function, signature, constants, capability, warps, stages, disassemble=dtype == "bf16")
+    assert not used.problems(capability, "HMMA" if dtype == "bf16" else None), used.registers
+    assert "cp.async.cg.shared.global" in used.ptx or "ld.global.v4.b32" in used.ptx
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_ordered_sum(capability):
+    from l2v_kernels.lora_linear import up_kernel
+
+    config = dict(up_kernel.ORDERED_SUM)
+    types = {"parts_ptr": "*fp32", "out_ptr": "*bf16", "factor": "fp32"}
+    function = up_kernel.ordered_sum_kernel
+    signature = {p.name: types.get(p.name, "i32") for p in function.params if not p.is_constexpr}
+    warps = config.pop("num_warps")
+    used = build(function, signature, config | {"WIDTH": 16}, capability, warps, disassemble=False)
+    assert not used.problems(capability) and "ld.global.v4" in used.ptx

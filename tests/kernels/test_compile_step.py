@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="this Triton bundles no 
 # In the dtype of the model; whatever else a kernel points to is fp32.
 STATES = {
     "x", "delta", "weight", "sum", "y", "dy", "dsum", "dx", "gate_up", "product", "dproduct", "out", "norm_weight",
+    "xa_gate", "b_gate", "xa_up", "b_up",
 }  # fmt: skip
 WIDTHS = (384, 576, 896, 1024, 2048, 3584, 5120, 8192, 14336, 16384)
 """Hidden sizes of SmolLM2 and of the Llama, Mistral and Qwen families, up to the widest that the kernels are made for."""
@@ -82,7 +83,18 @@ def test_rms_norm_weight_gradient(dtype, arch):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_swiglu(dtype, arch):
     for kernel in (swiglu.swiglu_forward_kernel, swiglu.swiglu_backward_kernel):
-        assert not re.search(r"global\.b(16|32)", check(kernel, {}, swiglu.CONFIG, dtype, arch).ptx)
+        constants = {"RANK_GATE": 0, "RANK_UP": 0, "PRECISION": "ieee"}
+        assert not re.search(r"global\.b(16|32)", check(kernel, constants, swiglu.CONFIG, dtype, arch).ptx)
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("ranks", [(16, 16), (64, 64), (0, 16)])
+def test_swiglu_with_lora(ranks, dtype, arch):
+    chosen = swiglu.LORA_CONFIG[2 if dtype == "bf16" else 4]
+    for kernel in (swiglu.swiglu_forward_kernel, swiglu.swiglu_backward_kernel):
+        constants = {"RANK_GATE": ranks[0], "RANK_UP": ranks[1], "PRECISION": "ieee"}
+        assert "global.b16" not in check(kernel, constants, chosen, dtype, arch).ptx
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)

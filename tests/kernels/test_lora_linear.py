@@ -2,11 +2,13 @@ import importlib.util
 
 import pytest
 import torch
+from step_cases import poisoned
 
 from l2v_kernels import dropout
 from l2v_kernels.dispatch import triton_everywhere
 from l2v_kernels.lora_linear import Adapter, Linears, Noise, functional, lay_together, lora_linear
 from l2v_kernels.lora_linear.reference import lora_linear_reference
+from l2v_kernels.lora_linear.settings import rank_slices
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 
@@ -188,6 +190,24 @@ def test_dropout_needs_addresses():
             lora_linear(x, Linears(weights, bias), adapters, noise)
 
 
+@pytest.mark.parametrize("ranks", [(3, None, 5), (None, None, None)])
+def test_the_share_apart(ranks):
+    """The frozen product alone, and with it all that the share and the backward take."""
+    x, weights, bias, adapters, noise = problem(ranks=ranks, p=0.3)
+    linears = Linears(weights, bias)
+    with torch.no_grad():
+        want, kept = functional.forward(x, linears, adapters, noise)
+        y, kept_apart = functional.forward_apart(x, linears, adapters, noise)
+        torch.testing.assert_close(y, linears.product(x), rtol=0, atol=0)
+        parts = y.split(SIZES, 1)
+        for adapter, columns in zip(adapters, rank_slices(adapters), strict=True):
+            parts[adapter.part].add_(kept_apart.xa_TR[:, columns] @ adapter.b_NR.t())
+    torch.testing.assert_close(y, want)
+    assert len(kept.tensors()) == len(kept_apart.tensors())
+    for got, expected in zip(kept_apart.tensors(), kept.tensors(), strict=True):
+        assert (got is None and expected is None) or torch.equal(got, expected)
+
+
 @needs_triton
 def test_the_kernels_in_the_interpreter(run_interpreted):
     run_interpreted(__file__)
@@ -240,3 +260,53 @@ def test_interpreted_keeps_no_mask():
     with triton_everywhere(), torch.no_grad():
         _, kept = functional.forward(x.detach(), Linears(weights, bias), adapters, noise)
     assert [tuple(t.shape) for t in kept.tensors()] == [(T, 12)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("tokens", "outputs", "rank"), [(290, 530, 16), (70, 515, 5), (257, 130, 20), (33, 33, 32), (1, 1, 1), (0, 40, 4)]
+)
+def test_interpreted_one_read_of_dy(tokens, outputs, rank, dtype):
+    """Several blocks of outputs and splits of tokens, from and into columns of wider buffers whose others are poison."""
+    from l2v_kernels.lora_linear import launch
+
+    torch.manual_seed(0)
+
+    def within(width):
+        buffer = torch.full((tokens, width + 9), float("nan"), dtype=dtype)
+        inside = buffer[:, 5 : 5 + width]
+        return buffer, inside.copy_(torch.randn(tokens, width))
+
+    (_, dy), (_, xa), (buffer, dxa) = within(outputs), within(rank), within(rank)
+    b = torch.randn(outputs, rank).to(dtype)
+    want = 0.75 * dy.double() @ b.double(), dy.double().t() @ xa.double()
+    plain = (dy @ b).mul_(0.75), dy.t() @ xa
+    runs = []
+    for _ in range(2):
+        dxa.fill_(float("nan"))
+        with poisoned():
+            db = launch.up_backward(dy, xa, b, 0.75, dxa)
+        runs.append((dxa.clone(), db))
+    assert buffer[:, :5].isnan().all() and buffer[:, 5 + rank :].isnan().all()
+    for got, again, expected, same_dtype in zip(*runs, want, plain, strict=True):
+        assert torch.equal(got, again) and got.dtype == dtype and got.shape == expected.shape
+        if got.numel():
+            error, allowed = ((v.double() - expected).abs().max() for v in (got, same_dtype))
+            assert error <= 2 * allowed + 1e-6 * expected.abs().max()
+
+
+def test_interpreted_high_ranks_read_dy_twice():
+    """A rank whose partial sums would cost more than they spare goes apart, and the results do not say which way."""
+    from l2v_kernels.lora_linear import launch
+
+    x, weights, bias, adapters, noise = problem(torch.float32, ranks=(32, 33, None))
+    assert [launch.takes_up_backward(a) for a in adapters] == [True, False]
+    linears, dy = Linears(weights, bias), torch.randn(T, sum(SIZES))
+    with torch.no_grad():
+        with triton_everywhere():
+            _, kept = functional.forward(x, linears, adapters, noise)
+            found = functional.backward(dy, x, kept, linears, adapters, noise)
+        _, kept = functional.forward(x, linears, adapters, noise)
+        want = functional.backward(dy, x, kept, linears, adapters, noise)
+    for got, expected in zip((found.dx_TE, *found.da, *found.db), (want.dx_TE, *want.da, *want.db), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

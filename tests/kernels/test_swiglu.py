@@ -6,6 +6,7 @@ from step_cases import bytes_saved, check_swiglu, plain_swiglu, poisoned
 
 from l2v_kernels.dispatch import triton_everywhere
 from l2v_kernels.swiglu import functional, swiglu
+from l2v_kernels.swiglu.functional import GateUpLora
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 SHAPES = [(1, 1), (5, 33), (9, 1024), (3, 1100), (0, 8), (4, 0)]
@@ -65,6 +66,64 @@ def test_bad_input(bad):
         swiglu(bad)
 
 
+def lora_problem(T, F, ranks, dtype):
+    """gate_up, the gradient of the product, and LoRA on what has a rank; xa are columns of a buffer of poison."""
+    torch.manual_seed(T + F)
+    gate_up, dproduct, tensors = torch.randn(T, 2 * F).to(dtype), torch.randn(T, F).to(dtype), []
+    for rank in ranks:
+        if rank is None:
+            tensors += [None, None]
+            continue
+        xa = torch.full((T, rank + 5), float("nan"), dtype=dtype)[:, 3 : 3 + rank]
+        tensors += [xa.copy_(torch.randn(T, rank)), torch.randn(F, rank).to(dtype)]
+    return gate_up, dproduct, GateUpLora(*tensors)
+
+
+def with_share(gate_up, lora):
+    """gate_up + xa B^T, in gate_up's dtype."""
+    halves = [half.clone() for half in gate_up.chunk(2, 1)]
+    for half, pair in zip(halves, (lora.gate, lora.up), strict=True):
+        if pair:
+            half += pair[0].to(half.dtype) @ pair[1].to(half.dtype).t()
+    return torch.cat(halves, 1)
+
+
+def check_lora(T, F, ranks, dtype):
+    """At most the error of adding the share before, rounded to the dtype, and the frozen product is left as it is."""
+    gate_up, dproduct, lora = lora_problem(T, F, ranks, dtype)
+    before = gate_up.clone()
+    with poisoned():
+        found = functional.forward(gate_up, lora), functional.backward(dproduct, gate_up, lora=lora)
+    assert torch.equal(gate_up, before)
+    leaf = with_share(gate_up.double(), lora).requires_grad_()
+    product = plain_swiglu(leaf)
+    want = product.detach(), torch.autograd.grad(product, leaf, dproduct.double())[0]
+    rounded = with_share(gate_up, lora)
+    plain = functional.forward(rounded), functional.backward(dproduct, rounded)
+    for got, same_dtype, exact in zip(found, plain, want, strict=True):
+        assert got.shape == exact.shape and got.dtype == dtype
+        if got.numel():
+            error, allowed = ((v.double() - exact).abs().max() for v in (got, same_dtype))
+            assert error <= allowed + (torch.finfo(dtype).eps / 2 + 2e-6) * exact.abs().max()
+    assert functional.backward(dproduct, gate_up, gate_up, lora) is gate_up and torch.equal(gate_up, found[1])
+
+
+LORA_SHAPES = [
+    (37, 130, (5, 16)),
+    (5, 33, (None, 3)),
+    (3, 150, (64, None)),
+    (1, 1, (1, 1)),
+    (0, 8, (4, 4)),
+    (4, 0, (2, 2)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("T", "F", "ranks"), LORA_SHAPES)
+def test_lora_share(T, F, ranks, dtype):
+    check_lora(T, F, ranks, dtype)
+
+
 @needs_triton
 def test_the_kernels_in_the_interpreter(run_interpreted):
     run_interpreted(__file__)
@@ -100,3 +159,10 @@ def test_interpreted_layouts_and_in_place(dtype):
         torch.testing.assert_close(apart, want[0], **tolerance)
         assert torch.equal(apart, gate_up)
     assert buffer[:, :8].isnan().all() and buffer[:, 48:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("T", "F", "ranks"), LORA_SHAPES)
+def test_interpreted_lora_share(T, F, ranks, dtype):
+    with triton_everywhere():
+        check_lora(T, F, ranks, dtype)

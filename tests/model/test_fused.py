@@ -82,13 +82,14 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16(family):
     [
         ("llama", Lora(r=3, alpha=7, dropout=0.1, targets=["q_proj", "v_proj"]), {}),
         ("llama", Lora(r=1, alpha=1, dropout=0.0, targets=["down_proj"]), {}),
+        ("llama", Lora(r=65, alpha=65, dropout=0.1, targets=["gate_proj"]), {}),
         ("llama", LORA, {"attention_bias": True, "mlp_bias": True}),
         ("llama", LORA, {"num_key_value_heads": 4, "hidden_size": 40}),
         ("mistral", LORA, {"sliding_window": 3}),
         ("qwen2", LORA, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
         ("qwen3", Lora(r=17, alpha=3.5, dropout=0.3, targets=["k_proj", "o_proj", "up_proj"]), {}),
     ],
-    ids=["q-v", "down", "biases", "all-heads", "window", "window-in-some", "k-o-up"],
+    ids=["q-v", "down", "rank-above-swiglu", "biases", "all-heads", "window", "window-in-some", "k-o-up"],
 )
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 def test_shapes_and_targets(family, lora, shape, causal):

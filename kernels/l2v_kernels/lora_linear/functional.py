@@ -79,6 +79,19 @@ def forward(
 
 
 @spanned("lora")
+def forward_apart(
+    x_TE: torch.Tensor, linears: FrozenLinears, adapters: tuple[Adapter, ...], noise: Noise
+) -> tuple[torch.Tensor, Kept]:
+    """The frozen product y [T, N] alone, and what the backward needs: for an op that adds xa B^T where it reads y.
+
+    `backward` is the same: it takes the gradient of y with the share.
+    """
+    kept = _down(x_TE, adapters, noise) if adapters else Kept()
+    with span("gemm"):
+        return linears.product(x_TE), kept
+
+
+@spanned("lora")
 def backward(
     dy_TN: torch.Tensor,
     x_TE: torch.Tensor,
@@ -97,10 +110,8 @@ def backward(
     dxa_TR = torch.empty_like(kept.xa_TR)
     db = []
     for adapter, columns in zip(adapters, rank_slices(adapters), strict=True):
-        dy = dy_parts[adapter.part]
-        # Outputs of 16 columns are made apart: a library that cannot write into a slice would copy it twice.
-        dxa_TR[:, columns] = (dy @ adapter.b_NR).mul_(adapter.scaling * noise.scale)
-        db.append(dy.t() @ kept.xa_TR[:, columns])
+        factor = adapter.scaling * noise.scale
+        db.append(_up_backward(dy_parts[adapter.part], kept.xa_TR[:, columns], adapter, factor, dxa_TR[:, columns]))
     dx_TE = None
     if want_dx and not linears.adds:
         with span("gemm"):
@@ -125,6 +136,15 @@ def _down(x_TE, adapters, noise):
 
     parts = [launch.down(x_TE, group, noise) for group in _groups(adapters)]
     return Kept(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+
+
+def _up_backward(dy_TN, xa_TR, adapter, factor, dxa_TR):
+    if takes_triton(dy_TN):
+        from l2v_kernels.lora_linear import launch
+
+        if launch.takes_up_backward(adapter):
+            return launch.up_backward(dy_TN, xa_TR, adapter.b_NR, factor, dxa_TR)
+    return reference.up_backward(dy_TN, xa_TR, adapter.b_NR, factor, dxa_TR)
 
 
 def _down_backward(x_TE, dxa_TR, adapters, kept, noise, dx_TE, *, want_dx):

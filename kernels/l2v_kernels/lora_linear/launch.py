@@ -7,6 +7,16 @@ import triton
 
 from l2v_kernels.lora_linear.kernel import BACKWARD, DOWN, PROGRAMS, lora_backward_kernel, lora_down_kernel
 from l2v_kernels.lora_linear.settings import MAX_ADAPTERS, Adapter, Noise, rank_slices
+from l2v_kernels.lora_linear.up_kernel import (
+    CHUNKS,
+    MAX_BLOCK_R,
+    ORDERED_SUM,
+    UP_BACKWARD,
+    UP_PROGRAMS,
+    UP_TOKENS,
+    lora_up_backward_kernel,
+    ordered_sum_kernel,
+)
 from l2v_kernels.philox import threshold
 
 
@@ -80,6 +90,59 @@ def down_backward(
     return dx_TE, [da_RE[rows] for rows in rank_slices(adapters)]
 
 
+def takes_up_backward(adapter: Adapter) -> bool:
+    """Whether one read of dy for both gradients moves fewer bytes than a read for each."""
+    return _block_r(adapter.rank) <= MAX_BLOCK_R
+
+
+def up_backward(
+    dy_TN: torch.Tensor, xa_TR: torch.Tensor, b_NR: torch.Tensor, factor: float, dxa_TR: torch.Tensor
+) -> torch.Tensor:
+    """As `reference.up_backward`, with one read of dy. Both gradients are summed in fp32 and rounded once."""
+    (T, N), R = dy_TN.shape, b_NR.shape[1]
+    db_NR = torch.empty_like(b_NR, memory_format=torch.contiguous_format)
+    if T == 0:
+        return db_NR.zero_()
+    config = UP_BACKWARD[dy_TN.element_size(), _block_r(R)]
+    blocks = triton.cdiv(N, CHUNKS * config["BLOCK_N"])
+    splits = max(1, min(UP_PROGRAMS // blocks, triton.cdiv(T, UP_TOKENS)))
+    per_split = triton.cdiv(triton.cdiv(T, splits), config["BLOCK_T"]) * config["BLOCK_T"]
+    splits = triton.cdiv(T, per_split)
+    dy_TN, xa_TR = _last_stride_1(dy_TN), _last_stride_1(xa_TR)
+    dxa_BTR = torch.empty((blocks, T, R), dtype=torch.float32, device=dy_TN.device)
+    db_SNR = torch.empty((splits, N, R), dtype=torch.float32, device=dy_TN.device)
+    lora_up_backward_kernel[(blocks, splits)](
+        dy_TN,
+        b_NR.contiguous(),
+        xa_TR,
+        dxa_BTR,
+        db_SNR,
+        T,
+        N,
+        dy_TN.stride(0),
+        xa_TR.stride(0),
+        per_split,
+        RANK=R,
+        BLOCK_R=_block_r(R),
+        PRECISION="ieee",  # see _constants
+        **config,
+    )
+    _ordered_sum(dxa_BTR, dxa_TR, factor)
+    _ordered_sum(db_SNR, db_NR, 1.0)
+    return db_NR
+
+
+def _ordered_sum(parts, out, factor):
+    n_parts, rows, width = parts.shape
+    grid = (triton.cdiv(rows * width, ORDERED_SUM["BLOCK"]),)
+    ordered_sum_kernel[grid](parts, out, n_parts, rows * width, out.stride(0), factor, WIDTH=width, **ORDERED_SUM)
+
+
+def _block_r(rank):
+    # tl.dot takes no side below 16.
+    return max(16, triton.next_power_of_2(rank))
+
+
 def _stack(adapters):
     """A of all adapters, one below the other."""
     return adapters[0].a_RE.contiguous() if len(adapters) == 1 else torch.cat([a.a_RE for a in adapters])
@@ -98,8 +161,7 @@ def _constants(adapters, noise):
     ranks = _pad([a.rank for a in adapters], 0)
     return {
         **{f"RANK_{i}": rank for i, rank in enumerate(ranks)},
-        # tl.dot takes no side below 16.
-        "BLOCK_R": max(16, triton.next_power_of_2(max(ranks))),
+        "BLOCK_R": _block_r(max(ranks)),
         "DROPOUT": noise.active,
         # TF32 would round fp32 inputs to 10 bits; it says nothing for 16-bit inputs.
         "PRECISION": "ieee",

@@ -44,6 +44,15 @@ def down(
     return xa_TR, masks
 
 
+def up_backward(
+    dy_TN: torch.Tensor, xa_TR: torch.Tensor, b_NR: torch.Tensor, factor: float, dxa_TR: torch.Tensor
+) -> torch.Tensor:
+    """Gradients of xa B^T: dB [N, R], and factor * dy B into dxa, with which it becomes what `down_backward` takes."""
+    # Outputs of 16 columns are made apart: a library that cannot write into a slice would copy it twice.
+    dxa_TR.copy_((dy_TN @ b_NR).mul_(factor))
+    return dy_TN.t() @ xa_TR
+
+
 def down_backward(
     x_TE: torch.Tensor,
     dxa_TR: torch.Tensor,

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from l2v.model.fused.spec import Group, LayerSpec
 from l2v_kernels.lora_linear import Adapter, Noise
 from l2v_kernels.lora_linear import functional as lora
+from l2v_kernels.lora_linear.settings import rank_slices
 from l2v_kernels.rms_norm import functional as rms_norm
 from l2v_kernels.rope.functional import rotate
 from l2v_kernels.swiglu import functional as swiglu
@@ -134,6 +135,20 @@ def _norm_heads(heads_THD: torch.Tensor, norm: torch.nn.Module) -> tuple[torch.T
     return y_THD, rstd_TH
 
 
+def _added_in_swiglu(adapters: tuple[Adapter, ...]) -> bool:
+    """Whether SwiGLU adds LoRA's share of gate and up: it spares writing the share and reading it in the frozen product."""
+    return bool(adapters) and max(a.rank for a in adapters) <= swiglu.MAX_RANK
+
+
+def _share(kept: lora.Kept, adapters: tuple[Adapter, ...]) -> swiglu.GateUpLora | None:
+    """What SwiGLU adds to the frozen product of gate and up; None where there is nothing, or the product has it already."""
+    if not _added_in_swiglu(adapters):
+        return None
+    pairs = {a.part: (kept.xa_TR[:, at], a.b_NR) for a, at in zip(adapters, rank_slices(adapters), strict=True)}
+    none = (None, None)
+    return swiglu.GateUpLora(*pairs.get(0, none), *pairs.get(1, none))
+
+
 class GatedMlp(torch.autograd.Function):
     """Residual sum, norm, gate and up with LoRA, SwiGLU, down with LoRA.
 
@@ -147,8 +162,9 @@ class GatedMlp(torch.autograd.Function):
         sum_TE, x_TE, rstd_T = rms_norm.forward(residual_TE, norm.weight, norm.variance_epsilon, delta_TE)
         n = 2 * len(spec.gate_up.adapters())
         of_gate_up, of_down = _adapters(spec.gate_up, matrices[:n]), _adapters(spec.down, matrices[n:])
-        gate_up_TG, kept_gate_up = lora.forward(x_TE, spec.gate_up.linears(), of_gate_up, call.noise)
-        product_TF = swiglu.forward(gate_up_TG)
+        project = lora.forward_apart if _added_in_swiglu(of_gate_up) else lora.forward
+        gate_up_TG, kept_gate_up = project(x_TE, spec.gate_up.linears(), of_gate_up, call.noise)
+        product_TF = swiglu.forward(gate_up_TG, _share(kept_gate_up, of_gate_up))
         y_TE, kept_down = lora.forward(product_TF, spec.down.linears(), of_down, call.noise)
         saved = kept_gate_up.tensors()
         ctx.call, ctx.n_gate_up = call, len(saved)
@@ -167,18 +183,20 @@ class GatedMlp(torch.autograd.Function):
         kept_down = lora.Kept.of(tuple(rest[ctx.n_gate_up :]))
         call, spec = ctx.call, ctx.call.spec
         norm = spec.module.post_attention_layernorm
+        of_gate_up = spec.gate_up.adapters()
+        share = _share(kept_gate_up, of_gate_up)
         if product_TF is None:
-            product_TF = swiglu.forward(gate_up_TG)
+            product_TF = swiglu.forward(gate_up_TG, share)
         of_down = lora.backward(
             dy_TE, product_TF, kept_down, spec.down.linears(), spec.down.adapters(), call.noise
         )  # fmt: skip
         del product_TF
-        dgate_up_TG = swiglu.backward(of_down.dx_TE, gate_up_TG)
+        dgate_up_TG = swiglu.backward(of_down.dx_TE, gate_up_TG, lora=share)
         of_down = replace(of_down, dx_TE=None)
         if x_TE is None:
             x_TE = rms_norm.normalize(sum_TE, rstd_T, norm.weight)
         found = lora.backward(
-            dgate_up_TG, x_TE, kept_gate_up, spec.gate_up.linears(), spec.gate_up.adapters(), call.noise
+            dgate_up_TG, x_TE, kept_gate_up, spec.gate_up.linears(), of_gate_up, call.noise
         )  # fmt: skip
         dx_TE = rms_norm.backward(found.dx_TE, sum_TE, rstd_T, norm.weight, dsum_TE)
         return dx_TE, dx_TE, None, *_flat(found), *_flat(of_down)
