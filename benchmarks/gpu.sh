@@ -51,7 +51,7 @@ if wanted attention && command -v compute-sanitizer >/dev/null; then
     step sanitizer 60 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider \
         tests/kernels/test_attention_gpu.py -k "bit_for_bit or nan_and_no_fault" || passed=${passed/ attention /}
 fi
-for op in lora_linear step_ops linear_cross_entropy attention info_nce; do
+for op in lora_linear step_ops linear_cross_entropy fp8 attention info_nce; do
     wanted $op || continue
     case $op in
         info_nce) benchmark=contrastive ;;

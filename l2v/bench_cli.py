@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from l2v.errors import RecipeError, UserError
 
 BENCHMARKS = (
-    "attention", "contrastive", "linear_cross_entropy", "step_ops", "fused_layer", "gradient_cache", "train_step", "encode",
+    "attention", "contrastive", "linear_cross_entropy", "step_ops", "fused_layer", "fp8", "fp8_parity", "gradient_cache",
+    "train_step", "encode",
 )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def test_the_parts_of_the_fused_layer(run):
     parts = ["step_ops", "lora_linear", "linear_cross_entropy", "fp8"]
     code, steps, _ = run(*parts, red="test_step_ops_gpu.py")
     tests = [f"tests-{part}" for part in parts]
-    assert (code, steps) == (1, [*tests, "fused_layer", "step_ops", "linear_cross_entropy"])
+    assert (code, steps) == (1, [*tests, "fused_layer", "step_ops", "linear_cross_entropy", "fp8"])
     code, steps, done = run(*parts)
     assert code == 0 and "not run" not in done.stdout
 
