@@ -41,9 +41,10 @@ from l2v.training import checkpoint
 from l2v.training.engine import deepspeed_config, initialize, start_distributed
 from l2v.training.frozen import frozen_checksum
 from l2v.training.loop import Interrupted, Job, train
-from l2v.training.memory import end_of, engine_bytes, largest_micro, way_of, yet_to_come
-from l2v.training.ranks import agree, first_on_node, on_every_rank, on_first_rank
+from l2v.training.memory import bucket_in_backward, end_of, engine_bytes, largest_micro, way_of, yet_to_come
+from l2v.training.ranks import agree, first_on_node, on_every_rank, on_first_rank, ranks_here
 from l2v.training.steps import loss_options
+from l2v.tuned import apply_tuned
 
 # The launcher's outer process would die of an interrupt before the ranks have saved: it ignores it, the inner one passes it on.
 LAUNCHER = (
@@ -57,14 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # advice to PEFT, not to our users
     try:
-        read = functools.partial(load_recipe, args.recipe, args.overrides, args.stage)
+        read = functools.partial(_read, args)
         if trouble := gpu_trouble():  # torch would train on the CPU without a word
             raise UserError(trouble)
         if not launched():
             read()  # a mistake is said before twenty seconds of launching
             return launch(args, list(sys.argv[1:] if argv is None else argv))
         rank, world = start_distributed()
-        recipe = on_every_rank(read)
+        recipe, told = on_every_rank(read)
+        for line in told if rank == 0 else ():
+            print(line, flush=True)
         agree(to_dict(recipe) | {"--stage": args.stage, "--fresh": args.fresh} | _place(recipe, world))
         if recipe.base.tokenizer is None and recipe.base.model:
             first_on_node(lambda: resolve(recipe.base.model))
@@ -105,6 +108,19 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def _read(args: argparse.Namespace) -> tuple[Recipe, list[str]]:
+    """The recipe, with what `l2v tune` found for this machine, and what to tell of that."""
+    recipe = load_recipe(args.recipe, args.overrides, args.stage)
+    if os.environ.get("L2V_TUNED") == "0":  # tuning itself
+        return recipe, []
+    return recipe, apply_tuned(recipe, args.recipe, args.overrides, ranks_here() or processes(args))
+
+
+def processes(args: argparse.Namespace) -> int:
+    """How many the launcher is to start here."""
+    return args.processes or max(1, torch.cuda.device_count())
+
+
 def launched() -> bool:
     """True under the deepspeed launcher (or torchrun), which set the rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -113,14 +129,14 @@ def launched() -> bool:
 def launch(args: argparse.Namespace, argv: list[str]) -> int:
     """Start the deepspeed launcher on this machine, with this program below it."""
     environment = dict(os.environ)
-    processes = args.processes or max(1, torch.cuda.device_count())
+    n = processes(args)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-        environment.setdefault("OMP_NUM_THREADS", str(threads(processes)))
+        environment.setdefault("OMP_NUM_THREADS", str(threads(n)))
         # glibc gives large blocks back to the system after every op and faults them in again: 15% of a step on 2 cores.
         environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 33))
         environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 33))
-    command = [sys.executable, "-c", LAUNCHER, "--num_gpus", str(processes), "--log_level", "error"]
+    command = [sys.executable, "-c", LAUNCHER, "--num_gpus", str(n), "--log_level", "error"]
     if "MASTER_PORT" in environment:
         command += ["--master_port", environment["MASTER_PORT"]]
     process = subprocess.Popen([*command, "--module", "l2v.train", *argv], env=environment, start_new_session=True)
@@ -241,10 +257,11 @@ def _place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: tor
     sizes = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters() if p.requires_grad]
     config = deepspeed_config(stage, recipe.zero, dtype)
     engine = engine_bytes(sum(sizes), config, dtype.itemsize, world, max(sizes), gpu=kernels)
-    free = free_bytes(where, int(os.environ.get("LOCAL_WORLD_SIZE", 1))) - yet_to_come(engine, recipe.zero.stage)
+    free = free_bytes(where, max(1, ranks_here())) - yet_to_come(engine, recipe.zero.stage)
     tokens, way = largest_micro(stage, world, longest), way_of(stage, fused=True, kernels=kernels)
     vocabulary = model.fused.inner.config.get_text_config().vocab_size
-    end = end_of(stage, shape, vocabulary, tokens, world, kernels=kernels)
+    bucket = bucket_in_backward(engine, recipe.zero.stage)
+    end = end_of(stage, shape, vocabulary, tokens, world, kernels=kernels, bucket=bucket)
     chosen = stage.recompute
     if chosen == "auto":
         chosen = choose_recompute(shape, tokens, free, way, end)

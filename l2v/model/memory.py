@@ -115,10 +115,12 @@ FUSED = Way()
 
 @dataclass(frozen=True)
 class End:
-    """Bytes at the end of a forward: kept until the backward is through, and needed only there."""
+    """Bytes at the end of a forward: kept for the loss's own backward, and needed only there; and what an engine takes while
+    a backward runs."""
 
     kept: int = 0
     work: int = 0
+    backward: int = 0
 
 
 def kept_for_backward(shape: LayerShape, recompute: Recompute, way: Way = FUSED) -> dict[str, int]:
@@ -152,11 +154,13 @@ def _attention(shape: LayerShape, way: Way) -> dict[str, int]:
         kept["head norm statistics"] = (shape.heads + shape.kv_heads) * 4
     if way.kernels:
         return kept
+    # The output in the order of tokens is kept by the linear layer that reads it, if that keeps its input as it is.
+    own = q * b if way.fused else 0
     if way.attention_dropout:  # spelled out in fp32: weights before and after dropout, and the mask
         del kept["attention statistics"]
         weights = {"attention weights": shape.heads * way.length * (4 + 4 + 1)}
-        return kept | {"q, k, v": (q + 2 * kv) * 4} | weights
-    return kept | {"attention output": 2 * q * b}  # torch's, and in the order of tokens
+        return kept | {"q, k, v": (q + 2 * kv) * 4, "attention output": own} | weights
+    return kept | {"attention output": q * b + own}
 
 
 def work_bytes(shape: LayerShape, recompute: Recompute, way: Way = FUSED) -> int:
@@ -211,7 +215,7 @@ def activation_bytes(
     """
     end = end or End(kept=tokens * shape.hidden * shape.itemsize)
     kept = tokens * shape.layers * sum(kept_for_backward(shape, recompute, way).values())
-    return kept + max(end.kept + end.work, tokens * work_bytes(shape, recompute, way))
+    return kept + max(end.kept + end.work, tokens * work_bytes(shape, recompute, way) + end.backward)
 
 
 def choose_recompute(shape: LayerShape, tokens: int, free: int, way: Way = FUSED, end: End | None = None) -> Recompute:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from l2v.model.memory import End, LayerShape, Way, end_of_contrastive, end_of_mntp
@@ -50,14 +51,15 @@ def engine_bytes(
     return found
 
 
+def bucket_in_backward(found: Mapping[str, int], stage: int) -> int:
+    """The gradient bucket, where it is there in the backward only; ZeRO-3 holds it all the time."""
+    return found.get("gradient bucket", 0) if stage < 3 else 0
+
+
 def yet_to_come(found: Mapping[str, int], stage: int) -> int:
-    """Of `engine_bytes`, what the engine has not allocated before its first step."""
-    late = {"Adam's moments", "gradients"} | ({"gradient bucket"} if stage < 3 else set())
-    if stage == 0:  # its optimizer makes moments at once
-        late -= {"Adam's moments"}
-    if stage == 3:
-        late -= {"gradients"}
-    return sum(bytes_ for name, bytes_ in found.items() if name in late)
+    """Of `engine_bytes`, what the engine has not allocated before its first step and then keeps."""
+    late = {0: ("gradients",), 3: ("Adam's moments",)}.get(stage, ("gradients", "Adam's moments"))
+    return sum(found[name] for name in late)
 
 
 def largest_micro(stage: Stage, world: int, longest: int) -> int:
@@ -79,22 +81,22 @@ def way_of(stage: Stage, *, fused: bool, kernels: bool) -> Way:
 
 
 def end_of(
-    stage: Stage, shape: LayerShape, vocabulary: int, tokens: int, world: int, *, length: float | None = None,
-    kernels: bool = True,
-) -> End:  # fmt: skip
-    """What stands at the end of a forward of `tokens` tokens. length: the mean of a text, default the stage's limit."""
+    stage: Stage, shape: LayerShape, vocabulary: int, tokens: int, world: int, *, kernels: bool = True, bucket: int = 0
+) -> End:
+    """What stands at the end of a forward of `tokens` tokens. bucket: of gradients, in the backward."""
     if isinstance(stage, Mntp):
         # One standard deviation and more above the mean: labels are drawn.
         labels = math.ceil(tokens * stage.mask_probability + 4 * math.sqrt(tokens))
-        return end_of_mntp(shape, tokens, min(labels, tokens), vocabulary, kernels=kernels)
+        return replace(end_of_mntp(shape, tokens, min(labels, tokens), vocabulary, kernels=kernels), backward=bucket)
     assert isinstance(stage, Contrastive)
     columns = columns_of(stage)
     local = stage.group if stage.group is not None else math.ceil(stage.batch / world)
     everyone = 1 if stage.negatives == "micro" else world
-    return end_of_contrastive(
+    found = end_of_contrastive(
         shape, tokens, rows=local * columns, candidates=local * (columns - 1), queries=local, ranks=everyone,
         prefixes=len(stage.matryoshka or [0]),
     )  # fmt: skip
+    return replace(found, backward=bucket)
 
 
 def columns_of(stage: Stage) -> int:

@@ -18,6 +18,11 @@ from l2v.errors import RecipeError, UserError
 T = TypeVar("T")
 
 
+def ranks_here() -> int:
+    """Ranks on this machine, as the deepspeed launcher or torchrun says; 0 where neither runs."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 0)
+
+
 def on_first_rank(work: Callable[[], T]) -> T:
     """Do it once, on rank 0; its result, or its error, reaches every rank."""
     return _exchange(work, dist.get_rank() == 0)[0]

@@ -1,0 +1,233 @@
+"""`l2v tune RECIPE`: the fastest micro-batch and recompute of each stage on this machine, measured by training itself.
+
+Every candidate is a short run of the training program in a folder of its own, so it is the product's own step that is timed,
+and one that runs out of memory takes nothing with it. First the micro-batch doubles or halves from the recipe's until it is
+slower or does not fit, then its neighbours are tried, then each way to recompute; the best two run again, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from l2v import __version__
+from l2v.errors import UserError
+from l2v.recipe import Recipe, Stage
+from l2v.recipe_io import load_recipe
+from l2v.tuned import place, read_tuned, tuned_file
+
+WARM = 2
+"""Steps before the clock counts."""
+GAIN = 1.02
+"""A candidate must be so much faster to be worth another micro-batch; less is noise."""
+
+
+@dataclass
+class Candidate:
+    """One way to run a stage, and its real tokens/s in each run; `failed` says why there are none."""
+
+    micro_tokens: int
+    recompute: str
+    rates: list[float] = field(default_factory=list)
+    failed: str = ""
+    peak_gib: float | None = None
+
+    @property
+    def rate(self) -> float:
+        """Median real tokens/s, 0 where it does not run."""
+        return statistics.median(self.rates) if self.rates else 0.0
+
+    def __str__(self) -> str:
+        return f"micro_tokens {self.micro_tokens:,}, recompute {self.recompute}"
+
+
+Measure = Callable[[Candidate], None]
+
+
+class Search:
+    """Coarse to fine over micro_tokens, then over recompute. `measure` adds a rate to a candidate, or says why it failed."""
+
+    def __init__(self, stage: Stage, measure: Measure, seconds: float) -> None:
+        self.stage, self.measure = stage, measure
+        self.ends = time.monotonic() + seconds
+        self.tried: dict[tuple[int, str], Candidate] = {}
+
+    def time_left(self) -> float:
+        """Seconds."""
+        return self.ends - time.monotonic()
+
+    def best(self) -> list[Candidate]:
+        """Those that ran, fastest first; of two that are alike, the one that needs fewer tokens at once."""
+        return sorted((c for c in self.tried.values() if c.rates), key=lambda c: (-c.rate, c.micro_tokens))
+
+    def run(self) -> Candidate:
+        """The fastest candidate. Errors: UserError if none ran."""
+        start = self._try(self.stage.micro_tokens, self.stage.recompute)
+        while not start.rates and start.micro_tokens // 2 >= self.stage.length:  # the recipe's own does not fit
+            start = self._try(start.micro_tokens // 2, self.stage.recompute)
+        if not start.rates:
+            raise UserError(f"no micro-batch of the stage runs here; the smallest, {start}: {start.failed}")
+        for factor in (2, 0.5):
+            self._climb(start, factor)
+        for factor in (1.5, 0.75):
+            at = self.best()[0]
+            self._try(int(at.micro_tokens * factor), at.recompute)
+        for how in ("none", "cheap", "layer"):
+            self._try(self.best()[0].micro_tokens, how)
+        for candidate in self.best()[:2] * 2:
+            if self.time_left() > 0:
+                self.measure(candidate)
+        return self.best()[0]
+
+    def _climb(self, at: Candidate, factor: float) -> None:
+        while self.time_left() > 0:
+            other = self._try(int(at.micro_tokens * factor), at.recompute)
+            if other.rate < at.rate * GAIN:
+                return
+            at = other
+
+    def _try(self, micro_tokens: int, recompute: str) -> Candidate:
+        candidate = Candidate(max(micro_tokens, self.stage.length), recompute)
+        known = self.tried.setdefault((candidate.micro_tokens, recompute), candidate)
+        if known is candidate and (self.time_left() > 0 or len(self.tried) == 1):
+            self.measure(known)
+        return known
+
+
+class Trainer:
+    """Runs candidates as `l2v train` does, for a few steps, and reads what it writes."""
+
+    def __init__(self, args: argparse.Namespace, name: str, folder: Path) -> None:
+        self.args, self.name, self.folder, self.runs = args, name, folder, 0
+
+    def measure(self, candidate: Candidate) -> None:
+        """One run of a candidate. Errors: UserError if it fails for another reason than memory."""
+        self.runs += 1
+        out = self.folder / f"{self.name}-{self.runs}"
+        steps = WARM + self.args.steps
+        own = {
+            "steps": steps, "micro_tokens": candidate.micro_tokens, "recompute": candidate.recompute, "log_every": 1,
+            "save_every": 0, "eval_every": 0, "eval_data": "[]", "from": "base",
+        }  # fmt: skip
+        overrides = [f"stages.{self.name}.{key}={value}" for key, value in own.items()]
+        overrides += [f"out={out}", "tracking.tensorboard=false", "tracking.wandb=null"]
+        command = [sys.executable, "-m", "l2v.train", self.args.recipe, *self.args.overrides, *overrides]
+        command += ["--stage", self.name, "--fresh"]
+        if self.args.processes:
+            command += ["--processes", str(self.args.processes)]
+        launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        environment = {k: v for k, v in os.environ.items() if k not in launched} | {"L2V_TUNED": "0"}
+        environment["MASTER_PORT"] = str(_free_port())  # the launcher's own may be taken by a training that runs
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        if done.returncode:
+            memory = any(
+                sign in done.stdout for sign in ("out of memory", "OutOfMemory", "DefaultCPUAllocator", "Killed")
+            )
+            if not (memory or done.returncode in (-9, 137)):
+                raise UserError(f"stage '{self.name}' does not train: {_last_line(done.stdout)}")
+            candidate.failed = "out of memory"
+            return
+        rows = [json.loads(line) for line in (out / self.name / "metrics.jsonl").read_text().splitlines()]
+        rows = [row for row in rows if row["step"] > WARM and "tokens_per_second" in row]
+        # Tokens over time, so that a long step counts as much as it lasts.
+        lasted = [row["tokens"] - before["tokens"] for before, row in itertools.pairwise(rows)]
+        times = [tokens / row["tokens_per_second"] for tokens, row in zip(lasted, rows[1:], strict=True)]
+        candidate.rates.append(sum(lasted) / sum(times))
+        candidate.peak_gib = max((row["peak_memory_gib"] for row in rows if "peak_memory_gib" in row), default=None)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _last_line(output: str) -> str:
+    said = re.findall(r"l2v: (.+)", output) or output.strip().splitlines()
+    return said[-1] if said else "it said nothing"
+
+
+def tune_stage(recipe: Recipe, name: str, args: argparse.Namespace, folder: Path, seconds: float) -> dict[str, Any]:
+    """The stage's entry of the file: settings, tokens/s, and all candidates."""
+    trainer = Trainer(args, name, folder)
+    with tqdm(desc=f"tune {name}", unit="run", dynamic_ncols=True) as bar:
+        best: list[Candidate] = []
+
+        def measure(candidate: Candidate) -> None:
+            left = f", {search.time_left() / 60:.0f} min left"
+            bar.set_postfix_str(
+                f"{candidate}; best {best[0].rate:,.0f} tokens/s{left}" if best else f"{candidate}{left}"
+            )
+            trainer.measure(candidate)
+            best[:] = search.best()
+            bar.update()
+
+        search = Search(recipe.stages[name], measure, seconds)
+        chosen = search.run()
+    for candidate in [*search.best(), *(c for c in search.tried.values() if c.failed)]:
+        told = candidate.failed or f"{candidate.rate:,.0f} tokens/s"
+        print(f"{name}: {candidate}: {told}" + (f", peak {candidate.peak_gib:.1f} GiB" if candidate.peak_gib else ""))
+    return {
+        "settings": {"micro_tokens": chosen.micro_tokens, "recompute": chosen.recompute},
+        "tokens_per_second": round(chosen.rate, 1),
+        "candidates": [vars(c) | {"rate": round(c.rate, 1)} for c in search.tried.values() if c.rates or c.failed],
+    }
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `l2v tune`."""
+    p = argparse.ArgumentParser(prog="l2v tune", description=__doc__.split("\n")[0])
+    p.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with l2v")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="as for l2v train")
+    p.add_argument("--stage", help="tune only this stage")
+    p.add_argument(
+        "--minutes", type=float, default=30, help="time for each stage; a run that has begun ends (default: 30)"
+    )
+    p.add_argument("--steps", type=int, default=4, help="steps that are timed in a run (default: 4)")
+    p.add_argument("--gpus", "--processes", dest="processes", type=int, help="as for l2v train")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tune the stages of a recipe and write what was found beside it."""
+    args = parser().parse_intermixed_args(argv)
+    if args.steps < 2 or args.minutes < 0:
+        raise UserError("--steps must be at least 2, for the first one starts the clock, and --minutes not negative")
+    recipe = load_recipe(args.recipe, args.overrides, args.stage)
+    file = tuned_file(args.recipe)
+    names = [args.stage] if args.stage else recipe.order()
+    # Read before anything runs: a place that cannot be written is no news after an hour.
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(
+            f"{file} cannot be written: copy the recipe to a folder of yours (l2v recipes NAME > mine.yaml)"
+        )
+    here = place(args.processes or max(1, torch.cuda.device_count()))
+    before = read_tuned(args.recipe) or {}
+    stages = before.get("stages", {}) if before.get("place") == here else {}
+    with tempfile.TemporaryDirectory(prefix="l2v-tune-", ignore_cleanup_errors=True) as folder:
+        for name in names:
+            stages[name] = tune_stage(recipe, name, args, Path(folder), 60 * args.minutes)
+            found = {"l2v": __version__, "place": here, "stages": stages}
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            partial.replace(file)
+    print(f"written: {file}; l2v train takes it up on this machine")
+    return 0

@@ -1,0 +1,88 @@
+"""What `l2v tune` found for a recipe on a device, and how training takes it up."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2v.errors import UserError
+from l2v.machine import device_name, processor
+from l2v.model.load import device
+from l2v.recipe import Recipe, check
+from l2v.recipe_io import find_recipe
+from l2v.run import run_folder
+
+KEYS = {"micro_tokens": int, "recompute": str}
+"""What may be tuned: keys of a stage that change where and how fast it runs, not what it learns."""
+
+
+def tuned_file(recipe: str) -> Path:
+    """The file beside a recipe, NAME.tuned.json."""
+    path = find_recipe(recipe)
+    return path.with_name(f"{path.stem}.tuned.json")
+
+
+def place(processes: int) -> dict[str, Any]:
+    """What a choice holds for: device, processes on it, version of torch."""
+    # A processor's cores are the machine's, whatever number of threads a launcher leaves to each process.
+    name = device_name(device()) if torch.cuda.is_available() else f"{processor()}, {os.cpu_count()} cores"
+    return {"device": name, "processes": processes, "torch": torch.__version__}
+
+
+def read_tuned(recipe: str) -> dict[str, Any] | None:
+    """The file's content, None where there is none. Errors: UserError if it is damaged."""
+    path = tuned_file(recipe)
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for stage in found["stages"].values():
+            if not all(isinstance(stage["settings"][key], kind) for key, kind in KEYS.items()):
+                raise TypeError
+        found["place"]["device"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: run l2v tune again, or remove it") from None
+    return found
+
+
+def apply_tuned(recipe: Recipe, name: str, overrides: Sequence[str], processes: int) -> list[str]:
+    """Put the tuned settings of this device into the recipe's stages; what the user named stays.
+
+    name: the recipe as it was given. overrides: of the command line. Returns what to tell the user, one line each.
+    """
+    found = read_tuned(name)
+    if found is None:
+        return []
+    here, there = place(processes), found["place"]
+    if here != there:
+        other = ", ".join(f"{there.get(key)} (here: {here[key]})" for key in here if here[key] != there.get(key))
+        return [f"{tuned_file(name).name} was tuned on {other} and is not applied: run l2v tune here, or remove it"]
+    named = {text.partition("=")[0].strip().removeprefix("stages.") for text in overrides}
+    told = []
+    for stage_name, stage in recipe.stages.items():
+        settings = found["stages"].get(stage_name, {}).get("settings", {})
+        began = _began_with(recipe, stage_name)
+        settings = began or settings
+        chosen = {k: settings[k] for k in KEYS if k in settings and not named & {k, f"{stage_name}.{k}"}}
+        if chosen and stage.length <= chosen.get("micro_tokens", stage.micro_tokens):
+            for key, value in chosen.items():
+                setattr(stage, key, value)
+            text = ", ".join(f"{key} {value}" for key, value in chosen.items())
+            told.append(f"{stage_name}: {text}, {'as it began' if began else f'as {tuned_file(name).name} has it'}")
+    check(recipe, str(tuned_file(name)))
+    return told
+
+
+def _began_with(recipe: Recipe, name: str) -> dict[str, Any] | None:
+    """The settings of a stage that has a checkpoint: it goes on with them, so that its bits stay what they would have been."""
+    folder = run_folder(recipe) / name
+    try:
+        stage = json.loads((folder / "stage.json").read_text(encoding="utf-8"))["recipe"]["stages"][name]
+        return {key: stage[key] for key in KEYS} if any(folder.glob("checkpoints/step-*")) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

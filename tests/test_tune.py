@@ -1,0 +1,148 @@
+"""`l2v tune`: the search, the file beside the recipe, and training that takes it up."""
+
+import json
+
+import pytest
+
+from l2v import tune
+from l2v.errors import UserError
+from l2v.recipe import Mntp, Source
+from l2v.recipe_io import load_recipe
+from l2v.tuned import apply_tuned, place, tuned_file
+
+
+def stage(micro_tokens=1000, length=50):
+    return Mntp(data=[Source("x")], batch=4, steps=4, lr=1e-3, micro_tokens=micro_tokens, length=length)
+
+
+def search(rate, seconds=1e9, **kwargs):
+    """A search in which `rate(candidate)` is the tokens/s, or a string that says why there are none."""
+    calls = []
+
+    def measure(candidate):
+        calls.append((candidate.micro_tokens, candidate.recompute))
+        found = rate(candidate)
+        if isinstance(found, str):
+            candidate.failed = found
+        else:
+            candidate.rates.append(found)
+
+    return tune.Search(stage(**kwargs), measure, seconds), calls
+
+
+def fits(limit):
+    """Larger is faster, up to what fits; less recomputing is faster and takes more."""
+    cost = {"auto": 1, "none": 2, "cheap": 1, "layer": 0.5}
+    gain = {"auto": 1, "none": 1.2, "cheap": 1, "layer": 0.8}
+
+    def rate(c):
+        fit = c.micro_tokens * cost[c.recompute] <= limit
+        return 100 * c.micro_tokens**0.5 * gain[c.recompute] if fit else "out of memory"
+
+    return rate
+
+
+def test_the_search_climbs_to_what_fits():
+    found, calls = search(fits(9000))
+    best = found.run()
+    assert (best.micro_tokens, best.recompute) == (8000, "auto")
+    assert [n for n, how in calls if how == "auto"][:5] == [1000, 2000, 4000, 8000, 16000]
+    assert found.tried[16000, "auto"].failed == "out of memory" and (8000, "none") in calls
+    assert len(best.rates) == 3 and len(set(calls)) == len(found.tried)  # the best two ran again, nothing else did
+
+
+def test_it_takes_less_recomputing_where_there_is_room():
+    found, _ = search(lambda c: 120.0 if c.recompute == "none" else 100.0)
+    assert found.run().recompute == "none"
+
+
+def test_it_goes_down_from_a_recipe_that_does_not_fit():
+    found, calls = search(fits(300))
+    assert found.run().micro_tokens == 250 and calls[0] == (1000, "auto")
+    found, _ = search(lambda c: "out of memory")
+    with pytest.raises(UserError, match="no micro-batch of the stage runs here; the smallest, micro_tokens 62"):
+        found.run()
+
+
+def test_time_ends_it():
+    found, calls = search(fits(1e9), seconds=-1)
+    assert found.run().micro_tokens == 1000 and calls == [(1000, "auto")]
+
+
+def test_no_micro_batch_is_shorter_than_a_text():
+    found, calls = search(lambda c: 100.0, micro_tokens=60, length=50)
+    found.run()
+    assert min(n for n, _ in calls) == 50
+
+
+@pytest.fixture
+def tuned(tiny_recipe, tmp_path):
+    """tuned(settings, **place) -> the recipe's path, with a file of `l2v tune` beside it."""
+    path = tiny_recipe(tmp_path)
+
+    def write(settings, **where):
+        data = {"place": place(1) | where, "stages": {"mntp": {"settings": settings}}}
+        tuned_file(str(path)).write_text(json.dumps(data))
+        return str(path)
+
+    return write
+
+
+def applied(path, *overrides):
+    recipe = load_recipe(path, overrides)
+    return recipe.stages["mntp"], apply_tuned(recipe, path, overrides, 1)
+
+
+def test_training_takes_it_up_but_for_what_the_user_named(tuned):
+    path = tuned({"micro_tokens": 256, "recompute": "cheap"})
+    stage, told = applied(path)
+    assert (stage.micro_tokens, stage.recompute) == (256, "cheap")
+    assert told == ["mntp: micro_tokens 256, recompute cheap, as tiny.tuned.json has it"]
+    stage, told = applied(path, "stages.mntp.micro_tokens=512")
+    assert (stage.micro_tokens, stage.recompute) == (512, "cheap")
+    assert told == ["mntp: recompute cheap, as tiny.tuned.json has it"]
+    assert applied(path, "mntp.micro_tokens=512", "stages.mntp.recompute=layer")[1] == []
+    assert applied(path, "stages.simcse.micro_tokens=512")[0].micro_tokens == 256
+
+
+@pytest.mark.parametrize(
+    "where", [{"device": "NVIDIA H200"}, {"processes": 8}, {"torch": "1.0"}], ids=lambda w: next(iter(w))
+)
+def test_what_was_tuned_elsewhere_is_not_applied(where, tuned):
+    stage, told = applied(tuned({"micro_tokens": 256, "recompute": "cheap"}, **where))
+    assert (stage.micro_tokens, stage.recompute) == (512, "auto")
+    assert (
+        len(told) == 1
+        and f"was tuned on {next(iter(where.values()))} (here: " in told[0]
+        and "is not applied" in told[0]
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"micro_tokens": "many", "recompute": "cheap"}])
+def test_a_damaged_file_is_said(settings, tuned):
+    with pytest.raises(UserError, match=r"tiny\.tuned\.json is damaged: run l2v tune again"):
+        applied(tuned(settings))
+
+
+def test_tune_measures_training_and_training_takes_it_up(tiny_recipe, tmp_path, run_here, monkeypatch):
+    """For real: a few runs of the training program, the file, and a run that reads it and goes on with it."""
+    path = str(tiny_recipe(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert tune.main([path, "--stage", "mntp", "--minutes", "0", "--steps", "2", "--processes", "1"]) == 0
+    found = json.loads(tuned_file(path).read_text())
+    entry = found["stages"]["mntp"]
+    assert found["place"] == place(1) and entry["settings"] == {"micro_tokens": 512, "recompute": "auto"}
+    assert entry["candidates"][0]["rates"][0] > 0 and entry["tokens_per_second"] > 0
+    entry["settings"]["micro_tokens"] = 256
+    tuned_file(path).write_text(json.dumps(found))
+    assert "mntp: micro_tokens 256, recompute auto, as tiny.tuned.json has it" in run_here(path, "--stage", "mntp")
+    # Tuned anew after it began: it goes on with what it began with.
+    entry["settings"]["micro_tokens"] = 128
+    tuned_file(path).write_text(json.dumps(found))
+    assert "mntp: micro_tokens 256, recompute auto, as it began" in run_here(path, "--stage", "mntp")
+
+
+def test_a_mistake_in_the_recipe_is_said_by_the_first_run(tiny_recipe, tmp_path):
+    path = str(tiny_recipe(tmp_path, **{"stages.mntp.data": str(tmp_path / "no.jsonl")}))
+    with pytest.raises(UserError, match=r"stage 'mntp' does not train: .*no\.jsonl"):
+        tune.main([path, "--stage", "mntp", "--minutes", "0", "--processes", "1"])
