@@ -23,6 +23,7 @@ MAY = {
     "tuned": {"errors", "recipe", "recipe_io", "model", "machine", "run"},
     "tune": {"errors", "package", "recipe", "recipe_io", "tuned"},
     "train": {"errors", "recipe", "recipe_io", "data", "model", "objectives", "training", "machine", "run", "tuned"},
+    "plan": {"errors", "recipe", "recipe_io", "data", "model", "training", "machine", "train"},
     "search": {"errors", "recipe", "batch", "data", "encoder"},
     "quickstart": {"errors", "recipe", "recipe_io", "data", "model", "encoder", "evaluation", "machine"},
     "export_cli": {"encoder"},

@@ -1,0 +1,190 @@
+"""A stage's plan: memory of one GPU, what is chosen, and how fast it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from l2v.errors import RecipeError
+from l2v.model.fused import Recompute
+from l2v.model.fused.spec import FAMILIES
+from l2v.model.memory import LayerShape
+from l2v.plan import roofline
+from l2v.plan.gpus import Gpu
+from l2v.plan.measured import factors
+from l2v.plan.memory import Memory, Model, memory_of
+from l2v.plan.shapes import LLAMA3_8B, shape_of
+from l2v.plan.work import Lengths, Share, lengths_of, shares
+from l2v.recipe import LLAMA_LINEARS, Base, Contrastive, Mntp, Recipe, Stage
+
+SEGMENTS = {"mntp": 512, "simcse": 30, "supervised": 140}
+"""Mean tokens of a text in the workloads of benchmarks/train_step.py."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Predicted: seconds of a step by kind of work, and tokens of all ranks in it."""
+
+    seconds: dict[str, float]
+    step_seconds: float
+    step_tokens: float
+    micros: int
+    factor: float | None = None
+    """Measured over predicted on this GPU, already inside; None where nobody measured."""
+    idle: int = 0
+    """Ranks that have nothing to do."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks."""
+        return self.step_tokens / self.step_seconds
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What `l2v plan` says of a stage."""
+
+    name: str
+    stage: Stage
+    world: int
+    model: Model
+    lengths: Lengths
+    memory: Memory
+    speed: Speed
+    others: dict[Recompute, tuple[int, Speed]] = field(default_factory=dict)
+    """For each way to recompute: the largest micro-batch that fits and is of use, and the speed with it."""
+    gemm: float = 0.0
+
+    @property
+    def hours(self) -> float:
+        return self.speed.step_seconds * self.stage.steps / 3600
+
+    @property
+    def mfu(self) -> float:
+        """4N FLOPs a token against the rate of large products."""
+        return 4 * self.model.linear_parameters * self.speed.tokens_per_second / (self.world * self.gemm)
+
+
+def model_of(base: Base, config: Any, stage: Stage, itemsize: int) -> Model:
+    """Errors: RecipeError for a base whose configuration has not the sizes of a Llama-like layer."""
+    try:
+        text = config.get_text_config()
+        shape = LayerShape.of(config, rank=stage.lora.r, targets=tuple(stage.lora.targets), itemsize=itemsize)
+        vocabulary = text.vocab_size
+    except AttributeError as error:
+        raise RecipeError(
+            f"l2v plan knows layers with the sizes of a Llama's; the configuration of '{base.model}' ({config.model_type}) "
+            f"lacks one: {error}"
+        ) from None
+    because = None
+    if base.layers == "plain":
+        because = "base.layers: plain"
+    elif base.base_precision == "nf4":
+        because = "base.base_precision: nf4"
+    elif base.backend != "l2v":
+        because = f"base.backend: {base.backend}"
+    elif text.model_type not in FAMILIES.values():
+        because = f"the fused layer knows {', '.join(FAMILIES.values())}, and this is {text.model_type}"
+    return Model(shape, vocabulary, bool(text.tie_word_embeddings), because is None, because, base.base_precision)
+
+
+def plan_stage(recipe: Recipe, name: str, gpu: Gpu, dtype: torch.dtype, world: int, per_node: int) -> StagePlan:
+    """Errors: UserError as those of shapes, data and recipe."""
+    stage = recipe.stages[name]
+    config, _ = shape_of(recipe.base)
+    model = model_of(recipe.base, config, stage, dtype.itemsize)
+    here = gpu.shared(min(world, per_node))
+    lengths = lengths_of(recipe, name)
+    context = _Context(recipe, stage, model, here, dtype, world, per_node, lengths, recipe.stage_seed(name))
+    work = context.shares(stage.micro_tokens)
+    memory = memory_of(
+        recipe, stage, model, gpu, itemsize=dtype.itemsize, dtype=dtype, world=world,
+        tokens=max(share.largest for _, share in work), length=lengths.text,
+    )  # fmt: skip
+    measured = _factors(gpu, dtype, recipe.base.base_precision)
+    factor = measured.get(stage.objective)
+    others = {}
+    whole = int(lengths.lengths.max()) * (getattr(stage, "group", None) or stage.batch)
+    for how, most in memory.largest.items():
+        micro = min(most, max(whole, stage.micro_tokens))
+        if micro >= int(lengths.lengths.max()):
+            found = context.shares(micro)
+            others[how] = (max(share.largest for _, share in found), context.speed(found, how, factor))
+    return StagePlan(
+        name, stage, world, model, lengths, memory, context.speed(work, memory.recompute, factor), others,
+        here.flops[dtype],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What does not change with the micro-batch."""
+
+    recipe: Recipe
+    stage: Stage
+    model: Model
+    gpu: Gpu
+    dtype: torch.dtype
+    world: int
+    per_node: int
+    lengths: Lengths
+    seed: int
+
+    def shares(self, micro_tokens: int) -> list[tuple[int, Share]]:
+        return shares(self.lengths, self.stage, self.world, self.seed, micro_tokens)
+
+    def speed(self, work: list[tuple[int, Share]], how: Recompute, factor: float | None) -> Speed:
+        """The mean over some steps."""
+        found = [self._step(share, how) for _, share in work]
+        seconds: dict[str, float] = {}
+        for clock in found:
+            for kind, value in clock.seconds.items():
+                seconds[kind] = seconds.get(kind, 0.0) + value / len(found)
+        total = sum(clock.total() for clock in found) / len(found)
+        tokens = sum(count for count, _ in work) / len(work)
+        micros = max(share.micros for _, share in work)
+        idle = min(share.idle for _, share in work)
+        return Speed(seconds, total / (factor or 1.0), tokens, micros, factor, idle)
+
+    def _step(self, share: Share, how: Recompute) -> roofline.Clock:
+        stage, model, text = self.stage, self.model, self.lengths.text
+        clock = roofline.Clock(self.gpu, self.dtype, model.base_precision == "fp8")
+        dropped = stage.lora.dropout > 0
+        for at, unit in enumerate(share.units):
+            for i, tokens in enumerate(unit):
+                roofline.forward(clock, model, tokens, text, dropped=dropped)
+                if isinstance(stage, Contrastive) and i < len(unit) - 1:  # the gradient cache encodes it twice
+                    roofline.forward(clock, model, tokens, text, dropped=dropped)
+                roofline.backward(clock, model, tokens, text, how, dropped=dropped)
+                roofline.ends(clock, model, stage, tokens)
+            if isinstance(stage, Contrastive):
+                roofline.contrastive(clock, model, stage, share.queries[at], share.candidates[at])
+        queries = sum(share.queries) if isinstance(stage, Contrastive) and stage.negatives == "global" else 0
+        zero = self.recipe.zero.stage
+        roofline.once_a_step(clock, model, zero, self.world, self.per_node, share.micros, queries)
+        return clock
+
+
+def _factors(gpu: Gpu, dtype: torch.dtype, base_precision: str) -> Mapping[str, float]:
+    """By objective, from measurements of Llama-3-8B in bf16."""
+    if gpu.cpu or dtype != torch.bfloat16 or base_precision != "same":
+        return {}
+    sizes = {"hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "layers": 32}
+    model = Model(LayerShape(**sizes, targets=LLAMA_LINEARS), LLAMA3_8B["vocab_size"], False, True, None, "same")
+
+    def predict(row: dict[str, Any]) -> float | None:
+        length = SEGMENTS.get(row["objective"])
+        if length is None:
+            return None
+        clock, tokens = roofline.Clock(gpu, dtype), int(row["tokens"])
+        roofline.forward(clock, model, tokens, length, dropped=True)
+        roofline.backward(clock, model, tokens, length, row["recompute"] or "cheap", dropped=True)
+        stage = Mntp(data=[], batch=1, steps=1, lr=1.0)
+        roofline.ends(clock, model, stage, tokens if row["objective"] == "mntp" else 0)
+        roofline.once_a_step(clock, model, 1, 1, 1, 1, 0)
+        return tokens / clock.total()
+
+    return factors(gpu.key, predict)

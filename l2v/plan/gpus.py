@@ -1,0 +1,150 @@
+"""What a GPU does in a second and holds, by name: measured where it was, and else the maker's figures times an assumption."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from l2v.errors import UserError
+from l2v.machine import calibration, device_name, peak_flops
+
+EFFICIENCY = 0.75
+"""Of the maker's dense peak that large products reach where nobody measured; an H200 reaches 0.80."""
+STREAM = 0.88
+"""Of the maker's bandwidth that a large copy reaches where nobody measured; an H200 reaches 0.90."""
+LINK = 0.8
+"""Of a link's bandwidth that a collective reaches. An assumption everywhere."""
+CONTEXT = int(0.7 * 2**30)
+"""Bytes that CUDA, its libraries and NCCL take before the first tensor. An assumption."""
+NETWORK = 50e9
+"""Bytes a second and GPU between nodes: 400 Gbit/s."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Rates of one device. flops: of products in bf16, fp32 and fp8 (None where it has none); copy: bytes read and written a
+    second; link: bytes a second to the other GPUs of a node; memory: bytes that CUDA reports."""
+
+    key: str
+    memory: int
+    flops: dict[torch.dtype, float]
+    fp8: float | None
+    copy: float
+    link: float
+    source: str
+    measured: bool
+    cpu: bool = False
+
+    def capacity(self, ranks_here: int) -> int:
+        """Bytes for one rank: those of a GPU, or a share of the machine's."""
+        return self.memory // ranks_here if self.cpu else self.memory
+
+    def shared(self, ranks_here: int) -> Gpu:
+        """What one rank has of the rates: a processor's ranks share it."""
+        if not self.cpu or ranks_here == 1:
+            return self
+        flops = {dtype: rate / ranks_here for dtype, rate in self.flops.items()}
+        return replace(self, flops=flops, copy=self.copy / ranks_here, link=self.link / ranks_here)
+
+
+def _gib(value: float) -> int:
+    return int(value * 2**30)
+
+
+@dataclass(frozen=True)
+class _Sheet:
+    """A maker's sheet: CUDA's name, GiB, fp32 and fp8 FLOP/s, bytes a second of memory and of links."""
+
+    name: str
+    memory: float
+    fp32: float
+    fp8: float | None
+    copy: float
+    link: float
+
+
+# Dense bf16 peaks are those of l2v.machine. Memory as CUDA reports it; fp32 without TF32, as torch multiplies it; links one
+# way: NVLink of SXM boards, PCIe 4.0 x16 of the others.
+SHEETS = {
+    "h200": _Sheet("NVIDIA H200", 139.8, 67e12, 1979e12, 4.8e12, 450e9),
+    "h100": _Sheet("NVIDIA H100 80GB HBM3", 79.1, 67e12, 1979e12, 3.35e12, 450e9),
+    "a100": _Sheet("NVIDIA A100-SXM4-80GB", 79.1, 19.5e12, None, 2.04e12, 300e9),
+    "l40s": _Sheet("NVIDIA L40S", 44.4, 91.6e12, 733e12, 0.864e12, 32e9),
+    "rtx4090": _Sheet("NVIDIA GeForce RTX 4090", 23.5, 82.6e12, 330e12, 1.008e12, 32e9),
+    "b200": _Sheet("NVIDIA B200", 178.4, 75e12, 4500e12, 8e12, 900e9),
+}
+MEASURED = {"h200": (788e12, 4.3e12)}
+"""bf16 FLOP/s on random numbers and bytes/s of a copy, with torch 2.11."""
+
+
+def named(key: str) -> Gpu:
+    """A GPU of the table. Errors: UserError with the names for one that is not there."""
+    short = (
+        key.lower().replace("-", "").replace("_", "").replace(" ", "").removeprefix("nvidia").removeprefix("geforce")
+    )
+    if short not in SHEETS:
+        raise UserError(
+            f"--gpu {key} is not known; choose one of {', '.join(SHEETS)}, or here for the device of this machine"
+        )
+    sheet = SHEETS[short]
+    bf16, copy = EFFICIENCY * peak_flops(sheet.name, torch.bfloat16), STREAM * sheet.copy
+    source = f"the maker's figures times {EFFICIENCY} (products) and {STREAM} (copies), not measured"
+    if short in MEASURED:
+        bf16, copy = MEASURED[short]
+        source = "measured: products in bf16 and copies; fp32 and fp8 are the maker's figures times 0.75"
+    flops = {torch.bfloat16: bf16, torch.float32: EFFICIENCY * sheet.fp32}
+    fp8 = sheet.fp8 and EFFICIENCY * sheet.fp8
+    return Gpu(short, _gib(sheet.memory), flops, fp8, copy, LINK * sheet.link, source, short in MEASURED)
+
+
+def at_hand(dtype: torch.dtype) -> Gpu:
+    """The device of this machine, by its own calibration where there is one.
+
+    Errors: UserError for a GPU that is neither in the table nor calibrated, and for a processor that is not calibrated.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    found, name = calibration(device, dtype), device_name(device)
+    known = next((key for key, sheet in SHEETS.items() if sheet.name == name), None)
+    if found is None and known is None:
+        raise UserError(
+            f"nothing is known of how fast {name} is: run l2v doctor once, or name another device with --gpu"
+        )
+    if device.type == "cpu":
+        import psutil
+
+        total = psutil.virtual_memory().total
+        rates = {dtype: found.gemm_flops}
+        return Gpu(
+            "cpu",
+            total,
+            rates,
+            None,
+            found.copy_bytes,
+            found.copy_bytes / 4,
+            f"calibrated {found.when[:10]}",
+            True,
+            True,
+        )
+    total = torch.cuda.get_device_properties(device).total_memory
+    gpu = named(known) if known else Gpu(name, total, {}, None, 0.0, LINK * 32e9, "", True)
+    if found is None:
+        return replace(gpu, memory=total)
+    flops = gpu.flops | {dtype: found.gemm_flops}
+    source = f"calibrated on this machine {found.when[:10]}"
+    return replace(gpu, memory=total, flops=flops, copy=found.copy_bytes, source=source, measured=True)
+
+
+def chosen(key: str | None, dtype: torch.dtype) -> Gpu:
+    """What --gpu asks for: a name, `here`, or, without it, the device of this machine.
+
+    A calibration is used where the GPU of this machine is the one that is asked for.
+    """
+    if key in (None, "here"):
+        return at_hand(dtype)
+    gpu = named(key)
+    if torch.cuda.is_available():
+        here = torch.cuda.get_device_name(torch.cuda.current_device())
+        if here == SHEETS[gpu.key].name and calibration(torch.device("cuda", torch.cuda.current_device()), dtype):
+            return at_hand(dtype)
+    return gpu

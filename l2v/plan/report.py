@@ -1,0 +1,202 @@
+"""The plan as tables for people and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from l2v.plan.estimate import Speed, StagePlan
+from l2v.plan.gpus import Gpu
+from l2v.recipe import Contrastive, Recipe
+
+GIB = 2**30
+NOT_CALIBRATED = "roofline, not calibrated by a run on this GPU"
+
+
+def _gib(value: float) -> str:
+    return f"{value / GIB:.2f}"
+
+
+def _time(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.1f} h"
+
+
+def calibrated(speed: Speed) -> str:
+    """Where a speed comes from."""
+    return f"roofline times {speed.factor:.2f}, as measured on this GPU" if speed.factor else NOT_CALIBRATED
+
+
+def tree(facts: dict[str, Any], plans: Sequence[StagePlan]) -> dict[str, Any]:
+    """Everything, JSON-able. Bytes, seconds, tokens a second."""
+    return facts | {"stages": {plan.name: _stage(plan) for plan in plans}, "hours": sum(plan.hours for plan in plans)}
+
+
+def _stage(plan: StagePlan) -> dict[str, Any]:
+    memory, speed = plan.memory, plan.speed
+    return {
+        "objective": plan.stage.objective,
+        "steps": plan.stage.steps,
+        "layers": "fused" if plan.model.fused else f"plain: {plan.model.plain_because}",
+        "lengths": "of the data" if plan.lengths.real else "the longest that the stage allows",
+        "memory": {
+            "fits": memory.fits,
+            "capacity": memory.capacity,
+            "total": memory.total,
+            "tensors_at_peak": memory.tensors,
+            "micro_batch_tokens": memory.tokens,
+            "recompute": memory.recompute,
+            "standing": memory.standing,
+            "moving": memory.moving,
+            "largest_micro_tokens": memory.largest,
+        },
+        "speed": {
+            "tokens_per_second": speed.tokens_per_second,
+            "tokens_per_second_per_gpu": speed.tokens_per_second / plan.world,
+            "mfu": plan.mfu,
+            "step_seconds": speed.step_seconds,
+            "step_tokens": speed.step_tokens,
+            "micro_batches": speed.micros,
+            "hours": plan.hours,
+            "seconds_by_kind": speed.seconds,
+            "calibration": calibrated(speed),
+        },
+        "other_ways": {
+            how: {"micro_batch_tokens": tokens, "tokens_per_second": found.tokens_per_second}
+            for how, (tokens, found) in plan.others.items()
+        },
+    }
+
+
+def render(facts: dict[str, Any], gpu: Gpu, plans: Sequence[StagePlan]) -> None:
+    """Print tables."""
+    console = Console(highlight=False)
+    many = f"{facts['gpus']} x {gpu.key}"
+    console.print(
+        f"[bold]{facts['recipe']}[/] on {many}, {facts['dtype']}, ZeRO {facts['zero_stage']}; "
+        f"{facts['base']}: shape from {facts['shape_from']}"
+    )
+    console.print(f"rates of {gpu.key}: {gpu.source}", soft_wrap=True)
+    console.print(_memory(plans))
+    console.print(_speed(plans))
+    console.print(_others(plans))
+    for line in _notes(plans):
+        console.print(f"- {line}", soft_wrap=True)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="", pad_edge=False, box=None)
+    for at, column in enumerate(columns):
+        table.add_column(column, justify="right" if at else "left", no_wrap=True)
+    return table
+
+
+def _memory(plans: Sequence[StagePlan]) -> Table:
+    table = _table("\nmemory of a GPU, GiB", "", *(plan.name for plan in plans))
+    parts = [plan.memory.standing | plan.memory.moving for plan in plans]
+    for name in dict.fromkeys(name for part in parts for name in part):
+        if any(part.get(name) for part in parts):
+            table.add_row(name, *(_gib(part[name]) if part.get(name) else "" for part in parts))
+    table.add_section()
+    table.add_row("in all", *(_gib(plan.memory.total) for plan in plans), style="bold")
+    table.add_row("of", *(_gib(plan.memory.capacity) for plan in plans))
+    table.add_row("fits", *("yes" if plan.memory.fits else "[bold red]no[/]" for plan in plans))
+    table.add_row("recompute", *(plan.memory.recompute for plan in plans))
+    table.add_row("tokens of a micro-batch", *(f"{plan.memory.tokens:,}" for plan in plans))
+    return table
+
+
+def _speed(plans: Sequence[StagePlan]) -> Table:
+    table = _table(
+        "\nspeed, predicted", "", *(plan.name for plan in plans), *(["all stages"] if len(plans) > 1 else [])
+    )
+    kinds = dict.fromkeys(kind for plan in plans for kind in plan.speed.seconds)
+    for kind in kinds:
+        table.add_row(f"ms a step: {kind}", *(f"{1e3 * plan.speed.seconds.get(kind, 0):.1f}" for plan in plans))
+    table.add_section()
+    table.add_row("ms a step", *(f"{1e3 * plan.speed.step_seconds:.1f}" for plan in plans))
+    table.add_row("tokens a step", *(f"{plan.speed.step_tokens:,.0f}" for plan in plans))
+    table.add_row("micro-batches a step", *(str(plan.speed.micros) for plan in plans))
+    table.add_row("tokens/s", *(f"{plan.speed.tokens_per_second:,.0f}" for plan in plans), style="bold")
+    table.add_row("tokens/s and GPU", *(f"{plan.speed.tokens_per_second / plan.world:,.0f}" for plan in plans))
+    table.add_row("MFU (4N a token)", *(f"{plan.mfu:.0%}" for plan in plans))
+    table.add_row("steps", *(f"{plan.stage.steps:,}" for plan in plans))
+    total = [_time(sum(plan.hours for plan in plans))] if len(plans) > 1 else []
+    table.add_row("time", *(_time(plan.hours) for plan in plans), *total, style="bold")
+    return table
+
+
+def _others(plans: Sequence[StagePlan]) -> Table:
+    table = _table("\nlargest micro_tokens that fits, and tokens/s with as much of it as is of use", "recompute")
+    for plan in plans:
+        table.add_column(plan.name, justify="right", no_wrap=True)
+        table.add_column("tokens/s", justify="right", no_wrap=True)
+    for how in dict.fromkeys(how for plan in plans for how in plan.memory.largest):
+        cells = []
+        for plan in plans:
+            most, found = plan.memory.largest.get(how, 0), plan.others.get(how)
+            cells += [f"{most:,}" if most else "none", f"{found[1].tokens_per_second:,.0f}" if found else ""]
+        table.add_row(how, *cells)
+    return table
+
+
+def _notes(plans: Sequence[StagePlan]) -> list[str]:
+    said = dict.fromkeys(f"tokens/s: {calibrated(plan.speed)}" for plan in plans)
+    notes = [*said, "no evaluation, checkpoint, loading or compiling is in these times"]
+    assumed = [plan.name for plan in plans if not plan.lengths.real]
+    if assumed:
+        notes.append(
+            f"{', '.join(assumed)}: every text is taken to be as long as `length` allows; the data was not read"
+        )
+    if because := plans[0].model.plain_because:
+        notes.append(f"plain layers, slower than fused ones: {because}; their numbers are rougher")
+    for plan in plans:
+        if plan.speed.idle:
+            group = getattr(plan.stage, "group", None)
+            units = f"{plan.stage.batch // group} groups of {group}" if group else f"a batch of {plan.stage.batch}"
+            notes.append(f"{plan.name}: {units} cannot be shared by {plan.world} GPUs; {plan.speed.idle} of them wait")
+        if better := best(plan):
+            how, tokens, gain = better
+            notes.append(f"{plan.name}: micro_tokens={tokens} with recompute={how} would be {gain:.2f}x as fast")
+    return notes
+
+
+def best(plan: StagePlan) -> tuple[str, int, float] | None:
+    """(recompute, micro_tokens, gain) of a way that is at least 3% faster than the recipe's."""
+    found = [(speed.tokens_per_second, how, tokens) for how, (tokens, speed) in plan.others.items()]
+    if not found or not plan.memory.fits:
+        return None
+    rate, how, tokens = max(found)
+    gain = rate / plan.speed.tokens_per_second
+    return (how, tokens, gain) if gain >= 1.03 else None
+
+
+def remedies(plan: StagePlan, recipe: Recipe, gpu: Gpu) -> str:
+    """One sentence: what does not fit, the largest that does, and what else would help."""
+    memory, stage = plan.memory, plan.stage
+    how, most = max(memory.largest.items(), key=lambda item: item[1])
+    need = f"{memory.total / GIB:.1f} GiB of the {memory.capacity / GIB:.1f} GiB of a {gpu.key}"
+    text = (
+        f"stage '{plan.name}': a micro-batch of {memory.tokens:,} tokens with recompute {memory.recompute} needs {need}"
+    )
+    longest = int(plan.lengths.lengths.max())
+    ways = []
+    if most >= longest:
+        ways.append(f"micro_tokens={most} with recompute={how}, the largest that fits")
+    else:
+        text += f", and not even one example of {longest:,} tokens fits"
+    if recipe.zero.stage < 3 and plan.world > 1 and recipe.base.base_precision == "same":
+        ways.append("zero.stage=3, which shards the weights")
+    if recipe.base.base_precision == "same" and recipe.zero.stage < 3:
+        ways.append("base.base_precision=nf4, a quarter of the frozen weights")
+    if recipe.zero.stage == 3 and not recipe.zero.offload_optimizer:
+        ways.append("zero.offload_optimizer=true")
+    if most < longest:
+        ways.append("a shorter length")
+    if isinstance(stage, Contrastive) and stage.negatives == "global" and most < longest:
+        ways.append("a smaller batch")
+    return f"{text}; use {', '.join(ways[:-1])}{' or ' if len(ways) > 1 else ''}{ways[-1] if ways else 'a larger GPU'}"

@@ -1,0 +1,206 @@
+"""Time of a micro-batch and of a step by the roofline: every operation takes what its arithmetic or its bytes take.
+
+An operation's time is the larger of FLOPs over the rate of large products and bytes over the rate of a copy. A step is the sum
+over operations, or what the host needs to launch them where that is more. Nothing overlaps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from l2v.model.fused import Recompute
+from l2v.plan.gpus import NETWORK, Gpu
+from l2v.plan.memory import Model
+from l2v.recipe import Contrastive, Mntp, Stage
+
+ATTENTION = (0.45, 0.4)
+"""Of the rate of large products that attention's kernels reach, forward and backward: 75% of what others published for the
+best ones at 512 tokens on Hopper. An assumption."""
+LAUNCH = 5e-6
+"""Seconds of the host for a launch. An assumption."""
+MASK = 1.5e-9
+"""Seconds that a processor takes to draw a byte of a dropout mask (measured, see l2v_kernels.philox)."""
+
+
+@dataclass
+class Clock:
+    """Seconds by kind of work, on one GPU."""
+
+    gpu: Gpu
+    dtype: torch.dtype
+    fp8: bool = False
+
+    def __post_init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.launches, self.times = 0, 1
+
+    def add(
+        self, kind: str, *, flops: float = 0.0, bytes_: float = 0.0, seconds: float = 0.0, launches: int = 1,
+        rate: float | None = None,
+    ) -> None:  # fmt: skip
+        """An operation. rate: FLOP/s, default that of large products in the model's dtype."""
+        took = max(flops / (rate or self.rate), bytes_ / self.gpu.copy) + seconds
+        self.seconds[kind] += self.times * took
+        self.launches += self.times * launches
+
+    @property
+    def rate(self) -> float:
+        """FLOP/s of large products in the model's dtype."""
+        return self.gpu.flops[self.dtype]
+
+    @contextlib.contextmanager
+    def repeated(self, times: int) -> Iterator[None]:
+        """What is added inside happens so often."""
+        before, self.times = self.times, self.times * times
+        try:
+            yield
+        finally:
+            self.times = before
+
+    def product(self, tokens: float, inner: float, outer: float, reads: float = 0.0) -> None:
+        """A product with frozen weights [outer, inner]. reads: bytes a token beside its input and output."""
+        b = self.dtype.itemsize
+        rate = self.gpu.fp8 if self.fp8 and self.gpu.fp8 else None
+        moved = inner * outer * (1 if rate else b) + tokens * ((inner + outer) * b + reads)
+        self.add("products with weights", flops=2 * tokens * inner * outer, bytes_=moved, rate=rate)
+        if rate:  # what goes in is rounded first, and LoRA's share is added in a pass of its own
+            self.add("passes over memory", bytes_=tokens * (inner * (b + 1) + 2 * outer * b), launches=2)
+
+    def total(self) -> float:
+        """Seconds, of the device or of the host that launches."""
+        host = 0.0 if self.gpu.cpu else self.launches * LAUNCH
+        return max(sum(self.seconds.values()), host)
+
+
+def forward(clock: Clock, model: Model, tokens: int, length: float, *, dropped: bool) -> None:
+    """All layers. length: tokens that a token attends to, on average. dropped: LoRA drops out."""
+    s, b, t = model.shape, clock.dtype.itemsize, tokens
+    with clock.repeated(s.layers):
+        if not model.fused:
+            _plain(clock, model, t)
+        else:
+            _norms(clock, t, s.hidden * b, passes=(4, 4))
+            clock.add(
+                "passes over memory", bytes_=t * 2 * (s.queries + s.keys) * b * (2 if s.head_norms else 1), launches=2
+            )
+            clock.add("passes over memory", bytes_=t * 3 * s.ffn * b)
+        for names in GROUPS:
+            _group(clock, model, names, t, dropped=dropped)
+        clock.add(
+            "attention", flops=4 * t * length * s.queries, bytes_=t * 2 * (s.queries + s.keys) * b,
+            rate=ATTENTION[0] * clock.rate,
+        )  # fmt: skip
+
+
+def backward(clock: Clock, model: Model, tokens: int, length: float, recompute: Recompute, *, dropped: bool) -> None:
+    """All layers, with what is recomputed."""
+    s, b, t = model.shape, clock.dtype.itemsize, tokens
+    if recompute == "layer":
+        forward(clock, model, tokens, length, dropped=dropped)
+    with clock.repeated(s.layers):
+        if not model.fused:
+            _plain(clock, model, 1.5 * t)
+        else:
+            _norms(clock, t, s.hidden * b, passes=(4, 4))
+            if recompute != "none":
+                clock.add("passes over memory", bytes_=t * (4 * s.hidden + 3 * s.ffn) * b, launches=3)
+            clock.add("passes over memory", bytes_=t * 5 * s.ffn * b)
+            clock.add("passes over memory", bytes_=t * 2 * (s.queries + 2 * s.keys) * b, launches=3)
+        for names in GROUPS:
+            _group(clock, model, names, t, dropped=dropped, back=True)
+        # Two kernels, of three and of four products.
+        clock.add(
+            "attention", flops=14 * t * length * s.queries, bytes_=t * 2 * (4 * s.queries + 4 * s.keys) * b, launches=3,
+            rate=ATTENTION[1] * clock.rate,
+        )  # fmt: skip
+
+
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+def _norms(clock: Clock, tokens: float, row: float, passes: tuple[int, int]) -> None:
+    for count in passes:
+        clock.add("passes over memory", bytes_=tokens * count * row)
+
+
+def _group(clock: Clock, model: Model, names: tuple[str, ...], t: float, *, dropped: bool, back: bool = False) -> None:
+    """Linears on one input: frozen products, and LoRA. An adapter writes the output that the frozen product is added to."""
+    s, b = model.shape, clock.dtype.itemsize
+    inner, outer = s.inputs[names[0]], sum(s.outputs[name] for name in names)
+    adapted = [name for name in names if name in s.adapted]
+    clock.product(
+        t, *((outer, inner) if back else (inner, outer)), reads=0 if not adapted else (inner if back else outer) * b
+    )
+    if model.base_precision == "nf4":  # weights are made anew for every product
+        clock.add("passes over memory", bytes_=inner * outer * (0.5 + 2 * b))
+    if not adapted:
+        return
+    out = sum(s.outputs[name] for name in adapted)
+    if not back:
+        moved, flops = inner + out, 2 * s.rank * (len(adapted) * inner + out)
+    else:  # the output's gradient is read for the adapters' two matrices, the input for one, and its gradient written
+        moved, flops = 2 * out + 2 * inner, 4 * s.rank * (len(adapted) * inner + out)
+    fused = model.fused or clock.gpu.cpu
+    clock.add(
+        "LoRA",
+        flops=t * flops,
+        bytes_=t * moved * b if fused else 0.0,
+        launches=(2 + len(adapted)) * (3 if back else 1),
+    )
+    if clock.gpu.cpu and dropped and not back:
+        clock.add("LoRA", seconds=t * len(adapted) * inner * MASK)
+
+
+def _plain(clock: Clock, model: Model, t: float) -> None:
+    """What an eager layer of transformers with PEFT's LoRA moves beside its products, in one direction."""
+    s, b = model.shape, clock.dtype.itemsize
+    norms = 2 * s.hidden * (6 * 4 + 6 * b)  # to fp32 and back, op by op
+    inputs, outputs = sum(s.inputs[x] for x in s.adapted), sum(s.outputs[x] for x in s.adapted)
+    lora = (3 * inputs + 6 * outputs) * b  # dropout, product, scaling, sum
+    other = (6 * s.hidden + 5 * s.ffn + 10 * (s.queries + s.keys)) * b  # residuals, SiLU and product, rotation
+    clock.add("passes over memory", bytes_=t * (norms + other), launches=30)
+    clock.add("LoRA", bytes_=t * lora, launches=7 * len(s.adapted))
+
+
+def ends(clock: Clock, model: Model, stage: Stage, tokens: int) -> None:
+    """Embedding and final norm, and the head with its loss; both directions."""
+    s, b, t = model.shape, clock.dtype.itemsize, tokens
+    clock.add("passes over memory", bytes_=t * 8 * s.hidden * b, launches=6)
+    if isinstance(stage, Mntp):
+        labels, v = t * stage.mask_probability, model.vocabulary
+        # Logits in fp32, read twice and written once, in the model's dtype, for the second product.
+        clock.add("head and loss", flops=4 * labels * v * s.hidden, launches=8)
+        clock.add("head and loss", bytes_=labels * v * (4 + 8 + 2 * b), launches=2)
+
+
+def contrastive(clock: Clock, model: Model, stage: Contrastive, queries: int, candidates: int) -> None:
+    """The loss of one unit: three products of scores in fp32, and passes over embeddings."""
+    hidden, rate = model.shape.hidden, clock.gpu.flops.get(torch.float32)
+    scores = queries * candidates * len(stage.directions)
+    clock.add("head and loss", flops=6 * scores * hidden, bytes_=18 * scores, rate=rate, launches=30)
+    clock.add("head and loss", bytes_=8 * (queries + candidates) * hidden * 4, launches=10)
+
+
+def once_a_step(clock: Clock, model: Model, zero: int, ranks: int, per_node: int, micros: int, queries: int) -> None:
+    """The optimizer, and what ranks exchange in a step of so many micro-batches each."""
+    count, b = model.trainable, clock.dtype.itemsize
+    share = count / ranks if zero else count
+    # Gradient to fp32, its norm, its clip; weights and two moments read and written, and Adam's own intermediate values.
+    clock.add("optimizer", bytes_=share * (b + 4 * 4 + 14 * 4 + b), launches=40)
+    if ranks == 1:
+        return
+    link = clock.gpu.link if ranks <= per_node else min(clock.gpu.link, 0.8 * NETWORK)
+    ring = (ranks - 1) / ranks
+    times = micros if zero >= 2 else 1
+    seconds = 2 * ring * count * 4 * times / link  # gradients travel in fp32
+    seconds += ring * count * b / link if zero else 0.0
+    if zero == 3:
+        whole = model.linear_parameters * b
+        seconds += 2 * ring * whole * micros / link
+    seconds += ring * queries * model.shape.hidden * 4 * 2 / link
+    clock.add("communication", seconds=seconds, launches=10)

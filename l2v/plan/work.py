@@ -1,0 +1,123 @@
+"""What a step has to do: the sampler's own plan over examples of real or assumed lengths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from l2v.data.sampler import Sampler, StepPlan
+from l2v.data.tokens import TextTokenizer, load_tokenizer
+from l2v.plan.shapes import local_folder
+from l2v.recipe import Contrastive, Mntp, Recipe, Stage
+from l2v.train import open_examples
+from l2v.training.memory import columns_of
+
+READ = 64 << 20
+"""Bytes of local data up to which texts are tokenised to know their lengths."""
+STEPS = 8
+"""Steps of the plan that are looked at."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of examples, as `Sampler` reads them. text: mean tokens that a token attends to; real: of the data itself."""
+
+    lengths: np.ndarray
+    segments: np.ndarray
+    text: float
+    real: bool
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def lengths_of(recipe: Recipe, name: str) -> Lengths:
+    """Of the stage's data where that is on this machine and small, with its tokenizer; else every text is as long as may be.
+
+    Errors: UserError of data that is here and cannot be read.
+    """
+    stage = recipe.stages[name]
+    if _is_here(recipe, stage):
+        base = recipe.base
+        tokenizer = load_tokenizer(str(local_folder(base.tokenizer or base.model)), revision=base.revision)
+        found = open_examples(stage.data, stage, TextTokenizer(tokenizer, base.template, stage.length))
+        per_text = found.lengths / found.segments
+        text = float((found.lengths * per_text).sum() / found.lengths.sum())
+        if isinstance(stage, Mntp) and stage.document_mask:  # attention stays within documents, and those within blocks
+            documents = np.diff(found.ends, prepend=0)
+            text = float((documents * np.minimum(documents, stage.length)).sum() / documents.sum())
+        return Lengths(found.lengths, found.segments, text, real=True)
+    count, columns = stage.batch * (STEPS + 1), columns_of(stage)
+    tokens = min(columns * stage.length, stage.micro_tokens)
+    return Lengths(np.full(count, tokens), np.full(count, columns), float(stage.length), real=False)
+
+
+def _is_here(recipe: Recipe, stage: Stage) -> bool:
+    """Whether reading costs seconds and no download."""
+    folder = local_folder(recipe.base.tokenizer or recipe.base.model)
+    if not any(folder.glob("tokenizer*")):
+        return False
+    total = 0
+    for source in stage.data:
+        if source.path.startswith("sample:"):
+            continue
+        file = Path(source.path)
+        if source.path.startswith("hub:") or not file.is_file():
+            return False
+        total += file.stat().st_size
+    return total <= READ
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the busiest rank does in a step: tokens of every micro-batch, by unit, and texts of every unit."""
+
+    units: list[list[int]]
+    queries: list[int]
+    candidates: list[int]
+    idle: int = 0
+    """Ranks that have nothing to do in this step."""
+
+    @property
+    def micros(self) -> int:
+        return sum(map(len, self.units))
+
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest micro-batch."""
+        return max((tokens for unit in self.units for tokens in unit), default=0)
+
+
+def shares(
+    lengths: Lengths, stage: Stage, world: int, seed: int, micro_tokens: int | None = None
+) -> list[tuple[int, Share]]:
+    """(tokens of all ranks, the busiest rank's share) of the first few steps.
+
+    Errors: UserError if an example is longer than the micro-batch.
+    """
+    sampler = Sampler(
+        lengths, batch=stage.batch, micro_tokens=micro_tokens or stage.micro_tokens, seed=seed, world=world,
+        group=getattr(stage, "group", None),
+    )  # fmt: skip
+    count = max(1, min(STEPS, stage.steps, sampler.steps_per_epoch - 1))
+    return [_busiest(sampler.plan(step), lengths, stage) for step in range(count)]
+
+
+def _busiest(plan: StepPlan, lengths: Lengths, stage: Stage) -> tuple[int, Share]:
+    tokens = lengths.lengths
+    total = int(sum(tokens[unit.examples].sum() for units in plan.units for unit in units if unit.examples))
+    loads = [sum(int(tokens[unit.examples].sum()) for unit in units if unit.examples) for units in plan.units]
+    units = plan.units[int(np.argmax(loads))]
+    micros = [[int(tokens[micro].sum()) if micro else 1 for micro in unit.micros] for unit in units]
+    queries = [len(unit.examples) for unit in units]
+    candidates = [
+        int(lengths.segments[unit.examples].sum()) - len(unit.examples) if unit.examples else 0 for unit in units
+    ]
+    if isinstance(stage, Contrastive) and stage.negatives == "global":
+        everyone = sum(
+            int(lengths.segments[u.examples].sum()) - len(u.examples) for us in plan.units for u in us if u.examples
+        )
+        candidates = [everyone for _ in units]
+    return total, Share(micros, queries, candidates, sum(load == 0 for load in loads))
