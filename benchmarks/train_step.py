@@ -28,6 +28,7 @@ from benchmarks.harness import arguments, device_facts
 from benchmarks.train_step_report import Run, comparison, disagreement, page, save, targets
 from benchmarks.train_step_runs import Runner
 from benchmarks.train_step_work import MODELS, Model, Work
+from l2v.machine import processor
 
 PEERS = ("llm2vec", "transformers_peft", "liger", "sentence_transformers")
 LEAST_SECONDS = 20
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     name = "train_step_mini" if model.name == "mini" else "train_step"
     end = time.monotonic() + 60 * options.minutes if options.minutes else None
     facts = device_facts(device) | {"model": model.name, "cores": len(os.sched_getaffinity(0)), "rounds": rounds}
-    facts["smoke"] = model.name == "mini"
+    facts |= {"smoke": model.name == "mini", "processor": processor()}
     with tempfile.TemporaryDirectory(prefix="l2v-train-step-", ignore_cleanup_errors=True) as temporary:
         work = Work(model, options.work or Path(temporary), options.tokenizer)
         runner = Runner(work, device, rungs(model), options.llm2vec)
@@ -116,8 +117,8 @@ def main(argv: list[str] | None = None) -> int:
                 save(options.out, name, data, runs, found, facts, draw)
             return sum(x.provider == "l2v" and x.median is None for x in found)
 
-        done = {(x.workload, x.provider, x.round) for x in runs if x.lasting}
-        runs[:] = [x for x in runs if x.lasting]
+        runs[:] = [x for x in runs if x.lasting and x.round < rounds]
+        done = {(x.workload, x.provider, x.round) for x in runs}
         for number in range(rounds):
             for cell in todo:
                 if (cell.workload, cell.provider, number) in done:

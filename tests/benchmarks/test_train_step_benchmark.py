@@ -168,7 +168,8 @@ def run(workload, provider, seconds, number=0, setting="s", **kwargs):
 
 
 FACTS = {
-    "model": "8b", "device": "a GPU", "cuda": "13", "smoke": False, "dtype": "bfloat16", "rounds": 1, "cores": 2,
+    "model": "8b", "device": "a GPU", "processor": "a CPU", "cuda": "13", "smoke": False, "dtype": "bfloat16", "rounds": 1,
+    "cores": 2,
     "threads": 1, "clock": "processor", "torch": "2", "triton": "3", "linear_parameters": 1000,
     "rates": {"gemm_flops": 1e6}, "quickstart_steps": None,
 }  # fmt: skip
@@ -204,7 +205,7 @@ def test_medians_ratios_and_targets():
         and "| 50,000 | 2.00x | 2.00x |" in text
     )
     assert "SMOKE" not in text and "say nothing" not in text
-    for smoke in (FACTS | {"model": "mini"}, FACTS | {"device": "cpu"}):
+    for smoke in (FACTS | {"model": "mini"}, FACTS | {"cuda": None}):
         assert {x.verdict for x in report.targets(runs, list(found.values()), smoke)} == {"not measured"}
 
 
