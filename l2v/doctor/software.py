@@ -153,7 +153,9 @@ def backends(report: Report) -> Rows:
         rows["base_precision: nf4"] = (False, "needs the package bitsandbytes: pip install 'l2v[nf4]'")
     else:
         error = import_error("bitsandbytes")
-        rows["base_precision: nf4"] = (False, f"broken: {error}") if error else (True, "plain layers" if gpu else "slow")
+        rows["base_precision: nf4"] = (
+            (False, f"broken: {error}") if error else (True, "plain layers" if gpu else "slow")
+        )
     between = "nccl" if gpu else "gloo"
     there = torch.distributed.is_available() and getattr(torch.distributed, f"is_{between}_available")()
     rows["between ranks"] = (there, between)
