@@ -171,8 +171,9 @@ def work_bytes(shape: LayerShape, recompute: Recompute, way: Way = FUSED) -> int
     """
     b, E, F = shape.itemsize, shape.hidden, shape.ffn
     work = (3 * F + E) * b
-    if way.fused and not way.kernels:  # the references compute in fp32, in two buffers, from fp32 copies
-        work += 2 * F * 4 + (2 * F * 4 if b < 4 else 0)
+    if way.fused and not way.kernels:  # the references compute in fp32, in two buffers, from sums with LoRA's share
+        summed = b < 4 or not {"gate_proj", "up_proj"}.isdisjoint(shape.adapted)
+        work += 2 * F * 4 + (2 * F * 4 if summed else 0)
     elif not way.fused:  # or in an fp32 norm
         work = max(work, 5 * E * 4 + E * b)
     if recompute == "layer":
