@@ -81,22 +81,27 @@ def render(facts: dict[str, Any], gpu: Gpu, plans: Sequence[StagePlan]) -> None:
         f"{facts['base']}: shape from {facts['shape_from']}"
     )
     console.print(f"rates of {gpu.key}: {gpu.source}", soft_wrap=True)
-    console.print(_memory(plans))
-    console.print(_speed(plans))
-    console.print(_others(plans))
+    for title, table in (
+        ("memory of a GPU, GiB", _memory(plans)),
+        ("speed, predicted", _speed(plans)),
+        ("largest micro_tokens that fits, and tokens/s with as much of it as is of use", _others(plans)),
+    ):
+        console.print(f"\n[bold]{title}[/]", soft_wrap=True)
+        console.print(table)
+    console.print()
     for line in _notes(plans):
         console.print(f"- {line}", soft_wrap=True)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="", pad_edge=False, box=None)
+def _table(*columns: str) -> Table:
+    table = Table(header_style="", pad_edge=False, box=None)
     for at, column in enumerate(columns):
         table.add_column(column, justify="right" if at else "left", no_wrap=True)
     return table
 
 
 def _memory(plans: Sequence[StagePlan]) -> Table:
-    table = _table("\nmemory of a GPU, GiB", "", *(plan.name for plan in plans))
+    table = _table("", *(plan.name for plan in plans))
     parts = [plan.memory.standing | plan.memory.moving for plan in plans]
     for name in dict.fromkeys(name for part in parts for name in part):
         if any(part.get(name) for part in parts):
@@ -111,9 +116,7 @@ def _memory(plans: Sequence[StagePlan]) -> Table:
 
 
 def _speed(plans: Sequence[StagePlan]) -> Table:
-    table = _table(
-        "\nspeed, predicted", "", *(plan.name for plan in plans), *(["all stages"] if len(plans) > 1 else [])
-    )
+    table = _table("", *(plan.name for plan in plans), *(["all stages"] if len(plans) > 1 else []))
     kinds = dict.fromkeys(kind for plan in plans for kind in plan.speed.seconds)
     for kind in kinds:
         table.add_row(f"ms a step: {kind}", *(f"{1e3 * plan.speed.seconds.get(kind, 0):.1f}" for plan in plans))
@@ -131,7 +134,7 @@ def _speed(plans: Sequence[StagePlan]) -> Table:
 
 
 def _others(plans: Sequence[StagePlan]) -> Table:
-    table = _table("\nlargest micro_tokens that fits, and tokens/s with as much of it as is of use", "recompute")
+    table = _table("recompute")
     for plan in plans:
         table.add_column(plan.name, justify="right", no_wrap=True)
         table.add_column("tokens/s", justify="right", no_wrap=True)
@@ -167,19 +170,25 @@ def _notes(plans: Sequence[StagePlan]) -> list[str]:
 
 def best(plan: StagePlan) -> tuple[str, int, float] | None:
     """(recompute, micro_tokens, gain) of a way that is at least 3% faster than the recipe's."""
-    found = [(speed.tokens_per_second, how, tokens) for how, (tokens, speed) in plan.others.items()]
-    if not found or not plan.memory.fits:
+    found = _fastest(plan)
+    if found is None or not plan.memory.fits:
         return None
-    rate, how, tokens = max(found)
+    rate, how, tokens = found
     gain = rate / plan.speed.tokens_per_second
     return (how, tokens, gain) if gain >= 1.03 else None
+
+
+def _fastest(plan: StagePlan) -> tuple[float, str, int] | None:
+    """(tokens/s, recompute, micro_tokens) of what fits."""
+    found = [(speed.tokens_per_second, how, tokens) for how, (tokens, speed) in plan.others.items()]
+    return max(found, default=None)
 
 
 def remedies(plan: StagePlan, recipe: Recipe, gpu: Gpu) -> str:
     """One sentence: what does not fit, the largest that does, and what else would help."""
     memory, stage = plan.memory, plan.stage
     how, most = max(memory.largest.items(), key=lambda item: item[1])
-    need = f"{memory.total / GIB:.1f} GiB of the {memory.capacity / GIB:.1f} GiB of a {gpu.key}"
+    need = f"{memory.total / GIB:.1f} GiB of the {memory.capacity / GIB:.1f} GiB of one {gpu.key}"
     text = (
         f"stage '{plan.name}': a micro-batch of {memory.tokens:,} tokens with recompute {memory.recompute} needs {need}"
     )
@@ -187,6 +196,8 @@ def remedies(plan: StagePlan, recipe: Recipe, gpu: Gpu) -> str:
     ways = []
     if most >= longest:
         ways.append(f"micro_tokens={most} with recompute={how}, the largest that fits")
+        if (fastest := _fastest(plan)) and fastest[1] != how:
+            ways.append(f"micro_tokens={fastest[2]} with recompute={fastest[1]}, the fastest that fits")
     else:
         text += f", and not even one example of {longest:,} tokens fits"
     if recipe.zero.stage < 3 and plan.world > 1 and recipe.base.base_precision == "same":
@@ -199,4 +210,4 @@ def remedies(plan: StagePlan, recipe: Recipe, gpu: Gpu) -> str:
         ways.append("a shorter length")
     if isinstance(stage, Contrastive) and stage.negatives == "global" and most < longest:
         ways.append("a smaller batch")
-    return f"{text}; use {', '.join(ways[:-1])}{' or ' if len(ways) > 1 else ''}{ways[-1] if ways else 'a larger GPU'}"
+    return f"{text}; use {'; or '.join(ways or ['a larger GPU'])}"

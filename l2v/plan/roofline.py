@@ -133,25 +133,21 @@ def _group(clock: Clock, model: Model, names: tuple[str, ...], t: float, *, drop
     s, b = model.shape, clock.dtype.itemsize
     inner, outer = s.inputs[names[0]], sum(s.outputs[name] for name in names)
     adapted = [name for name in names if name in s.adapted]
-    clock.product(
-        t, *((outer, inner) if back else (inner, outer)), reads=0 if not adapted else (inner if back else outer) * b
-    )
+    apart = model.fused and names == GROUPS[2]  # gate's and up's share is added where SwiGLU reads them
+    summed = 0 if not adapted or (apart and not back) else inner if back else outer
+    clock.product(t, *((outer, inner) if back else (inner, outer)), reads=summed * b)
     if model.base_precision == "nf4":  # weights are made anew for every product
         clock.add("passes over memory", bytes_=inner * outer * (0.5 + 2 * b))
     if not adapted:
         return
     out = sum(s.outputs[name] for name in adapted)
-    if not back:
-        moved, flops = inner + out, 2 * s.rank * (len(adapted) * inner + out)
-    else:  # the output's gradient is read for the adapters' two matrices, the input for one, and its gradient written
-        moved, flops = 2 * out + 2 * inner, 4 * s.rank * (len(adapted) * inner + out)
-    fused = model.fused or clock.gpu.cpu
-    clock.add(
-        "LoRA",
-        flops=t * flops,
-        bytes_=t * moved * b if fused else 0.0,
-        launches=(2 + len(adapted)) * (3 if back else 1),
-    )
+    if not back:  # the share is written, and the frozen product added to it
+        moved, flops = inner + (0 if apart else out), 2 * s.rank * (len(adapted) * inner + out)
+    else:  # the output's gradient is read once, for both matrices; the input is read, and its gradient written
+        moved, flops = out + 2 * inner, 4 * s.rank * (len(adapted) * inner + out)
+    by_bytes = model.fused or clock.gpu.cpu  # those of plain layers are counted with the rest of what they move
+    launches = (2 + len(adapted)) * (2 if back else 1)
+    clock.add("LoRA", flops=t * flops, bytes_=t * moved * b if by_bytes else 0.0, launches=launches)
     if clock.gpu.cpu and dropped and not back:
         clock.add("LoRA", seconds=t * len(adapted) * inner * MASK)
 
