@@ -114,11 +114,10 @@ class Places:
     def _see(self, module, inputs) -> None:
         self.count += inputs[0]["attention_mask"].numel()
 
-    def of(self, call: Callable[[], object]) -> int:
-        """Places that a call computes."""
+    def of(self, call: Callable[[], np.ndarray]) -> tuple[np.ndarray, int]:
+        """What a call gives, and the places that it computed."""
         self.count = 0
-        call()
-        return self.count
+        return call(), self.count
 
 
 def run(profile: Profile, ours: Encode, theirs: dict[str, Encode], places, device, dtype, rounds: int) -> list[Result]:
@@ -129,12 +128,12 @@ def run(profile: Profile, ours: Encode, theirs: dict[str, Encode], places, devic
         results.append(result)
         call = calls.setdefault(name, lambda encode=encode: encode(profile.texts))
         try:
-            result.error = float(np.linalg.norm(call() - reference, axis=1).max())
+            vectors, computed = (reference, profile.tokens) if name == "l2v" else places.of(call)
+            result.error = float(np.linalg.norm(vectors - reference, axis=1).max())
             if not result.error < BARS[dtype]:
                 raise ValueError(f"other vectors: {result.error:.1e} apart")
-            computed = profile.tokens if name == "l2v" else places.of(call)
             result.facts["padded"] = 1 - profile.tokens / computed
-            result.memory = peak_memory(call, device)
+            result.memory = peak_memory(call, device) if device.type == "cuda" else None
         except (RuntimeError, ValueError) as error:
             result.skipped = reason(error)
             del calls[name]
