@@ -43,10 +43,10 @@ class Cell:
 
 
 def rungs(model: Model) -> dict[str, list[str]]:
-    """The ladder from the padded peer up, as keys of the recipe; STAGE stands for the stage.
+    """The ladder that begins at the padded peer: what each further step changes, as keys of the recipe (STAGE is the stage).
 
-    Without the first key's step the next one is: padding removed (and with it all logits but those of labelled positions,
-    which the training program never makes), fused layers, and what the backward keeps.
+    Padding removed (and with it all logits but those of labelled positions, which the training program never makes), fused
+    layers, less and less computed twice, an fp8 base.
     """
     start = "layer" if model.checkpointing else "none"
     plain, fused = ([f"base.layers={layers}", f"stages.STAGE.recompute={start}"] for layers in ("plain", "fused"))
