@@ -2,9 +2,9 @@
 
 python -m benchmarks.fp8_parity [--model NAME] [--stage NAME] [--steps N] [--out FOLDER] [key=value ...]
 
-Trained by the product's own program on the same data and seeds, with `base.base_precision` same and fp8; and once more with
-same and another seed, the yardstick: what the choice of a seed changes, nobody calls a loss of quality. Without a GPU that
-has FP8 its numbers are emulated (L2V_FP8=emulate): the same roundings, in fp32, and no speed.
+Trained by the product's own program on the same data and seeds, with `base.base_precision` same and fp8, for several seeds:
+training magnifies any change, so one pair of curves says little, and what the choice of a seed does is the yardstick.
+Without a GPU that has FP8 its numbers are emulated (L2V_FP8=emulate): the same roundings, in fp32, and no speed.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,26 @@ MODELS = {
 EMULATED = (
     "EMULATED: FP8's roundings in fp32 on {device}. These are numbers of accuracy; nothing here says how fast FP8 is."
 )
-RUNS = {"same": ["base.base_precision=same"], "fp8": ["base.base_precision=fp8"]}
-OTHER = "same, another seed"
+HOW = ("same", "fp8")
+SEEDS = 3
+FIRST, STEP = 42, 1000
+"""The recipes' seed, and how far the others lie from it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    how: str
+    seed: int
+
+    def __str__(self) -> str:
+        return self.how if self.seed == FIRST else f"{self.how}, seed {self.seed}"
+
+
+def runs(seeds: int) -> list[Run]:
+    """Both bases for each seed, in pairs."""
+    return [Run(how, FIRST + STEP * i) for i in range(seeds) for how in HOW]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,6 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--model", choices=MODELS, default="smollm2")
     p.add_argument("--stage", choices=("mntp", "simcse", "supervised"), default="mntp")
     p.add_argument("--steps", type=int, default=40)
+    p.add_argument("--seeds", type=int, default=SEEDS, help=f"pairs of trainings (default {SEEDS})")
+    p.add_argument(
+        "--work", type=Path, help="folder for the trainings; called again with it, they go on where they stopped"
+    )
     p.add_argument("--texts", type=int, default=120, help="held-out texts whose vectors are compared")
     p.add_argument("--out", type=Path, help="folder for fp8_parity.json, .md and .png")
     args = p.parse_intermixed_args(argv)
@@ -56,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["L2V_FP8"] = "emulate"
     try:
         with tempfile.TemporaryDirectory(prefix="fp8-parity-") as folder:
-            data = compare(args, Path(folder))
+            data = compare(args, args.work or Path(folder))
     finally:
         if emulate:
             os.environ.pop("L2V_FP8")
@@ -73,33 +96,34 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All runs, and what comes of them."""
+    """All trainings, and what comes of them."""
     recipe, overrides = MODELS[args.model]
-    runs = RUNS | {OTHER: [*RUNS["same"], f"stages.{args.stage}.seed=1042"]}
-    for name, own in runs.items():
-        run = [*overrides, *own, "from=base", f"steps={args.steps}", "log_every=1", f"out={folder / name}"]
-        train(recipe, args.stage, [*run, "tracking.tensorboard=false", *args.overrides])
-    rows = {name: read_metrics(folder / name / args.stage) for name in runs}
-    losses = {name: [r["loss"] for r in rows[name] if "loss" in r] for name in runs}
-    held_out = {name: [r["eval_loss"] for r in rows[name] if "eval_loss" in r] for name in runs}
+    overrides = [*overrides, "from=base", f"steps={args.steps}", "log_every=1", "tracking.tensorboard=false"]
+    for run in runs(args.seeds):
+        own = [f"base.base_precision={run.how}", f"stages.{args.stage}.seed={run.seed}", f"out={folder / str(run)}"]
+        train(recipe, args.stage, [*overrides, *own, *args.overrides])
     texts = held_out_texts(args.texts)
-    vectors, errors = {}, {}
-    for name in runs:
-        encoder = Encoder.from_pretrained(folder / name / args.stage)
-        vectors[name] = encoder.encode(texts)
-        if name == "same":
-            errors = product_errors(encoder, texts[:24])
-        if name in RUNS:
+    losses, held_out, vectors, errors = {}, {}, {}, {}
+    for run in runs(args.seeds):
+        trained = folder / str(run) / args.stage
+        rows = read_metrics(trained)
+        losses[str(run)] = [r["loss"] for r in rows if "loss" in r]
+        held_out[str(run)] = [r["eval_loss"] for r in rows if "eval_loss" in r]
+        encoder = Encoder.from_pretrained(trained)
+        vectors[str(run)] = encoder.encode(texts)
+        if run.seed == FIRST:
+            if run.how == "same":
+                errors = product_errors(encoder, texts[:24])
             to_fp8(encoder.model.fused, encoder.model.decoder)
-            vectors[f"{name}, on the FP8 base"] = encoder.encode(texts)
-    cosines = {}
-    for name in sorted(vectors.keys() - {"same"}):
-        cosine = (vectors[name] * vectors["same"]).sum(1)
-        cosines[name] = {"mean": float(cosine.mean()), "min": float(cosine.min())}
+            vectors[f"{run}, on the FP8 base"] = encoder.encode(texts)
+    pairs = [(f"fp8, seed {r.seed}", str(Run("fp8", r.seed)), str(r)) for r in runs(args.seeds) if r.how == "same"]
+    others = [(f"same, seed {r.seed}", str(r), "same") for r in runs(args.seeds)[2:] if r.how == "same"]
+    bases = [(name, name, "same") for name in ("same, on the FP8 base", "fp8, on the FP8 base")]
     return {
-        "model": args.model, "stage": args.stage, "steps": args.steps, "texts": len(texts), "overrides": args.overrides,
-        "losses": losses, "held_out": held_out, "cosines": cosines, "products": errors,
-        "difference": {name: difference(losses[name], losses["same"]) for name in runs if name != "same"},
+        "model": args.model, "stage": args.stage, "steps": args.steps, "seeds": args.seeds, "texts": len(texts),
+        "overrides": args.overrides, "losses": losses, "held_out": held_out, "products": errors,
+        "curves": {label: difference(losses[a], losses[b]) for label, a, b in [*pairs, *others]},
+        "cosines": {label: cosine(vectors[a], vectors[b]) for label, a, b in [*pairs, *bases, *others]},
     }  # fmt: skip
 
 
@@ -121,14 +145,21 @@ def held_out_texts(n: int) -> list[str]:
 
 
 def difference(losses: list[float], base: list[float]) -> dict[str, float]:
-    """Of two curves, relative: the mean and largest size, and the mean with its sign over the last half."""
-    relative = (np.array(losses) - np.array(base)) / np.array(base)
-    half = len(relative) // 2
-    return {
-        "mean": float(np.abs(relative).mean()),
-        "largest": float(np.abs(relative).max()),
-        "last_half": float(relative[half:].mean()),
-    }
+    """Of two curves, relative: mean and largest size."""
+    relative = np.abs(np.array(losses) / np.array(base) - 1)
+    return {"mean": float(relative.mean()), "largest": float(relative.max())}
+
+
+def cosine(vectors_SE: np.ndarray, base_SE: np.ndarray) -> dict[str, float]:
+    """Between vectors of length 1 of the same texts: mean and least."""
+    cosine_S = (vectors_SE * base_SE).sum(1)
+    return {"mean": float(cosine_S.mean()), "least": float(cosine_S.min())}
+
+
+def spread(values: list[float]) -> str:
+    """Mean, and its standard error where there are several."""
+    error = f" ± {np.std(values, ddof=1) / np.sqrt(len(values)):.4f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{error}"
 
 
 def page(data: dict[str, Any]) -> str:
@@ -138,21 +169,25 @@ def page(data: dict[str, Any]) -> str:
     if data["emulated"]:
         lines += [EMULATED.format(device=facts["device"]), ""]
     lines += [f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}.", ""]
-    rows = []
-    for name, losses in data["losses"].items():
-        held_out, apart = data["held_out"][name], data["difference"].get(name)
-        rows.append(
-            [name, f"{losses[0]:.4f}", f"{losses[-1]:.4f}"]
-            + [f"{held_out[i]:.4f}" if held_out else "" for i in (0, -1)]
-            + ([f"{apart['mean']:.2%}", f"{apart['largest']:.2%}", f"{apart['last_half']:+.2%}"] if apart else [""] * 3)
+    head = ["seed", "before: same", "fp8", "after: same", "fp8", "fp8 - same"]
+    rows, apart = [], []
+    for run in runs(data["seeds"])[::2]:
+        same, fp8 = (
+            data["held_out"][str(Run(how, run.seed))] or data["losses"][str(Run(how, run.seed))] for how in HOW
         )
-    head = ["base_precision", "first loss", "last loss", "held out, before", "after"]
-    lines += [markdown([*head, "mean difference", "largest", "signed, last half"], rows), ""]
-    lines += [
-        f"Cosine between vectors of {data['texts']} held-out texts and those of the encoder trained with `same`:",
-        "",
-    ]
-    rows = [[name, f"{c['mean']:.5f}", f"{c['min']:.5f}"] for name, c in data["cosines"].items()]
+        apart.append(fp8[-1] - same[-1])
+        rows.append([str(run.seed), *(f"{x:.4f}" for x in (same[0], fp8[0], same[-1], fp8[-1])), f"{apart[-1]:+.4f}"])
+    what = "Held-out" if data["held_out"]["same"] else "Training"
+    lines += [f"{what} loss (nats) before and after:", "", markdown(head, rows), ""]
+    ends = [float(row[3]) for row in rows]
+    lines += [f"fp8 - same after training, mean and its standard error: {spread(apart)}."]
+    if len(ends) > 1:
+        lines += [f"Standard deviation of `same` over seeds: {np.std(ends, ddof=1):.4f}."]
+    lines += ["", "Training loss, relative distance to `same` of the same seed (fp8) or of the first (same):", ""]
+    rows = [[name, f"{c['mean']:.2%}", f"{c['largest']:.2%}"] for name, c in data["curves"].items()]
+    lines += [markdown(["trained with", "mean", "largest"], rows), ""]
+    lines += [f"Cosine between vectors of {data['texts']} held-out texts, to `same` likewise:", ""]
+    rows = [[name, f"{c['mean']:.5f}", f"{c['least']:.5f}"] for name, c in data["cosines"].items()]
     lines += [markdown(["trained with", "mean", "least"], rows), ""]
     lines += ["Relative error of products, on this encoder's activations and gradients (mean over layers):", ""]
     rows = [[kind, *(f"{errors[c]:.2%}" for c in COLUMNS)] for kind, errors in data["products"].items()]
@@ -161,19 +196,21 @@ def page(data: dict[str, Any]) -> str:
 
 
 def figure(data: dict[str, Any]):
-    """Loss curves, and how far from `same` the others run."""
+    """Loss curves: a colour a seed, dashed with FP8; and how far each lies from `same`."""
     drawn, (left, right) = plotting().subplots(1, 2, figsize=(11, 4))
-    styles = {"same": "-", "fp8": "--"}
-    for name, losses in data["losses"].items():
-        steps = range(1, len(losses) + 1)
-        left.plot(steps, losses, styles.get(name, ":"), label=name)
-        if name != "same":
-            apart = [abs(a - b) / b for a, b in zip(losses, data["losses"]["same"], strict=True)]
-            right.semilogy(steps, apart, styles.get(name, ":"), label=name)
+    for i, run in enumerate(runs(data["seeds"])):
+        losses, base = data["losses"][str(run)], data["losses"][str(Run("same", run.seed))]
+        steps, look = range(1, len(losses) + 1), {"color": f"C{i // 2}", "linestyle": "--" if run.how == "fp8" else "-"}
+        left.plot(steps, losses, label=f"{run.how}, seed {run.seed}", linewidth=1.2, **look)
+        if run.how == "fp8" or run.seed != FIRST:
+            base = base if run.how == "fp8" else data["losses"]["same"]
+            apart = [abs(a - b) / b for a, b in zip(losses, base, strict=True)]
+            right.semilogy(steps, apart, label=f"{run.how}, seed {run.seed}", linewidth=1.2, **look)
     left.set(xlabel="step", ylabel="training loss (nats)", title=f"{data['model']}, {data['stage']}")
-    right.set(xlabel="step", ylabel="relative distance to same", title="emulated FP8" if data["emulated"] else "FP8")
+    title = "fp8 to same; same to another seed" + (" (emulated FP8)" if data["emulated"] else "")
+    right.set(xlabel="step", ylabel="relative distance", title=title)
     for axis in (left, right):
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=7)
         axis.grid(alpha=0.25)
     return drawn
 

@@ -48,7 +48,8 @@ def test_what_is_not_fp8_is_not_timed(direction, monkeypatch):
 
 def test_the_yardstick_of_two_curves():
     found = parity.difference([2.0, 1.1, 0.9, 1.2], [2.0, 1.0, 1.0, 1.0])
-    assert found == pytest.approx({"mean": 0.1, "largest": 0.2, "last_half": 0.05})
+    assert found == pytest.approx({"mean": 0.1, "largest": 0.2})
+    assert parity.spread([1.0, 2.0, 3.0]) == "2.0000 ± 0.5774" and parity.spread([2.0]) == "2.0000"
 
 
 def test_held_out_texts_are_seen_by_no_stage():
@@ -60,16 +61,22 @@ def test_held_out_texts_are_seen_by_no_stage():
 
 
 def fake(monkeypatch, apart):
-    """Runs whose curves and vectors are `apart` from those of `same`."""
-    names = ["same", "fp8", parity.OTHER]
+    """Trainings of which fp8 lies `apart` from same, in losses and in the angle of vectors, and a seed by a tenth of it."""
+
+    def distance(name):
+        return apart * name.startswith("fp8") + 0.1 * apart * name.endswith("1042")
 
     def train(recipe, stage, overrides):
-        out = next(x for x in overrides if x.startswith("out=")).removeprefix("out=")
-        rank = names.index(out.rsplit("/", 1)[-1])
-        (folder := parity.Path(out) / stage).mkdir(parents=True)
-        rows = [{"step": 0, "eval_loss": 4.0}, *({"step": i, "loss": (4 - i) * (1 + apart * rank)} for i in range(3))]
+        out = parity.Path(next(x for x in overrides if x.startswith("out=")).removeprefix("out="))
+        (folder := out / stage).mkdir(parents=True)
+        by = 1 + distance(out.name)
+        rows = [{"step": i, "eval_loss": (4 - i) * by} for i in (0, 2)]
+        rows += [{"step": i, "loss": (4 - i) * by} for i in range(3)]
         (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        assert ("base.base_precision=fp8" in overrides) == (rank == 1) and os.environ.get("L2V_FP8") == "emulate"
+        assert f"base.base_precision={out.name.split(',')[0]}" in overrides and os.environ.get("L2V_FP8") == "emulate"
+        assert (
+            f"stages.mntp.seed={1042 if '1042' in out.name else 42}" in overrides and "stages.mntp.lr=1e-4" in overrides
+        )
 
     class Encoder:
         def __init__(self, turn):
@@ -77,13 +84,13 @@ def fake(monkeypatch, apart):
 
         @classmethod
         def from_pretrained(cls, folder):
-            return cls(apart * names.index(folder.parent.name))
+            return cls(distance(folder.parent.name))
 
         def encode(self, texts):
             return np.tile([np.cos(self.turn), np.sin(self.turn)], (len(texts), 1))
 
     def to_fp8(_, encoder):
-        encoder.turn += 0.1
+        encoder.turn += 0.05
 
     for name, stand_in in (("train", train), ("Encoder", Encoder), ("to_fp8", to_fp8)):
         monkeypatch.setattr(parity, name, stand_in)
@@ -93,17 +100,26 @@ def fake(monkeypatch, apart):
 def test_what_parity_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("L2V_FP8", "")
     fake(monkeypatch, apart=0.2)
-    assert parity.main(["--out", str(tmp_path), "--texts", "4", "stages.mntp.lr=1e-4"]) == 0
+    arguments = ["--out", str(tmp_path), "--texts", "4", "--seeds", "2", "stages.mntp.lr=1e-4"]
+    assert parity.main(arguments) == 0
     assert os.environ["L2V_FP8"] == ""
     data, text = json.loads((tmp_path / "fp8_parity.json").read_text()), (tmp_path / "fp8_parity.md").read_text()
     assert (
         data["emulated"] and "EMULATED: FP8's roundings in fp32 on" in text and text in capsys.readouterr().out + "\n"
     )
-    assert data["difference"]["fp8"] == pytest.approx({"mean": 0.2, "largest": 0.2, "last_half": 0.2})
-    assert data["cosines"]["fp8"]["mean"] == pytest.approx(np.cos(0.2))
-    assert data["cosines"]["fp8, on the FP8 base"]["min"] == pytest.approx(np.cos(0.3))
-    assert data["cosines"]["same, on the FP8 base"]["min"] == pytest.approx(np.cos(0.1))
+    assert list(data["losses"]) == ["same", "fp8", "same, seed 1042", "fp8, seed 1042"]
+    assert data["curves"]["fp8, seed 42"] == pytest.approx({"mean": 0.2, "largest": 0.2})
+    assert data["curves"]["fp8, seed 1042"]["mean"] == pytest.approx(1.22 / 1.02 - 1)
+    assert data["curves"]["same, seed 1042"]["mean"] == pytest.approx(0.02)
+    angles = {"fp8, seed 42": 0.2, "fp8, seed 1042": 0.2, "same, seed 1042": 0.02}
+    angles |= {"fp8, on the FP8 base": 0.25, "same, on the FP8 base": 0.05}
+    assert {k: c["least"] for k, c in data["cosines"].items()} == pytest.approx(
+        {k: np.cos(a) for k, a in angles.items()}
+    )
+    assert "| 42 | 4.0000 | 4.8000 | 2.0000 | 2.4000 | +0.4000 |" in text and "standard error: 0.4000 ± 0.0000." in text
     assert (tmp_path / "fp8_parity.png").stat().st_size > 1000
+    assert parity.main(["--out", str(tmp_path / "one"), "--texts", "4", "--seeds", "1", "stages.mntp.lr=1e-4"]) == 0
+    assert "standard error: 0.4000." in (tmp_path / "one" / "fp8_parity.md").read_text()
 
 
 def test_training_that_fails_is_told(monkeypatch):
