@@ -165,7 +165,8 @@ def spread(values: list[float]) -> str:
 def page(data: dict[str, Any]) -> str:
     """Markdown."""
     facts = data["facts"]
-    lines = [f"# FP8 base: {data['model']}, {data['stage']}, {data['steps']} steps", ""]
+    settings = ", ".join([data["model"], data["stage"], f"{data['steps']} steps", *data["overrides"]])
+    lines = [f"# FP8 base: {settings}", ""]
     if data["emulated"]:
         lines += [EMULATED.format(device=facts["device"]), ""]
     lines += [f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}.", ""]
