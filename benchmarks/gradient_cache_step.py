@@ -112,7 +112,8 @@ class TrainingStep:
         inner = load_model(base, head=False, dtype=dtype)
         decoder = add_lora(inner, self.stage.lora, base_name=model, seed=0)
         self.packed = PackedDecoder(decoder, backend=base.backend, pooling=base.pooling)
-        self.engine = initialize(self.packed, deepspeed_config(self.stage, Zero(), dtype), self.stage)
+        count = sum(p.numel() for p in self.packed.parameters() if p.requires_grad)
+        self.engine = initialize(self.packed, deepspeed_config(self.stage, Zero(), dtype, count), self.stage)
         self.engine.train()
 
     @property

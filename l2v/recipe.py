@@ -125,6 +125,7 @@ class Stage:
     eval_every: int = 0
     save_every: int = 0
     keep: int = 2
+    skip_limit: int = 3
     seed: int | None = None
 
 
@@ -192,6 +193,8 @@ class Recipe:
     zero: Zero = field(default_factory=Zero)
     tracking: Tracking = field(default_factory=Tracking)
     profile: bool = False
+    deterministic: bool = False
+    timeout: float = 900.0
 
     def stage_seed(self, name: str) -> int:
         """The seed of a stage: its own or the recipe's."""
@@ -303,6 +306,7 @@ def check(recipe: Recipe, where: str) -> Recipe:
         base.init == "random" or not base.overrides,
         f"{where}: base.overrides changes the shape of the base and needs base.init: random",
     )
+    _need(recipe.timeout >= 5, f"{where}: timeout is {recipe.timeout:g} and must be at least 5 (seconds)")
     _check_base_precision(recipe, where)
     for name in recipe.stages:
         try:
@@ -319,7 +323,7 @@ def check(recipe: Recipe, where: str) -> Recipe:
             f"{at}: `from: {stage.from_}` names no stage; valid: base, {', '.join(recipe.stages)}",
         )
         _need(bool(stage.data), f"{at}: `data` is empty; name at least one source")
-        for key in ("batch", "micro_tokens", "length", "steps", "log_every", "keep"):
+        for key in ("batch", "micro_tokens", "length", "steps", "log_every", "keep", "skip_limit"):
             _need(getattr(stage, key) >= 1, f"{at}: {key} is {getattr(stage, key)} and must be at least 1")
         for key in ("warmup", "eval_every", "save_every", "weight_decay", "clip"):
             _need(getattr(stage, key) >= 0, f"{at}: {key} is {getattr(stage, key)} and must not be negative")

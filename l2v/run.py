@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from l2v.errors import RecipeError, UserError
+from l2v.files import reason, replace_text, sync
 from l2v.model.lora import WEIGHTS, save_adapter, sha256
 from l2v.recipe import Recipe
 from l2v.recipe_io import from_dict, to_dict
@@ -61,7 +63,7 @@ def claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh:
             if (folder / "adapter").is_dir():
                 return "done"
         folder.mkdir(parents=True, exist_ok=True)
-        mark.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        replace_text(mark, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another folder with out=...") from None
     except json.JSONDecodeError:
@@ -96,7 +98,14 @@ def publish(decoder, weights: dict[str, torch.Tensor], folder: Path, lineage: di
     try:
         shutil.rmtree(partial, ignore_errors=True)
         save_adapter(decoder, weights, partial, lineage)
+        for file in partial.iterdir():
+            sync(file)
+        sync(partial)
         partial.rename(folder / "adapter")
-    except OSError as error:
+        sync(folder)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{folder / 'adapter'}: cannot be written: {error.strerror}; the checkpoint is kept") from None
+        raise UserError(
+            f"{folder / 'adapter'}: cannot be written: {reason(error)}; free some space and start the same command again, it "
+            "goes on from the newest checkpoint"
+        ) from None

@@ -10,8 +10,6 @@ import functools
 import gc
 import hashlib
 import os
-import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,7 +23,8 @@ from l2v.data.examples import MntpBlocks, Pairs, Views
 from l2v.data.sources import open_rows
 from l2v.data.tokens import TextTokenizer, load_tokenizer
 from l2v.errors import UserError
-from l2v.machine import gpu_trouble, threads
+from l2v.launcher import launch, launched
+from l2v.machine import gpu_trouble
 from l2v.model.embedded import resolve
 from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_config, load_model, output_head
 from l2v.model.lora import add_lora, describe_adapter, merge_adapters, trainable
@@ -38,41 +37,42 @@ from l2v.recipe import Contrastive, Mntp, Recipe, Simcse, Stage, Supervised
 from l2v.recipe_io import load_recipe, to_dict
 from l2v.run import claim, merged_adapters, publish, run_folder
 from l2v.training import checkpoint
-from l2v.training.engine import deepspeed_config, initialize, start_distributed
+from l2v.training.engine import be_deterministic, deepspeed_config, initialize, start_distributed
+from l2v.training.faults import OutOfMemory, read_budget, smaller, write_budget
 from l2v.training.frozen import frozen_checksum
 from l2v.training.loop import Interrupted, Job, train
 from l2v.training.memory import bucket_in_backward, end_of, engine_bytes, largest_micro, way_of, yet_to_come
 from l2v.training.ranks import agree, first_on_node, on_every_rank, on_first_rank, ranks_here
 from l2v.training.steps import loss_options
+from l2v.training.watchdog import Watchdog
 from l2v.tuned import apply_tuned
-
-# The launcher's outer process would die of an interrupt before the ranks have saved: it ignores it, the inner one passes it on.
-LAUNCHER = (
-    "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.argv[0] = 'deepspeed'; "
-    "runpy.run_module('deepspeed.launcher.runner', run_name='__main__')"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, train the stages in order, return the exit code."""
+    """Parse, train the stages in order, return the exit code: 0 done, 1 and 2 a user's to mend, others a fault."""
     args = parser().parse_intermixed_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # advice to PEFT, not to our users
+    watch = None
     try:
         read = functools.partial(_read, args)
         if trouble := gpu_trouble():  # torch would train on the CPU without a word
             raise UserError(trouble)
         if not launched():
             read()  # a mistake is said before twenty seconds of launching
-            return launch(args, list(sys.argv[1:] if argv is None else argv))
-        rank, world = start_distributed()
+            own = list(sys.argv[1:] if argv is None else argv)
+            return launch("l2v.train", own, processes(args), restarts=args.restarts)
+        rank, world = start_distributed(_timeout(args))
         recipe, told = on_every_rank(read)
+        watch = Watchdog(recipe.timeout).start()
         for line in told if rank == 0 else ():
             print(line, flush=True)
         agree(to_dict(recipe) | {"--stage": args.stage, "--fresh": args.fresh} | _place(recipe, world))
+        if recipe.deterministic:
+            be_deterministic()
         if recipe.base.tokenizer is None and recipe.base.model:
             first_on_node(lambda: resolve(recipe.base.model))
         for name in [args.stage] if args.stage else recipe.order():
-            train_stage(recipe, name, rank, world, fresh=args.fresh)
+            train_stage(recipe, name, rank, world, watch, fresh=args.fresh)
     except UserError as error:
         # Before the ranks have met, each node speaks for itself: its error is known to no other.
         if int(os.environ.get("RANK" if dist.is_initialized() else "LOCAL_RANK", 0)) == 0:
@@ -86,10 +86,27 @@ def main(argv: Sequence[str] | None = None) -> int:
                 flush=True,
             )
         return 1
+    except Exception as error:
+        if watch is None:
+            raise
+        return watch.crashed(error)
     finally:
+        if watch:
+            watch.leave()
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
+
+
+def _timeout(args: argparse.Namespace) -> float:
+    """Seconds that ranks wait for each other in a collective: far more than the watchdog, which can say who is missing.
+
+    A recipe that cannot be read is said by all ranks together later, so here it gives the default.
+    """
+    try:
+        return 4 * _read(args)[0].timeout
+    except UserError:
+        return 4 * Recipe.timeout
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,6 +120,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--fresh", action="store_true", help="forget what was trained of these stages before and start anew")
     p.add_argument(
         "--gpus", "--processes", dest="processes", type=int, help="processes on this machine (default: every GPU, or 1)"
+    )
+    p.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start again after a fault, up to N times",
     )
     p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     return p
@@ -121,44 +145,13 @@ def processes(args: argparse.Namespace) -> int:
     return args.processes or max(1, torch.cuda.device_count())
 
 
-def launched() -> bool:
-    """True under the deepspeed launcher (or torchrun), which set the rank."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def launch(args: argparse.Namespace, argv: list[str]) -> int:
-    """Start the deepspeed launcher on this machine, with this program below it."""
-    environment = dict(os.environ)
-    n = processes(args)
-    if not torch.cuda.is_available():
-        environment.setdefault("DS_ACCELERATOR", "cpu")
-        environment.setdefault("OMP_NUM_THREADS", str(threads(n)))
-        # glibc gives large blocks back to the system after every op and faults them in again: 15% of a step on 2 cores.
-        environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 33))
-        environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 33))
-    command = [sys.executable, "-c", LAUNCHER, "--num_gpus", str(n), "--log_level", "error"]
-    if "MASTER_PORT" in environment:
-        command += ["--master_port", environment["MASTER_PORT"]]
-    process = subprocess.Popen([*command, "--module", "l2v.train", *argv], env=environment, start_new_session=True)
-
-    def forward(*_) -> None:
-        os.killpg(process.pid, signal.SIGINT)
-
-    old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return process.wait()
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
 def _place(recipe: Recipe, world: int) -> dict[str, Any]:
     """What a rank sees of itself that must be the same for all."""
     seen = {"world size": world, "device": device().type, "precision": str(dtype_of(recipe.base.precision))}
     return seen | {"version of torch": torch.__version__}
 
 
-def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool = False) -> None:
+def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdog, *, fresh: bool = False) -> None:
     """Train one stage, or go on with it, or find that it is done."""
     stage, folder = recipe.stages[name], run_folder(recipe) / name
     facts = {"name": recipe.name, "stage": name, "recipe": to_dict(recipe)}
@@ -182,7 +175,8 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
     if rank == 0:
         for note in [*examples.notes, *notes]:
             print(f"{name}: {note}", flush=True)
-    resume = checkpoint.newest(folder / "checkpoints")
+    resume = checkpoint.newest(folder / "checkpoints", tell=print if rank == 0 else None)
+    watch.on_fault = [lambda facts: "micro_tokens" in facts and write_budget(folder, facts["micro_tokens"])]
     agree(
         {
             f"the examples of stage '{name}'": _summary(examples),
@@ -207,18 +201,25 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, *, fresh: bool
             print(f"{name}: going on after step {resume.step}", flush=True)
     masking = _masking(stage, texts, recipe.base.mask_token, model)
     units = model.as_units() if recipe.zero.stage == 3 else []
-    engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype), stage, units)
+    count = sum(p.numel() for p in parameters.values())
+    engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype, count), stage, units)
     note = _place_memory(model, recipe, stage, dtype, int(examples.lengths.max()))
     if rank == 0 and note:
         print(f"{name}: {note}", flush=True)
     job = Job(
         name=name, stage=stage, seed=seed, folder=folder, examples=examples, masking=masking, parameters=parameters,
-        facts={"world": world}, tracking=recipe.tracking, profile=recipe.profile,
+        facts={"world": world}, tracking=recipe.tracking, watchdog=watch, profile=recipe.profile,
         evaluate=_evaluator(engine, stage, held_out, masking) if held_out else None,
     )  # fmt: skip
     check = os.environ.get("L2V_CHECK") == "1"
     before = frozen_checksum(model) if check else None
-    final = train(engine, job, resume)
+    try:
+        final = train(engine, job, resume)
+    except OutOfMemory as error:
+        budget = smaller(stage, read_budget(folder, stage.micro_tokens), int(examples.lengths.max()))
+        write_budget(folder, budget)
+        watch.failed(f"out of memory ({error}); the next start goes on with micro_tokens {budget}", micro_tokens=budget)
+        raise
     if check:
         after = frozen_checksum(model)
         print(f"{name}: rank {rank}: frozen weights {before} before, {after} after", flush=True)
@@ -255,7 +256,7 @@ def _place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: tor
     )
     world, kernels = dist.get_world_size(), where.type == "cuda"
     sizes = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters() if p.requires_grad]
-    config = deepspeed_config(stage, recipe.zero, dtype)
+    config = deepspeed_config(stage, recipe.zero, dtype, sum(sizes))
     engine = engine_bytes(sum(sizes), config, dtype.itemsize, world, max(sizes), gpu=kernels)
     free = free_bytes(where, max(1, ranks_here())) - yet_to_come(engine, recipe.zero.stage)
     tokens, way = largest_micro(stage, world, longest), way_of(stage, fused=True, kernels=kernels)

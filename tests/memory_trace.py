@@ -139,8 +139,10 @@ class FakeStep:
         from l2v.training.engine import deepspeed_config, initialize
 
         units = self.model.as_units() if zero == 3 else []
+        count = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         with _unmoved():
-            return initialize(self.model, deepspeed_config(stage, Zero(stage=zero), self.dtype), stage, units)
+            config = deepspeed_config(stage, Zero(stage=zero), self.dtype, count)
+            return initialize(self.model, config, stage, units)
 
     def kept_by_layer(self, batch: PackedBatch, recompute: str) -> list[int]:
         """Bytes of the storages that each layer saves for its backward, and that are no parameter nor shared by layers."""

@@ -210,20 +210,22 @@ def test_a_disk_that_takes_no_more(run_here, recipe, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
     try:
-        output = run_here(path, "--stage", "mntp", expect=1)
+        output = run_here(path, "--stage", "mntp")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "step-000004: the checkpoint cannot be written (" in output and "Traceback" not in output
-    assert "earlier checkpoints are whole: free some space and start the same command again" in output
-    assert files(run) == {"stage.json", "metrics.jsonl"}
-    assert "mntp: done" in run_here(path, "--stage", "mntp")
+    assert "Training goes on, without a checkpoint newer than none" in output and "mntp: done" in output
+    assert "adapter/adapter_model.safetensors" in files(run) and not list(run.glob("checkpoints/step-*"))
 
 
 def test_metrics_on_a_full_disk(run_here, recipe, tmp_path):
     run_here(recipe(**{"stages.mntp.data": "gone.jsonl"}), "--stage", "mntp", expect=1)
     (tmp_path / "run/mntp/metrics.jsonl").symlink_to("/dev/full")
-    output = run_here(recipe(), "--stage", "mntp", expect=1)
-    assert "metrics.jsonl" in output and "o space left on" in output and "Traceback" not in output
+    output = run_here(recipe(), "--stage", "mntp")
+    assert (
+        "metrics.jsonl cannot be written (No space left on device); training goes on, its rows wait for room" in output
+    )
+    assert output.count("its rows wait") == 1 and "mntp: done" in output and "Traceback" not in output
 
 
 def test_texts_beyond_the_length_are_counted(run_here, recipe):

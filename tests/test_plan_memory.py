@@ -22,7 +22,7 @@ from l2v.objectives.mntp import mntp_loss_of_hidden
 from l2v.plan.gpus import named
 from l2v.plan.memory import Model, memory_of, weights
 from l2v.recipe import LLAMA_LINEARS, Base, Lora, Mntp, Recipe, Simcse, Source, Supervised, Zero
-from l2v.training.memory import BUCKET, end_of, engine_bytes, largest_micro, way_of
+from l2v.training.memory import end_of, engine_bytes, largest_micro, way_of
 from l2v.training.steps import contrastive_step, mntp_step
 
 LLAMA_8B = {
@@ -208,8 +208,10 @@ def test_engine_bytes_by_hand():
     offloaded = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
     found = engine_bytes(1000, offloaded, 2, 4, largest=100)
     assert found["fp32 adapters"] == found["Adam's moments"] == 0 and found["one gradient on its way"] == 200
-    assert found["gradient bucket"] == 2 * BUCKET
-    assert engine_bytes(1000, offloaded, 2, 4, gpu=False)["gradient bucket"] == 2000
+    assert found["gradient bucket"] == 2000
+    larger = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10**8}}
+    assert engine_bytes(1000, larger, 2, 4)["gradient bucket"] == 2 * 10**8
+    assert engine_bytes(1000, larger, 2, 4, gpu=False)["gradient bucket"] == 2000
 
 
 def test_weights_by_precision_and_shards():

@@ -31,6 +31,11 @@ class StepPlan:
     epoch: float
     units: list[list[Unit]]
 
+    @property
+    def examples(self) -> list[int]:
+        """All that the step trains on, of every rank."""
+        return [i for units in self.units for unit in units for i in unit.examples]
+
 
 class Sampler:
     """Deterministic, token-balanced batches.

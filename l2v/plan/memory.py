@@ -90,7 +90,7 @@ def memory_of(
     recipe: Recipe, stage: Stage, model: Model, gpu: Gpu, *, itemsize: int, dtype, world: int, tokens: int, length: float
 ) -> Memory:  # fmt: skip
     """tokens: of the largest micro-batch. length: mean tokens of a text."""
-    config = deepspeed_config(stage, recipe.zero, dtype)
+    config = deepspeed_config(stage, recipe.zero, dtype, model.trainable)
     zero = config["zero_optimization"]["stage"]
     shape, kernels = model.shape, not gpu.cpu
     largest = shape.rank * max((max(shape.inputs[x], shape.outputs[x]) for x in shape.adapted), default=0)

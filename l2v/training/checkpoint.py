@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from l2v.errors import UserError
+from l2v.files import reason, sync
 from l2v.model.lora import sha256
 
 STATE, TENSORS = "state.json", "state.safetensors"
@@ -37,21 +38,24 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     partial = folder / f".{final.name}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
+        new = not folder.exists()
         partial.mkdir(parents=True)
+        if new:
+            sync(folder.parent)
         save_file(checkpoint.tensors, partial / TENSORS)
         facts = checkpoint.facts | {"step": checkpoint.step, "sha256": sha256(partial / TENSORS)}
         (partial / STATE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         for file in partial.iterdir():
-            _sync(file)
-        _sync(partial)
+            sync(file)
+        sync(partial)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        _sync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"{final}: the checkpoint cannot be written ({_reason(error)}); earlier checkpoints are whole: free some space "
+            f"{final}: the checkpoint cannot be written ({reason(error)}); earlier checkpoints are whole: free some space "
             "and start the same command again"
         ) from None
     for old in _all(folder)[:-keep]:
@@ -59,8 +63,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     return final
 
 
-def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint below `folder` that is whole, or None."""
+def newest(folder: Path, *, tell: Callable[[str], None] | None = print) -> Checkpoint | None:
+    """The newest checkpoint below `folder` that is whole, or None; `tell` hears of damaged ones."""
     for path in reversed(_all(folder)):
         try:
             facts = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -68,7 +72,8 @@ def newest(folder: Path) -> Checkpoint | None:
                 raise ValueError("its checksum does not match")
             return Checkpoint(facts["step"], load_file(path / TENSORS), facts)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            print(f"warning: {path} is damaged and passed over: {error}", flush=True)
+            if tell:
+                tell(f"warning: {path} is damaged and passed over: {error}")
     return None
 
 
@@ -79,16 +84,3 @@ def remove_all(folder: Path) -> None:
 
 def _all(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step-*") if p.is_dir()) if folder.is_dir() else []
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    return "no space left on the disk" if "No space left" in text else text

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from l2v.recipe import Stage, Zero
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def start_distributed() -> tuple[int, int]:
-    """Join the process group that the launcher prepared; returns (rank, world size)."""
+def start_distributed(timeout: float = 3600.0) -> tuple[int, int]:
+    """Join the process group that the launcher prepared; returns (rank, world size). timeout: of a collective, seconds."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -34,12 +35,29 @@ def start_distributed() -> tuple[int, int]:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout), verbose=False)
     return dist.get_rank(), dist.get_world_size()
 
 
-def deepspeed_config(stage: Stage, zero: Zero, dtype: torch.dtype) -> dict[str, Any]:
-    """What DeepSpeed is told. The loop itself decides where a step ends, so its accumulation is 1."""
+def be_deterministic() -> None:
+    """Ask the libraries for the same bits in every run on the same hardware; an op that has no such way raises.
+
+    This package's own kernels have no other way. What is chosen by timing (L2V_AUTOTUNE) is switched off.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
+    os.environ["L2V_AUTOTUNE"] = "0"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs; costs a pass over every new tensor
+    torch.backends.cudnn.benchmark = False
+
+
+def deepspeed_config(stage: Stage, zero: Zero, dtype: torch.dtype, trainable: int) -> dict[str, Any]:
+    """What DeepSpeed is told. The loop itself decides where a step ends, so its accumulation is 1.
+
+    trainable: number of adapter weights. One bucket takes the gradients of all: DeepSpeed's default of 5e8 elements is 1 to 2
+    GiB of which adapters fill a tenth, and a backward that fails halfway has then sent nothing yet (`l2v.training.faults`).
+    """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -47,7 +65,12 @@ def deepspeed_config(stage: Stage, zero: Zero, dtype: torch.dtype) -> dict[str, 
         "bf16": {"enabled": dtype == torch.bfloat16},
         "communication_data_type": "fp32",
         "steps_per_print": 10**9,
-        "zero_optimization": {"stage": zero.stage, "contiguous_gradients": True, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": zero.stage,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_bucket_size": max(1, trainable),
+        },
     }
     if zero.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}

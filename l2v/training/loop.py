@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from l2v.data.collate import Masking, collate
-from l2v.data.sampler import Sampler, StepPlan
+from l2v.data.collate import Masking
+from l2v.data.sampler import StepPlan
 from l2v.errors import UserError
 from l2v.recipe import Contrastive, Stage, Tracking
 from l2v.training import checkpoint
+from l2v.training.ahead import Ahead
 from l2v.training.engine import read_state, write_state
-from l2v.training.finite import is_broken, refuse
+from l2v.training.faults import Guard, discard, gradients_broken
+from l2v.training.finite import Skips, is_broken
 from l2v.training.metrics import Metrics, Progress
 from l2v.training.profile import Profile
+from l2v.training.ranks import on_every_rank, on_first_rank
+from l2v.training.saver import Saver, Tell
 from l2v.training.steps import contrastive_step, mntp_step
 from l2v.training.throughput import Throughput, peak_memory, told
+from l2v.training.watchdog import Watchdog
 from l2v_kernels.spans import span
 
 Evaluate = Callable[[int], dict[str, float]]
@@ -46,6 +50,7 @@ class Job:
     parameters: dict[str, torch.nn.Parameter]
     facts: dict[str, Any]
     tracking: Tracking
+    watchdog: Watchdog
     profile: bool = False
     evaluate: Evaluate | None = None
 
@@ -70,59 +75,81 @@ def learning_rate(stage: Stage, step: int, steps_per_epoch: int) -> float:
 def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, torch.Tensor]:
     """Run a stage to its last step; returns the state that `read_state` gives (fp32 weights and moments)."""
     stage, rank, world = job.stage, dist.get_rank(), dist.get_world_size()
-    sampler = Sampler(
-        job.examples, batch=stage.batch, micro_tokens=stage.micro_tokens, seed=job.seed, world=world,
-        group=getattr(stage, "group", None),
-    )  # fmt: skip
     start = resume.step if resume else 0
     if resume:
-        write_state(engine, job.parameters, resume.tensors, resume.step)
+        write_state(engine, job.parameters, resume.tensors, resume.step - resume.facts.get("skipped", 0))
     seen = resume.facts["tokens"] if resume else 0
-    metrics = Metrics(job.folder, job.tracking, name=job.name, active=rank == 0, resumed_at=start)
-    stop = _StopFlag()
     bar = Progress(stage.steps, start, job.name, active=rank == 0)
+
+    def tell(text: str) -> None:
+        bar.note(f"{job.name}: {text}")
+
+    metrics = on_every_rank(
+        lambda: Metrics(job.folder, job.tracking, name=job.name, active=rank == 0, resumed_at=start, tell=tell)
+    )
+    stop = _StopFlag()
+    saver = Saver(job.folder / "checkpoints", keep=stage.keep, active=rank == 0, tell=tell)
+    watch = job.watchdog
+    watch.last_words.append(saver.wait)
     engine.train()
     log = _Log(job, metrics, bar, engine, seen)
     profile = Profile(
         engine.module, job.folder / "profile", active=job.profile and rank == 0, start=start, steps=stage.steps,
         device=engine.device, aside=log.speed.paused, tell=bar.note,
     )  # fmt: skip
-    saved_at = start
+    saved_at, skips = start, Skips.of(resume)
     try:
-        # One thread for the collator: a second OpenMP team would spin on the cores that training needs.
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as ahead, stop:
-            work = ahead.submit(_prepare, sampler, job, start, rank) if start < stage.steps else None
+        with Ahead(job, rank, world) as ahead, stop:
+            if start < stage.steps:
+                on_every_rank(lambda: ahead.check(start))
             if job.evaluate and start == 0:
                 with log.speed.paused():
                     _evaluate(engine, job, metrics, 0)
             for step in range(start, stage.steps):
                 with profile.step(step + 1):
-                    plan, units = work.result()
-                    if step + 1 < stage.steps:
-                        work = ahead.submit(_prepare, sampler, job, step + 1, rank)
-                    rate = learning_rate(stage, step, sampler.steps_per_epoch)
+                    rate = learning_rate(stage, step, ahead.sampler.steps_per_epoch)
                     for group in engine.optimizer.param_groups:
                         group["lr"] = rate
-                    shares = _backward(engine, job, plan, units, bar)
-                    not_finite_S = shares.pop("not_finite_S", None)
-                    stopping, broken = stop.agreed(is_broken(shares["loss"], not_finite_S))
-                    if broken:
-                        raise refuse(step + 1, units, not_finite_S)
-                    with span("optimizer"):
-                        engine.step()
-                    seen += int(job.examples.lengths[_examples(plan)].sum())
-                    log.step(step + 1, plan.epoch, shares, rate, engine.get_global_grad_norm(), seen)
+                    plan, shares, flags = _whole_step(engine, job, ahead, step, stop, bar, tell)
+                    if flags.broken:
+                        with span("optimizer"):
+                            discard(engine)
+                    else:
+                        watch.at(f"step {step + 1}: update")
+                        with span("optimizer"):
+                            engine.step()
+                    applied = not flags.broken and engine.was_step_applied()
+                    norm = engine.get_global_grad_norm() if applied else None
+                    seen += int(job.examples.lengths[plan.examples].sum())
+                    skips.count(applied)
+                    ahead.note(step, plan)
+                    log.step(step + 1, plan.epoch, shares, rate, norm, seen, skips)
                 done = step + 1
-                if done == stage.steps or stopping or (stage.save_every and done % stage.save_every == 0):
+                if not applied:
+                    bad = shares.get("not_finite_S"), shares["loss"]
+                    ending = skips.say(done, stage, ahead.units, *bad, tell, job.folder)
+                else:
+                    ending = None
+                ending = ending or ahead.trouble(flags)
+                last = done == stage.steps
+                if last or flags.stop or ending or (stage.save_every and done % stage.save_every == 0):
+                    watch.at(f"step {done}: checkpoint")
                     with log.speed.paused():
-                        _save(engine, job, done, seen)
+                        _save(engine, job, saver, done, seen, skips)
                     saved_at = done
-                if stopping and done < stage.steps:
-                    raise Interrupted(f"stopped after step {done}; the same command goes on from there")
-                if job.evaluate and (done == stage.steps or (stage.eval_every and done % stage.eval_every == 0)):
+                saver.poll()
+                if ending:
+                    raise ending
+                if flags.stop and not last:
+                    raise Interrupted(_stopped(saver, done))
+                if job.evaluate and (last or (stage.eval_every and done % stage.eval_every == 0)):
                     with log.speed.paused():
                         _evaluate(engine, job, metrics, done)
+            watch.at(None)
     finally:
+        watch.pause()
+        saver.close()
+        watch.last_words.clear()
         profile.close()
         bar.close()
         metrics.close()
@@ -131,50 +158,67 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
     return read_state(engine, job.parameters)
 
 
-def _prepare(sampler: Sampler, job: Job, step: int, rank: int):
-    plan = sampler.plan(step)
-    units = [
-        [collate(job.examples, micro, seed=job.seed, step=step, masking=job.masking) for micro in unit.micros]
-        for unit in plan.units[rank]
-    ]
-    return plan, units
+def _whole_step(engine, job: Job, ahead: Ahead, step: int, stop: _StopFlag, bar: Progress, tell: Tell):
+    """Forward and backward of a step, again in smaller micro-batches where memory ran out on any rank."""
+    while True:
+        job.watchdog.at(f"step {step + 1}: data")
+        plan, units = ahead.take(step)
+        guard = Guard(engine)
+        job.watchdog.at(f"step {step + 1}: forward and backward")
+        shares = _backward(engine, job, plan, units, bar, guard)
+        job.watchdog.at(f"step {step + 1}: agreement of ranks")
+        broken = is_broken(shares["loss"], shares.get("not_finite_S"))
+        if (gradients := gradients_broken(engine)) is not None:
+            broken = broken | gradients
+        flags = stop.agreed(broken, guard.happened, ahead.failed(step + 1))
+        if not flags.memory:
+            return plan, shares, flags
+        discard(engine)
+        ahead.shrink(step)
+        tell(
+            f"WARNING: out of memory at step {step + 1}; all ranks take the step back and go on with micro_tokens "
+            f"{ahead.micro_tokens}, which changes nothing that is learned"
+        )
 
 
-def _examples(plan: StepPlan) -> list[int]:
-    return [i for units in plan.units for unit in units for i in unit.examples]
-
-
-def _backward(engine, job: Job, plan: StepPlan, units, bar: Progress) -> dict[str, torch.Tensor]:
+def _backward(engine, job: Job, plan: StepPlan, units, bar: Progress, guard: Guard) -> dict[str, torch.Tensor]:
     if not isinstance(job.stage, Contrastive):
-        return mntp_step(engine, units, engine.device)
+        return mntp_step(engine, units, engine.device, guard)
     shares = [[i for unit in rank_units for i in unit.examples] for rank_units in plan.units]
     counts = [int((job.examples.segments[share] - 1).sum()) for share in shares]
     queries = [len(share) for share in shares]
     return contrastive_step(
-        engine, units, job.stage, counts, sum(queries), engine.device, progress=bar.within, query_counts=queries
-    )
+        engine, units, job.stage, counts, sum(queries), engine.device, progress=bar.within, query_counts=queries,
+        guard=guard,
+    )  # fmt: skip
 
 
 def _evaluate(engine, job: Job, metrics: Metrics, step: int) -> None:
+    job.watchdog.at(None)  # as long as it takes
     engine.eval()
     with torch.no_grad():
         metrics.write(step, job.evaluate(step))
     engine.train()
 
 
-def _save(engine, job: Job, step: int, tokens: int) -> None:
+def _save(engine, job: Job, saver: Saver, step: int, tokens: int, skips: Skips) -> None:
+    """A collective call: every rank gives its part, rank 0 writes beside the training."""
     tensors = read_state(engine, job.parameters)
-    error = None
-    if dist.get_rank() == 0:
-        try:
-            state = checkpoint.Checkpoint(step, tensors, job.facts | {"tokens": tokens})
-            checkpoint.save(job.folder / "checkpoints", state, keep=job.stage.keep)
-        except UserError as caught:
-            error = str(caught)
-    errors = [error]
-    dist.broadcast_object_list(errors, src=0, device=engine.device)
-    if errors[0]:
-        raise UserError(errors[0])
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:  # the same on every rank: the state is whole on each
+        raise UserError(
+            f"after step {step} {len(broken)} adapter tensors hold values that are not finite ({broken[0]}); no checkpoint was "
+            "written of that, the one before is whole: lower lr or use base.precision: fp32, then start anew from there"
+        )
+    saver.submit(checkpoint.Checkpoint(step, tensors, job.facts | {"tokens": tokens} | skips.facts()))
+
+
+def _stopped(saver: Saver, done: int) -> str:
+    """What a run that was asked to stop says; a collective call, since only one rank knows what reached the disk."""
+    failed = on_first_rank(lambda: (saver.wait(), saver.failed)[1])
+    if failed:
+        return f"stopped after step {done}, but {failed}"
+    return f"stopped after step {done}; the same command goes on from there"
 
 
 class _Log:
@@ -186,35 +230,51 @@ class _Log:
         self.speed = Throughput(engine.module.decoder, engine.device, dtype, world=dist.get_world_size(), tokens=seen)
 
     def step(
-        self, step: int, epoch: float, shares: dict[str, torch.Tensor], rate: float, norm: float | None, seen: int
-    ) -> None:
+        self, step: int, epoch: float, shares: dict[str, torch.Tensor], rate: float, norm: float | None, seen: int,
+        skips: Skips,
+    ) -> None:  # fmt: skip
         self.bar.step()
         if step % self.job.stage.log_every and step != self.job.stage.steps:
             return
+        shares = {key: value for key, value in shares.items() if value.dim() == 0}
         values = torch.stack([value.float() for value in shares.values()])
         dist.all_reduce(values)
         memory = torch.tensor(float(peak_memory(self.device)), device=self.device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        row = dict(zip(shares, values.tolist(), strict=True))
+        row = {key: value if math.isfinite(value) else None for key, value in zip(shares, values.tolist(), strict=True)}
         row |= {
             "epoch": round(epoch, 4),
             "learning_rate": rate,
             "gradient_norm": float(norm) if norm is not None else None,
             "tokens": seen,
         }
+        if skips.total:
+            row["skipped_steps"] = skips.total
         row |= self.speed.row(seen) | {"peak_memory_gib": round(memory.item() / 2**30, 2)}
         self.metrics.write(step, row)
         self.bar.say(told(row))
 
 
+@dataclass
+class _Flags:
+    """What the ranks agreed on at a step's end: stop after it, it is broken, memory ran out, the next one's data fail."""
+
+    stop: bool
+    broken: bool
+    memory: bool
+    data: bool
+
+
 class _StopFlag:
-    """SIGINT and SIGTERM ask for a stop after the current step; all ranks decide together."""
+    """SIGINT, SIGTERM and SIGUSR1 ask for a stop after the current step; all ranks decide together."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.asked = False
 
     def __enter__(self):
-        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.old = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
@@ -224,12 +284,14 @@ class _StopFlag:
     def _ask(self, *_) -> None:
         self.asked = True
 
-    def agreed(self, broken: torch.Tensor) -> tuple[bool, bool]:
-        """Whether any rank was asked to stop, and whether any rank's step is `broken` (a device bool); the same on all.
+    def agreed(self, broken: torch.Tensor, memory: bool, data: bool) -> _Flags:
+        """What any rank says, the same on all. broken: a device bool, whether this rank's step is.
 
         The step's one wait for the device, and one small collective; before the update, so that a broken step has none.
         """
-        flags = torch.stack([torch.tensor(self.asked, device=broken.device), broken]).float()
+        mine = torch.tensor([self.asked, memory, data], device=broken.device)
+        flags = torch.cat([mine, broken[None]]).float()
         if dist.get_world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return tuple(flags.bool().tolist())
+        asked, memory, data, broken = flags.bool().tolist()
+        return _Flags(asked, broken, memory, data)

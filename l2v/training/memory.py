@@ -13,8 +13,6 @@ from typing import Any
 from l2v.model.memory import End, LayerShape, Way, end_of_contrastive, end_of_mntp
 from l2v.recipe import Contrastive, Mntp, Simcse, Stage, Supervised
 
-BUCKET = 500_000_000
-"""DeepSpeed's default `reduce_bucket_size`, in elements."""
 LIVE = 1_000_000_000
 """Its default `stage3_max_live_parameters`: gathered weights that it does not give back at once."""
 
@@ -29,7 +27,7 @@ def engine_bytes(
     by then, and does not count.
     """
     zero = config["zero_optimization"]
-    stage, bucket = zero["stage"], int(zero.get("reduce_bucket_size", BUCKET))
+    stage, bucket = zero["stage"], int(zero.get("reduce_bucket_size", trainable))
     if not gpu:  # a processor's memory is taken when it is written to
         bucket = min(bucket, trainable)
     share = math.ceil(trainable / world) if stage else trainable

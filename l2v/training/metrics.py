@@ -7,26 +7,36 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from l2v.errors import RecipeError, UserError
+from l2v.files import replace_text
 from l2v.recipe import Tracking
 
 
 class Metrics:
     """Writes one row per event on rank 0; on other ranks every call does nothing."""
 
-    def __init__(self, folder: Path, tracking: Tracking, *, name: str, active: bool, resumed_at: int = 0) -> None:
+    def __init__(
+        self, folder: Path, tracking: Tracking, *, name: str, active: bool, resumed_at: int = 0,
+        tell: Callable[[str], None] = print,
+    ) -> None:  # fmt: skip
+        """resumed_at: rows after this step are dropped. tell: hears of a disk that is full."""
         self.active, self.file, self.board, self.run = active, None, None, None
         if not active:
             return
-        self.path = folder / "metrics.jsonl"
-        with self._told():
+        self.path, self.tell, self._waiting, self._told = folder / "metrics.jsonl", tell, "", False
+        try:
             _cut(self.path, resumed_at)
-            self.file = self.path.open("a", encoding="utf-8")
+            self.file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written: {error.strerror}; free some space and start the same command again"
+            ) from None
         if tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -39,33 +49,43 @@ class Metrics:
             self.run = wandb.init(project=tracking.wandb, name=name, dir=str(folder), resume="allow")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one row; scalars also go to TensorBoard."""
+        """Append one row; scalars also go to TensorBoard. A full disk costs no training: rows wait until there is room."""
         if not self.active:
             return
-        with self._told():
-            self.file.write(json.dumps({"step": step} | values) + "\n")
-            self.file.flush()
+        self._waiting += json.dumps({"step": step} | values) + "\n"
+        self._flush()
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         if self.board:
-            for key, value in numbers.items():
-                self.board.add_scalar(key, value, step)
+            try:
+                for key, value in numbers.items():
+                    self.board.add_scalar(key, value, step)
+            except OSError as error:  # its writer's thread has ended
+                self.tell(
+                    f"WARNING: {self.path.parent / 'tensorboard'} cannot be written ({error}); no more goes there"
+                )
+                self.board = None
         if self.run:
             self.run.log(numbers, step=step)
 
-    @contextlib.contextmanager
-    def _told(self):
+    def _flush(self) -> None:
+        data = self._waiting.encode()
         try:
-            yield
+            while data:
+                data = data[self.file.write(data) :]
+            self._told = False
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written: {error.strerror}; free some space and start the same command again"
-            ) from None
+            if not self._told:
+                self.tell(
+                    f"WARNING: {self.path} cannot be written ({error.strerror}); training goes on, its rows wait for room"
+                )
+            self._told = True
+        self._waiting = data.decode()
 
     def close(self) -> None:
         """Flush and close everything."""
         for sink in (self.file, self.board):
             if sink:
-                with contextlib.suppress(OSError):  # a full disk was already said where a row could not be written
+                with contextlib.suppress(OSError):  # a full disk was said where a row could not be written
                     sink.close()
         if self.run:
             self.run.finish()
@@ -125,4 +145,4 @@ def _cut(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+    replace_text(path, "".join(kept))

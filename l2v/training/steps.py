@@ -17,14 +17,21 @@ from l2v.batch import PackedBatch
 from l2v.objectives.contrastive import Groups, contrastive_loss
 from l2v.objectives.mntp import mntp_loss_of_hidden
 from l2v.recipe import Contrastive
+from l2v.training.faults import Guard, OutOfMemory, filler, is_out_of_memory
 from l2v_kernels.spans import span
 
 Micros = Sequence[PackedBatch]
 Progress = Callable[[int, int, int], None]
 
 
-def mntp_step(engine, units: Sequence[Micros], device: torch.device) -> dict[str, torch.Tensor]:
-    """Backward through all micro-batches; returns this rank's share of the mean loss and accuracy (device scalars)."""
+def mntp_step(
+    engine, units: Sequence[Micros], device: torch.device, guard: Guard | None = None
+) -> dict[str, torch.Tensor]:
+    """Backward through all micro-batches; returns this rank's share of the mean loss and accuracy (device scalars).
+
+    guard: keeps the rank in step if memory runs out; then what is returned means nothing.
+    """
+    run = guard.run if guard else _plainly
     micros = [micro for unit in units for micro in unit]
     world = dist.get_world_size()
     count = torch.tensor(float(sum(len(m.labels_L) for m in micros)), device=device)
@@ -32,10 +39,19 @@ def mntp_step(engine, units: Sequence[Micros], device: torch.device) -> dict[str
     count = count.clamp(min=1)
     share = functools.partial(mntp_loss_of_hidden, count=count)
     loss_sum, hits = torch.zeros((), device=device), torch.zeros((), device=device)
-    for at, micro in enumerate(micros):
+
+    def forward_backward(micro: PackedBatch, last: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         loss, found = engine(micro.to(device), "loss", share)
-        _backward(engine, loss * world, last=at == len(micros) - 1)
-        loss_sum += loss.detach()
+        _backward(engine, loss * scale, last=last)
+        return loss.detach(), found
+
+    for at, micro in enumerate(micros):
+        last = at == len(micros) - 1
+        loss, found = run(
+            functools.partial(forward_backward, micro, last, world),
+            lambda last=last: forward_backward(filler(device), last, 0.0),
+        )
+        loss_sum += loss
         hits += found
     return {"loss": loss_sum, "accuracy": hits / count}
 
@@ -63,6 +79,7 @@ def contrastive_step(
     device: torch.device,
     progress: Progress | None = None,
     query_counts: Sequence[int] | None = None,
+    guard: Guard | None = None,
 ) -> dict[str, torch.Tensor]:
     """Backward of the contrastive loss over micro-batches and ranks, exact by a gradient cache.
 
@@ -76,6 +93,7 @@ def contrastive_step(
     units: of this rank; all ranks have equally many, of equally many micro-batches. counts, query_counts: candidates and
     queries of every rank, from the plan (for negatives: global; query_counts by default [total], one rank's). total:
     queries of all ranks. progress: called with (pass 1 or 2, micro-batches done in it, micro-batches of the step).
+    guard: keeps the rank in step if memory runs out; then what is returned means nothing.
     Returns loss: this rank's share of the mean loss (device scalar), and not_finite_S: bool, for every segment of the units
     in order, whether its embedding holds a NaN or an infinity. Nothing waits for the device.
     """
@@ -91,11 +109,28 @@ def contrastive_step(
         if progress:
             progress(number, done[number - 1], of)
 
+    run = guard.run if guard else _plainly
+    width = engine.module.decoder.config.get_text_config().hidden_size
+
     def encode(micro: PackedBatch) -> torch.Tensor:
-        vectors_SE = engine(micro.to(device), "vectors")
+        vectors_SE = run(
+            lambda: engine(micro.to(device), "vectors"),
+            lambda: torch.zeros(len(micro.lengths), width, device=device),
+        )
         not_finite.append(~vectors_SE.detach().isfinite().all(-1))
         tell(1)
         return vectors_SE
+
+    def backward(vectors_SE: torch.Tensor, gradient_SE: torch.Tensor | None, last: bool) -> None:
+        loss = vectors_SE.sum() * 0 if gradient_SE is None else (vectors_SE * gradient_SE).sum() * world
+        _backward(engine, loss, last=last)
+
+    def backward_of(vectors: Callable[[], torch.Tensor], part_SE: torch.Tensor, last: bool) -> None:
+        run(
+            lambda: backward(vectors(), part_SE, last),
+            lambda: backward(engine(filler(device), "vectors"), None, last),
+        )
+        tell(2)
 
     for at, micros in enumerate(units):
         last_unit = at == len(units) - 1
@@ -108,19 +143,27 @@ def contrastive_step(
         cache_SE = torch.cat([*first, kept_SE.detach()]).requires_grad_()
         del first
         with span("loss"):
-            loss = contrastive_loss(cache_SE, groups, **options)
-            (gradient_SE,) = torch.autograd.grad(loss, cache_SE)
+            try:
+                loss = contrastive_loss(cache_SE, groups, **options)
+                (gradient_SE,) = torch.autograd.grad(loss, cache_SE)
+            except (RuntimeError, MemoryError) as error:
+                # Embeddings of all ranks meet here, in collectives that cannot be taken up halfway.
+                if guard is None or not is_out_of_memory(error):
+                    raise
+                raise OutOfMemory(str(error).splitlines()[0]) from None
         del cache_SE
         *parts, part_SE = gradient_SE.split(sizes)
-        _backward(engine, (kept_SE * part_SE).sum() * world, last=last_unit and not parts)
-        tell(2)
+        backward_of(lambda kept_SE=kept_SE: kept_SE, part_SE, last_unit and not parts)
         del kept_SE
         for i, (micro, part_SE) in enumerate(zip(micros[:-1], parts, strict=True)):
-            vectors_SE = engine(micro.to(device), "vectors")
-            _backward(engine, (vectors_SE * part_SE).sum() * world, last=last_unit and i == len(parts) - 1)
-            tell(2)
+            again = functools.partial(lambda micro: engine(micro.to(device), "vectors"), micro)
+            backward_of(again, part_SE, last_unit and i == len(parts) - 1)
         loss_sum += loss.detach()
     return {"loss": loss_sum, "not_finite_S": torch.cat(not_finite)}
+
+
+def _plainly(work: Callable[[], Any], instead: Callable[[], Any]) -> Any:
+    return work()
 
 
 def _backward(engine, loss: torch.Tensor, *, last: bool) -> None:

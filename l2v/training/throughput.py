@@ -98,7 +98,8 @@ class Throughput:
 
 def told(row: dict[str, float]) -> str:
     """A row of metrics as the progress bar has it: `loss 2.1034, 21,034 tokens/s, MFU 75%`."""
-    text = f"loss {row['loss']:.4f}, {row['tokens_per_second']:,.0f} tokens/s"
+    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+    text = f"loss {loss}, {row['tokens_per_second']:,.0f} tokens/s"
     if "mfu" in row:
         return f"{text}, MFU {row['mfu']:.0%}"
     return f"{text}, MFU {row['mfu_peak']:.0%} of the peak" if "mfu_peak" in row else text

@@ -54,7 +54,8 @@ def step(tiny_recipe, tmp_path):
         for key, parameter in model.named_parameters():
             if "lora_B" in key:  # at their start, zero, no gradient reaches the lora_A
                 torch.nn.init.normal_(parameter, std=0.1)
-        engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype), stage)
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype, count), stage)
         encoded, told = Counter(), []
         model.register_forward_pre_hook(lambda _, arguments: encoded.update(set(arguments[0].example_ids_S.tolist())))
         sampler = Sampler(examples, batch=stage.batch, micro_tokens=stage.micro_tokens, seed=seed, group=stage.group)

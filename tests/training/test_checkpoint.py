@@ -157,20 +157,20 @@ def test_a_failure_while_syncing_leaves_nothing_half_written(tmp_path, monkeypat
     def fail(path):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "_sync", fail)
+    monkeypatch.setattr(checkpoint, "sync", fail)
     with pytest.raises(UserError, match="Input/output error"):
         save(tmp_path, made(2), keep=2)
     assert names(tmp_path) == ["step-000001"]
 
 
 def test_nothing_stands_under_the_final_name_before_it_is_whole(tmp_path, monkeypatch):
-    real, seen = checkpoint._sync, []
+    real, seen = checkpoint.sync, []
 
     def watch(path):
         seen.append((path.name, names(tmp_path)))
         real(path)
 
-    monkeypatch.setattr(checkpoint, "_sync", watch)
+    monkeypatch.setattr(checkpoint, "sync", watch)
     save(tmp_path, made(4), keep=2)
     assert [name for name, _ in seen[:-2]] and {name for name, _ in seen[:-2]} == {STATE, TENSORS}
     assert all("step-000004" not in there for _, there in seen[:-1])

@@ -1,0 +1,157 @@
+"""What a step does when it cannot be applied: values that are not finite, and memory that ran out."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from l2v.batch import PackedBatch, Segment, pack
+from l2v.errors import UserError
+from l2v.files import reason, replace_text
+from l2v.recipe import Stage
+
+BUDGET = "budget.json"
+
+
+class OutOfMemory(Exception):
+    """This rank ran out of memory where the step cannot be taken back; the job starts again with smaller micro-batches."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is an allocation that failed, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "allocate memory" in text)
+
+
+class Guard:
+    """Keeps a rank in step with the others after it ran out of memory.
+
+    The others wait for its part of the collectives, so it goes on through the step with one-token batches that carry no loss;
+    at the step's end all ranks hear of it, discard the step and redo it in smaller micro-batches. Under ZeRO 3 weights are
+    gathered within layers, so a layer that was left halfway cannot be made good: there `OutOfMemory` ends the job.
+    """
+
+    def __init__(self, engine) -> None:
+        self.engine, self.happened = engine, False
+
+    def run(self, work: Callable[[], Any], instead: Callable[[], Any]) -> Any:
+        """`work()`, or, from the moment that memory ran out until the end of the step, `instead()`."""
+        if not self.happened:
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.engine.zero_optimization_stage() == 3:
+                    raise OutOfMemory(str(error).splitlines()[0]) from None
+                self.happened = True
+            # outside the handler, or its traceback would keep the tensors of the step alive
+            self.free()
+        return instead()
+
+    def free(self) -> None:
+        """Drop the gradients that a backward left halfway and give memory back."""
+        optimizer = self.engine.optimizer
+        for bucket in getattr(optimizer, "ipg_buckets", {}).values():
+            bucket.clear()
+        for flags in [getattr(optimizer, "params_already_reduced", [])]:
+            flags[:] = [False] * len(flags)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def filler(device: torch.device) -> PackedBatch:
+    """One token that carries no loss."""
+    return pack([Segment(np.zeros(1, dtype=np.int64), pool_start=0, example=-1, column=-1)]).to(device)
+
+
+def discard(engine) -> None:
+    """End a step whose gradients are not to be applied; weights, moments and their count stay as they are, bit for bit.
+
+    DeepSpeed itself leaves out a step whose gradient norm is not finite, under every ZeRO stage but 0, and clears all that it
+    accumulated; so the gradients are made that.
+    """
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 0 and not hasattr(optimizer, "averaged_gradients"):
+        clear = getattr(optimizer, "clear_hp_grads", None)  # of DeepSpeed's bf16 optimizer
+        if clear:
+            clear()
+            optimizer.clear_lp_grads()
+        engine.zero_grad()
+        return
+    for gradients in optimizer.averaged_gradients.values():
+        for gradient in gradients or ():
+            gradient.fill_(float("nan"))
+    if hasattr(optimizer, "local_overflow"):
+        optimizer.local_overflow = True  # with the optimizer in host memory, gradients are not kept in a list
+    from deepspeed.utils.logging import logger
+
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it would warn of an overflow; what happened is said in this program's own words
+    try:
+        engine.step()
+    finally:
+        logger.setLevel(level)
+    if engine.was_step_applied():
+        raise AssertionError("a step that was to be discarded was applied")
+
+
+def gradients_broken(engine) -> torch.Tensor | None:
+    """Under ZeRO 0, where DeepSpeed does not look: a device bool, whether a gradient is not finite."""
+    if engine.zero_optimization_stage() != 0:
+        return None
+    norms = [p.grad.norm() for p in engine.module.parameters() if p.grad is not None]
+    return ~torch.stack(norms).isfinite().all() if norms else None
+
+
+def smaller(stage: Stage, micro_tokens: int, longest: int) -> int:
+    """Half the tokens of a forward. Errors: UserError where one example alone is too much."""
+    if micro_tokens <= longest:
+        raise UserError(
+            f"out of memory with one example of {longest} tokens in a forward; lower length, set recompute: layer, or use a "
+            "higher zero.stage or base_precision: nf4"
+        )
+    return max(longest, micro_tokens // 2)
+
+
+def read_budget(folder: Path, micro_tokens: int) -> int:
+    """Tokens of a forward: the recipe's, or fewer where memory ran out before in this stage."""
+    try:
+        return min(micro_tokens, int(json.loads((folder / BUDGET).read_text(encoding="utf-8"))["micro_tokens"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return micro_tokens
+
+
+def write_budget(folder: Path, micro_tokens: int) -> None:
+    """Remember for the next start what fits. A file that cannot be written costs only another try."""
+    with contextlib.suppress(OSError):
+        replace_text(folder / BUDGET, json.dumps({"micro_tokens": micro_tokens}) + "\n")
+
+
+def keep_batch(folder: Path, step: int, units: Sequence[Sequence[PackedBatch]], why: str) -> Path:
+    """Save this rank's part of a batch that cannot be learned from, for a look at it: token ids and their addresses."""
+    micros = [micro for unit in units for micro in unit]
+    path = folder / "broken" / f"step-{step:06d}-rank-{dist.get_rank()}.safetensors"
+    names = ("input_ids_T", "pool_mask_T", "example_ids_S", "columns_S", "labels_L", "label_index_L")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {f"{at}.{name}": getattr(m, name).contiguous() for at, m in enumerate(micros) for name in names}
+        tensors |= {f"{at}.lengths_S": torch.tensor(m.lengths) for at, m in enumerate(micros)}
+        save_file(tensors, path, {"why": why, "step": str(step)})
+    except (OSError, SafetensorError) as error:
+        return Path(f"{path} (not written: {reason(error)})")
+    return path

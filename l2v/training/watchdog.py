@@ -1,0 +1,283 @@
+"""A watchdog in every rank: who is missing, where, and an end to the job instead of a silent hang.
+
+A rank that dies or stands still leaves the others waiting in a collective, for as long as the collective's own timeout and
+without a word of who it was. So every rank tells a small store (torch's TCPStore, beside the one of the process group) where
+it is, a thread on each looks at its peers, and where one is gone or stuck for too long the reason is printed once and every
+rank ends with `EXIT_FAULT`, which `l2v train --restarts` and schedulers take as worth another start.
+
+Peers on this machine are looked up in the process table, which tells of a death within a second or two; others by their
+heartbeat. Rank 0 judges the heartbeats of all ranks and everybody else those of rank 0, so the store carries O(ranks) requests
+a beat. A rank's mark (`at`) is counted against the timeout only within the training loop: reading data may take hours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+
+EXIT_FAULT = 75  # EX_TEMPFAIL of sysexits.h: try again
+BEAT = 1.0  # seconds between looks
+SILENT = 30.0  # seconds without a heartbeat after which a rank counts as gone
+GRACE = 3.0  # seconds in which a rank that ended may still turn out to have ended together with all others
+PATIENCE = 10.0  # seconds that the last words (a checkpoint on its way to the disk) may take
+
+
+@dataclass
+class Beat:
+    """What a rank tells of itself. `age`: seconds since its last mark, by its own clock; None outside the loop."""
+
+    rank: int
+    host: str
+    pid: int
+    count: int = 0
+    where: str = "starting"
+    age: float | None = None
+    waits: bool = False
+    stack: str = ""
+    state: str = "runs"
+    why: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The rank as a sentence names it."""
+        return f"rank {self.rank} on {self.host} (process {self.pid})"
+
+
+class Watchdog:
+    """Started by every rank together (`start`), told of progress (`at`), and left together (`leave`).
+
+    timeout: seconds that one mark of the training loop may last. on_fault: called in the watchdog's thread with the facts of
+    the rank that failed, before this rank ends.
+    """
+
+    def __init__(self, timeout: float, *, silent: float = SILENT) -> None:
+        self.timeout, self.silent = timeout, silent
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.me = Beat(self.rank, socket.gethostname(), os.getpid())
+        self.on_fault: list[Callable[[dict[str, Any]], None]] = []
+        self.last_words: list[Callable[[float], None]] = []
+        self._marked: float | None = None
+        self._main = threading.main_thread().ident
+        self._stopped, self._thread, self._store = threading.Event(), None, None
+        self._lock = threading.Lock()
+        self._peers: list[Beat] = []
+
+    def start(self) -> Watchdog:
+        """A collective call: opens the store and starts the thread."""
+        if self.world > 1:
+            where = [None]
+            if self.rank == 0:
+                self._store = dist.TCPStore(
+                    os.environ.get("MASTER_ADDR", "127.0.0.1"), 0, is_master=True, wait_for_workers=False
+                )
+                where = [self._store.port]
+            dist.broadcast_object_list(where, src=0)
+            if self.rank:
+                self._store = dist.TCPStore(
+                    os.environ["MASTER_ADDR"], where[0], is_master=False, timeout=timedelta(seconds=60)
+                )
+            self._store.set_timeout(timedelta(seconds=max(5.0, self.silent / 3)))
+            self._tell()
+            peers: list[Any] = [None] * self.world
+            dist.all_gather_object(peers, (self.me.host, self.me.pid))
+            self._peers = [Beat(rank, host, pid) for rank, (host, pid) in enumerate(peers)]
+        self._thread = threading.Thread(target=self._watch, name="l2v-watchdog", daemon=True)
+        self._thread.start()
+        return self
+
+    def at(self, where: str | None) -> None:
+        """Mark where this rank is; None ends the count (what follows may take as long as it takes)."""
+        self.me.where, self._marked = where or "between steps", None if where is None else time.monotonic()
+
+    def pause(self) -> None:
+        """End the count, but keep the place."""
+        self._marked = None
+
+    def failed(self, why: str, **facts: Any) -> None:
+        """Say that this rank has failed, so that the others know why; its own process ends in its own way."""
+        with self._lock:
+            self.me.state, self.me.why, self.me.facts = "failed", why, facts
+            self._tell()
+
+    def verdict(self, seconds: float) -> None:
+        """Wait for the watchdog to end this process: for a rank whose collective broke because of another rank."""
+        if self._thread is not None and self.world > 1:
+            self._thread.join(seconds)
+
+    def crashed(self, error: Exception) -> int:
+        """What to do about an exception that nobody expected: say whose it is; returns the exit code.
+
+        A collective that broke is most often another rank's death, and the watchdog knows whose.
+        """
+        frames = traceback.extract_tb(error.__traceback__)[-4:]
+        if self.me.state == "runs" and any(_collective(frame.filename) for frame in frames):
+            self.verdict(self.silent + 3 * GRACE)
+        traceback.print_exception(error)
+        if self.me.state == "runs":
+            self.failed(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        print(f"l2v: {self.me.name} failed at {self.me.where}: {self.me.why}", file=sys.stderr, flush=True)
+        time.sleep(3 * BEAT)  # the others are to read why, and the store may live in this process
+        return EXIT_FAULT
+
+    def leave(self) -> None:
+        """Stop watching; this rank ends as planned, and the others are to know."""
+        if self._thread is None or self._stopped.is_set():
+            return
+        with self._lock:
+            self._stopped.set()
+            if self.me.state == "runs":
+                self.me.state = "left"
+            self._tell()
+        self._thread.join(timeout=5)
+
+    def _tell(self) -> bool:
+        """Write this rank's beat; False where the store cannot be reached."""
+        if self._store is None:
+            return True
+        self.me.count += 1
+        self.me.age = None if self._marked is None else time.monotonic() - self._marked
+        self.me.waits, self.me.stack = self._look() if (self.me.age or 0) > self.timeout / 2 else (False, "")
+        try:
+            self._store.set(f"beat/{self.rank}", json.dumps(vars(self.me)))
+        except (RuntimeError, OSError):
+            return False
+        return True
+
+    def _look(self) -> tuple[bool, str]:
+        """Whether the main thread waits for other ranks, and its innermost line of this package."""
+        frame = sys._current_frames().get(self._main)
+        stack = traceback.extract_stack(frame) if frame else []
+        waits = any(_collective(f.filename) for f in stack[-8:])
+        own = [f for f in stack if "l2v" in f.filename.replace("\\", "/").split("/")]
+        last = own[-1] if own else (stack[-1] if stack else None)
+        return waits, f"{'/'.join(last.filename.split('/')[-3:])}:{last.lineno} in {last.name}" if last else ""
+
+    def _watch(self) -> None:
+        heard = {beat.rank: (beat.count, time.monotonic()) for beat in self._peers}
+        dead_since: dict[int, float] = {}
+        while not self._stopped.wait(BEAT):
+            with self._lock:
+                if self._stopped.is_set():
+                    return
+                reachable = self._tell()
+            why, facts = self._judge(reachable, heard, dead_since)
+            if why and not self._stopped.is_set():
+                self._end(why, facts, reachable)
+
+    def _judge(self, reachable: bool, heard: dict, dead_since: dict) -> tuple[str | None, dict[str, Any]]:
+        now = time.monotonic()
+        if self.world == 1:
+            age = None if self._marked is None else now - self._marked
+            if age is not None and age > self.timeout:
+                stack = self._look()[1]
+                return f"rank 0 has not moved for {age:.0f} s at {self.me.where}, {stack}", {}
+            return None, {}
+        if reachable:
+            try:
+                if self._store.check(["verdict"]):
+                    return self._store.get("verdict").decode(), json.loads(self._store.get("facts").decode())
+            except (RuntimeError, OSError):
+                reachable = False
+        beats = self._read(range(self.world) if self.rank == 0 else [0]) if reachable else []
+        for beat in beats:
+            self._peers[beat.rank] = beat
+            if heard[beat.rank][0] != beat.count:
+                heard[beat.rank] = (beat.count, now)
+            if beat.state == "failed" and beat.rank != self.rank:
+                return f"{beat.name} failed at {beat.where}: {beat.why}", beat.facts
+        for peer in self._peers:
+            if peer.rank == self.rank or peer.host != self.me.host or _alive(peer.pid):
+                continue
+            state = peer
+            if reachable and (found := self._read([peer.rank])):
+                (state,) = found
+            if state.state == "failed":
+                return f"{state.name} failed at {state.where}: {state.why}", state.facts
+            if state.state == "left":
+                continue
+            if now - dead_since.setdefault(peer.rank, now) > GRACE:
+                return (
+                    f"{state.name} has ended without a word at {state.where}: killed from outside, or out of host memory "
+                    "(dmesg tells)"
+                ), {}
+        watched = self._peers if self.rank == 0 else self._peers[:1]
+        for peer in watched:
+            quiet = now - heard[peer.rank][1]
+            if peer.rank != self.rank and peer.state == "runs" and quiet > self.silent:
+                return (
+                    f"{peer.name} has not been heard of for {quiet:.0f} s, last at {peer.where}: its process is stopped or "
+                    "its machine is gone"
+                ), {}
+        if self.rank == 0:
+            return self._stuck(beats), {}
+        return None, {}
+
+    def _stuck(self, beats: list[Beat]) -> str | None:
+        """Ranks whose mark is too old, without those that only wait for them."""
+        old = [b for b in beats if b.state == "runs" and b.age is not None and b.age > self.timeout]
+        if not old:
+            return None
+        guilty = [b for b in old if not b.waits] or old
+        told = "; ".join(f"{b.name} at {b.where}, {b.stack}" for b in guilty[:4])
+        more = f" and {len(guilty) - 4} more" if len(guilty) > 4 else ""
+        age = max(b.age for b in old)
+        return (
+            f"no progress for {age:.0f} s (timeout {self.timeout:.0f} s), {len(old) - len(guilty)} of {self.world} ranks wait "
+            f"for {told}{more}"
+        )
+
+    def _read(self, ranks) -> list[Beat]:
+        try:
+            raw = self._store.multi_get([f"beat/{rank}" for rank in ranks])
+        except (RuntimeError, OSError):
+            return []
+        return [Beat(**json.loads(value.decode())) for value in raw]
+
+    def _end(self, why: str, facts: dict[str, Any], reachable: bool) -> None:
+        """Print the reason once in the job, finish what is being written, and end this process."""
+        speaks = self.rank == min((p.rank for p in self._peers if p.host == self.me.host and _alive(p.pid)), default=0)
+        if reachable and self._store is not None:
+            try:
+                if not self._store.check(["verdict"]):
+                    self._store.set("facts", json.dumps(facts))
+                # the same value for all: the first one that is written stands
+                speaks = self._store.compare_set("speaker", "", str(self.rank)).decode() == str(self.rank)
+                self._store.compare_set("verdict", "", why)
+            except (RuntimeError, OSError):
+                pass
+        if speaks:
+            print(
+                f"\nl2v: {why}; the job ends here, the same command goes on from the newest checkpoint", file=sys.stderr
+            )
+            sys.stderr.flush()
+        for call in self.on_fault:
+            call(facts)
+        for call in self.last_words:
+            call(PATIENCE)
+        if self.rank == 0 and self._store is not None:
+            time.sleep(2 * BEAT)  # the store lives here: the others are still to read why
+        os._exit(EXIT_FAULT)
+
+
+def _collective(file: str) -> bool:
+    return "torch/distributed" in file or "deepspeed/comm" in file
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

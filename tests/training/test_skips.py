@@ -1,0 +1,80 @@
+"""Steps that are not finite are left out: nothing moves, they are counted, and too many in a row end the run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training.test_ranks import broken_base
+
+from l2v.training import checkpoint
+
+ALONE = {"stages.simcse.from": "base", "stages.supervised.from": "base"}
+
+
+@pytest.fixture
+def recipe(tiny_recipe, tmp_path, tiny_config, bos_tokenizer_folder, write_jsonl, sentences):
+    """recipe(bad rows, **changes): supervised, 6 steps of 4 pairs, where those rows hold a text with an infinite vector."""
+
+    def write(bad: list[int], **changes) -> Path:
+        base = broken_base(tmp_path / "base", tiny_config, bos_tokenizer_folder, "%")
+        pairs = [{"query": f"{i}: hvem?", "positive": text} for i, text in enumerate(sentences[:24])]
+        for row in bad:
+            pairs[row]["positive"] = "100 %"
+        common = {"base.model": base, "base.init": "pretrained", "base.config": None, "base.tokenizer": None}
+        common |= {"stages.supervised.data": write_jsonl(tmp_path / "rows.jsonl", pairs)}
+        common |= {f"stages.supervised.{k}": v for k, v in {"save_every": 1, "steps": 6, "keep": 9}.items()}
+        return tiny_recipe(tmp_path, **ALONE, **common, **changes)
+
+    return write
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_step_that_is_not_finite_moves_nothing(recipe, run_here, tmp_path, zero, precision):
+    path = recipe([19], **{"zero.stage": zero, "base.precision": precision})
+    output = run_here(path, "--stage", "supervised")
+    run = tmp_path / "run/supervised"
+    found = [row["step"] for row in rows(run) if row["loss"] is None]
+    assert len(found) == 1 and [row["step"] for row in rows(run)] == [1, 2, 3, 4, 5, 6]
+    (bad,) = found
+    assert f"WARNING: step {bad}: the embedding of the positive of example 19 is not finite" in output
+    assert "so it is left out (1 in a row; training stops at 3)" in output
+    assert [row.get("skipped_steps", 0) for row in rows(run)] == [int(step >= bad) for step in range(1, 7)]
+    states = {step: load_file(run / f"checkpoints/step-{step:06d}" / checkpoint.TENSORS) for step in range(1, 7)}
+    if bad > 1:
+        assert all(torch.equal(value, states[bad][name]) for name, value in states[bad - 1].items())
+    assert bad == 6 or any(not torch.equal(value, states[6][name]) for name, value in states[bad].items())
+    assert all(value.isfinite().all() for value in states[6].values())
+
+
+def test_a_run_that_left_a_step_out_goes_on_with_the_same_bits(recipe, run_here, tmp_path):
+    """The count of updates that Adam has seen is not the count of steps."""
+    path = recipe([19])
+    run_here(path, "--stage", "supervised", f"out={tmp_path / 'whole'}")
+    run_here(path, "--stage", "supervised")
+    run = tmp_path / "run/supervised"
+    bad = next(row["step"] for row in rows(run) if row["loss"] is None)
+    for newer in range(bad + 1, 7):
+        (run / f"checkpoints/step-{newer:06d}").rename(tmp_path / f"gone-{newer}")
+    (run / "adapter").rename(tmp_path / "adapter")
+    output = run_here(path, "--stage", "supervised")
+    assert f"going on after step {bad}" in output or bad == 6
+    name = "adapter/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (tmp_path / "whole/supervised" / name).read_bytes()
+
+
+def test_too_many_in_a_row_end_the_run_and_the_batch_is_kept(recipe, run_here, tmp_path):
+    path = recipe(list(range(24)), **{"stages.supervised.skip_limit": 2})
+    output = run_here(path, "--stage", "supervised", expect=1)
+    assert "(2 steps in a row), so it changed nothing; " in output and "Traceback" not in output
+    run = tmp_path / "run/supervised"
+    kept = load_file(run / "broken/step-000002-rank-0.safetensors")
+    assert len(kept["0.example_ids_S"]) == 8 and kept["0.input_ids_T"].numel() == kept["0.lengths_S"].sum()
+    assert checkpoint.newest(run / "checkpoints").step == 2 and not (run / "adapter").exists()
+    assert "Every rank's part of the batch lies in" in output
