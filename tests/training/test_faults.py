@@ -118,23 +118,22 @@ def test_a_hiccup_of_the_disk_is_tried_again(tmp_path, tiny_recipe):
     assert [row["step"] for row in rows(tmp_path / "run/mntp")] == [1, 2, 3, 4]
 
 
-WIDE = {
-    "base.config.hidden_size": 128,
-    "base.config.intermediate_size": 2048,
-    "base.config.head_dim": 32,
-    "stages.mntp.batch": 64,
-    "stages.simcse.batch": 256,
-    "stages.supervised.batch": 24,
-    "stages.simcse.data": None,
-}
+BATCHES = {"stages.mntp.batch": 64, "stages.simcse.batch": 256}
+
+
+@pytest.fixture
+def wide(tmp_path, tiny_config, write_jsonl, sentences) -> dict:
+    """Changes of a recipe that make a forward of 16,384 tokens far larger than what else a process allocates."""
+    texts = write_jsonl(tmp_path / "many.jsonl", [{"text": f"{i} {t}"} for i in range(6) for t in sentences])
+    config = tiny_config | {"hidden_size": 128, "intermediate_size": 2048, "head_dim": 32}
+    return BATCHES | {"base.config": config, "stages.simcse.data": texts, "stages.mntp.data": texts}
 
 
 @pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("stage", ["mntp", "simcse"])
-def test_memory_that_runs_out_costs_nothing_but_time(tmp_path, tiny_recipe, write_jsonl, sentences, stage, zero):
+def test_memory_that_runs_out_costs_nothing_but_time(tmp_path, tiny_recipe, wide, stage, zero):
     """The process may map no more from step 2 on: the step is taken back and made again in smaller micro-batches."""
-    texts = write_jsonl(tmp_path / "many.jsonl", [{"text": f"{i} {t}"} for i in range(6) for t in sentences])
-    changes = WIDE | {"stages.simcse.data": texts, "stages.mntp.data": texts, "zero.stage": zero}
+    changes = wide | {"zero.stage": zero}
     changes |= {f"stages.{stage}.{k}": v for k, v in {"micro_tokens": 16384, "from": "base", "lr": 1e-3}.items()}
     recipe = tiny_recipe(tmp_path, **changes)
     whole, short = tmp_path / "whole", tmp_path / "short"
@@ -150,9 +149,8 @@ def test_memory_that_runs_out_costs_nothing_but_time(tmp_path, tiny_recipe, writ
         assert (value - weights(short / stage)[name]).norm() <= 1e-3 * value.norm() + 1e-6, name
 
 
-def test_under_zero_3_the_job_starts_again_with_a_smaller_budget(tmp_path, tiny_recipe, write_jsonl, sentences):
-    texts = write_jsonl(tmp_path / "many.jsonl", [{"text": f"{i} {t}"} for i in range(6) for t in sentences])
-    changes = WIDE | {"stages.mntp.data": texts, "zero.stage": 3, "stages.mntp.save_every": 1}
+def test_under_zero_3_the_job_starts_again_with_a_smaller_budget(tmp_path, tiny_recipe, wide):
+    changes = wide | {"zero.stage": 3, "stages.mntp.save_every": 1}
     recipe = tiny_recipe(tmp_path, **changes, **{"stages.mntp.micro_tokens": 16384})
     run = tmp_path / "run/mntp"
     said = finish(
