@@ -11,7 +11,7 @@ MAY = {
     "recipe": {"errors"},
     "recipe_io": {"errors", "recipe"},
     "batch": set(),
-    "data": {"errors", "recipe", "batch", "kernels"},
+    "data": {"errors", "recipe", "recipe_io", "batch", "kernels"},
     "objectives": {"batch", "kernels"},
     "model": {"errors", "recipe", "batch", "kernels", "data"},
     "machine": {"errors", "model"},

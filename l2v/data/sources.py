@@ -7,7 +7,6 @@ Everything becomes a memory-mapped `datasets.Dataset` of one of three kinds: doc
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import datasets
 
 from l2v.data import sample
-from l2v.data.text import sentences
+from l2v.data.text import parse, sentences
 from l2v.errors import UserError
 from l2v.recipe import Source
 
@@ -104,19 +103,6 @@ def _read_lines(path: str, shown: str, source: dict[str, Any], kind: Kind, stamp
                 yield from normalise({"text": line.strip()} if plain else parse(line, where), source, kind, where)
     except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{shown}: not readable as UTF-8 text: {error}") from None
-
-
-def parse(line: str, where: str) -> dict[str, Any]:
-    """One JSON object, or an error that names its line."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: malformed JSON ({error.msg} at column {error.colno}); each line is one object"
-        ) from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: each line is one JSON object; found {type(row).__name__}")
-    return row
 
 
 def normalise(row: dict[str, Any], source: dict[str, Any], kind: Kind, where: str) -> list[dict[str, Any]]:
