@@ -74,7 +74,7 @@ def filters(done: dict[str, Any]) -> str:
         out.append(f"- Sentences: split by rules for Danish; {s['least']} to {s['most']} words stay.")
     if language := keys["language"]:
         out.append(
-            f"- Language (lingua, {language['accuracy']} accuracy, first {language['characters']} characters): "
+            f"- Language (py3langid, by the first {language['characters']} characters): "
             f"{', '.join(language['keep'])} of {', '.join(language['among'])}, or what a source names; texts under "
             f"{language['short']} characters are not judged."
         )

@@ -148,7 +148,10 @@ class Worker:
         if self.detector is None or own == []:
             return True
         keep = own or self.config.language.keep
-        found = [self.detector.of(text) for text in self._texts(row)]
+        texts = self._texts(row)
+        if len(keep) == 1 or not own:
+            texts = [" ".join(texts)]  # a title alone is too short to tell Danish from Norwegian
+        found = [self.detector.of(text) for text in texts]
         row["lang"] = next((code for code in reversed(found) if code), row["lang"])
         return all(code is None or code in keep for code in found)
 

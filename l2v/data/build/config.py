@@ -56,13 +56,15 @@ class Sentences:
 
 @dataclass
 class Language:
-    """The language filter (lingua): `keep` one of them, told apart from `among`, by the first `characters` of a text."""
+    """The language filter: `keep` one of them, told apart from `among`, by the first `characters` of a text.
+
+    A pair is judged by both its texts together, unless its source names several `languages`.
+    """
 
     keep: list[str] = field(default_factory=lambda: ["da"])
-    among: list[str] = field(default_factory=lambda: ["da", "nb", "nn", "sv", "en", "de"])
+    among: list[str] = field(default_factory=lambda: ["da", "no", "nn", "sv", "en", "de"])
     characters: int = 300
     short: int = 20
-    accuracy: Literal["high", "low"] = "high"
 
 
 @dataclass
