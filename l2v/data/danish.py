@@ -31,9 +31,7 @@ MAY_BE_LAST = frozenset(
     """.split()
 )
 """Abbreviations that end a sentence if a new one seems to follow."""
-MONTHS = frozenset(
-    "januar februar marts april maj juni juli august september oktober november december".split()
-)
+MONTHS = frozenset("januar februar marts april maj juni juli august september oktober november december".split())
 ORDINAL_BEFORE = frozenset(
     """d. den det de i på fra til kong konge dronning prins pave kejser christian frederik margrethe valdemar erik knud
     oluf christoffer hans gustav carl karl ludvig johannes paul pius benedikt henrik alexander nikolaj wilhelm og hver
@@ -46,7 +44,9 @@ STARTERS = frozenset(
     hvad hvor hvem hvorfor hvordan kun selv både mens imidlertid du mit dit din vores ifølge blandt ud op ned ved""".split()
 )
 """Words that begin a sentence after a number or an initial rather than go on with a name."""
-_BREAK = re.compile(r"""(?P<mark>[.!?…]+)(?P<close>["'”’»«)\]]*)(?P<space>\s+)(?P<open>["'“”„»«(\[–—-]*\s?)(?P<next>\w)""")
+_BREAK = re.compile(
+    r"""(?P<mark>[.!?…]+)(?P<close>["'”’»«)\]]*)(?P<space>\s+)(?P<open>["'“”„»«(\[–—-]*\s?)(?P<next>\w)"""
+)
 _WORD_BEFORE = re.compile(r"(\S+)$")
 _NEXT_WORD = re.compile(r"[\w.]+")
 _NUMBER = re.compile(r"^\(?\d{1,3}$")

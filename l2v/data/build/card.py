@@ -21,7 +21,13 @@ TASKS = {
     "sentences": ["sentence-similarity", "feature-extraction"],
     "pairs": ["sentence-similarity", "text-retrieval"],
 }
-SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10_000_000, "1M<n<10M"))
+SIZES = (
+    (1_000, "n<1K"),
+    (10_000, "1K<n<10K"),
+    (100_000, "10K<n<100K"),
+    (1_000_000, "100K<n<1M"),
+    (10_000_000, "1M<n<10M"),
+)
 FIELDS = {
     "text": "the text",
     "query": "what is looked for",
@@ -98,8 +104,9 @@ def filters(done: dict[str, Any]) -> str:
         share = found_share(near["threshold"], Near(near["threshold"], near["permutations"], near["words"]))
         out.append(
             f"- Near-duplicates: MinHash of word {near['words']}-grams, {near['permutations']} permutations in "
-            f"{near['bands']} bands of {near['rows_per_band']}; out goes what agrees with an earlier row in at least "
-            f"{near['threshold']:.0%} of them. By the bands, {share:.1%} of pairs that are alike by just that much meet."
+            f"{near['bands']} bands of {near['rows_per_band']}, finds candidates; out goes what shares at least "
+            f"{near['threshold']:.0%} of its {near['words']}-grams with an earlier row (Jaccard). Of pairs alike by just that "
+            f"much, {share:.1%} become candidates."
         )
     shares = ", ".join(f"{name} {share:g}" for name, share in keys["splits"].items())
     out.append(f"- Splits by a hash of `group` (seed {keys['seed']}): {shares}.")

@@ -82,7 +82,7 @@ class Worker:
             self.parsers[chunk.source] = Parser(self.config, self.config.sources[chunk.source])
         parser, tally = self.parsers[chunk.source], Tally()
         columns: dict[str, list[Any]] = {name: [] for name in self.schema.names}
-        exact, splits, signatures = [], [], []
+        exact, splits, bands, shingles = [], [], [], []
         for offset, (where, payload) in enumerate(chunk.records):
             for row in parser.rows(chunk.first + offset, where, payload, tally):
                 words = self._words(row)
@@ -95,13 +95,15 @@ class Worker:
                 exact.append(text_hash(" ".join(flat)))
                 splits.append(self.numbers[self._split(row, parser)])
                 if self.signer:
-                    signatures.append(self.signer(flat).tobytes())
+                    own = self.signer(flat)
+                    bands.append(own[0].tobytes())
+                    shingles.append(own[1].tobytes())
         table = pa.table(columns, schema=self.schema)
         table = table.append_column("_exact", pa.array(exact, pa.uint64()))
         table = table.append_column("_split", pa.array(splits, pa.uint8()))
         if self.signer:
-            kind = pa.binary(4 * self.config.near.permutations)
-            table = table.append_column("_signature", pa.array(signatures, kind))
+            table = table.append_column("_bands", pa.array(bands, pa.binary(8 * self.signer.count)))
+            table = table.append_column("_shingles", pa.array(shingles, pa.binary()))
         table = table.replace_schema_metadata({TALLY: tally.to_json().encode()})
         path = self.work / "chunks" / chunk.name
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -191,12 +193,23 @@ def read_tally(path: Path) -> Tally:
     return Tally.from_json(pq.read_schema(path).metadata[TALLY].decode())
 
 
-def read_hashes(path: Path, permutations: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Of a chunk's rows: exact hashes uint64 [rows], split numbers uint8 [rows], signatures uint32 [rows, permutations]."""
-    names = ["_exact", "_split", *(["_signature"] if permutations else [])]
-    table = pq.read_table(path, columns=names, use_threads=False, memory_map=False)
+@dataclass(frozen=True)
+class Hashes:
+    """Of a chunk's rows: exact hashes uint64 [rows], split numbers uint8 [rows], and, if near-duplicates are looked for,
+    band hashes uint64 [rows, bands] and the bytes of each row's shingles."""
+
+    exact: np.ndarray
+    split: np.ndarray
+    bands: np.ndarray
+    shingles: list[bytes]
+
+
+def read_hashes(path: Path, bands: int) -> Hashes:
+    """The hashes of a chunk's file; `bands` 0 where near-duplicates are not looked for."""
+    names = ["_exact", "_split", *(["_bands", "_shingles"] if bands else [])]
+    table = pq.read_table(path, columns=names, use_threads=False)
     exact, split = (table[name].to_numpy() for name in names[:2])
-    if not permutations:
-        return exact, split, None
-    raw = b"".join(table["_signature"].to_pylist())
-    return exact, split, np.frombuffer(raw, np.uint32).reshape(-1, permutations)
+    if not bands:
+        return Hashes(exact, split, np.empty((len(exact), 0), np.uint64), [])
+    raw = b"".join(table["_bands"].to_pylist())
+    return Hashes(exact, split, np.frombuffer(raw, np.uint64).reshape(-1, bands), table["_shingles"].to_pylist())

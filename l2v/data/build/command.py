@@ -24,9 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = ", ".join(sorted(p.stem for p in config_folder().glob("*.yaml")))
     parser = argparse.ArgumentParser(prog="l2v data build", description=main.__doc__)
     parser.add_argument("config", help=f"a YAML file, or one that comes with l2v: {known}")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example folder=my/files sources.0.limit=1000")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example folder=my/files sources.0.limit=1000"
+    )
     parser.add_argument("--out", help="folder of the data set; default: the key `out`, or data/NAME")
-    parser.add_argument("--workers", type=int, help="processes; default: one for each core. Changes no bit of the result")
+    parser.add_argument(
+        "--workers", type=int, help="processes; default: one for each core. Changes no bit of the result"
+    )
     parser.add_argument("--fresh", action="store_true", help="build anew what is there already")
     args = parser.parse_intermixed_args(argv)
     if args.workers is not None and args.workers < 1:

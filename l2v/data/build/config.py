@@ -11,7 +11,18 @@ from l2v.errors import RecipeError
 from l2v.recipe_io import Node, build, find_shipped, parse_override, read_tree, shipped_folder
 
 Kind = Literal["documents", "sentences", "pairs"]
-FIELDS = ("id", "text", "query", "positive", "negatives", "group", "document", "section", "instruction", "document_instruction")
+FIELDS = (
+    "id",
+    "text",
+    "query",
+    "positive",
+    "negatives",
+    "group",
+    "document",
+    "section",
+    "instruction",
+    "document_instruction",
+)
 """What `columns` may name: a field of a row here, by the name of the column that it is read from."""
 
 
@@ -186,13 +197,17 @@ def check(config: Build, where: str) -> Build:
         bool(shares) and all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in shares.values()),
         f"{where}: splits are shares from 0 to 1, for example {{train: 0.98, dev: 0.02}}",
     )
-    _need(abs(sum(shares.values()) - 1) < 1e-6, f"{where}: splits add up to {sum(shares.values()):g} and must add up to 1")
+    _need(
+        abs(sum(shares.values()) - 1) < 1e-6, f"{where}: splits add up to {sum(shares.values()):g} and must add up to 1"
+    )
     for name in config.split_names():
         _need(name.replace("_", "").isalnum(), f"{where}: split '{name}': use letters, digits and _ in its name")
     labels: set[str] = set()
     for i, source in enumerate(config.sources):
         at = f"{where}: sources[{i}]"
-        _need(source.source not in labels, f"{at}: the label '{source.source}' was used before; give each source its own")
+        _need(
+            source.source not in labels, f"{at}: the label '{source.source}' was used before; give each source its own"
+        )
         labels.add(source.source)
         for key in source.columns:
             _need(key in FIELDS, f"{at}: columns.{key} is no field of a row; choose among {', '.join(FIELDS)}")

@@ -1,11 +1,12 @@
 """Duplicates among all rows, in memory that does not grow with them: flat files, sorted a slice at a time.
 
-Row numbers follow the order of the data. Of rows with equal words the first stays. Of rows that meet in a band of their
-MinHash signatures, one whose signature agrees with an earlier, kept row in at least `threshold` of its places goes.
+Row numbers follow the order of the data. Of rows with equal words the first stays. Rows that meet in a band of their MinHash
+signatures are compared by their shingles themselves, and one that is alike to an earlier, kept row by `threshold` goes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,13 +19,11 @@ import numpy as np
 
 from l2v.data.build.chunk import read_hashes
 from l2v.data.build.config import Build, Near
-from l2v.data.build.near import band_hashes, bands
+from l2v.data.build.near import bands, jaccard
 
 KEPT, EXACT, NEAR = 0, 1, 2
 SLICE = 1 << 20
 """Rows that are read, or sorted, at a time."""
-PAIRS = 1 << 12
-"""Signatures that are compared at a time."""
 ROUNDS = 32
 """How many rows of one bucket the others of it are compared with."""
 FATES = {EXACT: "duplicate", NEAR: "near-duplicate"}
@@ -55,29 +54,28 @@ class Rows:
 
 def gather(chunks: Sequence[Path], config: Build, folder: Path, tell: Callable[[int], None]) -> Rows:
     """Write the hashes of all chunks as flat files; the folder appears whole, by a rename."""
-    near = config.near
+    count = bands(config.near.threshold, config.near.permutations)[0] if config.near else 0
     if not folder.is_dir():
         temporary = folder.with_suffix(".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        count = bands(near.threshold, near.permutations)[0] if near else 0
-        names = ["exact", "split", *(["signature"] if near else []), *(f"band-{i:03d}" for i in range(count))]
-        files = {name: open(temporary / name, "wb") for name in names}
-        starts = [0]
-        try:
+        names = ["exact", "split", "shingles", "offsets", *(f"band-{i:03d}" for i in range(count))]
+        starts, offset = [0], 0
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context(open(temporary / name, "wb")) for name in names}
+            np.zeros(1, np.int64).tofile(files["offsets"])
             for chunk in chunks:
-                exact, split, signatures = read_hashes(chunk, near.permutations if near else None)
-                exact.tofile(files["exact"])
-                split.tofile(files["split"])
-                if near:
-                    signatures.tofile(files["signature"])
-                    for i, values in enumerate(band_hashes(signatures, near)):
-                        values.tofile(files[f"band-{i:03d}"])
-                starts.append(starts[-1] + len(exact))
+                hashes = read_hashes(chunk, count)
+                hashes.exact.tofile(files["exact"])
+                hashes.split.tofile(files["split"])
+                for i in range(count):
+                    hashes.bands[:, i].tofile(files[f"band-{i:03d}"])
+                ends = offset + np.cumsum([len(s) for s in hashes.shingles], dtype=np.int64)
+                ends.tofile(files["offsets"])
+                offset = int(ends[-1]) if len(ends) else offset
+                files["shingles"].write(b"".join(hashes.shingles))
+                starts.append(starts[-1] + len(hashes.exact))
                 tell(1)
-        finally:
-            for file in files.values():
-                file.close()
         np.save(temporary / "starts.npy", np.array(starts, np.int64))
         os.replace(temporary, folder)
     return Rows(folder, np.load(folder / "starts.npy"))
@@ -158,20 +156,27 @@ def _near(rows: Rows, fate: np.ndarray, name: str, near: Near, examples: list[li
             run, number, leader = run[later], number[later], leader[later]
             if not len(run):
                 break
-            alike = _similarity(rows, number, leader, near.permutations) >= near.threshold
+            alike = _similar(rows, number, leader, near.threshold)
             _drop(fate, NEAR, number[alike], leader[alike], examples)
             run, number = run[~alike], number[~alike]
 
 
-def _similarity(rows: Rows, one: np.ndarray, two: np.ndarray, permutations: int) -> np.ndarray:
-    """Estimated Jaccard similarity of pairs of rows: the share of places in which their signatures agree."""
-    out = np.empty(len(one))
-    for first in range(0, len(one), PAIRS):
-        # Mapped anew for every slice, so that pages that were looked at do not stay in this process.
-        table = np.memmap(rows.folder / "signature", np.uint32, "r", shape=(rows.count, permutations))
-        part = slice(first, first + PAIRS)
-        out[part] = (table[one[part]] == table[two[part]]).mean(axis=1)
-        del table
+def _similar(rows: Rows, one: np.ndarray, two: np.ndarray, threshold: float) -> np.ndarray:
+    """Whether the rows of each pair share `threshold` of their shingles: bool [pairs]."""
+    out = np.zeros(len(one), bool)
+    with open(rows.folder / "shingles", "rb") as shingles, open(rows.folder / "offsets", "rb") as offsets:
+
+        def of(row: int) -> np.ndarray:
+            begin, end = np.frombuffer(os.pread(offsets.fileno(), 16, 8 * row), np.int64).tolist()
+            return np.frombuffer(os.pread(shingles.fileno(), end - begin, begin), np.uint32)
+
+        last, known = -1, np.empty(0, np.uint32)
+        for i, (row, leader) in enumerate(zip(one.tolist(), two.tolist(), strict=True)):
+            if leader != last:
+                last, known = leader, of(leader)
+            own = of(row)
+            small, large = sorted((len(own), len(known)))
+            out[i] = small >= threshold * large and jaccard(own, known) >= threshold
     return out
 
 

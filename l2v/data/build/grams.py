@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import xxhash
 
-_STEP = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no position is lost modulo 2**64
+STEP = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no position is lost modulo 2**64
 
 
 @lru_cache(maxsize=1 << 16)
@@ -33,7 +33,7 @@ def gram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
         return np.empty(0, np.uint64)
     out = hashes[:count].copy()
     for i in range(1, n):
-        out *= _STEP
+        out *= STEP
         out += hashes[i : i + count]
     return mix(out)
 

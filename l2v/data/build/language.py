@@ -13,7 +13,28 @@ from functools import cached_property
 from l2v.data.build.config import Language
 from l2v.errors import UserError
 
-CODES = ("da", "no", "nn", "sv", "is", "fo", "fi", "en", "de", "nl", "fr", "es", "it", "pt", "pl", "lt", "lv", "et", "ru", "tr")
+CODES = (
+    "da",
+    "no",
+    "nn",
+    "sv",
+    "is",
+    "fo",
+    "fi",
+    "en",
+    "de",
+    "nl",
+    "fr",
+    "es",
+    "it",
+    "pt",
+    "pl",
+    "lt",
+    "lv",
+    "et",
+    "ru",
+    "tr",
+)
 """Languages that the filter may be asked for; `no` is Bokmål."""
 
 

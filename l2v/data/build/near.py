@@ -1,4 +1,4 @@
-"""MinHash signatures of rows, by datasketch (Broder 1997; bands: Leskovec, Rajaraman and Ullman 2014, section 3.4)."""
+"""Bands of MinHash signatures, by datasketch (Broder 1997; bands: Leskovec, Rajaraman and Ullman 2014, section 3.4)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 
 from l2v.data.build.config import Near
-from l2v.data.build.grams import gram_hashes, mix, word_hashes
+from l2v.data.build.grams import STEP, gram_hashes, mix, word_hashes
 from l2v.errors import UserError
 
 RECALL = 0.99
@@ -23,19 +23,34 @@ def _datasketch():
 
 
 class Signer:
-    """The signature of a list of words."""
+    """What near-duplicates are found by: bands of a MinHash signature, and the shingles that candidates are compared by."""
 
     def __init__(self, settings: Near) -> None:
         self.words = settings.words
+        self.count, self.width = bands(settings.threshold, settings.permutations)
         self.minhash = _datasketch().MinHash(num_perm=settings.permutations, seed=1, hashfunc=int, scheme="affine32")
 
-    def __call__(self, words: list[str]) -> np.ndarray:
-        """MinHash of the words' n-grams (of the whole text, if it is shorter): uint32 [permutations]."""
+    def __call__(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Words -> band hashes uint64 [bands]; n-grams (the whole text, if it is shorter) uint32 [shingles], ascending."""
         hashes = gram_hashes(word_hashes(words), min(self.words, max(1, len(words))))
+        shingles = np.unique((hashes >> np.uint64(32)).astype(np.uint32))
         self.minhash.clear()
-        if len(hashes):
-            self.minhash.update_batch((hashes >> np.uint64(32)).astype(np.uint32).tolist())
-        return self.minhash.hashvalues.astype(np.uint32)
+        if len(shingles):
+            self.minhash.update_batch(shingles.tolist())
+        values = self.minhash.hashvalues[: self.count * self.width].astype(np.uint64).reshape(self.count, self.width)
+        out = np.zeros(self.count, np.uint64)
+        for column in values.T:
+            out *= STEP
+            out += column + np.uint64(1)
+        return mix(out), shingles
+
+
+def jaccard(one: np.ndarray, two: np.ndarray) -> float:
+    """Shared shingles as a share of all; both ascending, without repeats."""
+    if not len(one) or not len(two):
+        return float(len(one) == len(two))
+    shared = len(np.intersect1d(one, two, assume_unique=True))
+    return shared / (len(one) + len(two) - shared)
 
 
 @cache
@@ -43,18 +58,6 @@ def bands(threshold: float, permutations: int) -> tuple[int, int]:
     """Bands and rows a band that suit a threshold: datasketch's optimum with missed pairs weighing `RECALL`."""
     lsh = _datasketch().MinHashLSH(threshold=threshold, num_perm=permutations, weights=(1 - RECALL, RECALL))
     return lsh.b, lsh.r
-
-
-def band_hashes(signatures: np.ndarray, settings: Near) -> np.ndarray:
-    """One hash a band: uint32 [rows, permutations] -> uint64 [bands, rows]."""
-    count, width = bands(settings.threshold, settings.permutations)
-    step = np.uint64(0x9E3779B97F4A7C15)
-    out = np.zeros((count, len(signatures)), np.uint64)
-    for band in range(count):
-        for i in range(width):
-            out[band] = out[band] * step + signatures[:, band * width + i].astype(np.uint64) + np.uint64(1)
-        out[band] = mix(out[band])
-    return out
 
 
 def found_share(similarity: float, settings: Near) -> float:

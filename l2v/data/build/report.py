@@ -145,7 +145,9 @@ def render(done: dict[str, Any]) -> str:
     parts.append(card.table(heads, rows) if rows else "Nothing.")
     if done["changed"]:
         parts.append("\n## Mended and kept\n")
-        parts.append(card.table(["what", "texts"], [[f"{w}: {CHANGES[w]}", f"{n:,}"] for w, n in done["changed"].items()]))
+        parts.append(
+            card.table(["what", "texts"], [[f"{w}: {CHANGES[w]}", f"{n:,}"] for w, n in done["changed"].items()])
+        )
     parts.append("\n## Filters\n")
     parts.append(card.filters(done))
     parts.append("\n## Examples\n")

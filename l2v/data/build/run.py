@@ -104,7 +104,9 @@ class Run:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UserError(f"{self.out}: another build is writing there; wait for it, or give another --out") from None
+                raise UserError(
+                    f"{self.out}: another build is writing there; wait for it, or give another --out"
+                ) from None
             yield
 
     def _finished(self) -> dict[str, Any] | None:
@@ -153,7 +155,10 @@ class Run:
                 if old is not None and len(old["stamps"]) > number and source.path.startswith("hub:"):
                     source = replace(source, revision=source.revision or old["config"]["sources"][number]["revision"])
                 source = resolve(source, folder)
-                files = [Reader(source, folder).stamp(), *(_stamp(p, folder) for p in (*source.packages, *source.english))]
+                files = [
+                    Reader(source, folder).stamp(),
+                    *(_stamp(p, folder) for p in (*source.packages, *source.english)),
+                ]
                 if None in files:
                     raise UserError(f"{source.path}: one of its `packages` or `english` files is not there")
                 stamps.append(files)
