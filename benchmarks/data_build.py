@@ -56,10 +56,10 @@ def memory(process: psutil.Process) -> tuple[int, int]:
     return sum(sizes), max(sizes)
 
 
-def build(config: Path, out: Path, workers: int, kills: list[float]) -> Watched:
+def build(config: Path, documents: int, out: Path, workers: int, kills: list[float]) -> Watched:
     """Build to the end; SIGKILL once for each share of `kills` of the chunks (1 and more: after the reading)."""
     watched, command = Watched(), [sys.executable, "-m", "l2v.cli", "data", "build", str(config), "--out", str(out)]
-    total = -(-sum(1 for _ in open(config.parent / "documents.jsonl", "rb")) // SETTINGS["chunk"])
+    total = -(-documents // SETTINGS["chunk"])
     for at in [*kills, None]:
         begun = time.monotonic()
         process = subprocess.Popen([*command, "--workers", str(workers)], stderr=subprocess.DEVNULL)
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
             if not folder.is_dir():
                 corpus.write(folder)
             out = Path(temporary) / f"out-{len(rows)}"
-            watched = build(corpus.config(folder, **SETTINGS), out, options.workers, kills)
+            watched = build(corpus.config(folder, **SETTINGS), documents, out, options.workers, kills)
             rows.append(row(name, corpus, watched, judge(corpus, out)))
             digests.append(digest(out))
             print(rows[-1], flush=True)

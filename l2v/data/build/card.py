@@ -12,8 +12,31 @@ from l2v.data.build.near import found_share
 from l2v.data.build.tally import RECORD_REASONS
 
 HUB_LICENCES = frozenset(
-    """apache-2.0 mit cc0-1.0 cc-by-2.0 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-4.0 cc-by-nc-sa-4.0 gfdl gpl
-    gpl-2.0 gpl-3.0 lgpl lgpl-3.0 bsd bsd-3-clause odc-by odbl unlicense unknown other""".split()
+    (
+        "apache-2.0",
+        "mit",
+        "cc0-1.0",
+        "cc-by-2.0",
+        "cc-by-3.0",
+        "cc-by-4.0",
+        "cc-by-sa-3.0",
+        "cc-by-sa-4.0",
+        "cc-by-nc-4.0",
+        "cc-by-nc-sa-4.0",
+        "gfdl",
+        "gpl",
+        "gpl-2.0",
+        "gpl-3.0",
+        "lgpl",
+        "lgpl-3.0",
+        "bsd",
+        "bsd-3-clause",
+        "odc-by",
+        "odbl",
+        "unlicense",
+        "unknown",
+        "other",
+    )
 )
 """Identifiers that the Hub knows, of those that text comes under."""
 TASKS = {

@@ -8,7 +8,7 @@ the size, and refuses ten times as many technical texts full of English names.
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cache
 
 from l2v.data.build.config import Language
 from l2v.errors import UserError
@@ -38,27 +38,26 @@ CODES = (
 """Languages that the filter may be asked for; `no` is Bokmål."""
 
 
+@cache
+def _identifier(codes: tuple[str, ...]):
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError:
+        raise UserError("the language filter needs py3langid: pip install 'l2v[data]', or set language: null") from None
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
+    identifier.set_languages(codes)
+    return identifier
+
+
 class Detector:
     """Names the language of a text, or None where it is too short to tell."""
 
     def __init__(self, settings: Language, also: set[str] = frozenset()) -> None:
         self.settings = settings
-        self.codes = sorted({*settings.keep, *settings.among, *also})
-
-    @cached_property
-    def _identifier(self):
-        try:
-            from py3langid.langid import MODEL_FILE, LanguageIdentifier
-        except ImportError:
-            raise UserError(
-                "the language filter needs py3langid: pip install 'l2v[data]', or set language: null"
-            ) from None
-        identifier = LanguageIdentifier.from_model_file(MODEL_FILE)
-        identifier.set_languages(self.codes)
-        return identifier
+        self.codes = tuple(sorted({*settings.keep, *settings.among, *also}))
 
     def of(self, text: str) -> str | None:
         """The code of the likeliest language; None for fewer than `short` characters."""
         if len(text) < self.settings.short:
             return None
-        return self._identifier.classify(text[: self.settings.characters])[0]
+        return _identifier(self.codes).classify(text[: self.settings.characters])[0]

@@ -7,6 +7,7 @@ columns. Nothing is held but the record in hand, so that a source may be larger 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import glob
 import gzip
@@ -59,11 +60,6 @@ def format_of(source: Input, file: Path) -> str:
     return SUFFIXES[name.suffix]
 
 
-def open_bytes(file: Path) -> BinaryIO:
-    """A file's bytes, decompressed."""
-    return OPENERS.get(file.suffix, open)(file, "rb")
-
-
 def resolve(source: Input, folder: str | None) -> Input:
     """The source with its format, or its Hub revision, looked up. Errors: UserError if it is not there."""
     if not source.path.startswith("hub:"):
@@ -114,7 +110,8 @@ class Reader:
                 return
 
     def _all(self) -> Iterator[Record]:
-        for self._at, file in enumerate(self.files):
+        for at, file in enumerate(self.files):
+            self._at = at
             how = format_of(self.source, file)
             shown = self.source.path if len(self.files) == 1 else file.name
             try:
@@ -122,10 +119,15 @@ class Reader:
             except BROKEN as error:
                 raise UserError(f"{shown}: cannot be read to its end: {error}") from None
 
-    def _open(self, file: Path) -> BinaryIO:
+    @contextlib.contextmanager
+    def _open(self, file: Path) -> Iterator[BinaryIO]:
         """Decompressed bytes, the raw file remembered for `progress`."""
-        self._raw = open(file, "rb")
-        return OPENERS[file.suffix](self._raw, "rb") if file.suffix in OPENERS else self._raw
+        with open(file, "rb") as self._raw:
+            if file.suffix in OPENERS:
+                with OPENERS[file.suffix](self._raw, "rb") as stream:
+                    yield stream
+            else:
+                yield self._raw
 
     def _lines(self, file: Path, shown: str) -> Iterator[tuple[int, bytes]]:
         with self._open(file) as stream:
@@ -135,7 +137,7 @@ class Reader:
                         raise UserError(f"{shown}: the file is UTF-16; convert it to UTF-8 first")
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
-                    yield number, line
+                    yield number, line.rstrip(b"\r\n")
 
     def _jsonl(self, file: Path, shown: str) -> Iterator[Record]:
         for number, line in self._lines(file, shown):

@@ -121,7 +121,7 @@ class Run:
         state = json.loads(json.dumps({"version": VERSION, "config": keys, "stamps": stamps, "held": held}))
         if told is not None and old == state and not any(s["error"] for s in told["sources"]):
             return told | {"already": True}
-        if told is not None and old is None or old is not None and not _same(old, state):
+        if (told is not None and old is None) or (old is not None and not _same(old, state)):
             raise UserError(
                 f"{self.out}: holds a build of other keys or other sources; --fresh builds anew, --out builds elsewhere"
             )
