@@ -15,8 +15,21 @@ from l2v.data.build.run import Run
 FILES = Path(__file__).with_name("build_files")
 WHO = ("hunden", "katten", "min nabo", "en gammel fisker", "den lille pige", "læreren", "vores postbud", "en træt kok")
 DOES = ("løber gennem", "drømmer om", "maler billeder af", "skriver breve om", "cykler forbi", "synger sange om")
-WHAT = ("skoven ved Silkeborg", "den røde låge", "havnen i Ærøskøbing", "byens bibliotek", "en stille å", "det gamle tårn")
-MORE = ("mens regnen siler ned", "før solen står op", "når klokken slår tolv", "selv om det er koldt", "uden at sige et ord")
+WHAT = (
+    "skoven ved Silkeborg",
+    "den røde låge",
+    "havnen i Ærøskøbing",
+    "byens bibliotek",
+    "en stille å",
+    "det gamle tårn",
+)
+MORE = (
+    "mens regnen siler ned",
+    "før solen står op",
+    "når klokken slår tolv",
+    "selv om det er koldt",
+    "uden at sige et ord",
+)
 
 
 def danish(number: int) -> str:

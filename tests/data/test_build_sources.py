@@ -130,7 +130,9 @@ def test_debian_titles_and_descriptions(debian):
 
 def test_debian_translations_and_documents(debian):
     keys = {"format": "debian", "packages": ["Packages.xz"]}
-    both = source("Translation-da.bz2", take="translation", english=["Translation-en.gz"], languages=["da", "en"], **keys)
+    both = source(
+        "Translation-da.bz2", take="translation", english=["Translation-en.gz"], languages=["da", "en"], **keys
+    )
     report = make(configure(debian, "pairs", [both]), debian / "pairs")
     (row,) = rows(debian / "pairs")
     assert row["query"] == "Vim er en ny udgave af det gamle program vi."
@@ -186,7 +188,9 @@ def test_mixed_encodings_are_read_mended_or_counted(tmp_path):
     write_lines(tmp_path / "a.jsonl", [{"text": text}, windows, garbled, broken])
     (tmp_path / "b.csv").write_bytes(b"id,text\n1," + (text + " Til sidst.").encode("windows-1252") + b"\n")
     report = make(configure(tmp_path, "documents", [source("a.jsonl"), source("b.csv")], near=None), tmp_path / "out")
-    assert [r["text"] for r in rows(tmp_path / "out")] == [text + end for end in ("", " Først.", " Dernæst.", " Til sidst.")]
+    assert [r["text"] for r in rows(tmp_path / "out")] == [
+        text + end for end in ("", " Først.", " Dernæst.", " Til sidst.")
+    ]
     assert report["dropped"] == {"encoding": 1} and report["changed"] == {"re-decoded": 2, "mojibake": 1}
     strict = make(
         configure(tmp_path, "documents", [source("a.jsonl", encoding="utf-8")], near=None), tmp_path / "strict"
@@ -214,7 +218,10 @@ def test_without_a_network_the_other_sources_are_built_and_one_sentence_says_so(
     held = {"sources": [{"path": "hub:nobody/eval"}, {"path": "a.jsonl", "columns": ["intet"]}]}
     report = make(configure(tmp_path, "documents", sources, decontaminate=held), tmp_path / "out")
     (first, second) = report["sources"]
-    assert first["error"].startswith("hub:nobody/nothing: the Hub data set cannot be loaded: ") and "\n" not in first["error"]
+    assert (
+        first["error"].startswith("hub:nobody/nothing: the Hub data set cannot be loaded: ")
+        and "\n" not in first["error"]
+    )
     assert second["kept"] == {"train": 1}
     assert report["evaluation_sets"][0]["error"].startswith("hub:nobody/eval: the Hub data set cannot be loaded: ")
     assert "the field 'intet' is absent" in report["evaluation_sets"][1]["error"]

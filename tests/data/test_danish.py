@@ -20,7 +20,7 @@ CASES = [
     ["Kommer du?", "Ja!", "Godt."],
     ["Hun spurgte: »Kommer du?«", "Ingen svarede."],
     ["»Kommer du?« spurgte hun.", "Ingen svarede."],
-    ["Han sagde: \"Nu går vi.\"", "Så gik de."],
+    ['Han sagde: "Nu går vi."', "Så gik de."],
     ["Byen har 12.500 indbyggere.", "Den ligger ved en å."],
     ["Se s. 12 og fig. 3.", "Tabellen står bagerst."],
     ["Prof. Hansen og hr. Olsen mødtes.", "De var uenige."],

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from l2v.data.build import clean
 from l2v.data.build.config import Build
-from l2v.data.build.grams import text_hash
+from l2v.data.build.grams import text_hash, word_hashes
 from l2v.data.build.language import Detector
 from l2v.data.build.leaks import Leaks
 from l2v.data.build.near import Signer
@@ -85,17 +85,17 @@ class Worker:
         exact, splits, bands, shingles = [], [], [], []
         for offset, (where, payload) in enumerate(chunk.records):
             for row in parser.rows(chunk.first + offset, where, payload, tally):
-                words = self._words(row)
-                if why := self._refused(row, words, parser):
+                words = [clean.words(text) for text in self._texts(row)]
+                hashes = [word_hashes(part) for part in words]
+                if why := self._refused(row, words, hashes, parser):
                     tally.drop(why, row["id"], " → ".join(self._texts(row)) or where)
                     continue
                 for name, values in columns.items():
                     values.append(row[name])
-                flat = [word for part in words for word in part]
-                exact.append(text_hash(" ".join(flat)))
+                exact.append(text_hash(" ".join(word for part in words for word in part)))
                 splits.append(self.numbers[self._split(row, parser)])
                 if self.signer:
-                    own = self.signer(flat)
+                    own = self.signer(np.concatenate(hashes))
                     bands.append(own[0].tobytes())
                     shingles.append(own[1].tobytes())
         table = pa.table(columns, schema=self.schema)
@@ -114,10 +114,7 @@ class Worker:
     def _texts(self, row: Row) -> list[str]:
         return [row["query"], row["positive"]] if self.pairs else [row["text"]]
 
-    def _words(self, row: Row) -> list[list[str]]:
-        return [clean.words(text) for text in self._texts(row)]
-
-    def _refused(self, row: Row, words: list[list[str]], parser: Parser) -> str | None:
+    def _refused(self, row: Row, words: list[list[str]], hashes: list[np.ndarray], parser: Parser) -> str | None:
         """Why a row is dropped, in the order of `tally.REASONS`; its language is written into it."""
         length = self.config.length
         if self.pairs:
@@ -137,7 +134,9 @@ class Worker:
             if count > most:
                 return "too long"
         if parser.source.into in (None, "train"):  # a split that a source was made for is not held against itself
-            kinds = {self.leaks.kind(part) for part in [*words, *(clean.words(n) for n in row.get("negatives", ()))]}
+            for negative in row.get("negatives", ()):
+                words, hashes = [*words, clean.words(negative)], [*hashes, word_hashes(clean.words(negative))]
+            kinds = {self.leaks.kind(*part) for part in zip(words, hashes, strict=True)}
             for kind in ("exact", "n-gram"):
                 if kind in kinds:
                     return f"leak, {kind}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from l2v.data.build.tally import EXAMPLES
 from l2v.errors import RecipeError
 from l2v.recipe_io import Node, build, find_shipped, parse_override, read_tree, shipped_folder
 
@@ -134,6 +135,7 @@ class Build:
     near: Near | None = field(default_factory=Near)
     decontaminate: Decontaminate = field(default_factory=Decontaminate)
     splits: dict[str, float] = field(default_factory=lambda: {"train": 1.0})
+    examples: int = 3
     chunk: int = 1000
     shard: int = 100_000
 
@@ -227,6 +229,7 @@ def check(config: Build, where: str) -> Build:
     for key, (least, most) in vars(config.length).items():
         _need(0 <= least <= most, f"{where}: length.{key} is [{least}, {most}]; give least and most words")
     _need(1 <= config.sentences.least <= config.sentences.most, f"{where}: sentences: least must be 1 up to most")
+    _need(0 <= config.examples <= EXAMPLES, f"{where}: examples is {config.examples}; use 0 to {EXAMPLES}")
     _need(config.chunk >= 1 and config.shard >= 1, f"{where}: chunk and shard must be at least 1")
     if near := config.near:
         _need(0 < near.threshold <= 1, f"{where}: near.threshold is {near.threshold:g}; use 0 to 1")

@@ -32,13 +32,12 @@ class Leaks:
         self.exact = _mapped(folder / "exact.npy")
         self.grams = {int(p.stem.split("-")[1]): _mapped(p) for p in sorted(folder.glob("grams-*.npy"))}
 
-    def kind(self, words: list[str]) -> str | None:
-        """`exact` or `n-gram` if a text of these words is a leak, else None."""
+    def kind(self, words: list[str], hashes: np.ndarray) -> str | None:
+        """`exact` or `n-gram` if a text of these words, with their `word_hashes`, is a leak, else None."""
         if not words or not len(self.exact):
             return None
         if _holds(self.exact, np.array([text_hash(" ".join(words))], np.uint64)):
             return "exact"
-        hashes = word_hashes(words)
         for length, known in self.grams.items():
             if _holds(known, gram_hashes(hashes, length)):
                 return "n-gram" if length == self.ngram else "exact"

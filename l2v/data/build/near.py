@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 
 from l2v.data.build.config import Near
-from l2v.data.build.grams import STEP, gram_hashes, mix, word_hashes
+from l2v.data.build.grams import STEP, gram_hashes, mix
 from l2v.errors import UserError
 
 RECALL = 0.99
@@ -30,9 +30,12 @@ class Signer:
         self.count, self.width = bands(settings.threshold, settings.permutations)
         self.minhash = _datasketch().MinHash(num_perm=settings.permutations, seed=1, hashfunc=int, scheme="affine32")
 
-    def __call__(self, words: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Words -> band hashes uint64 [bands]; n-grams (the whole text, if it is shorter) uint32 [shingles], ascending."""
-        hashes = gram_hashes(word_hashes(words), min(self.words, max(1, len(words))))
+    def __call__(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Word hashes uint64 [words] -> band hashes uint64 [bands], and shingles uint32 [shingles], ascending.
+
+        A shingle is a run of `words` words; of a shorter text, the whole of it.
+        """
+        hashes = gram_hashes(words, min(self.words, max(1, len(words))))
         shingles = np.unique((hashes >> np.uint64(32)).astype(np.uint32))
         self.minhash.clear()
         if len(shingles):

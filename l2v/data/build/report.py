@@ -52,6 +52,7 @@ def make(found: Found) -> dict[str, Any]:
     for source, tally in zip(config.sources, tallies, strict=True):
         if not tally.adds_up:
             raise RuntimeError(f"{source.source}: the counts of a build do not add up: {tally}")
+        tally.examples = {what: told[: config.examples] for what, told in tally.examples.items() if config.examples}
     settings = to_dict(config)
     for key in ("folder", "out", "sources"):
         settings.pop(key)
@@ -150,7 +151,8 @@ def render(done: dict[str, Any]) -> str:
         )
     parts.append("\n## Filters\n")
     parts.append(card.filters(done))
-    parts.append("\n## Examples\n")
+    if any(s["examples"] for s in done["sources"]):
+        parts.append("\n## Examples\n")
     for reason in [*REASONS, *CHANGES]:
         found = [(s["label"], *e) for s in done["sources"] for e in s["examples"].get(reason, ())]
         if found:
