@@ -25,9 +25,9 @@ QUICK = {"chunk": 50, "language": None}
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """2,500 documents with planted copies, near copies and leaks, and their configuration."""
+    """1,500 documents with planted copies, near copies and leaks, and their configuration."""
     folder = tmp_path_factory.mktemp("corpus")
-    made = Corpus(2500)
+    made = Corpus(1500)
     made.write(folder)
     return made, made.config(folder, **QUICK, shard=700)
 
@@ -42,8 +42,8 @@ def built(corpus, tmp_path_factory):
 def test_every_planted_leak_and_copy_is_found_and_nothing_else_is_lost(corpus, built):
     report, out = built
     verdict = judge(corpus[0], out)
-    assert verdict.planted["leak"] == 10 and verdict.left["leak"] == 0
-    assert verdict.planted["copy"] > 90 and verdict.left["copy"] == 0
+    assert verdict.planted["leak"] == 6 and verdict.left["leak"] == 0
+    assert verdict.planted["copy"] > 50 and verdict.left["copy"] == 0
     assert verdict.left["own"] >= verdict.planted["own"] - report["dropped"]["near-duplicate"] and not verdict.twice
 
 
@@ -61,13 +61,13 @@ def test_bands_meet_as_often_as_the_formula_says():
     assert len(shingles) == 58 and near.jaccard(shingles, more) == 57 / 59 and (bands == other).any()
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_number_of_workers_changes_no_byte(corpus, built, tmp_path, workers):
     make(corpus[1], tmp_path / "out", workers)
     assert files(tmp_path / "out") == files(built[1])
 
 
-@pytest.mark.parametrize("chunk", [7, 2500])
+@pytest.mark.parametrize("chunk", [pytest.param(7, marks=pytest.mark.slow), 1500])
 def test_the_size_of_a_chunk_changes_no_row(corpus, built, tmp_path, chunk):
     make(corpus[1], tmp_path / "out", overrides=(f"chunk={chunk}",))
     assert rows(tmp_path / "out") == rows(built[1])
@@ -247,7 +247,7 @@ def test_lengths_and_languages(tmp_path):
 def test_counts_add_up_and_the_report_shows_examples(built):
     report, out = built
     (only,) = report["sources"]
-    assert report["records"] == 2500 == sum(report["dropped"].values()) + sum(report["splits"].values())
+    assert report["records"] == 1500 == sum(report["dropped"].values()) + sum(report["splits"].values())
     text = (out / "report.md").read_text(encoding="utf-8")
     for reason in ("leak, n-gram", "duplicate", "near-duplicate"):
         assert f"### {reason}" in text and 1 <= len(only["examples"][reason]) <= 3

@@ -100,6 +100,15 @@ def test_a_mistake_on_the_command_line(arguments, says, capsys, tmp_path, monkey
     assert says in error and "Traceback" not in error and not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "a").write_text("en fil")
+    write_lines(tmp_path / "a.jsonl", [{"text": danish(0)}])
+    config = configure(tmp_path, "documents", [source("a.jsonl")])
+    assert cli.main(["data", "build", str(config), "--out", str(tmp_path / "a" / "b")]) == 1
+    error = capsys.readouterr().err
+    assert "a/b: cannot be read or written: Not a directory; mend that" in error and "Traceback" not in error
+
+
 def test_the_command_builds_into_data_and_says_what_it_could_not_read(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "a.jsonl", [{"text": danish(i)} for i in range(5)])

@@ -12,7 +12,7 @@ from pathlib import Path
 from l2v.data.build import report
 from l2v.data.build.config import config_folder, load_config
 from l2v.data.build.run import Run
-from l2v.errors import RecipeError
+from l2v.errors import RecipeError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(args.config, args.overrides)
     out = Path(args.out or config.out or f"data/{config.name}").expanduser()
     begun = time.monotonic()
-    done = Run(config, out, args.workers or len(os.sched_getaffinity(0))).build(fresh=args.fresh)
+    try:
+        done = Run(config, out, args.workers or len(os.sched_getaffinity(0))).build(fresh=args.fresh)
+    except OSError as error:  # what a source raises when it is read is told by its reader
+        said = error.strerror or str(error).splitlines()[0]
+        raise UserError(
+            f"{error.filename or out}: cannot be read or written: {said}; mend that and start the same command again"
+        ) from None
     if done.get("already"):
         print(f"{out} is built already; --fresh builds it anew")
     print(report.summary(done))
