@@ -57,6 +57,8 @@ _BREAK = re.compile(
 _WORD_BEFORE = re.compile(r"(\S+)$")
 _NEXT_WORD = re.compile(r"[\w.]+")
 _NUMBER = re.compile(r"^\(?\d{1,3}$")
+REACH = 80
+"""Characters before a full stop that are looked at, so that a line of any length takes time in proportion."""
 _STRIP = "\"'“”„»«([{–—-"
 
 
@@ -84,7 +86,9 @@ def _ends(line: str, match: re.Match[str]) -> bool:
         return True
     if first.isdigit() and match["close"]:
         return True
-    before = _WORD_BEFORE.search(line[: match.start("mark")])
+    end = match.start("mark")
+    near = line[max(0, end - REACH) : end]
+    before = _WORD_BEFORE.search(near)
     if before is None:
         return True
     word = before.group(1).lstrip(_STRIP)
@@ -95,7 +99,7 @@ def _ends(line: str, match: re.Match[str]) -> bool:
         return True
     if token in NEVER_LAST and (len(word) > 1 or word.islower()):
         return False
-    earlier = _WORD_BEFORE.search(line[: before.start()].rstrip())
+    earlier = _WORD_BEFORE.search(near[: before.start()].rstrip())
     previous = earlier.group(1).lstrip(_STRIP) if earlier else ""
     if token in WORDS_TOO or _degree(word, previous):
         return last in STARTERS

@@ -81,3 +81,7 @@ def test_no_word_is_lost_or_added():
 @pytest.mark.parametrize("text", ["", "  ", "\n\n", "."])
 def test_what_holds_no_sentence(text):
     assert sentences(text) == ([text] if text.strip() else [])
+
+
+def test_a_long_line_takes_time_in_proportion():
+    assert len(sentences("Hun bor i Aarhus, f.eks. Viby. " * 20_000)) == 20_000

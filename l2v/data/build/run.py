@@ -46,8 +46,11 @@ class Run:
         Errors: UserError if nothing could be built, or if `out` holds something else. A source that cannot be read to its
         end is told in the report, and the others are built.
         """
-        self._claim(fresh)
+        self._claim()
         with self._locked():
+            if fresh:
+                self._clear()
+                self._unlink_results()
             if done := self._finished():
                 return done
             (self.work / "chunks").mkdir(exist_ok=True)
@@ -75,23 +78,23 @@ class Run:
             done = report.make(found)
             report.write(done, self.config, self.out)
             if not self.errors:
-                for name in ("chunks", "rows", "leaks"):
-                    shutil.rmtree(self.work / name, ignore_errors=True)
-                for mark in self.work.glob("s*.done.json"):
-                    mark.unlink()
+                self._clear(but=("state.json",))
             return done
 
     # what is there
 
-    def _claim(self, fresh: bool) -> None:
+    def _claim(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         ours = (self.out / "report.json").is_file() or self.work.is_dir()
         if not ours and any(self.out.iterdir()):
             raise UserError(f"{self.out}: the folder is not empty and holds no build; give another --out")
-        if fresh:
-            shutil.rmtree(self.work, ignore_errors=True)
-            self._unlink_results()
         self.work.mkdir(exist_ok=True)
+
+    def _clear(self, but: tuple[str, ...] = ()) -> None:
+        """Empty the work folder, save the lock that is held."""
+        for path in self.work.iterdir():
+            if path.name not in ("lock", *but):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _unlink_results(self) -> None:
         for pattern in ("*-?????-of-?????.parquet", "report.json", "report.md", "README.md"):
@@ -120,6 +123,7 @@ class Run:
         held = [_stamp(held.path, self.config.folder) for held in self.config.decontaminate.sources]
         state = json.loads(json.dumps({"version": VERSION, "config": keys, "stamps": stamps, "held": held}))
         if told is not None and old == state and not any(s["error"] for s in told["sources"]):
+            self._clear(but=("state.json",))  # what a kill after the last file left
             return told | {"already": True}
         if (told is not None and old is None) or (old is not None and not _same(old, state)):
             raise UserError(
