@@ -25,23 +25,33 @@ class Node:
     where: str
 
 
-def recipe_folder() -> Path:
-    """The recipes that come with l2v: inside an installed package, or in launch/ of a checkout."""
+def shipped_folder(part: str) -> Path:
+    """What comes with l2v in launch/`part`: inside an installed package, or in a checkout."""
     here = Path(__file__).resolve().parent
-    installed = here / "launch" / "recipes"
-    return installed if installed.is_dir() else here.parent / "launch" / "recipes"
+    installed = here / "launch" / part
+    return installed if installed.is_dir() else here.parent / "launch" / part
+
+
+def recipe_folder() -> Path:
+    """The recipes that come with l2v."""
+    return shipped_folder("recipes")
 
 
 def find_recipe(name: str) -> Path:
     """A path as given, or the name of a recipe that comes with l2v."""
+    return find_shipped(name, recipe_folder(), "recipe")
+
+
+def find_shipped(name: str, folder: Path, what: str) -> Path:
+    """A YAML file as given, or one of `folder` by its name; `what` it is called in the message."""
     path = Path(name)
     if path.is_file():
         return path
-    shipped = recipe_folder() / f"{Path(name).stem if name.endswith('.yaml') else name}.yaml"
+    shipped = folder / f"{Path(name).stem if name.endswith('.yaml') else name}.yaml"
     if path.suffix != ".yaml" and shipped.is_file():
         return shipped
-    known = sorted(p.stem for p in recipe_folder().glob("*.yaml"))
-    raise RecipeError(f"there is no recipe '{name}': give a YAML file or one of {', '.join(known)}")
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    raise RecipeError(f"there is no {what} '{name}': give a YAML file or one of {', '.join(known)}")
 
 
 def load_recipe(name: str, overrides: typing.Sequence[str] = (), stage: str | None = None) -> Recipe:
@@ -51,7 +61,7 @@ def load_recipe(name: str, overrides: typing.Sequence[str] = (), stage: str | No
     of a stage, below that stage; and if `stage` is given, else below that one.
     """
     path = find_recipe(name)
-    tree = _read(path)
+    tree = read_tree(path)
     known = _stage_names(tree)
     if stage is not None and stage not in known:
         raise RecipeError(f"{path}: there is no stage '{stage}'{_nearest(stage, known)}")
@@ -84,7 +94,8 @@ def _plain(value: Any, where: str) -> Node:
     return Node(value, where)
 
 
-def _read(path: Path) -> Node:
+def read_tree(path: Path) -> Node:
+    """The YAML file as nodes that know their lines; nothing but plain scalars, lists and mappings is made."""
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -121,16 +132,22 @@ def _read(path: Path) -> Node:
     return walk(root)
 
 
-def _override(tree: Node, text: str, stage: str | None) -> None:
+def parse_override(text: str, example: str) -> tuple[list[str], Node]:
+    """`dotted.key=value`, the value read as YAML -> the parts of the key, and the value; `example` is for the message."""
     key, equals, raw = text.partition("=")
     where = f"command line '{text}'"
     if not equals or not key.strip():
-        raise RecipeError(f"{where}: an override reads key=value, for example stages.mntp.steps=100")
+        raise RecipeError(f"{where}: an override reads key=value, for example {example}")
     try:
         value = yaml.safe_load(raw) if raw else None
     except yaml.YAMLError:
         value = raw
-    parts = key.strip().split(".")
+    return key.strip().split("."), _plain(value, where)
+
+
+def _override(tree: Node, text: str, stage: str | None) -> None:
+    parts, new = parse_override(text, "stages.mntp.steps=100")
+    where = new.where
     stages = _stage_names(tree)
     if parts[0] not in _names(Recipe):
         if parts[0] in stages:
@@ -149,9 +166,8 @@ def _override(tree: Node, text: str, stage: str | None) -> None:
         at = at.value.setdefault(part, Node({}, where))
     if not isinstance(at.value, dict):
         at.value = {"model": Node(at.value, at.where)} if parts[0] == "base" else {}
-    new = _plain(value, where)
     old = at.value.get(parts[-1])
-    if parts == ["base"] and old is not None and isinstance(old.value, dict) and not isinstance(value, dict):
+    if parts == ["base"] and old is not None and isinstance(old.value, dict) and not isinstance(new.value, dict):
         old.value["model"] = new
     else:
         at.value[parts[-1]] = new
@@ -180,7 +196,7 @@ def _build_recipe(tree: Node) -> Recipe:
         tree.value["base"] = Node({"model": base}, base.where)
     stages = tree.value.pop("stages", Node({}, tree.where))
     tree.value["stages"] = Node({}, stages.where)
-    recipe = _build(Recipe, tree, "")
+    recipe = build(Recipe, tree, "")
     if not isinstance(stages.value, dict):
         raise RecipeError(f"{stages.where}: stages is a mapping of stage names; found {_kind(stages.value)}")
     shared_lora = to_dict(recipe.lora)
@@ -204,12 +220,13 @@ def _build_stage(name: str, node: Node, shared_lora: dict[str, Any]) -> Stage:
     if isinstance(own.value, dict):
         merged = {key: _plain(value, own.where) for key, value in shared_lora.items()} | own.value
         node.value["lora"] = Node(merged, own.where)
-    return _build(OBJECTIVES[objective.value], node, path)
+    return build(OBJECTIVES[objective.value], node, path)
 
 
-def _build(cls: type, node: Node, path: str) -> Any:
+def build(cls: type, node: Node, path: str) -> Any:
+    """A dataclass from a mapping, its fields converted by their type hints; `path` is its dotted name in messages."""
     if not isinstance(node.value, dict):
-        raise RecipeError(f"{node.where}: {path or 'the recipe'} is a mapping of keys; found {_kind(node.value)}")
+        raise RecipeError(f"{node.where}: {path or 'the file'} is a mapping of keys; found {_kind(node.value)}")
     hints = typing.get_type_hints(cls)
     fields = {f.name.rstrip("_"): f for f in dataclasses.fields(cls)}
     for key, child in node.value.items():
@@ -255,7 +272,7 @@ def _convert(hint: Any, node: Node, path: str) -> Any:
     if hint is Source and isinstance(value, str):
         return Source(path=value)
     if dataclasses.is_dataclass(hint):
-        return _build(hint, node, path)
+        return build(hint, node, path)
     return _scalar(hint, node, path)
 
 

@@ -13,7 +13,7 @@ MAY = {
     "batch": set(),
     "files": set(),
     "launcher": {"machine"},
-    "data": {"errors", "recipe", "batch", "kernels"},
+    "data": {"errors", "recipe", "recipe_io", "batch", "kernels"},
     "objectives": {"batch", "kernels"},
     "model": {"errors", "recipe", "batch", "kernels", "data"},
     "machine": {"errors", "model"},

@@ -16,7 +16,7 @@ from typing import Any
 
 from l2v.data import check_rules as rules
 from l2v.data.sample import Passage, Question
-from l2v.data.sources import parse
+from l2v.data.text import parse
 from l2v.errors import UserError
 
 SHIPPED = Path(__file__).with_name("sample_da")

@@ -1,4 +1,4 @@
-"""Where rows come from: JSONL, Parquet, text files, Hub data sets and the sample that ships with l2v.
+"""Where rows come from: JSONL, Parquet, text files (or a glob, or a folder of Parquet), Hub data sets and the shipped sample.
 
 Everything becomes a memory-mapped `datasets.Dataset` of one of three kinds: documents and sentences (`text`), or pairs
 (`query`, `positive`, `negatives`, `instruction`, `document_instruction`).
@@ -6,17 +6,18 @@ Everything becomes a memory-mapped `datasets.Dataset` of one of three kinds: doc
 
 from __future__ import annotations
 
+import glob
 import gzip
-import json
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 
 from l2v.data import sample
-from l2v.data.text import sentences
+from l2v.data.text import parse, sentences
 from l2v.errors import UserError
 from l2v.recipe import Source
 
@@ -36,11 +37,31 @@ TEXTS = datasets.Features({"text": datasets.Value("string")})
 
 def open_rows(sources: list[Source], kind: Kind) -> datasets.Dataset:
     """All rows of all sources, in order, validated; memory-mapped, so their size does not matter."""
-    parts = [_open(source, kind) for source in sources]
+    parts = [_open(part, kind) for source in sources for part in _expand(source)]
     rows = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     if len(rows) == 0:
         raise UserError(f"{', '.join(s.path for s in sources)}: the data set is empty; it needs at least one row")
     return rows
+
+
+def _expand(source: Source) -> list[Source]:
+    """A source for each file of a glob, or of a folder of Parquet files; any other as it is."""
+    if ":" in source.path.partition("/")[0]:
+        return [source]
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        found = sorted(path.glob("*.parquet"))
+        if not found:
+            raise UserError(f"{source.path}: the folder holds no .parquet file")
+    elif path.is_file() or not any(c in source.path for c in "*?["):
+        return [source]
+    else:
+        found = sorted(Path(p) for p in glob.glob(str(path)))
+        if not found:
+            raise UserError(f"{source.path}: no file has such a name")
+    if source.limit and len(found) > 1:
+        raise UserError(f"{source.path}: these are {len(found)} files; limit goes with one of them")
+    return [replace(source, path=str(file)) for file in found]
 
 
 def _open(source: Source, kind: Kind) -> datasets.Dataset:
@@ -104,19 +125,6 @@ def _read_lines(path: str, shown: str, source: dict[str, Any], kind: Kind, stamp
                 yield from normalise({"text": line.strip()} if plain else parse(line, where), source, kind, where)
     except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{shown}: not readable as UTF-8 text: {error}") from None
-
-
-def parse(line: str, where: str) -> dict[str, Any]:
-    """One JSON object, or an error that names its line."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: malformed JSON ({error.msg} at column {error.colno}); each line is one object"
-        ) from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: each line is one JSON object; found {type(row).__name__}")
-    return row
 
 
 def normalise(row: dict[str, Any], source: dict[str, Any], kind: Kind, where: str) -> list[dict[str, Any]]:

@@ -222,8 +222,8 @@ def test_a_missing_file(tmp_path, name):
     assert "there is no such file; give a file, hub:NAME or sample:da/train" in refused(tmp_path / name)
 
 
-def test_a_folder_is_no_file(tmp_path):
-    assert "there is no such file" in refused(tmp_path)
+def test_an_empty_folder_is_no_source(tmp_path):
+    assert "the folder holds no .parquet file" in refused(tmp_path)
 
 
 def test_an_unknown_suffix(write):

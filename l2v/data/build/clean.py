@@ -1,0 +1,53 @@
+"""Bytes to clean text: encodings, mojibake, Unicode form, control characters."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_MOJIBAKE = re.compile(r"Ã[\u0080-\u00bf¦¸¥†˜…™©‰¶¼„–œ ]|â€[\u0080-\u00bf™œ“”¦]|Â[\u00a0-\u00bf]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u2060\ufeff\ufffe\uffff]|\u00ad")
+_SPACE = re.compile(r"[^\S\n]+")
+
+
+def decode(data: bytes, encoding: str) -> tuple[str, bool]:
+    """Text of bytes, and whether they were Windows-1252 where UTF-8 was looked for. Errors: UnicodeDecodeError.
+
+    `auto` reads what is not UTF-8 as Windows-1252, the other encoding that Danish text is found in.
+    """
+    if encoding != "auto":
+        return data.decode(encoding), False
+    try:
+        return data.decode("utf-8"), False
+    except UnicodeDecodeError:
+        return data.decode("windows-1252"), True
+
+
+def mojibake(text: str) -> tuple[str, bool]:
+    """UTF-8 that was once read as Windows-1252 ("blÃ¥bÃ¦r"), read rightly; and whether it was."""
+    if not _MOJIBAKE.search(text):
+        return text, False
+    try:
+        return text.encode("windows-1252").decode("utf-8"), True
+    except UnicodeError:
+        return text, False  # a mixture, or a text about encodings: it stays as it is
+
+
+def normal(text: str) -> str:
+    """NFC, one kind of space, no control characters, no soft hyphens; lines stay lines."""
+    text = _CONTROL.sub("", unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")))
+    lines = (_SPACE.sub(" ", line).strip() for line in text.split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
+def key(text: str) -> str:
+    """What two equal texts have in common: words in lower case, compatibility forms unified, no punctuation."""
+    return " ".join(words(text))
+
+
+_WORD = re.compile(r"\w+")
+
+
+def words(text: str) -> list[str]:
+    """Words of a text as duplicates and leaks are looked for: lower case, without punctuation."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
