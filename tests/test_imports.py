@@ -8,12 +8,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MAY = {
     "errors": set(),
-    "recipe": {"errors"},
+    "prompts": {"errors"},
+    "source": {"errors", "prompts"},
+    "recipe": {"errors", "source"},
     "recipe_io": {"errors", "recipe"},
     "batch": set(),
     "files": set(),
     "launcher": {"machine"},
-    "data": {"errors", "recipe", "batch", "kernels"},
+    "data": {"errors", "source", "recipe", "batch", "kernels"},
     "objectives": {"batch", "kernels"},
     "model": {"errors", "recipe", "batch", "kernels", "data"},
     "machine": {"errors", "model"},
