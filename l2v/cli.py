@@ -20,7 +20,7 @@ COMMANDS = {
     "quickstart": ("l2v.quickstart", "the whole recipe on the embedded model and Danish sample"),
     "search": ("l2v.search", "semantic search with a trained encoder"),
     "bench": ("l2v.bench_cli", "microbenchmarks of the kernels (in a checkout)"),
-    "data": ("l2v.data_cli", "check a data set"),
+    "data": ("l2v.data_cli", "check a data set, mine hard negatives, make queries"),
     "export": ("l2v.export_cli", "write a merged encoder for transformers and sentence-transformers"),
     "recipes": ("l2v.recipes_cli", "list the recipes that come with l2v, or print one"),
 }

@@ -1,13 +1,13 @@
-"""`l2v data check [FOLDER]`."""
+"""`l2v data TOOL ...`: check a data set, mine hard negatives, make queries."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
-from l2v.data import check
 from l2v.errors import RecipeError
 
-TOOLS = {"check": check.main}
+TOOLS = {"check": "l2v.data.check", "mine": "l2v.mining.mine", "synthesize": "l2v.synthesis.synthesize"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,4 +15,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(argv or ())
     if not argv or argv[0] not in TOOLS:
         raise RecipeError(f"l2v data needs one of: {', '.join(TOOLS)}; for example: l2v data check FOLDER")
-    return TOOLS[argv[0]](argv[1:])
+    return importlib.import_module(TOOLS[argv[0]]).main(argv[1:])

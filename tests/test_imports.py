@@ -44,7 +44,9 @@ MAY = {
     "quickstart": {"errors", "recipe", "recipe_io", "data", "model", "encoder", "evaluation", "machine"},
     "export_cli": {"encoder"},
     "recipes_cli": {"recipe_io"},
-    "data_cli": {"errors", "data"},
+    "mining": {"errors", "source", "data", "encoder"},
+    "synthesis": {"errors", "batch", "source", "data", "encoder", "mining"},
+    "data_cli": {"errors"},
     "bench_cli": {"errors"},
     "cli": {"errors", "package"},
 }
