@@ -45,7 +45,7 @@ MAY = {
     "export_cli": {"encoder"},
     "recipes_cli": {"recipe_io"},
     "mining": {"errors", "source", "data", "encoder"},
-    "synthesis": {"errors", "batch", "source", "data", "encoder", "mining"},
+    "synthesis": {"errors", "batch", "prompts", "data", "model", "encoder", "mining"},
     "data_cli": {"errors"},
     "bench_cli": {"errors"},
     "cli": {"errors", "package"},

@@ -87,10 +87,11 @@ class Bm25:
         self.words.index(self.tokens(texts), show_progress=False)
 
     def tokens(self, texts: Sequence[str]) -> list[list[str]]:
-        """Stems of each text. No stop words: the weights of BM25 see to them."""
+        """Stems of each text. No stop words: the weights of BM25 see to them; words of one letter (å, ø, 7) count."""
         return self._library.tokenize(
-            list(texts), stopwords=[], stemmer=self._stemmer, return_ids=False, show_progress=False
-        )
+            list(texts), token_pattern=r"(?u)\b\w+\b", stopwords=[], stemmer=self._stemmer, return_ids=False,
+            show_progress=False,
+        )  # fmt: skip
 
     def search(self, queries: Sequence[str], depth: int) -> tuple[np.ndarray, np.ndarray]:
         """As `Exact.search`, with BM25's scores; -1 where no further document shares a word with the query."""
