@@ -1,5 +1,6 @@
 """`l2v data mine`: who is found, who is dropped, what is written; killed and gone on with; bad input."""
 
+import functools
 import json
 import math
 import re
@@ -65,8 +66,13 @@ def mined(base, tmp_path, write_jsonl, pairs, capsys):
     return run
 
 
+@functools.cache
+def load(base: Path) -> Encoder:
+    return Encoder.from_pretrained(base)
+
+
 def cosines(base: Path, query: str, texts: list[str]) -> np.ndarray:
-    encoder = Encoder.from_pretrained(base)
+    encoder = load(base)
     return encoder.encode(texts) @ encoder.encode(query)
 
 
@@ -218,24 +224,27 @@ def test_the_rule():
     assert plain("  Å\n b") == "å b"
 
 
-def test_a_cross_encoder_judges(mined, monkeypatch, pairs):
-    """By words in common, as a stand-in: its scores decide who is too close, and the order."""
+def test_a_cross_encoder_judges(mined, base, tmp_path, tiny_config, pairs):
+    """Its scores decide who is too close, and the order; the same as the library's own, pair by pair."""
+    from sentence_transformers import CrossEncoder
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-    class Stub:
-        def __init__(self, name, device):
-            assert name == "some/model"
-
-        def predict(self, pairs, show_progress_bar):
-            return np.array([len(set(a.lower().split()) & set(b.lower().split())) / 10 for a, b in pairs])
-
-    monkeypatch.setattr("sentence_transformers.CrossEncoder", Stub)
-    rows, _ = mined("--cross-encoder", "some/model", "--number", 5)
-    judge = Stub("some/model", "cpu")
+    folder = str(tmp_path / "cross")
+    torch.manual_seed(1)
+    config = LlamaConfig(**tiny_config, initializer_range=0.4, num_labels=1)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    rows, _ = mined("--cross-encoder", folder, "--number", 5, rows=pairs[:20])
+    judge, full = CrossEncoder(folder, device="cpu"), 0
     for row in rows:
-        own, *scores = judge.predict([(row["query"], t) for t in (row["positive"], *row["negatives"])], False)
-        assert row["positive_score"] == own and row["negative_scores"] == pytest.approx(scores)
-        assert scores == sorted(scores, reverse=True) and all(s <= 0.95 * own for s in scores)
-    assert any(row["negatives"] for row in rows)
+        texts = (row["positive"], *row["negatives"])
+        own, *scores = (float(judge.predict([(row["query"], text)], show_progress_bar=False)[0]) for text in texts)
+        assert row["positive_score"] == pytest.approx(own, abs=1e-5)
+        assert row["negative_scores"] == pytest.approx(scores, abs=1e-5)
+        assert row["negative_scores"] == sorted(row["negative_scores"], reverse=True)
+        assert all(score <= 0.95 * own + 1e-5 for score in scores)
+        full += len(scores) == 5
+    assert full
 
 
 # killed, and gone on with
