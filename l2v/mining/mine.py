@@ -248,6 +248,8 @@ def _finish(args, out: Path, shards: Shards, count: int, pairs: Pairs, rule: Rul
         f"{out}: {len(pairs.rows):,} rows, {kept:,} negatives, {dropped:,} candidates dropped, {none:,} rows without any"
     )
     print(f"{out.with_suffix('.md')}: the scores, drawn in {picture.name}")
+    if found.poor:
+        print(f"note: {found.poor}")
 
 
 def _told(rule: Rule) -> str:

@@ -29,7 +29,7 @@ class Found:
     dropped: Counter = field(default_factory=Counter)
     per_row: Counter = field(default_factory=Counter)
     origins: Counter = field(default_factory=Counter)
-    examples: list[tuple[float, str, str, str, float]] = field(default_factory=list)
+    examples: dict[str, tuple[float, str, str, str, float]] = field(default_factory=dict)
 
     def add(self, row: dict[str, Any]) -> None:
         """One row as a shard holds it."""
@@ -42,8 +42,21 @@ class Found:
         self.origins.update(out["negative_from"])
         if row["closest"]:
             text, score = row["closest"]
-            self.examples.append((score - out["positive_score"], out["query"], out["positive"], text, score))
-            self.examples = sorted(self.examples, key=lambda e: (-e[0], *e[1:]))[:EXAMPLES]
+            found = (out["positive_score"] - score, out["query"], out["positive"], text, score)
+            # One of each document: a poor encoder sets the same few above everything.
+            self.examples[text] = min(found, self.examples.get(text, found))
+            self.examples = {e[3]: e for e in sorted(self.examples.values())[:EXAMPLES]}
+
+    @property
+    def poor(self) -> str | None:
+        """What to tell where many rows got no negative."""
+        share = self.per_row[0] / self.per_row.total()
+        if share < 0.2:
+            return None
+        return (
+            f"{100 * share:.0f}% of the rows got no negative, as too many documents score like their positives: use a better "
+            "encoder or a --cross-encoder, look deeper (--depth), or raise --relative"
+        )
 
     def table(self, facts: dict[str, Any]) -> str:
         """Markdown."""
@@ -66,10 +79,10 @@ class Found:
                 "",
                 "## The closest that were dropped",
                 "",
-                "Often true answers; if they are not, the margin is too wide.",
+                "Often true answers; if they are not, the limit is too low, or the encoder too poor.",
             ]
             lines += ["", _row(["query", "positive", "dropped", "its score", "above the positive by"]), _row(["-"] * 5)]
-            lines += [_row([q, p, t, f"{s:.3f}", f"{over:+.3f}"]) for over, q, p, t, s in self.examples]
+            lines += [_row([q, p, t, f"{s:.3f}", f"{-under:+.3f}"]) for under, q, p, t, s in self.examples.values()]
         return "\n".join(lines) + "\n"
 
     def draw(self, path: Path, measure: str) -> None:

@@ -144,6 +144,15 @@ def test_the_files_beside_the_rows(mined, tmp_path):
     assert f"| positives | {len(rows)} |" in (tmp_path / "out.md").read_text()
 
 
+def test_an_encoder_that_leaves_nothing_to_choose_from_is_told(mined, tmp_path):
+    told = mined("--absolute", 1.9)[1]
+    assert "rows without any" in told and "note: 100% of the rows got no negative" in told
+    dropped = re.findall(r"^\| .* \| ([^|]+) \| [\d.-]+ \| [+-]\d", (tmp_path / "out.md").read_text(), flags=re.M)
+    assert len(dropped) == len(set(dropped)) == 10, "each document once"
+    (tmp_path / "out.jsonl").unlink()
+    assert "note:" not in mined("--relative", "none")[1]
+
+
 def test_a_corpus_gives_more_negatives(mined, tmp_path, write_jsonl, sentences):
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"tekst": t} for t in sentences[1::6]])
     rows, _ = mined("--corpus", path, "--corpus-column", "tekst")
