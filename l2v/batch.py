@@ -28,7 +28,8 @@ class Segment:
     """One text on its way into a pack.
 
     ids: int64 [n]; pool_start: the tokens from here on are pooled; example and column: its address (query 0, positive 1,
-    negatives from 2; view 0 and 1; document 0.. within a block); text_key: equal for equal texts.
+    negatives from 2; view 0 and 1; document 0.. within a block); text_key: equal for equal texts; group: equal for texts of
+    one group, -1 for none.
     """
 
     ids: np.ndarray
@@ -36,6 +37,7 @@ class Segment:
     example: int = 0
     column: int = 0
     text_key: int = 0
+    group: int = -1
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,8 +48,9 @@ class PackedBatch:
     """S segments one after another in T tokens.
 
     input_ids_T, position_ids_T: int64 (positions restart in every segment); cu_seqlens: int32 [S+1]; lengths: the same on
-    the host; pool_mask_T: bool; example_ids_S, columns_S, text_keys_S, seeds_S: int64 (a segment's noise is a function of
-    its seed and of nothing else in the pack); label_index_L, labels_L: int64, hidden state label_index predicts label.
+    the host; pool_mask_T: bool; example_ids_S, columns_S, text_keys_S, groups_S, seeds_S: int64 (a segment's noise is a
+    function of its seed and of nothing else in the pack); label_index_L, labels_L: int64, hidden state label_index
+    predicts label.
     """
 
     input_ids_T: torch.Tensor
@@ -57,6 +60,7 @@ class PackedBatch:
     example_ids_S: torch.Tensor
     columns_S: torch.Tensor
     text_keys_S: torch.Tensor
+    groups_S: torch.Tensor
     seeds_S: torch.Tensor
     label_index_L: torch.Tensor
     labels_L: torch.Tensor
@@ -107,6 +111,7 @@ def pack(
         example_ids_S=int64([s.example for s in segments]),
         columns_S=int64([s.column for s in segments]),
         text_keys_S=int64([s.text_key for s in segments]),
+        groups_S=int64([s.group for s in segments]),
         seeds_S=int64([mix(seed, step, s.example, s.column) for s in segments]),
         label_index_L=int64(label_index),
         labels_L=int64(labels),

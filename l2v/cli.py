@@ -21,7 +21,7 @@ COMMANDS = {
     "eval": ("l2v.eval_cli", "score encoders: SEB's Danish tasks, any task of mteb, your own files"),
     "search": ("l2v.search", "semantic search with a trained encoder"),
     "bench": ("l2v.bench_cli", "microbenchmarks of the kernels (in a checkout)"),
-    "data": ("l2v.data_cli", "build a data set from raw text, or check one"),
+    "data": ("l2v.data_cli", "build a data set from raw text, check one, mine hard negatives, make queries"),
     "export": ("l2v.export_cli", "write a merged encoder for transformers and sentence-transformers"),
     "recipes": ("l2v.recipes_cli", "list the recipes that come with l2v, or print one"),
 }

@@ -1,14 +1,18 @@
-"""`l2v data check [FOLDER]`, `l2v data build CONFIG`."""
+"""`l2v data TOOL ...`: build a data set from raw text, check one, mine hard negatives, make queries."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
-from l2v.data import check
-from l2v.data.build import command as build
 from l2v.errors import RecipeError
 
-TOOLS = {"build": build.main, "check": check.main}
+TOOLS = {
+    "build": "l2v.data.build.command",
+    "check": "l2v.data.check",
+    "mine": "l2v.mining.mine",
+    "synthesize": "l2v.synthesis.synthesize",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,4 +20,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(argv or ())
     if not argv or argv[0] not in TOOLS:
         raise RecipeError(f"l2v data needs one of: {', '.join(TOOLS)}; for example: l2v data build wiki-da")
-    return TOOLS[argv[0]](argv[1:])
+    return importlib.import_module(TOOLS[argv[0]]).main(argv[1:])

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from l2v.errors import RecipeError
+from l2v.source import Source
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 MAX_PREFIXES = 16  # as many as the kernels of l2v_kernels.info_nce take
@@ -80,25 +81,6 @@ class Tracking:
     wandb: str | None = None
 
 
-@dataclass
-class Source:
-    """Rows to train on: `sample:da/train`, a JSONL, Parquet or text file, or `hub:NAME`; and what its columns are called."""
-
-    path: str
-    name: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    text: str = "text"
-    query: str = "query"
-    positive: str = "positive"
-    negatives: str = "negatives"
-    instruction: str | None = None
-    document_instruction: str | None = None
-    skip_empty: bool = False
-    sentences: bool = False
-    limit: int | None = None
-
-
 @dataclass(kw_only=True)
 class Stage:
     """What all three stages share."""
@@ -145,19 +127,26 @@ class Contrastive(Stage):
 
     What a query is compared with: `directions` (GTE, Li et al. 2023, arXiv 2308.03281) in one softmax or, `partition:
     per_direction`, one each (CLIP, Radford et al. 2021, arXiv 2103.00020). `false_negative_margin`: Zhang et al. 2025,
-    arXiv 2506.05176, section 3. `matryoshka`: Kusupati et al. 2022, arXiv 2205.13147.
+    arXiv 2506.05176, section 3. `matryoshka`: Kusupati et al. 2022, arXiv 2205.13147. `homogeneous`: what meets in one loss
+    comes from one source.
     """
 
     scale: float = 20.0
     negatives: Literal["global", "micro"] = "global"
     group: int | None = None
     mask_duplicates: bool = True
+    homogeneous: bool = False
     directions: list[Direction] = field(default_factory=lambda: ["query_to_doc"])
     partition: Literal["joint", "per_direction"] = "joint"
     hard_negatives: Literal["all", "own"] = "all"
     false_negative_margin: float | None = None
     matryoshka: list[int] | None = None
     matryoshka_weights: list[float] | None = None
+
+    @property
+    def grouped(self) -> bool:
+        """Some source names a column of groups; known to all ranks, whatever rows they hold."""
+        return any(source.group for source in (*self.data, *self.eval_data))
 
 
 @dataclass(kw_only=True)
@@ -323,6 +312,9 @@ def check(recipe: Recipe, where: str) -> Recipe:
             f"{at}: `from: {stage.from_}` names no stage; valid: base, {', '.join(recipe.stages)}",
         )
         _need(bool(stage.data), f"{at}: `data` is empty; name at least one source")
+        for key in ("data", "eval_data"):
+            for i, source in enumerate(getattr(stage, key)):
+                source.check(stage.objective, f"{at}: {key}[{i}]")
         for key in ("batch", "micro_tokens", "length", "steps", "log_every", "keep", "skip_limit"):
             _need(getattr(stage, key) >= 1, f"{at}: {key} is {getattr(stage, key)} and must be at least 1")
         for key in ("warmup", "eval_every", "save_every", "weight_decay", "clip"):

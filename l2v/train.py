@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from l2v.data.collate import Masking, collate
 from l2v.data.examples import MntpBlocks, Pairs, Views
-from l2v.data.sources import open_rows
+from l2v.data.mixture import mix_sources
+from l2v.data.sources import open_parts, together
 from l2v.data.tokens import TextTokenizer, load_tokenizer
 from l2v.errors import UserError
 from l2v.launcher import launch, launched
@@ -275,12 +276,20 @@ def _place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: tor
 
 
 def open_examples(sources, stage: Stage, texts: TextTokenizer):
-    """Rows to examples, by objective."""
+    """Rows to examples, by objective; how the sources are mixed stands beside them."""
+    kind = {Mntp: "documents", Supervised: "pairs"}.get(type(stage), "sentences")
+    parts = open_parts(sources, kind)
+    rows = together(parts, sources)
     if isinstance(stage, Mntp):
-        return MntpBlocks(open_rows(sources, "documents"), texts, document_mask=stage.document_mask)
-    if isinstance(stage, Supervised):
-        return Pairs(open_rows(sources, "pairs"), texts, max_negatives=stage.max_negatives)
-    return Views(open_rows(sources, "sentences"), texts)
+        examples = MntpBlocks(rows, texts, document_mask=stage.document_mask)
+    elif isinstance(stage, Supervised):
+        examples = Pairs(rows, texts, max_negatives=stage.max_negatives)
+    else:
+        examples = Views(rows, texts)
+    examples.mixture = mix_sources(sources, [len(part) for part in parts], examples.rows_of, stage)
+    if examples.mixture:
+        examples.notes += examples.mixture.notes
+    return examples
 
 
 def check_prefixes(recipe: Recipe, name: str) -> list[str]:
@@ -371,8 +380,8 @@ def _evaluator(engine, stage: Stage, examples, masking: Masking | None) -> Calla
                     count += len(micro.labels_L)
                 continue
             vectors_SE = torch.cat([engine(m.to(engine.device), "vectors") for m in micros])
-            columns_S, keys_S = (torch.cat([getattr(m, key) for m in micros]) for key in ("columns_S", "text_keys_S"))
-            groups = Groups.from_columns(columns_S, keys_S).to(engine.device)
+            labels = (torch.cat([getattr(m, n) for m in micros]) for n in ("columns_S", "text_keys_S", "groups_S"))
+            groups = Groups.from_columns(*labels).to(engine.device)
             loss += contrastive_loss(vectors_SE, groups, **loss_options(stage)).item() * groups.total
             count += groups.total
         row = {"eval_loss": loss / max(count, 1)}

@@ -10,7 +10,7 @@ def ids(*numbers: int) -> np.ndarray:
 
 
 THREE = [
-    Segment(ids(5, 6, 7), pool_start=1, example=11, column=0, text_key=100),
+    Segment(ids(5, 6, 7), pool_start=1, example=11, column=0, text_key=100, group=4),
     Segment(ids(8), pool_start=0, example=11, column=1, text_key=101),
     Segment(ids(9, 9, 5, 5), pool_start=4, example=12, column=0, text_key=100),
 ]
@@ -26,13 +26,14 @@ def test_segments_lie_one_after_another():
     assert batch.example_ids_S.tolist() == [11, 11, 12]
     assert batch.columns_S.tolist() == [0, 1, 0]
     assert batch.text_keys_S.tolist() == [100, 101, 100]
+    assert batch.groups_S.tolist() == [4, -1, -1]
     assert batch.label_index_L.numel() == 0 and batch.labels_L.numel() == 0
 
 
 def test_dtypes_are_those_that_kernels_expect():
     batch = pack(THREE, label_index=[0], labels=[6])
     assert batch.cu_seqlens.dtype == torch.int32 and batch.pool_mask_T.dtype == torch.bool
-    for name in ("input_ids_T", "position_ids_T", "example_ids_S", "columns_S", "text_keys_S", "seeds_S"):
+    for name in ("input_ids_T", "position_ids_T", "example_ids_S", "columns_S", "text_keys_S", "groups_S", "seeds_S"):
         assert getattr(batch, name).dtype == torch.int64, name
     assert batch.label_index_L.dtype == batch.labels_L.dtype == torch.int64
     assert batch.label_index_L.tolist() == [0] and batch.labels_L.tolist() == [6]
@@ -109,7 +110,7 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
     batch = pack(THREE, label_index=[0], labels=[6])
     moved = batch.to("meta")
     tensors = {k: v for k, v in vars(moved).items() if isinstance(v, torch.Tensor)}
-    assert len(tensors) == 10 and {v.device.type for v in tensors.values()} == {"meta"}
+    assert len(tensors) == 11 and {v.device.type for v in tensors.values()} == {"meta"}
     assert isinstance(moved, PackedBatch) and moved.lengths == batch.lengths
     assert batch.input_ids_T.device.type == "cpu"
 

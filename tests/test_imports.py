@@ -8,12 +8,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MAY = {
     "errors": set(),
-    "recipe": {"errors"},
+    "prompts": {"errors"},
+    "source": {"errors", "prompts"},
+    "recipe": {"errors", "source"},
     "recipe_io": {"errors", "recipe"},
     "batch": set(),
     "files": set(),
     "launcher": {"machine"},
-    "data": {"errors", "recipe", "recipe_io", "batch", "kernels"},
+    "data": {"errors", "source", "recipe", "recipe_io", "batch", "kernels"},
     "objectives": {"batch", "kernels"},
     "model": {"errors", "recipe", "batch", "kernels", "data"},
     "machine": {"errors", "model"},
@@ -43,7 +45,9 @@ MAY = {
     "eval_cli": {"errors", "recipe_io", "evaluation"},
     "export_cli": {"encoder"},
     "recipes_cli": {"recipe_io"},
-    "data_cli": {"errors", "data"},
+    "mining": {"errors", "source", "data", "encoder"},
+    "synthesis": {"errors", "batch", "prompts", "data", "model", "encoder", "mining"},
+    "data_cli": {"errors"},
     "bench_cli": {"errors"},
     "cli": {"errors", "package"},
 }

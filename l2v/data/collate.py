@@ -27,11 +27,20 @@ def collate(
     examples: Examples, chosen: list[int], *, seed: int, step: int, masking: Masking | None = None
 ) -> PackedBatch:
     """The micro-batch of these examples; with none chosen, one token that carries no loss (it keeps ranks in step)."""
-    segments = [segment for i in chosen for segment in examples[i]]
+    segments = [segment for i in chosen for segment in _segments(examples, i, seed, step)]
     if not segments:
         return pack([Segment(np.zeros(1, dtype=np.int64), pool_start=0, example=-1, column=-1)], seed=seed, step=step)
     batch = pack(segments, seed=seed, step=step)
     return mask(batch, masking) if masking else batch
+
+
+def _segments(examples: Examples, index: int, seed: int, step: int) -> list[Segment]:
+    """The segments of an example; where its source asks for it, query and positive change places in half of the steps."""
+    segments, mixture = examples[index], getattr(examples, "mixture", None)
+    if mixture is None or not mixture.swapped(index, seed, step):
+        return segments
+    query, positive, *negatives = segments
+    return [replace(positive, column=0), replace(query, column=1), *negatives]
 
 
 def mask(batch: PackedBatch, masking: Masking) -> PackedBatch:

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 
 from l2v.batch import Segment
+from l2v.data.mixture import Mixture
 from l2v.data.tokens import TextTokenizer, as_ids, text_key
 from l2v.errors import UserError
 
@@ -21,6 +22,10 @@ class Examples(Protocol):
     """Number of segments of every example: int64 [examples]."""
     notes: list[str]
     """What a user should know of the data, a sentence each."""
+    rows_of: np.ndarray
+    """The row that every example stands in, or begins in: int64 [examples]."""
+    mixture: Mixture | None
+    """How the sources of the rows are mixed; None where they simply follow one another."""
 
     def __getitem__(self, index: int) -> list[Segment]: ...
 
@@ -51,6 +56,9 @@ class MntpBlocks:
         if len(self.lengths) == 0:
             raise UserError("the documents hold fewer than 2 tokens; MNTP has nothing to predict")
         self.segments = np.ones(len(self.lengths), dtype=np.int64)
+        begins = np.arange(len(self.lengths), dtype=np.int64) * length
+        self.rows_of = np.searchsorted(self.ends, begins, side="right")
+        self.mixture: Mixture | None = None
         self.notes = [f"{len(self.rows)} documents, {total} tokens, {len(self.lengths)} blocks of {length}"]
 
     def __len__(self) -> int:
@@ -78,11 +86,14 @@ class Views:
     def __init__(self, rows: datasets.Dataset, tokenizer: TextTokenizer) -> None:
         def tokenise(batch: dict[str, list]) -> dict[str, list]:
             ids, starts, cut = tokenizer.embedded(batch["text"])
-            return _columns([[i] for i in ids], [[s] for s in starts], [[text_key(t)] for t in batch["text"]], cut)
+            keys = [[text_key(t)] for t in batch["text"]]
+            return _columns([[i] for i in ids], [[s] for s in starts], keys, cut, batch.get("group"))
 
         self.rows = _map(rows, tokenise, tokenizer, "views")
         self.lengths = 2 * np.asarray(self.rows["n"], dtype=np.int64)
         self.segments = np.full(len(self.rows), 2, dtype=np.int64)
+        self.rows_of = np.arange(len(self.rows))
+        self.mixture: Mixture | None = None
         self.notes = _notes(self.rows, "texts", tokenizer.length)
 
     def __len__(self) -> int:
@@ -91,7 +102,7 @@ class Views:
     def __getitem__(self, index: int) -> list[Segment]:
         row = self.rows[index]
         ids, start, key = as_ids(row["ids"][0]), row["starts"][0], row["keys"][0]
-        return [Segment(ids, start, index, column, key) for column in (0, 1)]
+        return [Segment(ids, start, index, column, key, row.get("group", -1)) for column in (0, 1)]
 
 
 class Pairs:
@@ -108,11 +119,13 @@ class Pairs:
                 all_starts.append(starts + more_starts)
                 all_keys.append([text_key(t) for t in (query, *documents)])
                 cut += cut_query + cut_documents
-            return _columns(all_ids, all_starts, all_keys, cut)
+            return _columns(all_ids, all_starts, all_keys, cut, batch.get("group"))
 
         self.rows = _map(rows, tokenise, tokenizer, f"pairs{max_negatives}")
         self.lengths = np.asarray(self.rows["n"], dtype=np.int64)
         self.segments = np.asarray(self.rows["segments"], dtype=np.int64)
+        self.rows_of = np.arange(len(self.rows))
+        self.mixture: Mixture | None = None
         self.notes = _notes(self.rows, "pairs", tokenizer.length)
 
     def __len__(self) -> int:
@@ -120,17 +133,18 @@ class Pairs:
 
     def __getitem__(self, index: int) -> list[Segment]:
         row = self.rows[index]
-        columns = zip(row["ids"], row["starts"], row["keys"], strict=True)
-        return [Segment(as_ids(ids), start, index, column, key) for column, (ids, start, key) in enumerate(columns)]
+        columns, group = zip(row["ids"], row["starts"], row["keys"], strict=True), row.get("group", -1)
+        return [Segment(as_ids(ids), start, index, at, key, group) for at, (ids, start, key) in enumerate(columns)]
 
 
-def _columns(ids: list, starts: list, keys: list, cut: int) -> dict[str, list]:
+def _columns(ids: list, starts: list, keys: list, cut: int, groups: list | None) -> dict[str, list]:
     cuts = [0] * len(ids)
     if cuts:
         cuts[0] = cut  # counted per batch of rows; only the sum is reported
     tokens = [sum(map(len, example)) for example in ids]
     counts = [len(example) for example in ids]
-    return {"ids": ids, "starts": starts, "keys": keys, "n": tokens, "segments": counts, "cut": cuts}
+    columns = {"ids": ids, "starts": starts, "keys": keys, "n": tokens, "segments": counts, "cut": cuts}
+    return columns if groups is None else columns | {"group": groups}
 
 
 def _notes(rows: datasets.Dataset, what: str, length: int) -> list[str]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from l2v.batch import mix
 from l2v.data.examples import Examples
+from l2v.data.mixture import Mixture, draw
 from l2v.errors import UserError
 
 
@@ -41,8 +41,10 @@ class Sampler:
     """Deterministic, token-balanced batches.
 
     Every epoch is a permutation drawn from (seed, epoch); its last batch may be short, so that no example is lost or seen
-    twice. Ranks get shares of nearly equal tokens and cut them into micro-batches of at most `micro_tokens` tokens.
-    Each rank computes the plan of all of them, so nothing has to be communicated.
+    twice. Where the examples carry a mixture (`l2v.data.mixture`), an epoch is what that says: rows of a source as often as
+    its weight, and with `homogeneous`, pools (a batch, or a group of one) of one source, of nearly equal sizes. Ranks get
+    shares of nearly equal tokens and cut them into micro-batches of at most `micro_tokens` tokens. Each rank computes the
+    plan of all of them, so nothing has to be communicated.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class Sampler:
     ) -> None:
         self.lengths, self.batch, self.micro_tokens = examples.lengths, batch, micro_tokens
         self.seed, self.world, self.group = seed, world, group
-        self.steps_per_epoch = -(-len(self.lengths) // batch)
-        self._permutation: tuple[int, np.ndarray] | None = None
+        self.mixture: Mixture | None = getattr(examples, "mixture", None)
+        pools = self.mixture.count_pools(group or batch) if self.mixture else -(-len(self.lengths) // (group or batch))
+        self.steps_per_epoch = -(-pools // (batch // (group or batch)))
+        self._epoch: tuple[int, list[np.ndarray]] | None = None
         longest = int(self.lengths.argmax())
         if self.lengths[longest] > micro_tokens:
             raise UserError(
@@ -62,12 +66,12 @@ class Sampler:
     def plan(self, step: int) -> StepPlan:
         """The plan of a step, counted from 0."""
         epoch, at = divmod(step, self.steps_per_epoch)
-        chosen = self._order(epoch)[at * self.batch : (at + 1) * self.batch].tolist()
+        per_step = self.batch // (self.group or self.batch)
+        pools = [pool.tolist() for pool in self._pools(epoch)[at * per_step : (at + 1) * per_step]]
         if self.group is None:
-            shares = [[Unit(self._split(share))] for share in self._balance([[i] for i in chosen])]
+            shares = [[Unit(self._split(share))] for share in self._balance([[i] for pool in pools for i in pool])]
         else:
-            groups = [chosen[i : i + self.group] for i in range(0, len(chosen), self.group)]
-            shares = [[Unit(self._split(one)) for one in share] for share in self._balance(groups, flat=False)]
+            shares = [[Unit(self._split(one)) for one in share] for share in self._balance(pools, flat=False)]
         for units in shares:  # equal numbers on all ranks, or collectives would hang
             units.extend(Unit([[]]) for _ in range(max(map(len, shares)) - len(units)))
         for column in zip(*shares, strict=True):
@@ -76,13 +80,17 @@ class Sampler:
                 unit.micros.extend([] for _ in range(most - len(unit.micros)))
         return StepPlan(step, epoch + (at + 1) / self.steps_per_epoch, shares)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        if self._permutation is None or self._permutation[0] != epoch:
-            # Raw Philox words, not Generator.permutation: numpy promises only the former across its versions, and a run
-            # that is resumed after an upgrade must go on in the same order.
-            words = np.random.Philox(key=mix(self.seed, epoch)).random_raw(len(self.lengths))
-            self._permutation = (epoch, np.argsort(words, kind="stable"))
-        return self._permutation[1]
+    def _pools(self, epoch: int) -> list[np.ndarray]:
+        """The examples of an epoch, in pools that meet in one loss."""
+        if self._epoch is None or self._epoch[0] != epoch:
+            size = self.group or self.batch
+            if self.mixture:
+                pools = self.mixture.pools(self.seed, epoch, size)
+            else:
+                order = draw(len(self.lengths), self.seed, epoch)
+                pools = [order[at : at + size] for at in range(0, len(order), size)]
+            self._epoch = (epoch, pools)
+        return self._epoch[1]
 
     def _balance(self, items: Sequence[list[int]], flat: bool = True) -> list[list]:
         """Longest first to the rank with the fewest tokens; within a rank the batch's own order."""

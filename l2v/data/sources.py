@@ -1,7 +1,8 @@
 """Where rows come from: JSONL, Parquet, text files (or a glob, or a folder of Parquet), Hub data sets and the shipped sample.
 
 Everything becomes a memory-mapped `datasets.Dataset` of one of three kinds: documents and sentences (`text`), or pairs
-(`query`, `positive`, `negatives`, `instruction`, `document_instruction`).
+(`query`, `positive`, `negatives`, `instruction`, `document_instruction`). Where a source names a column of groups, rows
+carry `group` as well: a 63-bit key of its value, -1 for none.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import datasets
 
 from l2v.data import sample
 from l2v.data.text import parse, sentences
+from l2v.data.tokens import text_key
 from l2v.errors import UserError
 from l2v.recipe import Source
 
@@ -33,15 +35,32 @@ PAIRS = datasets.Features(
     }
 )
 TEXTS = datasets.Features({"text": datasets.Value("string")})
+NAMES = {key: key for key in ("text", *PAIRS)}
 
 
 def open_rows(sources: list[Source], kind: Kind) -> datasets.Dataset:
     """All rows of all sources, in order, validated; memory-mapped, so their size does not matter."""
-    parts = [_open(part, kind) for source in sources for part in _expand(source)]
-    rows = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    return together(open_parts(sources, kind), sources)
+
+
+def open_parts(sources: list[Source], kind: Kind) -> list[datasets.Dataset]:
+    """The rows of each source, all with the same columns."""
+    features = PAIRS if kind == "pairs" else TEXTS
+    if kind != "documents" and any(source.group for source in sources):
+        features = datasets.Features({**features, "group": datasets.Value("int64")})
+    return [_joined([_open(part, kind, features) for part in _expand(source)]) for source in sources]
+
+
+def together(parts: list[datasets.Dataset], sources: list[Source]) -> datasets.Dataset:
+    """The rows of `open_parts`, one source after another. Errors: UserError if there is none."""
+    rows = _joined(parts)
     if len(rows) == 0:
         raise UserError(f"{', '.join(s.path for s in sources)}: the data set is empty; it needs at least one row")
     return rows
+
+
+def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
+    return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
 def _expand(source: Source) -> list[Source]:
@@ -64,10 +83,11 @@ def _expand(source: Source) -> list[Source]:
     return [replace(source, path=str(file)) for file in found]
 
 
-def _open(source: Source, kind: Kind) -> datasets.Dataset:
-    features = PAIRS if kind == "pairs" else TEXTS
+def _open(source: Source, kind: Kind, features: datasets.Features) -> datasets.Dataset:
     if source.path.startswith("sample:"):
-        rows = datasets.Dataset.from_list(sample.rows(source.path, kind), features=features)
+        columns = _columns(source, features) | NAMES | {"skip_empty": False, "sentences": False}
+        read = (normalise(row, columns, kind, source.path) for row in sample.rows(source.path, kind))
+        rows = datasets.Dataset.from_list([row for several in read for row in several], features=features)
     elif source.path.startswith("hub:"):
         rows = _convert(_hub(source), source, kind, features)
     else:
@@ -91,7 +111,7 @@ def _from_lines(path: Path, source: Source, kind: Kind, features: datasets.Featu
     arguments = {
         "path": str(path.resolve()),
         "shown": source.path,
-        "source": _columns(source),
+        "source": _columns(source, features),
         "kind": kind,
         "stamp": stamp,
     }
@@ -108,9 +128,12 @@ def _from_lines(path: Path, source: Source, kind: Kind, features: datasets.Featu
         return datasets.Dataset.from_dict({key: [] for key in features}, features=features)
 
 
-def _columns(source: Source) -> dict[str, Any]:
-    names = ("text", "query", "positive", "negatives", "instruction", "document_instruction", "skip_empty", "sentences")
-    return {name: getattr(source, name) for name in names}
+def _columns(source: Source, features: datasets.Features) -> dict[str, Any]:
+    """All of a source that changes what a row becomes, as plain values: they are part of the cache's key."""
+    prompts = source.prompts()
+    columns = {name: getattr(source, name) for name in (*NAMES, "group", "path", "skip_empty", "sentences")}
+    columns |= {"query_prompt": prompts.query, "document_prompt": prompts.document, "symmetric": prompts.symmetric}
+    return columns | {"grouped": "group" in features}
 
 
 def _read_lines(path: str, shown: str, source: dict[str, Any], kind: Kind, stamp: str) -> Iterator[dict[str, Any]]:
@@ -152,15 +175,32 @@ def normalise(row: dict[str, Any], source: dict[str, Any], kind: Kind, where: st
         if not isinstance(negatives, list) or not all(isinstance(n, str) for n in negatives):
             raise UserError(f"{where}: the field '{source['negatives']}' is a text or a list of texts")
         out["negatives"] = [n.strip() for n in negatives if n.strip()]  # an empty negative is an absent one
-        for key in ("instruction", "document_instruction"):
-            out[key] = (row.get(source[key]) or None) if source[key] else None
-    elif source["sentences"]:
-        return [{"text": part} for part in sentences(out["text"])]
+        for key, prompt in (("instruction", "query_prompt"), ("document_instruction", "document_prompt")):
+            out[key] = (row.get(source[key]) if source[key] else None) or source[prompt] or None
+        if source["symmetric"]:
+            out["document_instruction"] = out["instruction"]
+    if source["grouped"]:
+        out["group"] = _group(row, source, where)
+    if kind != "pairs" and source["sentences"]:
+        return [out | {"text": part} for part in sentences(out["text"])]
     return [out]
 
 
+def _group(row: dict[str, Any], source: dict[str, Any], where: str) -> int:
+    column = source["group"]
+    if column is None:
+        return -1
+    if column not in row:
+        raise UserError(f"{where}: the field '{column}' is absent; found {', '.join(map(str, row)) or 'nothing'}")
+    value = row[column]
+    if not isinstance(value, str | int | None) or isinstance(value, bool):
+        raise UserError(f"{where}: the field '{column}' is text or a whole number; found {type(value).__name__}")
+    # Numbers are counted anew in every data set, so a group ends where its source does.
+    return -1 if value in (None, "") else text_key(f"{source['path']}\n{value}")
+
+
 def _convert(rows: datasets.Dataset, source: Source, kind: Kind, features: datasets.Features) -> datasets.Dataset:
-    columns = _columns(source)
+    columns = _columns(source, features)
 
     def batch(values: dict[str, list], index: list[int]) -> dict[str, list]:
         out: dict[str, list] = {key: [] for key in features}

@@ -24,8 +24,9 @@ class Groups:
 
     Queries and candidates of all ranks are numbered rank by rank. int64 unless said otherwise:
     queries_N, candidates_M: rows of this rank's embeddings; targets_N: number of each query's positive; query_keys_N2: text
-    keys of its positive and of itself; keys_M: text keys of the candidates, equal for equal texts; owners_M: number of the
-    query that a candidate came with; hard_M: bool, it came as a negative.
+    keys of its positive and of itself; keys_M: text keys of the candidates, equal for equal texts; query_groups_N,
+    groups_M: group of the example that a query or a positive belongs to, -1 for none and for hard negatives; owners_M:
+    number of the query that a candidate came with; hard_M: bool, it came as a negative.
     query_counts, counts: queries and candidates of every rank; rank: whose share this is; total: what the loss is divided by.
     """
 
@@ -34,6 +35,8 @@ class Groups:
     targets_N: torch.Tensor
     query_keys_N2: torch.Tensor
     keys_M: torch.Tensor
+    query_groups_N: torch.Tensor
+    groups_M: torch.Tensor
     owners_M: torch.Tensor
     hard_M: torch.Tensor
     query_counts: list[int]
@@ -46,6 +49,7 @@ class Groups:
         cls,
         columns_S: torch.Tensor,
         keys_S: torch.Tensor,
+        groups_S: torch.Tensor | None = None,
         *,
         query_counts: Sequence[int] | None = None,
         counts: Sequence[int] | None = None,
@@ -56,7 +60,8 @@ class Groups:
 
         Segments stand example by example, the query first. A negative column is no part of the loss. `query_counts` and
         `counts` are the queries and candidates of all ranks whose embeddings will be gathered, default: this one alone;
-        `total` is the number of queries that the loss is averaged over, default: all of `query_counts`.
+        `total` is the number of queries that the loss is averaged over, default: all of `query_counts`. groups_S: int64,
+        default: no groups.
         Errors: ValueError if a query has not exactly one positive, or if this rank's share is not what the counts say.
         """
         is_query_S = columns_S == 0
@@ -75,15 +80,19 @@ class Groups:
                 f"rank {rank} holds {len(queries)} queries and {len(candidates)} candidates; announced were the queries "
                 f"{query_counts} and the candidates {counts} of all ranks"
             )
-        keys_M = keys_S[candidates]
+        keys_M, hard_M = keys_S[candidates], columns_S[candidates] >= 2
+        groups_S = torch.full_like(keys_S, -1) if groups_S is None else groups_S
         return cls(
             queries_N=queries,
             candidates_M=candidates,
             targets_N=positives + sum(counts[:rank]),
             query_keys_N2=torch.stack([keys_M[positives], keys_S[queries]], 1),
             keys_M=keys_M,
+            query_groups_N=groups_S[queries],
+            # A hard negative was chosen as wrong: it belongs to no group, whatever its example does.
+            groups_M=groups_S[candidates].masked_fill(hard_M, -1),
             owners_M=owners + sum(query_counts[:rank]),
-            hard_M=columns_S[candidates] >= 2,
+            hard_M=hard_M,
             query_counts=query_counts,
             counts=counts,
             rank=rank,
@@ -103,6 +112,7 @@ def contrastive_loss(
     *,
     scale: float,
     mask_duplicates: bool = True,
+    mask_groups: bool = False,
     directions: Sequence[str] = ("query_to_doc",),
     partition: str = "joint",
     own_negatives: bool = False,
@@ -118,7 +128,8 @@ def contrastive_loss(
     whatever the vectors are: the loss is exactly 0.
 
     mask_duplicates: a candidate with the text of the query's positive, or of the query itself, is no negative; nor is a
-    query that shares a positive's or its own text with this one. own_negatives: only its own query meets a hard negative.
+    query that shares a positive's or its own text with this one. mask_groups: nor is the query or the positive of an example
+    of the same group; all ranks say the same. own_negatives: only its own query meets a hard negative.
     The others are those of `l2v_kernels.info_nce`, which names their sources. Values are not checked here: a row that is not
     finite gives a loss that is not finite where its query is, without a wait.
     """
@@ -133,16 +144,17 @@ def contrastive_loss(
         rows, row_counts = [*rows, queries_NE], [*row_counts, groups.query_counts]
     if several:
         rows = gather_rows(rows, row_counts)
-    labels = _labels(
+    candidate_ids, query_ids = _ids(groups, mask_duplicates, mask_groups)
+    owners = own_negatives or "doc_to_doc" in directions
+    labels = _of_all_ranks(
+        {"candidate_ids": candidate_ids}
+        | ({"query_ids": query_ids} if with_queries else {})
+        | ({"owners_M": groups.owners_M, "hard_M": groups.hard_M.long()} if owners else {}),
         groups,
-        keys=mask_duplicates,
-        query_keys=mask_duplicates and with_queries,
-        owners=own_negatives or "doc_to_doc" in directions,
     )
     if len(queries_NE) == 0:
         # No loss of its own, but the gradients of the others come through the same collectives.
         return sum(part[:0].sum() for part in rows)
-    keys_M = labels.get("keys_M")
     loss = info_nce(
         queries_NE,
         rows[0],
@@ -150,15 +162,15 @@ def contrastive_loss(
         scale=scale,
         directions=directions,
         partition=partition,
-        candidate_ids=None if keys_M is None else torch.stack([keys_M, keys_M], 1),
-        query_ids=groups.query_keys_N2 if mask_duplicates else None,
+        candidate_ids=labels.get("candidate_ids"),
+        query_ids=query_ids,
         owners_M=labels.get("owners_M"),
         restricted_M=labels["hard_M"].bool() if own_negatives else None,
         false_negative_margin=false_negative_margin,
         prefixes=prefixes,
         prefix_weights=prefix_weights,
         all_queries_QE=rows[1] if len(rows) > 1 else None,
-        all_query_ids=labels.get("query_keys_N2") if len(rows) > 1 else None,
+        all_query_ids=labels.get("query_ids") if len(rows) > 1 else None,
         query_offset=sum(groups.query_counts[: groups.rank]),
         reduction="sum",
         check_values=False,
@@ -166,12 +178,24 @@ def contrastive_loss(
     return loss / max(groups.total, 1)
 
 
-def _labels(groups: Groups, *, keys: bool, query_keys: bool, owners: bool) -> dict[str, torch.Tensor]:
-    """The labels that are asked for, of all ranks; one collective, and none where nothing is asked."""
-    wanted = {"keys_M": keys, "query_keys_N2": query_keys, "owners_M": owners, "hard_M": owners}
-    names = [name for name, want in wanted.items() if want]
-    parts = [getattr(groups, name).long() for name in names]
-    if len(groups.counts) > 1 and names:
-        counts = [groups.query_counts if name == "query_keys_N2" else groups.counts for name in names]
-        parts = gather_labels(parts, counts)
-    return dict(zip(names, parts, strict=True))
+def _ids(groups: Groups, keys: bool, by_group: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Ids of this rank's candidates [M, K] and queries [N, K]: what shares one of any kind is no negative."""
+    if not (keys or by_group):
+        return None, None
+    of_candidates, of_queries = [], []
+    if keys:  # a candidate has one text, and is held against two of the query's: its positive's and its own
+        of_candidates += [groups.keys_M, groups.keys_M]
+        of_queries += groups.query_keys_N2.unbind(1)
+    if by_group:
+        of_candidates.append(groups.groups_M)
+        of_queries.append(groups.query_groups_N)
+    return torch.stack(of_candidates, 1), torch.stack(of_queries, 1)
+
+
+def _of_all_ranks(labels: dict[str, torch.Tensor | None], groups: Groups) -> dict[str, torch.Tensor]:
+    """These labels, of all ranks; one collective, and none where nothing is asked."""
+    labels = {name: label for name, label in labels.items() if label is not None}
+    if len(groups.counts) == 1 or not labels:
+        return labels
+    counts = [groups.query_counts if name == "query_ids" else groups.counts for name in labels]
+    return dict(zip(labels, gather_labels(list(labels.values()), counts), strict=True))

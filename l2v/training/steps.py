@@ -61,6 +61,7 @@ def loss_options(stage: Contrastive) -> dict[str, Any]:
     return {
         "scale": stage.scale,
         "mask_duplicates": stage.mask_duplicates,
+        "mask_groups": stage.grouped,
         "directions": stage.directions,
         "partition": stage.partition,
         "own_negatives": stage.hard_negatives == "own",
@@ -134,8 +135,8 @@ def contrastive_step(
 
     for at, micros in enumerate(units):
         last_unit = at == len(units) - 1
-        columns_S, keys_S = (torch.cat([getattr(m, name) for m in micros]) for name in ("columns_S", "text_keys_S"))
-        groups = Groups.from_columns(columns_S, keys_S, total=total, **everyone).to(device)
+        labels = (torch.cat([getattr(m, n) for m in micros]) for n in ("columns_S", "text_keys_S", "groups_S"))
+        groups = Groups.from_columns(*labels, total=total, **everyone).to(device)
         with torch.no_grad():
             first = [encode(micro) for micro in micros[:-1]]
         kept_SE = encode(micros[-1])

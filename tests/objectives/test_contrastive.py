@@ -54,6 +54,24 @@ def test_a_candidate_with_the_querys_own_text_is_no_negative():
     torch.testing.assert_close(masked, naive(vectors.double(), 10, {(3, 7)}).float())
 
 
+def test_rows_of_one_group_are_no_negatives_of_each_other():
+    """The first and the third example are of one group; their hard negatives are as wrong as ever."""
+    torch.manual_seed(4)
+    vectors, keys = torch.randn(9, 12), torch.arange(9)
+    of_group = torch.tensor([5, 5, 5, -1, -1, 5, 5, 5, 5])
+    groups = Groups.from_columns(COLUMNS, keys, of_group)
+    expected = naive(vectors.double(), 10, {(0, 6), (5, 1)}).float()
+    torch.testing.assert_close(contrastive_loss(vectors, groups, scale=10, mask_groups=True), expected)
+    alone = contrastive_loss(vectors, groups, scale=10, mask_groups=True, mask_duplicates=False)
+    torch.testing.assert_close(alone, expected)
+    plain = contrastive_loss(vectors, Groups.from_columns(COLUMNS, keys), scale=10)
+    assert torch.equal(contrastive_loss(vectors, groups, scale=10), plain)
+    assert torch.equal(contrastive_loss(vectors, Groups.from_columns(COLUMNS, keys), scale=10, mask_groups=True), plain)
+    keys[4] = keys[1]  # a text that stands twice is hidden beside
+    both = contrastive_loss(vectors, Groups.from_columns(COLUMNS, keys, of_group), scale=10, mask_groups=True)
+    torch.testing.assert_close(both, naive(vectors.double(), 10, {(0, 6), (5, 1), (0, 4), (3, 1)}).float())
+
+
 def test_own_negatives_meet_their_query_alone():
     torch.manual_seed(2)
     vectors, groups = torch.randn(9, 12), Groups.from_columns(COLUMNS, torch.arange(9))

@@ -17,6 +17,8 @@ GTE = ["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 CASES = {
     "plain": {},
     "duplicates-stay": {"mask_duplicates": False},
+    "groups": {"mask_groups": True},
+    "groups-duplicates-stay": {"mask_groups": True, "mask_duplicates": False},
     "query-to-query": {"directions": ["query_to_doc", "query_to_query"]},
     "all-directions": {"directions": GTE},
     "all-directions-duplicates-stay": {"directions": GTE, "mask_duplicates": False},
@@ -27,6 +29,7 @@ CASES = {
     "everything": {
         "directions": GTE,
         "own_negatives": True,
+        "mask_groups": True,
         "false_negative_margin": 0.1,
         "prefixes": [4, 16, 24],
         "prefix_weights": [0.5, 2, 1],
@@ -41,7 +44,7 @@ WIDTH = 24
 
 
 def data(shares: list[list[int]], dtype: torch.dtype):
-    """Embeddings, columns and text keys of every rank; some texts stand twice, also across ranks."""
+    """Embeddings, columns, text keys and groups of every rank; some stand twice, also across ranks."""
     generator = torch.Generator().manual_seed(5)
     parts = []
     for share in shares:
@@ -49,16 +52,18 @@ def data(shares: list[list[int]], dtype: torch.dtype):
         rows = torch.randn(len(columns), WIDTH, generator=generator, dtype=torch.float64)
         # One direction in common, as embeddings have it, so that some negatives come near the positive.
         keys = torch.randint(0, 12, (len(columns),), generator=generator)
-        parts.append(((rows + 1.0).to(dtype), torch.tensor(columns), keys))
+        # One in two examples is of no group.
+        own = torch.randint(-3, 3, (len(columns),), generator=generator).clamp(-1)[
+            torch.tensor(columns).eq(0).cumsum(0) - 1
+        ]
+        parts.append(((rows + 1.0).to(dtype), torch.tensor(columns), keys, own))
     return parts
 
 
 def whole(parts, options):
     """Loss and gradients, rank by rank, of one process."""
     leaves = [rows.clone().requires_grad_() for rows, *_ in parts]
-    groups = Groups.from_columns(
-        torch.cat([columns for _, columns, _ in parts]), torch.cat([keys for *_, keys in parts])
-    )
+    groups = Groups.from_columns(*(torch.cat(labels) for labels in list(zip(*parts, strict=True))[1:]))
     loss = contrastive_loss(torch.cat(leaves), groups, scale=10, **options)
     return loss.detach(), torch.autograd.grad(loss, leaves)
 
@@ -66,9 +71,9 @@ def whole(parts, options):
 def compare(rank: int, world: int, shares: list[list[int]], options, dtype: torch.dtype) -> dict[str, float]:
     parts = data(shares, dtype)
     expected, gradients = whole(parts, options)
-    rows, columns, keys = parts[rank]
+    rows, *labels = parts[rank]
     queries, counts = ([len(s) for s in shares], [sum(s) + len(s) for s in shares])
-    groups = Groups.from_columns(columns, keys, query_counts=queries, counts=counts, rank=rank)
+    groups = Groups.from_columns(*labels, query_counts=queries, counts=counts, rank=rank)
     leaf = rows.clone().requires_grad_()
     loss = contrastive_loss(leaf, groups, scale=10, **options)
     (gradient,) = torch.autograd.grad(loss, leaf)

@@ -1,0 +1,1 @@
+"""Hard negatives for pairs: candidates, a filter that knows the positive, a report of the scores."""

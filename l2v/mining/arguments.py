@@ -1,0 +1,42 @@
+"""Command-line arguments that name a source, as a recipe's `data` does."""
+
+from __future__ import annotations
+
+import argparse
+
+from l2v.source import Source
+
+TEXTS = {
+    "name": "configuration of a Hub data set",
+    "split": "split of a Hub data set (default: train)",
+    "revision": "revision of a Hub data set",
+}
+PAIRS = {
+    "query": "column of the query (default: query)",
+    "positive": "column of the positive (default: positive)",
+    "negatives": "column of negatives that the rows bring (default: negatives); they are candidates like all others",
+    "group": "column of groups; rows of one value are no negatives of each other",
+    "instruction": "column of the query's instruction",
+    "document_instruction": "column of the documents' instruction",
+    "task": "a task of l2v/prompts.py, for example question-da: instructions of both sides",
+    "query_prompt": "instruction of every query that brings none",
+    "document_prompt": "instruction of every document that brings none",
+}
+
+
+def add_source(parser: argparse.ArgumentParser, *, pairs: bool) -> None:
+    """Options for the keys of `l2v.source.Source`."""
+    group = parser.add_argument_group("reading the data, as the keys of a recipe's `data` do")
+    for key, text in (TEXTS | PAIRS if pairs else TEXTS | {"text": "column of the text (default: text)"}).items():
+        group.add_argument(f"--{key.replace('_', '-')}", metavar="TEXT", help=text)
+    group.add_argument("--skip-empty", action="store_true", help="leave out rows with an empty text")
+    group.add_argument("--limit", type=int, help="read at most so many rows")
+
+
+def source_of(path: str, args: argparse.Namespace) -> Source:
+    """The source that the arguments describe. Errors: RecipeError for what no source may have."""
+    keys = (*TEXTS, *PAIRS, "text", "skip_empty", "limit")
+    given = {key: getattr(args, key) for key in keys if getattr(args, key, None) is not None}
+    source = Source(path=path, **given)
+    source.check("supervised", path)
+    return source

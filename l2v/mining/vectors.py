@@ -1,0 +1,65 @@
+"""Vectors of many texts in a memory-mapped file that is filled block by block and found again by what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from l2v.encoder import Encoder
+from l2v.mining.shards import writing
+
+BLOCK = 1024
+
+
+def encoder_key(encoder: Encoder) -> str:
+    """Changes with the weights, the tokenizer, the template, the length and the precision."""
+    digest = hashlib.sha256(encoder.tokenizer.fingerprint().encode())
+    for name, weight in encoder.model.state_dict().items():
+        # Sums of whole numbers: the same in any order, on any device. Two of them, or exchanged rows would go unseen.
+        bits = weight.detach().contiguous().view(torch.uint8).flatten()
+        whole = bits[: len(bits) // 4 * 4].view(torch.int32).to(torch.int64)
+        place = torch.arange(len(whole), device=whole.device) % 65521
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {whole.sum()} {(whole * place).sum()}".encode())
+    return digest.hexdigest()[:16]
+
+
+def vectors(
+    encoder: Encoder, key: str, texts: Sequence[str], instructions: Sequence[str | None], folder: Path, what: str
+) -> np.ndarray:
+    """Normalised vectors of texts, each behind its instruction: float32 [texts, E], memory-mapped from `folder`.
+
+    Blocks are always cut alike, so a run that goes on ends with the bits of one that was never stopped.
+    Errors: UserError where the folder cannot be written.
+    """
+    digest = hashlib.sha256(key.encode())
+    for text, instruction in zip(texts, instructions, strict=True):
+        digest.update(f"{len(text)} {text}{len(instruction or '')} {instruction or ''}".encode())
+    path = folder / f"{what}-{digest.hexdigest()[:16]}.npy"
+    mark = path.with_suffix(".done")
+    shape = (len(texts), encoder.dimension)
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        done = int(mark.read_text()) if mark.is_file() and path.is_file() else 0
+        out = np.lib.format.open_memmap(
+            path, "r+" if done else "w+", None if done else np.float32, None if done else shape
+        )
+        with tqdm(
+            total=len(texts), initial=done, desc=f"encode {what}", unit="text", disable=done == len(texts)
+        ) as bar:
+            for begin in range(done, len(texts), BLOCK):
+                end = min(begin + BLOCK, len(texts))
+                of_block = list(instructions[begin:end])
+                for instruction in sorted(set(of_block), key=lambda i: i or ""):
+                    at = [begin + i for i, own in enumerate(of_block) if own == instruction]
+                    out[at] = encoder.encode([texts[i] for i in at], instruction)
+                out.flush()
+                half = mark.with_suffix(".half")
+                half.write_text(str(end))
+                half.replace(mark)
+                bar.update(end - begin)
+    return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -1,0 +1,249 @@
+"""`l2v data synthesize PASSAGES --out FILE --model NAME [--endpoint URL]`: queries for passages, kept if they find them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from l2v.data.sources import open_rows
+from l2v.encoder import Encoder
+from l2v.errors import RecipeError, UserError
+from l2v.mining.arguments import add_source, source_of
+from l2v.mining.candidates import Bm25, Exact
+from l2v.mining.choose import plain
+from l2v.mining.shards import Shards, check_out, write_rows
+from l2v.mining.vectors import encoder_key, vectors
+from l2v.prompts import find_task
+from l2v.synthesis.endpoint import Endpoint, Failed
+from l2v.synthesis.journal import Answer, Journal
+from l2v.synthesis.local import Local
+from l2v.synthesis.wording import STYLES, SYSTEM, Question, question
+
+SEARCHED = 1024  # queries that look for their passages at a time
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Let a language model write Danish queries for passages, and keep those that find their passage again."""
+    args = _parser().parse_intermixed_args(argv)
+    _check(args)
+    out = check_out(args.out)
+    read = open_rows([source_of(args.passages, args)], "documents")["text"][:]
+    different: dict[str, str] = {}
+    for text in read:
+        different.setdefault(plain(text), text)
+    passages = list(different.values())
+    styles = tuple(dict.fromkeys(args.styles))
+    questions = [question(p, n, text, styles, args.seed) for p, text in enumerate(passages) for n in range(args.number)]
+    told = {"passages": _digest(passages), "wording": _digest([SYSTEM, *(STYLES[s].told for s in styles)])}
+    told |= {key: getattr(args, key) for key in ("model", "number", "seed", "temperature", "most_tokens")}
+    shards = Shards(out, told | {"styles": styles})
+    filter_ = _filter(args, passages, shards.work)  # a mistake there is said before anything is asked
+    journal = Journal(shards.folder)
+    try:
+        failed = _ask(args, questions, journal)
+    finally:
+        journal.close()
+    if failed and not args.skip_failed:
+        raise UserError(
+            f"{len(failed)} of {len(questions)} queries failed (the last by {failed[-1]}); the others are kept: run the same "
+            "command again to ask for these alone, or add --skip-failed to do without them"
+        )
+    rows, dropped = _consistent(questions, journal.answers, filter_, args.top)
+    write_rows(out, rows)
+    print(_summary(args, out, len(read), passages, questions, journal.answers, len(failed), rows, dropped))
+    shards.clear()
+    return 0
+
+
+def _ask(args: argparse.Namespace, questions: list[Question], journal: Journal) -> list[str]:
+    """Ask what is not answered yet; returns why the questions failed that got no answer."""
+    settings = {"retries": args.retries, "temperature": args.temperature, "most_tokens": args.most_tokens}
+    missing = sum(q.key not in journal.answers for q in questions)
+    bar = tqdm(total=len(questions), initial=len(questions) - missing, desc="ask", unit="query", disable=not missing)
+    with bar:
+        if not missing:
+            return []
+        if args.endpoint:
+            endpoint = Endpoint(args.endpoint, args.model, key_name=args.key_from, timeout=args.timeout, **settings)
+            return _ask_endpoint(endpoint, args.concurrency, questions, journal, bar)
+        local = Local(args.model, **settings)
+        # The same batches whatever was answered before, for a batch shares its noise.
+        for begin in range(0, len(questions), args.batch):
+            batch = questions[begin : begin + args.batch]
+            if all(q.key in journal.answers for q in batch):
+                continue
+            for q, answer in zip(batch, local.ask(batch), strict=True):
+                if q.key not in journal.answers:
+                    journal.add(q.key, answer)
+                    bar.update(1)
+        return []
+
+
+def _ask_endpoint(
+    endpoint: Endpoint, concurrency: int, questions: list[Question], journal: Journal, bar: tqdm
+) -> list[str]:
+    left = iter([q for q in questions if q.key not in journal.answers])
+    failed, in_a_row, most = [], 0, max(8, 2 * concurrency)
+    pool = ThreadPoolExecutor(concurrency)
+    running = {}
+    try:
+        while True:
+            for q in left:  # no more at hand than can run: a stop is then a stop
+                running[pool.submit(endpoint.ask, q)] = q
+                if len(running) >= concurrency:
+                    break
+            if not running:
+                return failed
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                q = running.pop(done)
+                try:
+                    journal.add(q.key, done.result())
+                    in_a_row = 0
+                except Failed as error:
+                    failed.append(str(error))
+                    in_a_row += 1
+                bar.update(1)
+            if in_a_row >= most:
+                raise UserError(
+                    f"{endpoint.url}: {in_a_row} queries in a row failed (the last by {failed[-1]}); what was answered is "
+                    "kept, and the same command goes on from there"
+                )
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _filter(args: argparse.Namespace, passages: list[str], folder: Path):
+    """(queries, instructions) -> numbers of the passages that each finds first, [n, top]; None for no filter."""
+    if args.filter == "none":
+        return None
+    if args.filter == "bm25":
+        words = Bm25(passages)
+        return lambda queries, _: words.search(queries, args.top)[0]
+    encoder = Encoder.from_pretrained(args.filter)
+    passages_ME = vectors(encoder, encoder_key(encoder), passages, [None] * len(passages), folder, "passages")
+    exact = Exact(passages_ME, next(encoder.model.parameters()).device)
+
+    def search(queries: list[str], instructions: list[str]) -> np.ndarray:
+        vectors_NE = np.empty((len(queries), encoder.dimension), dtype=np.float32)
+        for instruction in sorted(set(instructions)):
+            at = [i for i, own in enumerate(instructions) if own == instruction]
+            vectors_NE[at] = encoder.encode([queries[i] for i in at], instruction)
+        return exact.search(vectors_NE, args.top)[0]
+
+    return search
+
+
+def _consistent(
+    questions: list[Question], answers: dict[str, Answer], search, top: int
+) -> tuple[list[dict[str, Any]], Counter]:
+    """The pairs that stay, and why others do not."""
+    rows, dropped, seen = [], Counter(), set()
+    for chosen in _batches(questions):
+        asked = [(q, answers[q.key]) for q in chosen if q.key in answers]
+        dropped.update(answer.why for _, answer in asked if answer.query is None)
+        found = [(q, answer.query) for q, answer in asked if answer.query is not None]
+        instructions = [find_task(STYLES[q.style].task).query for q, _ in found]
+        first = search([query for _, query in found], instructions) if search and found else None
+        for at, (q, query) in enumerate(found):
+            rank = None if first is None else next((r for r, p in enumerate(first[at], 1) if p == q.passage), math.inf)
+            if rank == math.inf:
+                dropped[f"its passage is not among the first {top}"] += 1
+            elif (plain(query), q.passage) in seen:
+                dropped["the same query again"] += 1
+            else:
+                seen.add((plain(query), q.passage))
+                row = {"query": query, "positive": q.text, "instruction": instructions[at], "style": q.style}
+                rows.append(row if rank is None else row | {"rank": rank})
+    return rows, dropped
+
+
+def _batches(questions: list[Question]) -> Iterator[list[Question]]:
+    for begin in range(0, len(questions), SEARCHED):
+        yield questions[begin : begin + SEARCHED]
+
+
+def _summary(args, out, read, passages, questions, answers, failed, rows, dropped) -> str:
+    asked = [answers[q.key] for q in questions if q.key in answers]
+    tokens = [sum(getattr(a, name) for a in asked) for name in ("prompt_tokens", "completion_tokens")]
+    styles = Counter(row["style"] for row in rows)
+    lines = [
+        f"{out}: {len(rows):,} pairs of {len(passages):,} passages"
+        + (f" ({read - len(passages):,} passages stood twice)" if read > len(passages) else ""),
+        f"asked: {len(asked):,} queries in {sum(a.tries for a in asked):,} tries"
+        + (f", {failed:,} failed" if failed else ""),
+        f"kept: {', '.join(f'{styles[s]:,} {s}' for s in STYLES if styles[s]) or 'none'}",
+        f"dropped: {', '.join(f'{n:,} {why}' for why, n in sorted(dropped.items())) or 'none'}",
+        f"tokens: {tokens[0]:,} read, {tokens[1]:,} written",
+    ]
+    if args.price:
+        cost = sum(price * n for price, n in zip(args.price, tokens, strict=True)) / 1e6
+        lines.append(f"cost: {cost:.4f}, at {args.price[0]:g} and {args.price[1]:g} a million tokens read and written")
+    return "\n".join(lines)
+
+
+def _digest(texts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{len(text)} {text}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("number", "top", "concurrency", "batch", "most_tokens"):
+        if getattr(args, name) < 1:
+            raise RecipeError(f"--{name.replace('_', '-')} is {getattr(args, name)} and must be at least 1")
+    if args.retries < 0:
+        raise RecipeError(f"--retries is {args.retries} and must not be negative")
+    if args.timeout <= 0:
+        raise RecipeError(f"--timeout is {args.timeout:g} and must be above 0 seconds")
+    if not 0 <= args.temperature <= 2:
+        raise RecipeError(f"--temperature is {args.temperature:g}; use 0 up to 2")
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="l2v data synthesize", description=main.__doc__)
+    p.add_argument("passages", help="passages: a JSONL, Parquet or text file, sample:da/train or hub:NAME")
+    p.add_argument("--out", required=True, help=".jsonl or .parquet: query, positive, instruction, style, rank")
+    p.add_argument(
+        "--model", required=True, help="the endpoint's name of a model; without --endpoint, one of transformers"
+    )
+    p.add_argument(
+        "--endpoint", metavar="URL", help="an OpenAI-compatible endpoint, for example http://127.0.0.1:8000/v1"
+    )
+    p.add_argument(
+        "--key-from", default="OPENAI_API_KEY", metavar="NAME",
+        help="environment variable that holds the endpoint's key (default: OPENAI_API_KEY)",
+    )  # fmt: skip
+    p.add_argument("--number", type=int, default=1, help="queries of a passage (default: 1)")
+    p.add_argument(
+        "--styles", nargs="+", choices=tuple(STYLES), default=list(STYLES), help="how they ask (default: all)"
+    )
+    p.add_argument(
+        "--filter", default="bm25", metavar="bm25|none|ENCODER",
+        help="keep a query if its passage is among the first that this finds (default: bm25)",
+    )  # fmt: skip
+    p.add_argument("--top", type=int, default=3, help="so many first ones (default: 3)")
+    p.add_argument("--seed", type=int, default=42, help="styles and noise are a function of it (default: 42)")
+    p.add_argument("--temperature", type=float, default=0.7, help="0 for no noise (default: 0.7)")
+    p.add_argument("--most-tokens", type=int, default=64, help="longest answer (default: 64 tokens)")
+    p.add_argument("--concurrency", type=int, default=8, help="questions at the endpoint at a time (default: 8)")
+    p.add_argument(
+        "--retries", type=int, default=4, help="further tries after errors and malformed answers (default: 4)"
+    )
+    p.add_argument("--timeout", type=float, default=60.0, help="seconds an answer may take (default: 60)")
+    p.add_argument("--skip-failed", action="store_true", help="finish without the queries that failed")
+    p.add_argument(
+        "--price", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="price of a million tokens, for the sum"
+    )
+    p.add_argument("--batch", type=int, default=8, help="passages at a time with a local model (default: 8)")
+    add_source(p, pairs=False)
+    return p
