@@ -18,7 +18,7 @@ LINK = 0.8
 CONTEXT = int(0.7 * 2**30)
 """Bytes that CUDA, its libraries and NCCL take before the first tensor. An assumption."""
 NETWORK = 50e9
-"""Bytes a second and GPU between nodes: 400 Gbit/s."""
+"""Bytes a second between nodes: one port of 400 Gbit/s a node."""
 
 
 @dataclass(frozen=True)
