@@ -106,7 +106,7 @@ def render(facts: dict[str, Any], gpu: Gpu, plans: Sequence[StagePlan]) -> None:
         console.print(f"\n[bold]{title}[/]", soft_wrap=True)
         console.print(table)
     console.print()
-    for line in _notes(plans):
+    for line in _notes(facts, plans):
         console.print(f"- {line}", soft_wrap=True)
 
 
@@ -185,7 +185,7 @@ def scaling_table(plans: Sequence[StagePlan]) -> Table:
     return table
 
 
-def _notes(plans: Sequence[StagePlan]) -> list[str]:
+def _notes(facts: dict[str, Any], plans: Sequence[StagePlan]) -> list[str]:
     said = dict.fromkeys(f"tokens/s: {calibrated(plan.speed)}" for plan in plans)
     notes = [*said, "no evaluation, checkpoint, loading or compiling is in these times"]
     assumed = [plan.name for plan in plans if not plan.lengths.real]
@@ -197,8 +197,8 @@ def _notes(plans: Sequence[StagePlan]) -> list[str]:
         notes.append(f"plain layers, slower than fused ones: {because}; their numbers are rougher")
     if any(plan.scaling for plan in plans):
         notes.append(
-            "grown: each GPU keeps its share of the batch, which grows; fixed: the batch is the recipe's; nodes have one port of "
-            "400 Gb/s each, and nothing overlaps"
+            "grown: each GPU keeps its share of the batch, which grows; fixed: the batch is the recipe's; nodes of "
+            f"{facts['per_node']} reach each other at {facts['network_gbps']:g} Gb/s, and nothing overlaps"
         )
     for plan in plans:
         if plan.speed.idle:

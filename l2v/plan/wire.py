@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from l2v.plan.gpus import LINK, NETWORK, Gpu
+from l2v.plan.gpus import LINK, Gpu
 from l2v.plan.memory import Model
 from l2v.plan.work import Share
 from l2v.recipe import Contrastive, Mntp, Stage
@@ -131,7 +131,7 @@ def seconds(transfer: Transfer, ranks: int, per_node: int, gpu: Gpu) -> float:
         return 0.0
     nodes = math.ceil(ranks / per_node)
     # A ring goes through a node's port once, with all that a rank sends.
-    rate = gpu.link if nodes == 1 else min(gpu.link, LINK * NETWORK)
+    rate = gpu.link if nodes == 1 else min(gpu.link, LINK * gpu.network)
     rounds = 2 if transfer.op == "all-reduce" else 1
     between = nodes - 1
     hops = rounds * ((ranks - 1 - between) * HOP + between * NET_HOP)
