@@ -37,8 +37,8 @@ def recipe(tmp_path_factory, tiny_recipe):
     changes = {
         f"stages.{name}.{key}": value for name in STAGES for key, value in {"steps": STEPS, "from": "base"}.items()
     }
-    changes |= {"stages.mntp.batch": 12, "stages.mntp.micro_tokens": 128, "stages.simcse.batch": 10}
-    changes |= {"stages.simcse.micro_tokens": 64, "stages.supervised.batch": 6, "stages.supervised.micro_tokens": 120}
+    changes |= {"stages.mntp.batch": 9, "stages.mntp.micro_tokens": 128, "stages.simcse.batch": 7}
+    changes |= {"stages.simcse.micro_tokens": 64, "stages.supervised.batch": 4, "stages.supervised.micro_tokens": 120}
     changes |= {
         "stages.supervised.directions": ["query_to_doc", "doc_to_query"],
         "stages.supervised.hard_negatives": "own",
@@ -78,6 +78,7 @@ def planned(recipe, setting: str, name: str) -> list[list[wire.Transfer]]:
     config = deepspeed_config(stage, read.zero, torch.float32)["zero_optimization"] | zero
     model = model_of(read.base, shape_of(read.base)[0], stage, 4)
     work = shares(lengths, stage, world, read.stage_seed(name), steps=STEPS)
+    assert len(work) == STEPS
     return [wire.transfers(model, stage, config, 4, world, share) for _, share in work]
 
 
