@@ -170,7 +170,7 @@ class _Context:
 
     def exchanged(self, share: Share, world: int) -> list[wire.Transfer]:
         """What ranks exchange in a step."""
-        zero = deepspeed_config(self.stage, self.recipe.zero, self.dtype)["zero_optimization"]
+        zero = deepspeed_config(self.stage, self.recipe.zero, self.dtype, self.model.trainable)["zero_optimization"]
         return wire.transfers(self.model, self.stage, zero, self.dtype.itemsize, world, share)
 
     def step(self, share: Share, how: Recompute, world: int) -> roofline.Clock:

@@ -75,8 +75,8 @@ def planned(recipe, setting: str, name: str) -> list[list[wire.Transfer]]:
     stage = read.stages[name]
     lengths = lengths_of(read, name)
     assert lengths.real
-    config = deepspeed_config(stage, read.zero, torch.float32)["zero_optimization"] | zero
     model = model_of(read.base, shape_of(read.base)[0], stage, 4)
+    config = deepspeed_config(stage, read.zero, torch.float32, model.trainable)["zero_optimization"] | zero
     work = shares(lengths, stage, world, read.stage_seed(name), steps=STEPS)
     assert len(work) == STEPS
     return [wire.transfers(model, stage, config, 4, world, share) for _, share in work]

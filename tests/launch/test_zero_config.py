@@ -26,12 +26,12 @@ def test_there_is_one_for_every_stage_and_offload():
 def test_the_name_says_what_deepspeed_is_told(name):
     recipe = load_recipe("llama3-8b-da", [f"zero.config={name}"])
     assert recipe.zero.stage == int(name[4])
-    config = deepspeed_config(recipe.stages["mntp"], recipe.zero, torch.bfloat16)
+    config = deepspeed_config(recipe.stages["mntp"], recipe.zero, torch.bfloat16, 41_943_040)
     zero = config["zero_optimization"]
     assert zero["stage"] == int(name[4]) and zero["overlap_comm"] is False
     assert ("offload_optimizer" in zero) == (name.endswith(("offload", "offload-optimizer")))
     assert ("offload_param" in zero) == (name in ("zero3-offload", "zero3-offload-parameters"))
-    assert zero.get("reduce_bucket_size", 0) >= 41_943_040 or name == "zero0"
+    assert zero["reduce_bucket_size"] == 41_943_040  # what the trainer makes of an adapter's size, left as it is
     assert config["bf16"] == {"enabled": True} and config["gradient_clipping"] == 1.0
 
 
