@@ -20,7 +20,6 @@ from l2v.plan.gpus import LINK, Gpu
 from l2v.plan.memory import Model
 from l2v.plan.work import Share
 from l2v.recipe import Contrastive, Mntp, Stage
-from l2v.training.memory import BUCKET
 
 Op = Literal["all-reduce", "all-gather", "reduce-scatter"]
 
@@ -68,7 +67,7 @@ def transfers(
         found.append(Transfer("gradients", "reduce-scatter", 4 * trained * backwards, backwards))
         return found
     times = backwards if which == 2 else 1  # ZeRO 2 keeps no gradients of a whole step
-    bucket = zero.get("reduce_bucket_size", BUCKET)
+    bucket = zero.get("reduce_bucket_size", trained)
     found.append(Transfer("gradients", "all-reduce", 4 * trained * times, times * math.ceil(trained / bucket)))
     if which:
         pieces = math.ceil(trained / zero.get("allgather_bucket_size", ALLGATHER_BUCKET))
