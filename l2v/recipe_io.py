@@ -15,6 +15,8 @@ import yaml
 
 from l2v.errors import RecipeError
 from l2v.recipe import OBJECTIVES, Recipe, Source, Stage, check
+from l2v.recipe_safety import BY_HAND, refuse_secret, refuse_unsafe
+from l2v.zero_config import find_config, read_config
 
 
 @dataclass
@@ -66,7 +68,10 @@ def load_recipe(name: str, overrides: typing.Sequence[str] = (), stage: str | No
     if stage is not None and stage not in known:
         raise RecipeError(f"{path}: there is no stage '{stage}'{_nearest(stage, known)}")
     for text in overrides:
+        refuse_secret(text)
         _override(tree, text, stage)
+    refuse_unsafe(tree)
+    _follow_zero_config(tree)
     return check(_build_recipe(tree), str(path))
 
 
@@ -171,6 +176,29 @@ def _override(tree: Node, text: str, stage: str | None) -> None:
         old.value["model"] = new
     else:
         at.value[parts[-1]] = new
+
+
+def _follow_zero_config(tree: Node) -> None:
+    """`zero.config` becomes a path, and `zero.stage` the stage that stands in that file.
+
+    A file named on the command line goes before a stage in the recipe; otherwise the two must agree.
+    """
+    zero = tree.value.get("zero") if isinstance(tree.value, dict) else None
+    config = zero.value.get("config") if zero is not None and isinstance(zero.value, dict) else None
+    if config is None or not isinstance(config.value, str):
+        return
+    file = find_config(config.value)
+    config.value = str(file)
+    stage, own = read_config(file).get("zero_optimization", {}).get("stage"), zero.value.get("stage")
+    if stage is None:
+        return
+    overruled = config.where.startswith(BY_HAND) and not (own and own.where.startswith(BY_HAND))
+    if own is not None and own.value != stage and not overruled:
+        raise RecipeError(
+            f"{own.where}: zero.stage is {own.value} and {file} is for stage {stage}; leave zero.stage out, or choose another "
+            "configuration"
+        )
+    zero.value["stage"] = Node(stage, config.where)
 
 
 def _stage_names(tree: Node) -> list[str]:

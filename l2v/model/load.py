@@ -100,13 +100,20 @@ def _load(base: Base, config: PretrainedConfig, *, head: bool, dtype: torch.dtyp
         torch.manual_seed(seed)
         with torch.device("cpu"):
             return auto.from_config(config, dtype=dtype, attn_implementation=implementation)
+    source = resolve(base.model)
+    if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")) and any(Path(source).glob("*.bin")):
+        raise UserError(
+            f"the base '{base.model}' holds pickled weights (*.bin), and those are not loaded: write it anew with "
+            "transformers' save_pretrained, which makes safetensors"
+        )
     try:
         return auto.from_pretrained(
-            resolve(base.model),
+            source,
             revision=base.revision,
             dtype=dtype,
             attn_implementation=implementation,
             trust_remote_code=base.trust_remote_code,
+            use_safetensors=True,
         )
     except UserError:
         raise

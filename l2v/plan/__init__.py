@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -27,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = load_recipe(args.recipe, args.overrides, args.stage)
         if args.gpus < 1 or args.per_node < 1:
             raise UserError("--gpus and --per-node are at least 1")
+        if not args.network > 0:
+            raise UserError("--network is in Gb/s and above 0")
         gpu, dtype = device_and_dtype(args.gpu, recipe)
+        gpu = replace(gpu, network=args.network / 8 * 1e9)
         shape, source = shape_of(recipe.base)
         names = [args.stage] if args.stage else recipe.order()
         plans = [plan_stage(recipe, name, gpu, dtype, args.gpus, args.per_node) for name in names]
@@ -36,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     facts = {
         "recipe": recipe.name, "base": recipe.base.model, "model_type": shape.model_type, "shape_from": source,
-        "gpu": gpu.key, "gpus": args.gpus, "per_node": args.per_node, "rates": gpu.source,
+        "gpu": gpu.key, "gpus": args.gpus, "per_node": args.per_node, "network_gbps": args.network, "rates": gpu.source,
         "dtype": str(dtype).removeprefix("torch."), "zero_stage": recipe.zero.stage,
     }  # fmt: skip
     if args.json:
@@ -60,6 +64,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gpu", help=f"{', '.join(SHEETS)}, or here (default): the device of this machine")
     p.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all (default 1)")
     p.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs that share a fast link (default 8)")
+    p.add_argument(
+        "--network",
+        type=float,
+        default=400,
+        metavar="GBPS",
+        help="Gb/s of a node to the others, all its ports (default 400)",
+    )
     p.add_argument("--json", action="store_true", help="the same as JSON")
     return p
 

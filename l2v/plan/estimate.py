@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,13 +12,14 @@ from l2v.errors import RecipeError
 from l2v.model.fused import Recompute
 from l2v.model.fused.spec import FAMILIES
 from l2v.model.memory import LayerShape
-from l2v.plan import roofline
+from l2v.plan import roofline, wire
 from l2v.plan.gpus import Gpu
 from l2v.plan.measured import factors
 from l2v.plan.memory import Memory, Model, memory_of
 from l2v.plan.shapes import LLAMA3_8B, shape_of
 from l2v.plan.work import Lengths, Share, lengths_of, shares
 from l2v.recipe import LLAMA_LINEARS, Base, Contrastive, Mntp, Recipe, Stage
+from l2v.training.engine import deepspeed_config
 
 SEGMENTS = {"mntp": 512, "simcse": 30, "supervised": 140}
 """Mean tokens of a text in the workloads of benchmarks/train_step.py."""
@@ -44,6 +45,20 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """Efficiency on so many GPUs: tokens a second and GPU as a share of those of one GPU alone, predicted.
+
+    grown: the batch grows with the GPUs, each keeps the share that it has in the plan. fixed: the recipe's batch is shared
+    out among more and more.
+    """
+
+    gpus: int
+    grown: float
+    fixed: float
+    grown_batch: int
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """What `l2v plan` says of a stage."""
 
@@ -57,6 +72,9 @@ class StagePlan:
     others: dict[Recompute, tuple[int, Speed]] = field(default_factory=dict)
     """For each way to recompute: the largest micro-batch that fits and is of use, and the speed with it."""
     gemm: float = 0.0
+    exchanged: list[wire.Transfer] = field(default_factory=list)
+    """What ranks send each other in a step."""
+    scaling: list[Scaled] = field(default_factory=list)
 
     @property
     def hours(self) -> float:
@@ -115,7 +133,8 @@ def plan_stage(recipe: Recipe, name: str, gpu: Gpu, dtype: torch.dtype, world: i
             others[how] = (max(share.largest for _, share in found), context.speed(found, how, factor))
     return StagePlan(
         name, stage, world, model, lengths, memory, context.speed(work, memory.recompute, factor), others,
-        here.flops[dtype],
+        here.flops[dtype], context.exchanged(work[0][1], world),
+        [] if gpu.cpu or world == 1 else context.scaling(memory.recompute),
     )  # fmt: skip
 
 
@@ -138,7 +157,7 @@ class _Context:
 
     def speed(self, work: list[tuple[int, Share]], how: Recompute, factor: float | None) -> Speed:
         """The mean over some steps."""
-        found = [self._step(share, how) for _, share in work]
+        found = [self.step(share, how, self.world) for _, share in work]
         seconds: dict[str, float] = {}
         for clock in found:
             for kind, value in clock.seconds.items():
@@ -149,7 +168,13 @@ class _Context:
         idle = min(share.idle for _, share in work)
         return Speed(seconds, total / (factor or 1.0), tokens, micros, factor, idle)
 
-    def _step(self, share: Share, how: Recompute) -> roofline.Clock:
+    def exchanged(self, share: Share, world: int) -> list[wire.Transfer]:
+        """What ranks exchange in a step."""
+        zero = deepspeed_config(self.stage, self.recipe.zero, self.dtype, self.model.trainable)["zero_optimization"]
+        return wire.transfers(self.model, self.stage, zero, self.dtype.itemsize, world, share)
+
+    def step(self, share: Share, how: Recompute, world: int) -> roofline.Clock:
+        """A step of `world` ranks."""
         stage, model, text = self.stage, self.model, self.lengths.text
         clock = roofline.Clock(self.gpu, self.dtype, model.base_precision == "fp8")
         dropped = stage.lora.dropout > 0
@@ -162,10 +187,34 @@ class _Context:
                 roofline.ends(clock, model, stage, tokens)
             if isinstance(stage, Contrastive):
                 roofline.contrastive(clock, model, stage, share.queries[at], share.candidates[at])
-        queries = sum(share.queries) if isinstance(stage, Contrastive) and stage.negatives == "global" else 0
-        zero = self.recipe.zero.stage
-        roofline.once_a_step(clock, model, zero, self.world, self.per_node, share.micros, queries)
+        found = self.exchanged(share, world)
+        took = wire.all_seconds(found, world, self.per_node, self.gpu)
+        roofline.once_a_step(clock, model, self.recipe.zero.stage, world, took, sum(each.times for each in found))
         return clock
+
+    def scaling(self, how: Recompute) -> list[Scaled]:
+        """From one GPU to 1,024, and on as many as are planned for."""
+        stage, group = self.stage, getattr(self.stage, "group", None) or 1
+        own = max(group, stage.batch // self.world // group * group)
+        if isinstance(stage, Contrastive):
+            own = max(own, 2)
+        tokens, share = self._once(replace(stage, batch=own), 1)
+        alone = tokens / self.step(share, how, 1).total()
+        whole, everything = self._once(stage, 1)
+        at_once = whole / self.step(everything, how, 1).total()
+        found = []
+        for gpus in sorted({2**i for i in range(11)} | {self.world}):
+            # Each GPU does as much; with negatives: global each query meets the candidates of all.
+            shared = isinstance(stage, Contrastive) and stage.negatives == "global"
+            grown = replace(share, candidates=[c * gpus for c in share.candidates]) if shared else share
+            rate = tokens / self.step(grown, how, gpus).total()
+            _, part = self._once(stage, gpus)
+            fixed = whole / gpus / self.step(part, how, gpus).total()
+            found.append(Scaled(gpus, rate / alone, fixed / at_once, own * gpus))
+        return found
+
+    def _once(self, stage: Stage, world: int) -> tuple[int, Share]:
+        return shares(self.lengths, stage, world, self.seed, stage.micro_tokens, steps=1)[0]
 
 
 def _factors(gpu: Gpu, dtype: torch.dtype, base_precision: str) -> Mapping[str, float]:
@@ -184,7 +233,7 @@ def _factors(gpu: Gpu, dtype: torch.dtype, base_precision: str) -> Mapping[str, 
         roofline.backward(clock, model, tokens, length, row["recompute"] or "cheap", dropped=True)
         stage = Mntp(data=[], batch=1, steps=1, lr=1.0)
         roofline.ends(clock, model, stage, tokens if row["objective"] == "mntp" else 0)
-        roofline.once_a_step(clock, model, 1, 1, 1, 1, 0)
+        roofline.once_a_step(clock, model, 1, 1, 0.0, 0)
         return tokens / clock.total()
 
     return factors(gpu.key, predict)

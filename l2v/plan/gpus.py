@@ -18,13 +18,13 @@ LINK = 0.8
 CONTEXT = int(0.7 * 2**30)
 """Bytes that CUDA, its libraries and NCCL take before the first tensor. An assumption."""
 NETWORK = 50e9
-"""Bytes a second and GPU between nodes: 400 Gbit/s."""
+"""Bytes a second between nodes: one port of 400 Gbit/s a node."""
 
 
 @dataclass(frozen=True)
 class Gpu:
     """Rates of one device. flops: of products in bf16, fp32 and fp8 (None where it has none); copy: bytes read and written a
-    second; link: bytes a second to the other GPUs of a node; memory: bytes that CUDA reports."""
+    second; link: bytes a second to the other GPUs of a node; network: of a node to others; memory: bytes that CUDA reports."""
 
     key: str
     memory: int
@@ -35,6 +35,7 @@ class Gpu:
     source: str
     measured: bool
     cpu: bool = False
+    network: float = NETWORK
 
     def capacity(self, ranks_here: int) -> int:
         """Bytes for one rank: those of a GPU, or a share of the machine's."""

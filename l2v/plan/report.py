@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -65,6 +66,17 @@ def _stage(plan: StagePlan) -> dict[str, Any]:
             "seconds_by_kind": speed.seconds,
             "calibration": calibrated(speed),
         },
+        "wire": [
+            {
+                "what": each.what,
+                "collective": each.op,
+                "bytes": each.bytes,
+                "times": each.times,
+                "sent_by_a_rank": each.sent(plan.world),
+            }
+            for each in plan.exchanged
+        ],
+        "scaling": [asdict(each) for each in plan.scaling],
         "other_ways": {
             how: {"micro_batch_tokens": tokens, "tokens_per_second": found.tokens_per_second}
             for how, (tokens, found) in plan.others.items()
@@ -81,15 +93,20 @@ def render(facts: dict[str, Any], gpu: Gpu, plans: Sequence[StagePlan]) -> None:
         f"{facts['base']}: shape from {facts['shape_from']}"
     )
     console.print(f"rates of {gpu.key}: {gpu.source}", soft_wrap=True)
-    for title, table in (
+    tables = [
         ("memory of a GPU, GiB", _memory(plans)),
         ("speed, predicted", _speed(plans)),
         ("largest micro_tokens that fits, and tokens/s with as much of it as is of use", _others(plans)),
-    ):
+    ]
+    if any(plan.exchanged for plan in plans):
+        tables.append(("sent by a rank in a step, MB", _wire(plans)))
+    if any(plan.scaling for plan in plans):
+        tables.append(("of the speed of one GPU that each keeps, predicted", scaling_table(plans)))
+    for title, table in tables:
         console.print(f"\n[bold]{title}[/]", soft_wrap=True)
         console.print(table)
     console.print()
-    for line in _notes(plans):
+    for line in _notes(facts, plans):
         console.print(f"- {line}", soft_wrap=True)
 
 
@@ -147,7 +164,28 @@ def _others(plans: Sequence[StagePlan]) -> Table:
     return table
 
 
-def _notes(plans: Sequence[StagePlan]) -> list[str]:
+def _wire(plans: Sequence[StagePlan]) -> Table:
+    table = _table("", *(plan.name for plan in plans))
+    parts = [{f"{each.what} ({each.op})": each.sent(plan.world) for each in plan.exchanged} for plan in plans]
+    for name in dict.fromkeys(name for part in parts for name in part):
+        table.add_row(name, *(f"{part[name] / 1e6:,.2f}" if name in part else "" for part in parts))
+    table.add_section()
+    table.add_row("in all", *(f"{sum(part.values()) / 1e6:,.2f}" for part in parts), style="bold")
+    return table
+
+
+def scaling_table(plans: Sequence[StagePlan]) -> Table:
+    """Rows are numbers of GPUs; two columns a stage."""
+    table = _table("GPUs")
+    for plan in plans:
+        table.add_column(f"{plan.name}: grown", justify="right", no_wrap=True)
+        table.add_column("fixed", justify="right", no_wrap=True)
+    for rows in zip(*(plan.scaling for plan in plans), strict=True):
+        table.add_row(f"{rows[0].gpus:,}", *(f"{x:.0%}" for row in rows for x in (row.grown, row.fixed)))
+    return table
+
+
+def _notes(facts: dict[str, Any], plans: Sequence[StagePlan]) -> list[str]:
     said = dict.fromkeys(f"tokens/s: {calibrated(plan.speed)}" for plan in plans)
     notes = [*said, "no evaluation, checkpoint, loading or compiling is in these times"]
     assumed = [plan.name for plan in plans if not plan.lengths.real]
@@ -157,6 +195,11 @@ def _notes(plans: Sequence[StagePlan]) -> list[str]:
         )
     if because := plans[0].model.plain_because:
         notes.append(f"plain layers, slower than fused ones: {because}; their numbers are rougher")
+    if any(plan.scaling for plan in plans):
+        notes.append(
+            "grown: each GPU keeps its share of the batch, which grows; fixed: the batch is the recipe's; nodes of "
+            f"{facts['per_node']} reach each other at {facts['network_gbps']:g} Gb/s, and nothing overlaps"
+        )
     for plan in plans:
         if plan.speed.idle:
             group = getattr(plan.stage, "group", None)

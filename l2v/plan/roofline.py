@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from l2v.model.fused import Recompute
-from l2v.plan.gpus import NETWORK, Gpu
+from l2v.plan.gpus import Gpu
 from l2v.plan.memory import Model
 from l2v.recipe import Contrastive, Mntp, Stage
 
@@ -182,21 +182,11 @@ def contrastive(clock: Clock, model: Model, stage: Contrastive, queries: int, ca
     clock.add("head and loss", bytes_=8 * (queries + candidates) * hidden * 4, launches=10)
 
 
-def once_a_step(clock: Clock, model: Model, zero: int, ranks: int, per_node: int, micros: int, queries: int) -> None:
-    """The optimizer, and what ranks exchange in a step of so many micro-batches each."""
+def once_a_step(clock: Clock, model: Model, zero: int, ranks: int, exchanged: float, launches: int) -> None:
+    """The optimizer, and the seconds and collectives of what ranks exchange."""
     count, b = model.trainable, clock.dtype.itemsize
     share = count / ranks if zero else count
     # Gradient to fp32, its norm, its clip; weights and two moments read and written, and Adam's own intermediate values.
     clock.add("optimizer", bytes_=share * (b + 4 * 4 + 14 * 4 + b), launches=40)
-    if ranks == 1:
-        return
-    link = clock.gpu.link if ranks <= per_node else min(clock.gpu.link, 0.8 * NETWORK)
-    ring = (ranks - 1) / ranks
-    times = micros if zero >= 2 else 1
-    seconds = 2 * ring * count * 4 * times / link  # gradients travel in fp32
-    seconds += ring * count * b / link if zero else 0.0
-    if zero == 3:
-        whole = model.linear_parameters * b
-        seconds += 2 * ring * whole * micros / link
-    seconds += ring * queries * model.shape.hidden * 4 * 2 / link
-    clock.add("communication", seconds=seconds, launches=10)
+    if ranks > 1:
+        clock.add("communication", seconds=exchanged, launches=launches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +79,8 @@ class Share:
     candidates: list[int]
     idle: int = 0
     """Ranks that have nothing to do in this step."""
+    most: list[tuple[int, int]] = field(default_factory=list)
+    """With `negatives: global`, for every unit the candidates and queries of the rank that has most of them."""
 
     @property
     def micros(self) -> int:
@@ -91,7 +93,7 @@ class Share:
 
 
 def shares(
-    lengths: Lengths, stage: Stage, world: int, seed: int, micro_tokens: int | None = None
+    lengths: Lengths, stage: Stage, world: int, seed: int, micro_tokens: int | None = None, steps: int = STEPS
 ) -> list[tuple[int, Share]]:
     """(tokens of all ranks, the busiest rank's share) of the first few steps.
 
@@ -101,7 +103,7 @@ def shares(
         lengths, batch=stage.batch, micro_tokens=micro_tokens or stage.micro_tokens, seed=seed, world=world,
         group=getattr(stage, "group", None),
     )  # fmt: skip
-    count = max(1, min(STEPS, stage.steps, sampler.steps_per_epoch - 1))
+    count = max(1, min(steps, stage.steps, sampler.steps_per_epoch - 1))
     return [_busiest(sampler.plan(step), lengths, stage) for step in range(count)]
 
 
@@ -112,12 +114,17 @@ def _busiest(plan: StepPlan, lengths: Lengths, stage: Stage) -> tuple[int, Share
     units = plan.units[int(np.argmax(loads))]
     micros = [[int(tokens[micro].sum()) if micro else 1 for micro in unit.micros] for unit in units]
     queries = [len(unit.examples) for unit in units]
-    candidates = [
-        int(lengths.segments[unit.examples].sum()) - len(unit.examples) if unit.examples else 0 for unit in units
-    ]
+    candidates = [_counts(unit.examples, lengths)[0] for unit in units]
+    most: list[tuple[int, int]] = []
     if isinstance(stage, Contrastive) and stage.negatives == "global":
-        everyone = sum(
-            int(lengths.segments[u.examples].sum()) - len(u.examples) for us in plan.units for u in us if u.examples
-        )
-        candidates = [everyone for _ in units]
-    return total, Share(micros, queries, candidates, sum(load == 0 for load in loads))
+        columns = [
+            [_counts(unit.examples, lengths) for unit in column] for column in zip(*plan.units, strict=True)
+        ]  # by unit, then by rank
+        candidates = [sum(c for column in columns for c, _ in column)] * len(units)
+        most = [(max(c for c, _ in column), max(q for _, q in column)) for column in columns]
+    return total, Share(micros, queries, candidates, sum(load == 0 for load in loads), most)
+
+
+def _counts(examples: list[int], lengths: Lengths) -> tuple[int, int]:
+    """Candidates and queries."""
+    return (int(lengths.segments[examples].sum()) - len(examples), len(examples)) if examples else (0, 0)

@@ -1,0 +1,147 @@
+"""What ranks send each other in a step: every collective with its bytes, and how long it takes on so many GPUs.
+
+Read off DeepSpeed 0.19 and this trainer, and held to the bytes of real runs (tests/launch/test_wire.py). Nothing overlaps,
+as `overlap_comm: false` has it. Left out: flags and counts of a few bytes, and padding of less than a rank's number of
+elements a tensor.
+
+Time of a collective: the better of a ring (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms") and, for an
+all-reduce between nodes, a double binary tree (Sanders, Speck and Traeff 2009, "Two-tree algorithms for full bandwidth
+broadcast, reduction and scan"), with the latencies that NCCL's own choice between them reckons with (src/graph/tuning.cc).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from l2v.plan.gpus import LINK, Gpu
+from l2v.plan.memory import Model
+from l2v.plan.work import Share
+from l2v.recipe import Contrastive, Mntp, Stage
+
+Op = Literal["all-reduce", "all-gather", "reduce-scatter"]
+
+START = 8.4e-6
+"""Seconds that a ring takes to start; one hop of it within a node and between nodes."""
+HOP, NET_HOP = 3.4e-6, 9.6e-6
+TREE_START, TREE_HOP, TREE_NET_HOP = 4.4e-6, 1.2e-6, 8.5e-6
+TREE_SHARE = 0.9 * 0.915
+"""Of the ring's bandwidth that a tree reaches."""
+PERSISTENT = 100_000
+"""DeepSpeed's default `stage3_param_persistence_threshold`: weights of at most so many elements stay on every rank."""
+ALLGATHER_BUCKET = 500_000_000
+WITH_QUERIES = {"query_to_query", "doc_to_query"}
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One kind of collective in a step. bytes: of the whole tensor (what is reduced, gathered or scattered), all times
+    together; times: collectives."""
+
+    what: str
+    op: Op
+    bytes: int
+    times: int
+
+    def sent(self, ranks: int) -> float:
+        """Bytes that each rank sends, and receives, in a ring."""
+        return (2 if self.op == "all-reduce" else 1) * (ranks - 1) / ranks * self.bytes
+
+
+def transfers(
+    model: Model, stage: Stage, zero: Mapping[str, Any], itemsize: int, ranks: int, share: Share
+) -> list[Transfer]:
+    """What is exchanged in a step in which the busiest rank does `share`.
+
+    zero: DeepSpeed's `zero_optimization`. itemsize: bytes of a weight. Empty for one rank.
+    """
+    if ranks == 1:
+        return []
+    found = _embeddings(stage, model.shape.hidden, ranks, share)
+    which, trained = zero["stage"], model.trainable
+    backwards = share.micros
+    if which == 3:
+        found += _weights(model, stage, zero, itemsize, share)
+        found.append(Transfer("gradients", "reduce-scatter", 4 * trained * backwards, backwards))
+        return found
+    times = backwards if which == 2 else 1  # ZeRO 2 keeps no gradients of a whole step
+    bucket = zero.get("reduce_bucket_size", trained)
+    found.append(Transfer("gradients", "all-reduce", 4 * trained * times, times * math.ceil(trained / bucket)))
+    if which:
+        pieces = math.ceil(trained / zero.get("allgather_bucket_size", ALLGATHER_BUCKET))
+        found.append(Transfer("updated adapters", "all-gather", itemsize * trained, pieces))
+    return found
+
+
+def _embeddings(stage: Stage, hidden: int, ranks: int, share: Share) -> list[Transfer]:
+    """With `negatives: global`: rows in fp32, padded to the rank that has most, their gradients back, and labels."""
+    if not isinstance(stage, Contrastive) or stage.negatives != "global":
+        return []
+    queried = bool(WITH_QUERIES & set(stage.directions))
+    owned = stage.hard_negatives == "own" or "doc_to_doc" in stage.directions
+    parts = 2 if queried else 1
+    rows = ranks * sum(c + (q if queried else 0) for c, q in share.most)
+    keys = [
+        c * stage.mask_duplicates + 2 * q * (stage.mask_duplicates and queried) + 2 * c * owned for c, q in share.most
+    ]
+    found = [
+        Transfer("embeddings", "all-gather", rows * hidden * 4, parts * len(share.most)),
+        Transfer("gradients of embeddings", "reduce-scatter", rows * hidden * 4, parts * len(share.most)),
+    ]
+    return found + [Transfer("labels", "all-gather", 8 * ranks * sum(keys), len(keys))] * bool(sum(keys))
+
+
+def _weights(model: Model, stage: Stage, zero: Mapping[str, Any], itemsize: int, share: Share) -> list[Transfer]:
+    """ZeRO-3: a layer is gathered whole for its forward and again for its backward, which remakes what it needs meanwhile.
+
+    DeepSpeed keeps what is used again soon (`stage3_max_reuse_distance`): a layer or two at the turn, counted here all
+    the same. The embedding's backward needs no weights; frozen weights of a gradient cache's first pass are gathered too.
+    """
+    shape, small = model.shape, zero.get("stage3_param_persistence_threshold", PERSISTENT)
+    linears = [shape.inputs[name] * shape.outputs[name] for name in shape.inputs]
+    adapters = [shape.rank * width for name in shape.adapted for width in (shape.inputs[name], shape.outputs[name])]
+    layer = [*linears, *adapters, shape.hidden, shape.hidden]
+    end = [shape.hidden] + ([model.vocabulary * shape.hidden] if isinstance(stage, Mntp) and not model.tied else [])
+    embedding = [model.vocabulary * shape.hidden]
+
+    def large(sizes: Iterable[int]) -> list[int]:
+        return [size for size in sizes if size > small]
+
+    backwards = share.micros
+    forwards = backwards + (sum(len(unit) - 1 for unit in share.units) if isinstance(stage, Contrastive) else 0)
+    inner = itemsize * (shape.layers * sum(large(layer)) + sum(large(end)))
+    units = shape.layers * bool(large(layer)) + len(large(end))
+    found = [
+        Transfer(
+            "weights, forward", "all-gather", forwards * (inner + itemsize * sum(large(embedding))),
+            forwards * (units + len(large(embedding))),
+        ),
+        Transfer("weights, backward", "all-gather", backwards * inner, backwards * units),
+    ]  # fmt: skip
+    stay = [size for size in [*layer * shape.layers, *end, *embedding] if size <= small]
+    return found + [Transfer("small weights, updated", "all-gather", itemsize * sum(stay), len(stay))] * bool(stay)
+
+
+def seconds(transfer: Transfer, ranks: int, per_node: int, gpu: Gpu) -> float:
+    """How long the collectives of a transfer take, one after another."""
+    if ranks == 1 or not transfer.times:
+        return 0.0
+    nodes = math.ceil(ranks / per_node)
+    # A ring goes through a node's port once, with all that a rank sends.
+    rate = gpu.link if nodes == 1 else min(gpu.link, LINK * gpu.network)
+    rounds = 2 if transfer.op == "all-reduce" else 1
+    between = nodes - 1
+    hops = rounds * ((ranks - 1 - between) * HOP + between * NET_HOP)
+    ring = transfer.times * (START + hops) + transfer.sent(ranks) / rate
+    if transfer.op != "all-reduce" or nodes == 1:
+        return ring
+    climb = 2 * ((min(ranks, per_node) - 1) * TREE_HOP + math.log2(nodes) * TREE_NET_HOP)
+    tree = transfer.times * (TREE_START + climb) + 2 * transfer.bytes / (TREE_SHARE * rate)
+    return min(ring, tree)
+
+
+def all_seconds(found: Sequence[Transfer], ranks: int, per_node: int, gpu: Gpu) -> float:
+    """Of all that a step exchanges."""
+    return sum(seconds(transfer, ranks, per_node, gpu) for transfer in found)
