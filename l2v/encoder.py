@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from l2v.data.tokens import TextTokenizer, as_ids, load_tokenizer
 from l2v.errors import UserError
 from l2v.model.embedded import SMOLLM2, resolve
 from l2v.model.export import ENCODER_FILE, export
-from l2v.model.load import device, dtype_of, inner_model, load_model
+from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_model
 from l2v.model.lora import LINEAGE, adapter_folder, describe_adapter, merge_adapters
 from l2v.model.packed import PackedDecoder
 from l2v.recipe import Base, Recipe, Template
@@ -41,6 +42,7 @@ class Encoder:
         length: int | None = None,
         precision: str | None = None,
         backend: str | None = None,
+        base_only: bool = False,
         trust_remote_code: bool = False,
     ) -> Encoder:
         """Load an encoder.
@@ -49,15 +51,13 @@ class Encoder:
         (`runs/NAME/supervised`) or a run (its last trained stage). adapters: PEFT LoRA folders or hub names, merged in
         order, in float32, rounded once. What is left out comes from the run, or is: pooling mean, attention
         bidirectional, no template, 512 tokens, precision auto (bf16 where the hardware multiplies it), backend l2v.
+        base_only: of a run or an adapter the untrained base, read as the run reads texts.
         Raises UserError with one sentence when something is not there or does not fit.
         """
-        base, merged, limit = _describe(str(base_or_run))
-        base.pooling = pooling or base.pooling
-        base.attention = attention or base.attention
-        base.template = template or base.template
-        base.precision = precision or base.precision
-        base.backend = backend or base.backend
-        base.trust_remote_code = base.trust_remote_code or trust_remote_code
+        base, merged, limit = _chosen(
+            base_or_run, base_only, pooling=pooling, attention=attention, template=template, precision=precision,
+            backend=backend, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         merged = [*merged, *adapters]
         inner = inner_model(load_model(base, head=False, dtype=dtype_of(base.precision)))
         inner = merge_adapters(inner, merged)
@@ -70,6 +70,26 @@ class Encoder:
         texts = TextTokenizer(tokenizer, base.template, length or limit or 512)
         lineage = {"base": {"model": base.model}, "merged": [describe_adapter(adapter) for adapter in merged]}
         return cls(model, texts, name=str(base_or_run), lineage=lineage)
+
+    @staticmethod
+    def identity(base_or_run: str | Path, adapters: Sequence[str] = (), **options: Any) -> dict[str, Any]:
+        """What decides the vectors that `from_pretrained(base_or_run, adapters, **options)` would give, without loading it.
+
+        Base (its hash), adapters in order (their hashes), pooling, attention, template, length and the precision it would
+        run in here: whoever keeps vectors or scores keys them by this. Errors: as `from_pretrained`.
+        """
+        length = options.pop("length", None)
+        base, merged, limit = _chosen(base_or_run, options.pop("base_only", False), **options)
+        return {
+            "base": base.model,
+            "sha256": fingerprint(base),
+            "merged": [describe_adapter(adapter)["sha256"] for adapter in [*merged, *adapters]],
+            "pooling": base.pooling,
+            "attention": base.attention,
+            "template": asdict(base.template),
+            "length": length or limit or 512,
+            "precision": str(dtype_of(base.precision)).removeprefix("torch."),
+        }
 
     @property
     def dimension(self) -> int:
@@ -142,6 +162,14 @@ def _batches(order: list[int], lengths: list[int], budget: int) -> list[list[int
         out[-1].append(i)
         room -= lengths[i]
     return out
+
+
+def _chosen(source: str | Path, base_only: bool, **options: Any) -> tuple[Base, list[str], int | None]:
+    """What a name stands for, with the caller's choices in place of the run's."""
+    base, merged, limit = _describe(str(source))
+    for key, value in options.items():
+        setattr(base, key, value or getattr(base, key))
+    return base, [] if base_only else merged, limit
 
 
 def _describe(source: str) -> tuple[Base, list[str], int | None]:

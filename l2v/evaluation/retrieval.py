@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -55,10 +56,15 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def tfidf_scores(queries: Sequence[str], passages: Sequence[str]) -> np.ndarray:
-    """Cosine of TF-IDF over character 3- to 5-grams within words: float [queries, passages]."""
+def tfidf_vectorizer() -> Any:
+    """TF-IDF over character 3- to 5-grams within words: the row without a model that every table of scores carries."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
+    return TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)
+
+
+def tfidf_scores(queries: Sequence[str], passages: Sequence[str]) -> np.ndarray:
+    """Cosine of TF-IDF vectors fitted on the passages: float [queries, passages]."""
+    vectors = tfidf_vectorizer()
     passages_MV = vectors.fit_transform(passages)
     return (vectors.transform(queries) @ passages_MV.T).toarray()

@@ -1,0 +1,237 @@
+"""`l2v eval RUN|MODEL...`: scores on the Danish SEB tasks, on any task of mteb, on files; the published table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from l2v.errors import RecipeError, UserError
+from l2v.recipe_io import from_dict
+
+POOLINGS = ("mean", "weighted_mean", "last")
+ATTENTIONS = ("causal", "bidirectional")
+RAW = {"causal": "untrained, causal", "bidirectional": "untrained, bidirectional"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Score encoders; results are kept beside the run, and the same command goes on where it stopped."""
+    args = _parser().parse_intermixed_args(argv)
+    needs_mteb()
+    if args.published:
+        return _published(args)
+    if not args.models and not args.baselines:
+        raise RecipeError("name a run, a stage of it, a model or --baselines (or --published for the published table)")
+    for key in ("processes", "batch_tokens", "length"):
+        if (value := getattr(args, key)) is not None and value < 1:
+            raise RecipeError(f"--{key.replace('_', '-')} is {value}; use 1 or more")
+    return _evaluate(args, list(argv) if argv is not None else None)
+
+
+def needs_mteb() -> None:
+    """UserError with the way out where the extra is not installed."""
+    try:
+        import mteb  # noqa: F401
+    except ImportError:
+        raise UserError("evaluation needs mteb: pip install 'l2v[eval,export]'") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="l2v eval", description=main.__doc__)
+    p.add_argument("models", nargs="*", metavar="RUN|MODEL", help="runs, stages (runs/NAME/STAGE), exports or bases")
+    p.add_argument(
+        "--benchmark", action="append", metavar="NAME",
+        help="seb-da (default: the 12 Danish tasks of SEB), scandinavian, a task or benchmark of mteb, local:FOLDER, "
+        "local:MANIFEST.yaml or local:sample; may be given again",
+    )  # fmt: skip
+    p.add_argument("--data", metavar="FOLDER", help="where the files of a local manifest are (default: beside it)")
+    p.add_argument(
+        "--stages", action="store_true", help="of each run: the base causal and bidirectional, then every stage"
+    )
+    p.add_argument(
+        "--ablations", nargs="?", const="attention,pooling", metavar="WHAT",
+        help="attention, pooling or both (default): each model with causal and bidirectional attention, and with "
+        "mean, weighted_mean and last pooling",
+    )  # fmt: skip
+    p.add_argument("--baselines", metavar="NAMES", help="tfidf, minilm, or sentence-transformers models, by commas")
+    p.add_argument(
+        "--prompts", default="en", help="en (default), da, mteb (its own alone), off, or a YAML file by task"
+    )
+    p.add_argument("--adapter", action="append", default=[], help="a further adapter on each model, merged in order")
+    p.add_argument("--pooling", choices=[*POOLINGS, "first"], help="instead of the run's")
+    p.add_argument("--length", type=int, help="tokens of a text (default: the run's, or 512)")
+    p.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="of the weights (default: the run's)")
+    p.add_argument(
+        "--normalize", action="store_true", help="vectors of length 1 (matters to classification and clusters)"
+    )
+    p.add_argument("--batch-tokens", type=int, default=16384, help="tokens in one forward (default: 16384)")
+    p.add_argument("--processes", type=int, help="encoding processes (default: one for each GPU)")
+    p.add_argument("--trust-remote-code", action="store_true", help="let a model from the hub bring its own code")
+    p.add_argument("--out", metavar="FOLDER", help="where results go (default: RUN/eval, or eval-results)")
+    p.add_argument("--again", action="store_true", help="compute what is kept anew")
+    p.add_argument(
+        "--published", action="store_true", help="the table of published models, means recomputed from cells"
+    )
+    p.add_argument("--results", metavar="PATH", help="wheel or folder of seb 0.13.11 (default: the installed package)")
+    return p
+
+
+def _published(args: argparse.Namespace) -> int:
+    from l2v.evaluation import published
+
+    rows = published.published(args.results)
+    table = published.markdown(rows)
+    Console(soft_wrap=True).print(Markdown(table) if os.isatty(1) else table, markup=False, highlight=False)
+    if args.out:
+        folder = Path(args.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "published.md").write_text(table, encoding="utf-8")
+        text = json.dumps(published.as_json(rows), indent=1, ensure_ascii=False)
+        (folder / "published.json").write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
+    import torch
+
+    from l2v.evaluation import report as reports
+    from l2v.evaluation.baselines import baseline
+    from l2v.evaluation.model import MtebEncoder
+    from l2v.evaluation.prompts import Prompts
+    from l2v.evaluation.run import Row, run_model
+    from l2v.evaluation.select import select
+
+    console = Console(soft_wrap=True)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    prompts = Prompts(args.prompts)
+    names = args.benchmark or ["seb-da"]
+    selected = select(names, args.data)
+    out = Path(args.out) if args.out else _folder(args.models)
+    for text in [*selected.notes, *(f"{name}: {why}; left out" for name, why in selected.failed.items())]:
+        say(text)
+    if not selected.tasks:
+        raise UserError("no task is left to run")
+    processes = args.processes or max(1, torch.cuda.device_count())
+    makers: list[tuple[str, Callable[[], Any]]] = []
+    for name in filter(None, (args.baselines or "").split(",")):
+        makers.append((name, lambda name=name: baseline(name)))
+    for name, spec in _specs(args):
+        options = {"normalize": args.normalize, "batch_tokens": args.batch_tokens, "processes": processes}
+        makers.append((name, lambda name=name, spec=spec, o=options: MtebEncoder(spec, name, prompts=prompts, **o)))
+    tasks = [task.metadata.name for task in selected.tasks]
+    facts = {
+        "command": shlex.join(["l2v", "eval", *argv]) if argv is not None else None,
+        "benchmark": names,
+        "prompts": args.prompts,
+        "local": selected.local,
+        "notes": selected.notes,
+        "not_built": {name: f"{name}: {why}; left out" for name, why in selected.failed.items()},
+        "machine": _machine(),
+    }
+    rows: list[Row] = []
+    broken: dict[str, str] = {}
+    for name, make in makers:
+        try:
+            model = make()
+        except UserError as error:
+            broken[name] = f"{name}: {error}; left out"
+            say(broken[name])
+            continue
+        rows.append(run_model(model, selected.tasks, out / "cache", say=say, again=args.again))
+        report = reports.as_json(rows, tasks, facts | {"models_left_out": broken})
+        reports.write(report, out)  # after every model: a run that is stopped leaves its table
+    if not rows:
+        raise UserError("no model could be loaded")
+    say("")
+    table = reports.markdown(report)
+    console.print(Markdown(table) if console.is_terminal else table, markup=False, highlight=False)
+    for row in rows:
+        if row.empty_texts:
+            say(f"{row.name}: {row.empty_texts} empty texts got a vector of zeros")
+    failed = reports.count_failed(report) + len(broken) * len(tasks)
+    done = sum(len(row.scores) for row in rows)
+    say(f"{done} results, {failed} left out; {out}/results.json, table.md, table.png")
+    return 1 if failed else 0
+
+
+def _folder(models: Sequence[str]) -> Path:
+    """Beside the first model where it is a folder that is ours, else in the working directory."""
+    first = Path(models[0]) if models else None
+    ours = (
+        first is not None and first.is_dir() and ((first / "stage.json").is_file() or any(first.glob("*/stage.json")))
+    )
+    return first / "eval" if ours else Path("eval-results")
+
+
+def _specs(args: argparse.Namespace) -> list[tuple[str, Any]]:
+    """Name and way to load of every row that is an encoder, in the order of the table."""
+    from l2v.evaluation.model import EncoderSpec
+
+    common = {k: v for k in ("pooling", "length", "precision") if (v := getattr(args, k)) is not None}
+    if args.trust_remote_code:
+        common["trust_remote_code"] = True
+    rows = []
+    for model in args.models:
+        prefix = f"{Path(model).name}, " if len(args.models) > 1 else ""
+        if args.stages:
+            rows += [(prefix + name, source, common | more) for name, source, more in _stages(model)]
+        else:
+            name = "/".join(Path(model).parts[-2:]) if Path(model).exists() else model
+            rows.append((name, model, common))
+    what = set(filter(None, (args.ablations or "").split(",")))
+    if unknown := what - {"attention", "pooling"}:
+        raise RecipeError(f"--ablations {args.ablations}: '{unknown.pop()}' is unknown; use attention, pooling or both")
+    out = {}
+    for name, source, options in rows:
+        for attention in ATTENTIONS if "attention" in what else [None]:
+            for pooling in POOLINGS if "pooling" in what else [None]:
+                if attention and options.get("attention") not in (None, attention):
+                    continue  # the untrained rows of --stages are this ablation already
+                chosen = {k: v for k, v in (("attention", attention), ("pooling", pooling)) if v}
+                extra = [v for k, v in chosen.items() if not (k == "attention" and options.get("attention"))]
+                full = ", ".join([name, *extra])
+                out[full] = EncoderSpec(source, tuple(args.adapter), options | chosen)
+    return list(out.items())
+
+
+def _stages(run: str) -> list[tuple[str, str, dict[str, Any]]]:
+    """Rows of a run: its base causal and bidirectional, read as its last stage reads, and every trained stage in order."""
+    marks = sorted(Path(run).glob("*/stage.json"))
+    if not marks:
+        raise UserError(f"--stages needs a run; {run} has no stage below it")
+    trees = {}
+    for mark in marks:
+        try:
+            trees[mark.parent.name] = from_dict(json.loads(mark.read_text(encoding="utf-8"))["recipe"], str(mark))
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"{mark}: damaged; train the stage again with --fresh") from None
+    trained = [name for name in trees if (Path(run) / name / "adapter").is_dir()]
+    if not trained:
+        raise UserError(f"{run}: none of its stages is trained yet; run 'l2v train' to the end first")
+    order = {name: at for tree in trees.values() for at, name in enumerate(tree.order())}
+    trained.sort(key=lambda name: order.get(name, -1))
+    last = str(Path(run) / trained[-1])
+    length = (
+        trees[trained[-1]].stages[trained[-1]].length
+    )  # one length for all rows, or they would read different texts
+    raw = [(RAW[attention], last, {"base_only": True, "attention": attention}) for attention in ATTENTIONS]
+    stages = [(name, str(Path(run) / name), {}) for name in trained]
+    return [(name, source, {"length": length} | more) for name, source, more in raw + stages]
+
+
+def _machine() -> dict[str, Any]:
+    import mteb
+    import torch
+
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"accelerator": accelerator, "gpus": torch.cuda.device_count(), "mteb": mteb.__version__}

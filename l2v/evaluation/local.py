@@ -1,0 +1,155 @@
+"""A benchmark made from files, in mteb's own task classes: scores come from mteb, only the data is the user's.
+
+A folder has an `eval.yaml` that lists its tasks, or is read by its file names: `retrieval*`, `pairs*`, `bitext*`,
+`classification*`, `clustering*` and `sts*`, with the field names that `FIELDS` gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mteb.abstasks import AbsTask
+
+from l2v.errors import RecipeError, UserError
+from l2v.evaluation.local_tasks import BUILD, Built
+from l2v.evaluation.rows import ENDINGS, digest
+
+MANIFEST = "eval.yaml"
+_COMMON = {"name": None, "prompt": None, "limit": None, "languages": ["dan-Latn"], "only": None}
+# What a task of each type may say, with its default; `file` must be given.
+FIELDS: dict[str, dict[str, Any]] = {
+    "retrieval": _COMMON
+    | {"query": "query", "positive": "positive", "group": "group", "groups": "relevant"}
+    | {"corpus": None, "id": "id", "text": "text"},
+    "bitext": _COMMON | {"first": "da", "second": "en"},
+    "classification": _COMMON
+    | {"text": "text", "label": "label", "split": None, "train": "train", "test": "test"}
+    | {"least": 4, "samples_per_label": 8},
+    "clustering": _COMMON | {"text": "text", "label": "label", "least": 2},
+    "sts": _COMMON | {"first": "a", "second": "b", "score": "score"},
+}
+PREFIXES = {"pairs": "retrieval"} | {kind: kind for kind in FIELDS}
+
+
+@dataclass
+class LocalBenchmark:
+    """Tasks that could be built, what was left out of their files, and for the others a sentence each."""
+
+    name: str
+    tasks: list[AbsTask] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def local_benchmark(source: str | Path, data: str | Path | None = None) -> LocalBenchmark:
+    """The benchmark of a folder, of a manifest, or of one file named by its kind.
+
+    data: folder of the files that a manifest names (default: beside the manifest). Errors: RecipeError for a manifest
+    that is wrong, UserError where nothing is there; a file that is missing or holds no good row fails its task only.
+    """
+    path = Path(source)
+    manifest = path / MANIFEST if path.is_dir() else path
+    if manifest.suffix in (".yaml", ".yml"):
+        if manifest.is_file():
+            name, entries = _manifest(manifest)
+            folder = Path(data) if data else manifest.parent
+        elif path.is_dir():
+            name, folder = path.name, path
+            entries = [_by_name(file) for file in sorted(path.iterdir()) if _kind(file)]
+        else:
+            raise UserError(f"local:{source}: no such folder or manifest")
+    elif path.is_file():
+        if not _kind(path):
+            raise UserError(
+                f"{path}: its name tells no kind of task; call it {', '.join(PREFIXES)}*, or write {MANIFEST}"
+            )
+        name, folder, entries = path.name.split(".")[0], path.parent, [_by_name(path)]
+    else:
+        raise UserError(f"local:{source}: no such folder or manifest")
+    if not entries:
+        raise UserError(f"{path}: has no {MANIFEST} and no file called {', '.join(PREFIXES)}* ({', '.join(ENDINGS)})")
+    out = LocalBenchmark(name)
+    for entry in entries:
+        full = f"{name}-{entry['name']}"
+        try:
+            built = BUILD[entry["type"]](full, folder, entry, _revision(folder, entry))
+        except RecipeError:
+            raise
+        except UserError as error:
+            out.failed[full] = str(error)
+            continue
+        out.tasks.append(_loaded(built))
+        out.notes += [f"{full}: {note}" for note in built.notes]
+    if len({task.metadata.name for task in out.tasks}) < len(out.tasks):
+        raise RecipeError(f"{manifest}: two tasks have the same name; give each its own 'name'")
+    return out
+
+
+def _loaded(built: Built) -> AbsTask:
+    task = built.task
+    task.dataset, task.data_loaded = built.dataset, True
+    return task
+
+
+def _revision(folder: Path, entry: dict[str, Any]) -> str:
+    files = [folder / entry["file"], *([folder / entry["corpus"]] if entry.get("corpus") else [])]
+    return digest([file for file in files if file.is_file()], entry)
+
+
+def _kind(file: Path) -> str | None:
+    if not file.name.endswith(ENDINGS):
+        return None
+    return next((kind for prefix, kind in PREFIXES.items() if file.name.lower().startswith(prefix)), None)
+
+
+def _by_name(file: Path) -> dict[str, Any]:
+    kind = _kind(file)
+    stem = next(
+        file.name.removesuffix(ending) for ending in sorted(ENDINGS, key=len)[::-1] if file.name.endswith(ending)
+    )
+    return FIELDS[kind] | {"type": kind, "file": file.name, "name": stem}
+
+
+def _manifest(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("tasks"), list):
+        raise RecipeError(f"{path}: must have 'tasks', a list of tasks with type and file")
+    return str(tree.get("name", path.parent.resolve().name)), [
+        _entry(path, at, given) for at, given in enumerate(tree["tasks"], 1)
+    ]
+
+
+def _entry(path: Path, at: int, given: Any) -> dict[str, Any]:
+    where = f"{path}: task {at}"
+    if not isinstance(given, dict) or given.get("type") not in FIELDS:
+        raise RecipeError(f"{where}: needs a type: {', '.join(FIELDS)}")
+    known = FIELDS[given["type"]]
+    for key in given:
+        if key not in known and key not in ("type", "file"):
+            raise RecipeError(f"{where}: a {given['type']} task has no '{key}'; it may have file, {', '.join(known)}")
+    if not isinstance(given.get("file"), str):
+        raise RecipeError(f"{where}: needs a file")
+    entry = known | given
+    entry["name"] = str(entry["name"] or f"{entry['type']}-{Path(entry['file']).name.split('.')[0]}").replace("/", "-")
+    checks: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "limit": (lambda v: v is None or (isinstance(v, int) and v >= 1), "a whole number from 1"),
+        "least": (lambda v: isinstance(v, int) and v >= 2, "a whole number from 2"),
+        "samples_per_label": (lambda v: isinstance(v, int) and v >= 1, "a whole number from 1"),
+        "groups": (lambda v: v in ("relevant", "exclude", "ignore"), "relevant, exclude or ignore"),
+        "only": (lambda v: v is None or isinstance(v, dict), "a mapping of fields to values"),
+        "languages": (lambda v: isinstance(v, list) and bool(v), "a list such as [dan-Latn]"),
+        "prompt": (lambda v: v is None or isinstance(v, (str, dict)), "a text, or query and document"),
+    }
+    for key, (good, text) in checks.items():
+        if key in entry and not good(entry[key]):
+            raise RecipeError(f"{where}: {key} is {entry[key]!r}; it must be {text}")
+    return entry

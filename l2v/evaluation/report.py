@@ -1,0 +1,140 @@
+"""Rows to results.json, a table and a picture; means beside the poster's mean of twelve."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from l2v.evaluation.run import Row
+from l2v.evaluation.seb import BY_NAME, SEB_DA
+
+TYPE_COLORS = {
+    "Retrieval": "#3b6ea8",
+    "Classification": "#c2703d",
+    "BitextMining": "#3f8f5b",
+    "Clustering": "#8a5a9e",
+    "STS": "#b0427a",
+}
+
+
+def seb_mean(row: Row) -> float | None:
+    """The poster's mean: the twelve Danish tasks, each by the cell that SEB scores; None where one is missing."""
+    cells = [seb_cell(row, task.name) for task in SEB_DA]
+    found = [cell for cell in cells if cell is not None]
+    return sum(found) / len(found) if len(found) == len(SEB_DA) else None
+
+
+def seb_cell(row: Row, name: str) -> float | None:
+    """A task's score as SEB counts it, or None where it is not among the row's."""
+    task, score = BY_NAME[name], row.scores.get(name)
+    return score.cells.get(f"{task.split}/{task.subset}") if score else None
+
+
+def means(row: Row, tasks: Sequence[str]) -> dict[str, float | None]:
+    """`seb_da`, mteb's `task` (mean of all tasks) and `task_type` (mean of the means by type), 0 to 1.
+
+    None where a task of the mean is missing, as in mteb's own tables.
+    """
+    by_type: dict[str, list[float]] = {}
+    for name in tasks:
+        if score := row.scores.get(name):
+            by_type.setdefault(score.type, []).append(score.score)
+    scores = [score for group in by_type.values() for score in group]
+    whole = bool(tasks) and len(scores) == len(tasks)
+    return {
+        "seb_da": seb_mean(row),
+        "task": sum(scores) / len(scores) if whole else None,
+        "task_type": sum(sum(group) / len(group) for group in by_type.values()) / len(by_type) if whole else None,
+    }
+
+
+def as_json(rows: Sequence[Row], tasks: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
+    """Everything: facts of the run, and each row with scores, means and failures."""
+    return facts | {"tasks": list(tasks), "rows": [asdict(row) | {"means": means(row, tasks)} for row in rows]}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table: a row for each model, a column for each task, means first; then what is missing and why."""
+    tasks, rows = report["tasks"], report["rows"]
+    shown = [(key, head) for key, head in MEANS if any(row["means"][key] is not None for row in rows)]
+    if len(tasks) == 1:
+        shown = []
+    types = {name: score for row in rows for name, score in row["scores"].items()}
+    heads = ["", *(head for _, head in shown), *(_column(name, report) for name in tasks)]
+    lines = ["| " + " | ".join(heads) + " |", "|-|" + "-:|" * (len(heads) - 1)]
+    for row in rows:
+        cells = [_percent(row["means"][key]) for key, _ in shown]
+        cells += [_percent(row["scores"][name]["score"] if name in row["scores"] else None) for name in tasks]
+        lines.append("| " + " | ".join([row["name"], *cells]) + " |")
+    metrics = dict.fromkeys(f"{score['metric']} ({score['type']})" for score in types.values())
+    lines += ["", f"Scores in percent: {', '.join(metrics)}."]
+    failed = dict.fromkeys(text for row in rows for text in row["failed"].values())
+    failed |= dict.fromkeys(report.get("not_built", {}).values())
+    if failed:
+        lines += ["", f"Left out ({count_failed(report)} results):", *(f"- {text}" for text in failed)]
+    if report.get("notes"):
+        lines += ["", *(f"- {note}" for note in report["notes"])]
+    return "\n".join(lines) + "\n"
+
+
+MEANS = (("seb_da", "Mean of 12 (SEB da)"), ("task", "Mean of tasks"), ("task_type", "Mean of types"))
+
+
+def count_failed(report: dict[str, Any]) -> int:
+    """Results that are missing: one for each model and task that failed."""
+    rows = report["rows"]
+    return sum(len(row["failed"]) for row in rows) + len(report.get("not_built", {})) * max(len(rows), 1)
+
+
+def write(report: dict[str, Any], folder: Path) -> None:
+    """results.json, table.md and table.png in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(markdown(report), encoding="utf-8")
+    if any(row["scores"] for row in report["rows"]):
+        picture(report, folder / "table.png")
+
+
+def picture(report: dict[str, Any], out: Path) -> None:
+    """A line for each model: a dot for each task, coloured by type, and a bar at the mean of what is there."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = report["rows"]
+    figure, axis = pyplot.subplots(figsize=(8, 1.4 + 0.42 * len(rows)), layout="constrained")
+    types: dict[str, None] = {}
+    for at, row in enumerate(reversed(rows)):
+        scores = [row["scores"][name] for name in report["tasks"] if name in row["scores"]]
+        for score in scores:
+            color = TYPE_COLORS.get(score["type"], "#555555")
+            label = None if score["type"] in types else score["type"]
+            types[score["type"]] = None
+            axis.plot(100 * score["score"], at, "o", color=color, alpha=0.75, markersize=6, label=label)
+        if scores:
+            mean = sum(score["score"] for score in scores) / len(scores)
+            axis.plot([100 * mean] * 2, [at - 0.3, at + 0.3], color="#222222", linewidth=2)
+    axis.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
+    axis.set(xlabel="score (percent); the bar is the mean of the tasks shown", xlim=(-2, 102))
+    axis.grid(axis="x", alpha=0.25, linewidth=0.6)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5)
+    figure.savefig(out, dpi=150)
+    pyplot.close(figure)
+
+
+def _column(name: str, report: dict[str, Any]) -> str:
+    if name in BY_NAME:
+        return BY_NAME[name].column
+    for prefix in report.get("local", ()):
+        name = name.removeprefix(f"{prefix}-")
+    return name
+
+
+def _percent(score: float | None) -> str:
+    return "" if score is None else f"{100 * score:.2f}"

@@ -1,0 +1,165 @@
+"""Run tasks with models through mteb: results kept as they come, a task that fails costs one sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mteb
+from mteb.abstasks import AbsTask
+from mteb.cache import ResultCache
+from mteb.results import TaskResult
+
+from l2v.errors import UserError
+
+_UNREACHABLE = (
+    "ConnectionError", "ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ProxyError",
+    "ReadTimeout", "MaxRetryError",
+)  # fmt: skip
+
+
+@dataclass
+class Score:
+    """What one model has on one task: the main score (0 to 1) of every cell, keyed `split/subset`.
+
+    score: their mean, as mteb has it. metric: the name of the main score. cached: taken from an earlier run.
+    """
+
+    score: float
+    cells: dict[str, float]
+    metric: str
+    type: str
+    revision: str
+    seconds: float
+    cached: bool
+
+
+@dataclass
+class Row:
+    """One model: its scores by task, a sentence for each task that failed, and what decides its vectors."""
+
+    name: str
+    identity: dict[str, Any]
+    scores: dict[str, Score] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    empty_texts: int = 0
+
+
+def run_model(
+    model: Any, tasks: Sequence[AbsTask], folder: Path, *, say: Callable[[str], None] = print, again: bool = False
+) -> Row:
+    """All tasks with one model; results lie in `folder`, in mteb's own layout, and are taken from there next time.
+
+    A kept result counts if model, prompts and the data's revision are the same. again: compute everything anew.
+    """
+    row = Row(model.name, model.identity)
+    cache = ResultCache(cache_path=folder)
+    for at, task in enumerate(tasks, 1):
+        name = task.metadata.name
+        began = time.perf_counter()
+        kept = None if again else _kept(cache, task, model)
+        try:
+            with _quiet():
+                result = kept or _evaluate(model, task, cache, again)
+            row.scores[name] = _score(task, result, time.perf_counter() - began, kept is not None)
+        except KeyboardInterrupt:
+            model.close()
+            raise
+        except Exception as error:
+            row.failed[name] = sentence(name, error)
+            model.close()
+            say(f"[{at}/{len(tasks)}] {row.failed[name]}")
+            continue
+        score = row.scores[name]
+        how = "kept" if score.cached else f"{score.seconds:.0f} s"
+        say(f"[{at}/{len(tasks)}] {model.name}: {name} {score.metric} {100 * score.score:.2f} ({how})")
+    row.empty_texts = model.empty
+    model.close()
+    return row
+
+
+def sentence(name: str, error: BaseException) -> str:
+    """One sentence on why a task was left out."""
+    chain, cause = [], error
+    while cause is not None and len(chain) < 10:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, UserError):
+        return f"{name}: {error}; left out"
+    if any(type(link).__name__ in _UNREACHABLE for link in chain):
+        return f"{name}: its data is not on this machine and the hub cannot be reached; left out"
+    if type(error).__name__ in ("DatasetNotFoundError", "RepositoryNotFoundError", "GatedRepoError"):
+        return f"{name}: the hub gives no such data set, or it needs a login (hf auth login); left out"
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"{name}: out of memory; give a smaller --batch-tokens; left out"
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return f"{name}: {type(error).__name__}: {first}; left out"
+
+
+def _evaluate(model: Any, task: AbsTask, cache: ResultCache, again: bool) -> TaskResult:
+    result = mteb.evaluate(
+        model,
+        task,
+        cache=cache,
+        overwrite_strategy="always" if again else "only-missing",
+        co2_tracker=False,
+        show_progress_bar=False,
+        encode_kwargs={"batch_size": model.batch},
+    )
+    return result.task_results[0]
+
+
+def _kept(cache: ResultCache, task: AbsTask, model: Any) -> TaskResult | None:
+    """A complete result of the same data; one of other data is removed, so that mteb does not mix the two."""
+    path = cache.get_task_result_path(task.metadata.name, model.mteb_model_meta)
+    if not path.is_file():
+        return None
+    try:
+        found = TaskResult.from_disk(path)
+    except Exception:  # cut off while it was written
+        path.unlink()
+        return None
+    if found.dataset_revision != task.metadata.revision:
+        path.unlink()
+        return None
+    return None if found.get_missing_evaluations(task) else found
+
+
+def _score(task: AbsTask, result: TaskResult, seconds: float, cached: bool) -> Score:
+    metadata = task.metadata
+    cells = {
+        f"{split}/{entry['hf_subset']}": float(entry["main_score"])
+        for split in task.eval_splits
+        for entry in result.scores[split]
+        if entry["hf_subset"] in task.hf_subsets
+    }
+    return Score(
+        score=sum(cells.values()) / len(cells),
+        cells=cells,
+        metric=metadata.main_score,
+        type=metadata.type,
+        revision=result.dataset_revision,
+        seconds=round(result.evaluation_time or 0.0, 1) if cached else round(seconds, 1),
+        cached=cached,
+    )
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without mteb's own bars and advice. The bar of encoding writes to the screen that the program was given."""
+    level = logging.getLogger("mteb").level
+    logging.getLogger("mteb").setLevel(logging.ERROR)
+    try:
+        silent = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("mteb").setLevel(level)
