@@ -6,6 +6,7 @@ A folder has an `eval.yaml` that lists its tasks, or is read by its file names: 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from l2v.evaluation.local_tasks import BUILD, Built
 from l2v.evaluation.rows import ENDINGS, digest
 
 MANIFEST = "eval.yaml"
+_LANGUAGE = re.compile(r"[a-z]{3}-[A-Z][a-z]{3}")
 _COMMON = {"name": None, "prompt": None, "limit": None, "languages": ["dan-Latn"], "only": None}
 # What a task of each type may say, with its default; `file` must be given.
 FIELDS: dict[str, dict[str, Any]] = {
@@ -146,7 +148,7 @@ def _entry(path: Path, at: int, given: Any) -> dict[str, Any]:
         "samples_per_label": (lambda v: isinstance(v, int) and v >= 1, "a whole number from 1"),
         "groups": (lambda v: v in ("relevant", "exclude", "ignore"), "relevant, exclude or ignore"),
         "only": (lambda v: v is None or isinstance(v, dict), "a mapping of fields to values"),
-        "languages": (lambda v: isinstance(v, list) and bool(v), "a list such as [dan-Latn]"),
+        "languages": (lambda v: isinstance(v, list) and all(_LANGUAGE.fullmatch(str(x)) for x in v), "like [dan-Latn]"),
         "prompt": (lambda v: v is None or isinstance(v, (str, dict)), "a text, or query and document"),
     }
     for key, (good, text) in checks.items():

@@ -67,7 +67,9 @@ def run_model(
         kept = None if again else _kept(cache, task, model)
         try:
             with _quiet():
-                result = kept or _evaluate(model, task, cache, again)
+                if kept is None:
+                    _evaluate(model, task, cache, again)
+                result = kept or _kept(cache, task, model)  # as the file has it, so that the next run says the same
             row.scores[name] = _score(task, result, time.perf_counter() - began, kept is not None)
         except KeyboardInterrupt:
             model.close()
@@ -103,8 +105,8 @@ def sentence(name: str, error: BaseException) -> str:
     return f"{name}: {type(error).__name__}: {first}; left out"
 
 
-def _evaluate(model: Any, task: AbsTask, cache: ResultCache, again: bool) -> TaskResult:
-    result = mteb.evaluate(
+def _evaluate(model: Any, task: AbsTask, cache: ResultCache, again: bool) -> None:
+    mteb.evaluate(
         model,
         task,
         cache=cache,
@@ -113,7 +115,6 @@ def _evaluate(model: Any, task: AbsTask, cache: ResultCache, again: bool) -> Tas
         show_progress_bar=False,
         encode_kwargs={"batch_size": model.batch},
     )
-    return result.task_results[0]
 
 
 def _kept(cache: ResultCache, task: AbsTask, model: Any) -> TaskResult | None:
