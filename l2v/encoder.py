@@ -17,7 +17,7 @@ from l2v.data.tokens import TextTokenizer, as_ids, load_tokenizer
 from l2v.errors import UserError
 from l2v.model.embedded import SMOLLM2, resolve
 from l2v.model.export import ENCODER_FILE, export
-from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_model
+from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_config, load_model
 from l2v.model.lora import LINEAGE, adapter_folder, describe_adapter, merge_adapters
 from l2v.model.packed import PackedDecoder
 from l2v.recipe import Base, Recipe, Template
@@ -80,6 +80,7 @@ class Encoder:
         """
         length = options.pop("length", None)
         base, merged, limit = _chosen(base_or_run, options.pop("base_only", False), **options)
+        load_config(base)  # or a name that nothing is called would only fail when it is loaded
         return {
             "base": base.model,
             "sha256": fingerprint(base),

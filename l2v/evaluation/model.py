@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,8 @@ class MtebEncoder(AbsEncoder):
         self.identity = spec.identity() | {"normalize": normalize}
         self.empty = 0
         self.mteb_model_meta = model_meta(
-            f"l2v/{name}", self.identity | {"prompts": self.prompts.choice, "table": dict(self.prompts.table)}
+            f"l2v/{Path(self.identity['base']).name}",
+            self.identity | {"prompts": self.prompts.choice, "table": dict(self.prompts.table)},
         )
         self._encoder: Encoder | None = None
         self._pool: EncoderPool | None = None

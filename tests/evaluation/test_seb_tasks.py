@@ -104,7 +104,18 @@ def test_all_twelve_ran(ran):
     assert not row.failed and list(row.scores) == NAMES, said
 
 
-@pytest.mark.parametrize("name", [task.name for task in SEB_DA if task.type == "Classification"])
+# One of each kind: tested on its training part, a language and split of its own, more samples for each label.
+OFTEN = ("DanishPoliticalCommentsClassification", "MassiveIntentClassification", "ScalaClassification")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(task.name, marks=() if task.name in OFTEN else pytest.mark.slow)
+        for task in SEB_DA
+        if task.type == "Classification"
+    ],
+)
 def test_classification_equals_our_own(name, ran, encoder, texts):
     cell, task = BY_NAME[name], next(task for task in seb_da() if task.metadata.name == name)
     train = labelled(texts[:TRAIN], 0)
