@@ -122,12 +122,13 @@ def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
     if not selected.tasks:
         raise UserError("no task is left to run")
     processes = args.processes or max(1, torch.cuda.device_count())
-    makers: list[tuple[str, Callable[[], Any]]] = []
+    makers: list[tuple[str, str, Callable[[], Any]]] = []  # name of the row, what it is made from, how
     for name in filter(None, (args.baselines or "").split(",")):
-        makers.append((name, lambda name=name: baseline(name)))
+        makers.append((name, name, lambda name=name: baseline(name)))
     for name, spec in _specs(args):
         options = {"normalize": args.normalize, "batch_tokens": args.batch_tokens, "processes": processes}
-        makers.append((name, lambda name=name, spec=spec, o=options: MtebEncoder(spec, name, prompts=prompts, **o)))
+        make = lambda n=name, s=spec, o=options: MtebEncoder(s, n, prompts=prompts, **o)  # noqa: E731
+        makers.append((name, spec.source, make))
     tasks = [task.metadata.name for task in selected.tasks]
     facts = {
         "command": shlex.join(["l2v", "eval", *argv]) if argv is not None else None,
@@ -140,10 +141,14 @@ def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
     }
     rows: list[Row] = []
     broken: dict[str, str] = {}
-    for name, make in makers:
+    gone: dict[str, str] = {}
+    for name, source, make in makers:
         try:
+            if source in gone:  # asked for already, with all the retries of a hub
+                raise UserError(gone[source])
             model = make()
         except UserError as error:
+            gone[source] = str(error)
             broken[name] = f"{name}: {error}; left out"
             say(broken[name])
             continue
@@ -160,7 +165,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
             say(f"{row.name}: {row.empty_texts} empty texts got a vector of zeros")
     failed = reports.count_failed(report) + len(broken) * len(tasks)
     done = sum(len(row.scores) for row in rows)
-    say(f"{done} results, {failed} left out; {out}/results.json, table.md, table.png")
+    say(f"{done} results, {failed} left out; {out}/results.json, table.md{', table.png' if done else ''}")
     return 1 if failed else 0
 
 

@@ -102,7 +102,12 @@ class MtebEncoder(AbsEncoder):
     ) -> Iterator[tuple[list[int], np.ndarray]]:
         if self.processes > 1:
             self._pool = self._pool or EncoderPool(self.spec, self.processes)
-            yield from self._pool.encode(texts, pieces, **options)
+            try:
+                yield from self._pool.encode(texts, pieces, **options)
+            except BaseException:  # what is left in its queues would answer the next call
+                self._pool.close()
+                self._pool = None
+                raise
             return
         self._encoder = self._encoder or self.spec.load()
         for piece in pieces:

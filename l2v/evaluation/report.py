@@ -70,7 +70,8 @@ def markdown(report: dict[str, Any]) -> str:
         cells += [_percent(row["scores"][name]["score"] if name in row["scores"] else None) for name in tasks]
         lines.append("| " + " | ".join([row["name"], *cells]) + " |")
     metrics = dict.fromkeys(f"{score['metric']} ({score['type']})" for score in types.values())
-    lines += ["", f"Scores in percent: {', '.join(metrics)}."]
+    if metrics:
+        lines += ["", f"Scores in percent: {', '.join(metrics)}."]
     failed = dict.fromkeys(text for row in rows for text in row["failed"].values())
     failed |= dict.fromkeys(report.get("not_built", {}).values())
     if failed:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
+import huggingface_hub
 import mteb
 from mteb.abstasks import AbsTask
 from mteb.cache import ResultCache
@@ -60,7 +62,22 @@ def run_model(
     A kept result counts if model, prompts and the data's revision are the same. again: compute everything anew.
     """
     row = Row(model.name, model.identity)
-    cache = ResultCache(cache_path=folder)
+    with _offline_after_failure() as stop_asking:
+        _run(model, tasks, row, ResultCache(cache_path=folder), say, again, stop_asking)
+    row.empty_texts = model.empty
+    model.close()
+    return row
+
+
+def _run(
+    model: Any,
+    tasks: Sequence[AbsTask],
+    row: Row,
+    cache: ResultCache,
+    say: Callable[[str], None],
+    again: bool,
+    stop_asking: Callable[[], None],
+) -> None:
     for at, task in enumerate(tasks, 1):
         name = task.metadata.name
         began = time.perf_counter()
@@ -76,26 +93,20 @@ def run_model(
             raise
         except Exception as error:
             row.failed[name] = sentence(name, error)
-            model.close()
+            if _unreachable(error):
+                stop_asking()
             say(f"[{at}/{len(tasks)}] {row.failed[name]}")
             continue
         score = row.scores[name]
         how = "kept" if score.cached else f"{score.seconds:.0f} s"
         say(f"[{at}/{len(tasks)}] {model.name}: {name} {score.metric} {100 * score.score:.2f} ({how})")
-    row.empty_texts = model.empty
-    model.close()
-    return row
 
 
 def sentence(name: str, error: BaseException) -> str:
     """One sentence on why a task was left out."""
-    chain, cause = [], error
-    while cause is not None and len(chain) < 10:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
     if isinstance(error, UserError):
         return f"{name}: {error}; left out"
-    if any(type(link).__name__ in _UNREACHABLE for link in chain):
+    if _unreachable(error):
         return f"{name}: its data is not on this machine and the hub cannot be reached; left out"
     if type(error).__name__ in ("DatasetNotFoundError", "RepositoryNotFoundError", "GatedRepoError"):
         return f"{name}: the hub gives no such data set, or it needs a login (hf auth login); left out"
@@ -103,6 +114,16 @@ def sentence(name: str, error: BaseException) -> str:
         return f"{name}: out of memory; give a smaller --batch-tokens; left out"
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return f"{name}: {type(error).__name__}: {first}; left out"
+
+
+def _unreachable(error: BaseException | None) -> bool:
+    for _ in range(10):
+        if error is None:
+            return False
+        if type(error).__name__ in _UNREACHABLE:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _evaluate(model: Any, task: AbsTask, cache: ResultCache, again: bool) -> None:
@@ -154,13 +175,33 @@ def _score(task: AbsTask, result: TaskResult, seconds: float, cached: bool) -> S
 
 @contextlib.contextmanager
 def _quiet():
-    """Without mteb's own bars and advice. The bar of encoding writes to the screen that the program was given."""
-    level = logging.getLogger("mteb").level
-    logging.getLogger("mteb").setLevel(logging.ERROR)
+    """Without the libraries' own bars and advice. The bar of encoding writes to the screen that the program was given."""
+    loggers = [logging.getLogger(name) for name in ("mteb", "huggingface_hub", "datasets")]
+    levels = [logger.level for logger in loggers]
+    silent = io.StringIO()
     try:
-        silent = io.StringIO()
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.getLogger("mteb").setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _offline_after_failure():
+    """Gives a function that stops the hub being asked: with no network each task would wait for its retries."""
+    places = (huggingface_hub.constants, datasets.config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+
+    def stop() -> None:
+        for place in places:
+            place.HF_HUB_OFFLINE = True
+
+    try:
+        yield stop
+    finally:
+        for place, was in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = was
