@@ -121,7 +121,10 @@ def picture(report: dict[str, Any], out: Path) -> None:
             mean = sum(score["score"] for score in scores) / len(scores)
             axis.plot([100 * mean] * 2, [at - 0.3, at + 0.3], color="#222222", linewidth=2)
     axis.set_yticks(range(len(rows)), [row["name"] for row in reversed(rows)])
-    axis.set(xlabel="score (percent); the bar is the mean of the tasks shown", xlim=(-2, 102))
+    lowest = min(
+        100 * score["score"] for row in rows for score in row["scores"].values()
+    )  # correlations can be negative
+    axis.set(xlabel="score (percent); the bar is the mean of the tasks shown", xlim=(min(0, lowest) - 2, 102))
     axis.grid(axis="x", alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5)
