@@ -10,7 +10,7 @@ from l2v.errors import RecipeError, UserError
 
 BENCHMARKS = (
     "attention", "contrastive", "linear_cross_entropy", "step_ops", "fused_layer", "fp8", "fp8_parity", "gradient_cache",
-    "train_step", "encode", "data_build",
+    "train_step", "encode", "data_build", "kills",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -44,6 +45,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             sync(folder.parent)
         save_file(checkpoint.tensors, partial / TENSORS)
         facts = checkpoint.facts | {"step": checkpoint.step, "sha256": sha256(partial / TENSORS)}
+        facts |= {"seal": _seal(facts)}
         (partial / STATE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         for file in partial.iterdir():
             sync(file)
@@ -68,13 +70,18 @@ def newest(folder: Path, *, tell: Callable[[str], None] | None = print) -> Check
     for path in reversed(_all(folder)):
         try:
             facts = json.loads((path / STATE).read_text(encoding="utf-8"))
-            if facts["sha256"] != sha256(path / TENSORS):
+            if facts.pop("seal") != _seal(facts) or facts["sha256"] != sha256(path / TENSORS):
                 raise ValueError("its checksum does not match")
             return Checkpoint(facts["step"], load_file(path / TENSORS), facts)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             if tell:
                 tell(f"warning: {path} is damaged and passed over: {error}")
     return None
+
+
+def _seal(facts: dict[str, Any]) -> str:
+    """A checksum of the facts themselves: a flipped digit in the number of a step is as bad as one in a weight."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def remove_all(folder: Path) -> None:
