@@ -58,7 +58,7 @@ MAY = {
     "eval_cli": {"errors", "recipe_io", "evaluation"},
     "export_cli": {"encoder"},
     "recipes_cli": {"recipe_io"},
-    "mining": {"errors", "source", "data", "encoder"},
+    "mining": {"errors", "files", "source", "data", "encoder"},
     "synthesis": {"errors", "batch", "prompts", "data", "model", "encoder", "mining"},
     "data_cli": {"errors"},
     "bench_cli": {"errors"},

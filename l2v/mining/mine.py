@@ -17,6 +17,7 @@ from tqdm import tqdm
 from l2v.data.sources import open_rows
 from l2v.encoder import Encoder
 from l2v.errors import RecipeError, UserError
+from l2v.files import replace_text
 from l2v.mining.arguments import add_source, source_of
 from l2v.mining.candidates import Bm25, Exact, Faiss
 from l2v.mining.choose import Known, Rule, choose, in_turn, plain
@@ -239,7 +240,7 @@ def _finish(args, out: Path, shards: Shards, count: int, pairs: Pairs, rule: Rul
     found.draw(picture, measure)
     table = found.table(told) + f"\n![scores]({picture.name})\n"
     with writing(out.with_suffix(".md")):
-        out.with_suffix(".md").write_text(table, encoding="utf-8")
+        replace_text(out.with_suffix(".md"), table)
     write_rows(out, rows())
     shards.clear()
     kept, none = sum(n * c for n, c in found.per_row.items()), found.per_row[0]

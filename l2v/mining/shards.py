@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from l2v.errors import UserError
+from l2v.files import reason, sync
 
 
 class Shards:
@@ -60,6 +61,7 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
             file.flush()
             os.fsync(file.fileno())
         half.replace(path)
+        sync(path.parent)
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -97,7 +99,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}; what was finished is kept") from None
+        raise UserError(f"{path}: cannot be written: {reason(error)}; what was finished is kept") from None
 
 
 class _Temporary:

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from l2v.encoder import Encoder
+from l2v.files import replace_text
 from l2v.mining.shards import writing
 
 BLOCK = 1024
@@ -58,8 +59,6 @@ def vectors(
                     at = [begin + i for i, own in enumerate(of_block) if own == instruction]
                     out[at] = encoder.encode([texts[i] for i in at], instruction)
                 out.flush()
-                half = mark.with_suffix(".half")
-                half.write_text(str(end))
-                half.replace(mark)
+                replace_text(mark, str(end))
                 bar.update(end - begin)
     return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -19,7 +19,6 @@ from l2v.errors import RecipeError, UserError
 from l2v.prompts import TASKS
 from l2v.recipe import Mntp, Simcse, Source, Supervised, Template
 from l2v.train import open_examples
-from l2v.training import loop
 
 COMMON = {"batch": 8, "steps": 1, "lr": 1e-4}
 
@@ -334,10 +333,7 @@ def test_a_stage_trains_on_a_mixture(run_here, monkeypatch, tiny_recipe, tmp_pat
         {"path": pairs_file(same, "s.jsonl"), "task": "same-meaning-da", "swap": True},
     ]
     recipe = tiny_recipe(tmp_path, **{"stages.supervised.from": "base", "stages.supervised.data": data})
-    met = []
-    monkeypatch.setattr(
-        loop, "collate", lambda of, chosen, **how: met.append((how["step"], chosen)) or collate(of, chosen, **how)
-    )
+    monkeypatch.setenv("L2V_CHECK", "1")  # every rank writes down what it trained on
     options = ("--stage", "supervised", "--fresh", "length=120", "micro_tokens=1024", "scale=5", "homogeneous=true")
 
     def train(*more: str) -> tuple[str, list[dict]]:
@@ -347,13 +343,10 @@ def test_a_stage_trains_on_a_mixture(run_here, monkeypatch, tiny_recipe, tmp_pat
 
     told, rows = train("steps=9", "eval_data={path: q.jsonl, group: doc}")
     assert f"{data[0]['path']}: 12 examples, weight 2: 24 of 34 in an epoch (70.6%)" in told
-    steps = collections.defaultdict(list)
-    for step, chosen in met:
-        steps[step] += chosen
-    assert len(steps) == 9 and all(len({i < 12 for i in chosen}) == 1 for chosen in steps.values())
-    assert collections.Counter(i for chosen in steps.values() for i in chosen) == {
-        i: 2 if i < 12 else 1 for i in range(22)
-    }
+    audit = (tmp_path / "run" / "supervised" / "audit" / "rank-0.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["examples"] for line in audit]
+    assert len(steps) == 9 and all(len({i < 12 for i in chosen}) == 1 for chosen in steps)
+    assert collections.Counter(i for chosen in steps for i in chosen) == {i: 2 if i < 12 else 1 for i in range(22)}
     assert all(row["loss"] >= 0 for row in rows if "loss" in row) and sum("loss" in row for row in rows) == 9
 
     grouped, alone = rows[0]["eval_loss"], train("steps=1", "eval_data=q.jsonl")[1][0]["eval_loss"]
