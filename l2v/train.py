@@ -12,18 +12,19 @@ import hashlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from l2v.data.collate import Masking, collate
+from l2v.data.collate import Masking
 from l2v.data.examples import MntpBlocks, Pairs, Views
 from l2v.data.mixture import mix_sources
 from l2v.data.sources import open_parts, together
 from l2v.data.tokens import TextTokenizer, load_tokenizer
 from l2v.errors import UserError
+from l2v.held_out import evaluator
 from l2v.launcher import launch, launched
 from l2v.machine import gpu_trouble
 from l2v.model.embedded import resolve
@@ -32,8 +33,6 @@ from l2v.model.lora import add_lora, describe_adapter, merge_adapters, trainable
 from l2v.model.memory import LayerShape, activation_bytes, choose_recompute, free_bytes
 from l2v.model.packed import PackedDecoder
 from l2v.model.quantize import check_base_precision, check_fused, notice, to_fp8, to_nf4
-from l2v.objectives.contrastive import Groups, contrastive_loss
-from l2v.objectives.mntp import mntp_loss_of_hidden
 from l2v.recipe import Contrastive, Mntp, Recipe, Simcse, Stage, Supervised
 from l2v.recipe_io import load_recipe, to_dict
 from l2v.run import claim, merged_adapters, publish, run_folder
@@ -44,7 +43,6 @@ from l2v.training.frozen import frozen_checksum
 from l2v.training.loop import Interrupted, Job, train
 from l2v.training.memory import bucket_in_backward, end_of, engine_bytes, largest_micro, way_of, yet_to_come
 from l2v.training.ranks import agree, first_on_node, on_every_rank, on_first_rank, ranks_here
-from l2v.training.steps import loss_options
 from l2v.training.watchdog import Watchdog
 from l2v.tuned import apply_tuned
 
@@ -210,7 +208,7 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdo
     job = Job(
         name=name, stage=stage, seed=seed, folder=folder, examples=examples, masking=masking, parameters=parameters,
         facts={"world": world}, tracking=recipe.tracking, watchdog=watch, profile=recipe.profile,
-        evaluate=_evaluator(engine, stage, held_out, masking) if held_out else None,
+        evaluate=evaluator(engine, stage, held_out, masking) if held_out else None,
     )  # fmt: skip
     check = os.environ.get("L2V_CHECK") == "1"
     before = frozen_checksum(model) if check else None
@@ -359,35 +357,6 @@ def _masking(stage: Stage, texts: TextTokenizer, mask_token: str, model: PackedD
         vocabulary=min(len(tokenizer), model.head.weight.shape[0]),
         special_ids=frozenset(tokenizer.all_special_ids),
     )
-
-
-def _evaluator(engine, stage: Stage, examples, masking: Masking | None) -> Callable[[int], dict[str, float]]:
-    """Held-out loss without dropout; masks and batches are the same at every call. Every rank does the whole."""
-    from l2v.data.sampler import Sampler
-
-    group = getattr(stage, "group", None)
-    sampler = Sampler(examples, batch=stage.batch, micro_tokens=stage.micro_tokens, seed=0, group=group)
-
-    def evaluate(step: int) -> dict[str, float]:
-        loss, hits, count = 0.0, 0.0, 0
-        for unit in (unit for at in range(sampler.steps_per_epoch) for unit in sampler.plan(at).units[0]):
-            micros = [collate(examples, micro, seed=0, step=0, masking=masking) for micro in unit.micros]
-            if isinstance(stage, Mntp):
-                for micro in (m.to(engine.device) for m in micros):
-                    part, found = engine(micro, "loss", functools.partial(mntp_loss_of_hidden, count=1.0))
-                    loss += part.item()
-                    hits += found.item()
-                    count += len(micro.labels_L)
-                continue
-            vectors_SE = torch.cat([engine(m.to(engine.device), "vectors") for m in micros])
-            labels = (torch.cat([getattr(m, n) for m in micros]) for n in ("columns_S", "text_keys_S", "groups_S"))
-            groups = Groups.from_columns(*labels).to(engine.device)
-            loss += contrastive_loss(vectors_SE, groups, **loss_options(stage)).item() * groups.total
-            count += groups.total
-        row = {"eval_loss": loss / max(count, 1)}
-        return row | ({"eval_accuracy": hits / max(count, 1)} if isinstance(stage, Mntp) else {})
-
-    return evaluate
 
 
 if __name__ == "__main__":

@@ -104,15 +104,15 @@ def test_twice_the_steps_take_twice_the_time(capsys):
 
 
 def test_what_cannot_fit_says_what_would(capsys):
-    text = said(capsys, "llama3-8b-da", "--gpu", "rtx4090", "--stage", "mntp")
-    assert "stage 'mntp': a micro-batch of 16,384 tokens with recompute layer needs" in text
+    more = ("llama3-8b-da", "--gpu", "rtx4090", "--stage", "mntp", "batch=128")
+    text = said(capsys, *more, "micro_tokens=65536")
+    assert "stage 'mntp': a micro-batch of 65,536 tokens with recompute layer needs" in text
     assert (
         "with recompute=layer, the largest that fits" in text and "with recompute=none, the fastest that fits" in text
     )
     assert "base.base_precision=nf4" in text
-    found = planned(capsys, "llama3-8b-da", "--gpu", "rtx4090", "--stage", "mntp", expect=1)
+    found = planned(capsys, *more, "micro_tokens=65536", expect=1)
     most = found["stages"]["mntp"]["memory"]["largest_micro_tokens"]
-    more = ("llama3-8b-da", "--gpu", "rtx4090", "--stage", "mntp")
     assert planned(capsys, *more, f"micro_tokens={most['layer']}")["stages"]["mntp"]["memory"]["fits"]
 
 

@@ -106,7 +106,7 @@ class SentenceBaseline(SentenceTransformerEncoderWrapper):
         from sentence_transformers import SentenceTransformer
 
         try:
-            model = SentenceTransformer(path, trust_remote_code=False)
+            model = SentenceTransformer(path)
         except Exception as error:
             raise UserError(
                 f"--baselines {path}: neither tfidf, nor minilm, nor a sentence-transformers model that can be loaded: "

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import nn
 
 from l2v.errors import RecipeError
 from l2v.recipe import Stage, Zero
+from l2v.zero_config import find_config, read_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -80,7 +79,7 @@ def deepspeed_config(stage: Stage, zero: Zero, dtype: torch.dtype, trainable: in
             raise RecipeError("zero.offload_parameters needs zero.stage: 3")
         config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     if zero.config:
-        _merge(config, _read(zero.config))
+        _merge(config, read_config(find_config(zero.config)))
     return config
 
 
@@ -146,18 +145,6 @@ def write_state(engine, parameters: Mapping[str, nn.Parameter], state: dict[str,
 
 def _flat_optimizer(engine) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
-
-
-def _read(path: str) -> dict[str, Any]:
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError:
-        raise RecipeError(f"zero.config: there is no file {path}") from None
-    except json.JSONDecodeError as error:
-        raise RecipeError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    if not isinstance(config, dict):
-        raise RecipeError(f"{path}: a DeepSpeed configuration is a JSON object")
-    return config
 
 
 def _merge(into: dict[str, Any], other: dict[str, Any]) -> None:

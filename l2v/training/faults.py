@@ -55,12 +55,17 @@ class Guard:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if self.engine.zero_optimization_stage() == 3:
+                if self.engine.zero_optimization_stage() == 3 or not self._whole_bucket():
                     raise OutOfMemory(str(error).splitlines()[0]) from None
                 self.happened = True
             # outside the handler, or its traceback would keep the tensors of the step alive
             self.free()
         return instead()
+
+    def _whole_bucket(self) -> bool:
+        """Whether no gradient is sent before a backward's end; a configuration of the user's may have a smaller bucket."""
+        count = sum(p.numel() for p in self.engine.module.parameters() if p.requires_grad)
+        return getattr(self.engine.optimizer, "reduce_bucket_size", count) >= count
 
     def free(self) -> None:
         """Drop the gradients that a backward left halfway and give memory back."""

@@ -11,7 +11,6 @@ from l2v import Encoder
 from l2v.cli import main
 from l2v.eval_cli import _parser, _specs
 from l2v.evaluation.model import EncoderSpec, MtebEncoder
-from l2v.evaluation.small import SmallRetrieval
 
 
 @pytest.fixture(scope="module")
@@ -168,24 +167,3 @@ def test_a_mistake_is_one_sentence(arguments, code, sentence, capsys, tmp_path, 
     assert main(["eval", *arguments]) == code
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
-
-
-def test_small_retrieval_during_training(tiny_base, sentences):
-    from sklearn.metrics import ndcg_score
-
-    encoder = Encoder.from_pretrained(tiny_base, precision="fp32")
-    rows = [{"query": t.rsplit(" ", 1)[0], "positive": t, "group": i // 2} for i, t in enumerate(sentences[:120])]
-    small = SmallRetrieval(rows, limit=60)
-    found = small(encoder.encode)
-    chosen = rows[::2]
-    queries = list(dict.fromkeys(row["query"] for row in chosen))
-    truth = np.array(
-        [
-            [float(any(r["query"] == q and r["positive"] == d["positive"] for r in chosen)) for d in chosen]
-            for q in queries
-        ]
-    )
-    scores = encoder.encode(queries) @ encoder.encode([row["positive"] for row in chosen]).T
-    assert found["eval_ndcg_at_10"] == pytest.approx(ndcg_score(truth, scores, k=10))
-    assert 0 < found["eval_recall_at_10"] <= 1
-    assert small(lambda texts: encoder.encode(texts, normalize=False)) == pytest.approx(found)

@@ -78,7 +78,7 @@ def gather(chunks: Sequence[Path], config: Build, folder: Path, tell: Callable[[
                 tell(1)
         np.save(temporary / "starts.npy", np.array(starts, np.int64))
         os.replace(temporary, folder)
-    return Rows(folder, np.load(folder / "starts.npy"))
+    return Rows(folder, np.load(folder / "starts.npy", allow_pickle=False))
 
 
 def find(rows: Rows, config: Build, tell: Callable[[int], None]) -> tuple[np.ndarray, list[list[int]]]:

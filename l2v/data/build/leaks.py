@@ -45,7 +45,9 @@ class Leaks:
 
 
 def _mapped(path: Path) -> np.ndarray:
-    return np.load(path, mmap_mode="r").view(np.ndarray)  # a plain view: a memmap's own indexing costs microseconds
+    return np.load(path, mmap_mode="r", allow_pickle=False).view(
+        np.ndarray
+    )  # a plain view: a memmap's own indexing costs microseconds
 
 
 def _holds(known: np.ndarray, asked: np.ndarray) -> bool:

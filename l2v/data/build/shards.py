@@ -49,7 +49,7 @@ def plan(kept: np.ndarray, names: Sequence[str], rows: int, out: Path) -> list[S
 
 def write(shard: Shard, kind: str, folder: Path, chunks: Sequence[Path]) -> int:
     """Make a shard's file, by a rename, from its chunks; the number of its rows."""
-    rows = Rows(folder, np.load(folder / "starts.npy"))
+    rows = Rows(folder, np.load(folder / "starts.npy", allow_pickle=False))
     schema = SCHEMAS[kind]
     temporary = shard.path.with_suffix(f".{os.getpid()}.tmp")
     skip, left = shard.first, shard.count
