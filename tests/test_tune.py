@@ -142,6 +142,7 @@ def test_tune_measures_training_and_training_takes_it_up(tiny_recipe, tmp_path, 
     assert "mntp: micro_tokens 256, recompute auto, as it began" in run_here(path, "--stage", "mntp")
 
 
+@pytest.mark.slow
 def test_a_mistake_in_the_recipe_is_said_by_the_first_run(tiny_recipe, tmp_path):
     path = str(tiny_recipe(tmp_path, **{"stages.mntp.data": str(tmp_path / "no.jsonl")}))
     with pytest.raises(UserError, match=r"stage 'mntp' does not train: .*no\.jsonl"):

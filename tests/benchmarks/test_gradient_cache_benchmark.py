@@ -12,6 +12,7 @@ from benchmarks.harness import Result, Unavailable
 installed = all(importlib.util.find_spec(name) for name in NEEDED)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not installed, reason="needs deepspeed and peft")
 def test_peak_memory_of_sixteen_micro_batches_is_that_of_one(monkeypatch):
     """Measured on the training path, on a CPU: resident memory of a process a setting."""

@@ -13,9 +13,8 @@ def rows(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "stage", ["supervised", *(pytest.param(s, marks=pytest.mark.slow) for s in ("mntp", "simcse"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["mntp", "simcse", "supervised"])
 def test_four_ranks_then_two_then_three(tmp_path, tiny_recipe, monkeypatch, stage):
     """24 pairs in batches of 6 are 3 epochs in 12 steps; ranks write down what they were given (L2V_CHECK=1)."""
     monkeypatch.setenv("L2V_CHECK", "1")
@@ -51,6 +50,7 @@ def test_four_ranks_then_two_then_three(tmp_path, tiny_recipe, monkeypatch, stag
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[1]) == 12
 
 
+@pytest.mark.slow
 def test_two_runs_of_a_deterministic_recipe_have_the_same_bits(tmp_path, tiny_recipe):
     recipe = tiny_recipe(tmp_path, deterministic=True)
     finish(start_ranks([[recipe, f"out={tmp_path / 'one'}"]] * 2))

@@ -130,7 +130,7 @@ def wide(tmp_path, tiny_config, write_jsonl, sentences) -> dict:
 
 
 @pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("stage", ["mntp", "simcse"])
+@pytest.mark.parametrize("stage", ["mntp", pytest.param("simcse", marks=pytest.mark.slow)])
 def test_memory_that_runs_out_costs_nothing_but_time(tmp_path, tiny_recipe, wide, stage, zero):
     """The process may map no more from step 2 on: the step is taken back and made again in smaller micro-batches."""
     changes = wide | {"zero.stage": zero}
@@ -149,6 +149,7 @@ def test_memory_that_runs_out_costs_nothing_but_time(tmp_path, tiny_recipe, wide
         assert (value - weights(short / stage)[name]).norm() <= 1e-3 * value.norm() + 1e-6, name
 
 
+@pytest.mark.slow
 def test_under_zero_3_the_job_starts_again_with_a_smaller_budget(tmp_path, tiny_recipe, wide):
     changes = wide | {"zero.stage": 3, "stages.mntp.save_every": 1}
     recipe = tiny_recipe(tmp_path, **changes, **{"stages.mntp.micro_tokens": 16384})

@@ -40,7 +40,7 @@ def test_what_trains_does_not_count():
     assert frozen_checksum(half) == before
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_training_leaves_frozen_weights_alone_on_every_rank(zero, tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("L2V_CHECK", "1")
     recipe = tiny_recipe(tmp_path)

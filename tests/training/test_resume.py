@@ -10,6 +10,7 @@ from helpers import finish, start_ranks
 STAGES = ("mntp", "simcse", "supervised")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "zero", "precision"), [(1, 1, "fp32"), (2, 2, "bf16")], ids=["one-rank-fp32", "two-ranks-zero2-bf16"]
 )
