@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": ("l2v.doctor", "what runs on this machine, why the rest does not, and how fast it is"),
     "quickstart": ("l2v.quickstart", "the whole recipe on the embedded model and Danish sample"),
     "eval": ("l2v.eval_cli", "score encoders: SEB's Danish tasks, any task of mteb, your own files"),
+    "report": ("l2v.report", "one HTML page about runs: curves, scores, speed, lineage, data"),
     "search": ("l2v.search", "semantic search with a trained encoder"),
     "bench": ("l2v.bench_cli", "microbenchmarks of the kernels (in a checkout)"),
     "data": ("l2v.data_cli", "build a data set from raw text, check one, mine hard negatives, make queries"),

@@ -1,0 +1,100 @@
+"""Pictures of a report: SVG that takes the page's colours, light and dark, and PNG beside the Markdown."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from l2v.evaluation.plots import COLORS, draw_loss
+from l2v.report.facts import StageFacts
+from l2v.report.space import Map
+
+# What is drawn in these is the page's to colour. Contrast with both backgrounds is at least 3 to 1 (WCAG 2.2, 1.4.11).
+TOKENS = {
+    "#222222": "currentColor",
+    COLORS["mntp"]: "var(--blue)",
+    COLORS["simcse"]: "var(--orange)",
+    COLORS["supervised"]: "var(--green)",
+    "#555555": "var(--grey)",
+    "#8a5a9e": "var(--violet)",
+    "#b0427a": "var(--pink)",
+}
+POINTS = [color for color in TOKENS if color != "#222222"]
+SHAPES = "os^Dv"
+
+
+@dataclass
+class Picture:
+    """One picture: what it shows, in a sentence for who cannot see it, and how it is drawn on a matplotlib axis."""
+
+    name: str
+    alt: str
+    size: tuple[float, float]
+    draw: Callable[[Any], None]
+
+    def svg(self) -> str:
+        """An <svg> element without any reference to the outside."""
+        buffer = io.StringIO()
+        self._save(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+        for color, token in TOKENS.items():
+            text = text.replace(color, token)
+        return re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r'\1 aria-hidden="true" focusable="false"', re.sub(r' height="[\d.]+pt"', "", text, count=1), count=1)
+
+    def png(self, file: Path) -> None:
+        """The same on white."""
+        self._save(file, format="png", dpi=150)
+
+    def _save(self, out: Any, **options: Any) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        ink = "#222222"
+        style = {
+            "svg.fonttype": "none", "svg.hashsalt": self.name, "font.family": "sans-serif", "font.size": 9,
+            "text.color": ink, "axes.edgecolor": ink, "axes.labelcolor": ink, "axes.titlecolor": ink, "xtick.color": ink,
+            "ytick.color": ink, "grid.color": ink,
+        }  # fmt: skip
+        with pyplot.rc_context(style):
+            figure, axis = pyplot.subplots(figsize=self.size, layout="constrained")
+            self.draw(axis)
+            figure.savefig(out, **options)
+            pyplot.close(figure)
+
+
+def curve(run: str, stage: StageFacts) -> Picture | None:
+    """Loss over steps; None before the first row."""
+    train, held_out = stage.curve("loss"), stage.curve("eval_loss")
+    if not train:
+        return None
+    told = f"{run}, {stage.name}: training loss from {train[0][1]:.3f} at step {train[0][0]} to {train[-1][1]:.3f} at step {train[-1][0]}"
+    if held_out:
+        told += f"; held-out loss from {held_out[0][1]:.3f} to {held_out[-1][1]:.3f}"
+    return Picture(f"{run}-{stage.name}", told + ".", (3.9, 2.9), lambda axis: draw_loss(axis, stage.name, stage.metrics))
+
+
+def topics(run: str, found: Map) -> Picture:
+    """A dot for each text, coloured and shaped by topic, and the topic's name at the middle of its dots."""
+    names = list(dict.fromkeys(found.labels))
+
+    def draw(axis: Any) -> None:
+        for at, name in enumerate(names):
+            mine = [i for i, label in enumerate(found.labels) if label == name]
+            x, y = found.places_N2[mine, 0], found.places_N2[mine, 1]
+            color, shape = POINTS[at % len(POINTS)], SHAPES[at // len(POINTS) % len(SHAPES)]
+            axis.plot(x, y, shape, color=color, markersize=3.5, alpha=0.8, linewidth=0)
+            middle = found.middle(mine)
+            axis.annotate(name, middle, ha="center", va="center", fontsize=7, color="#222222")
+        axis.set_xticks([])
+        axis.set_yticks([])
+
+    told = f"{run}: map of {len(found.labels)} texts of {len(names)} topics; {found.told()}"
+    return Picture(f"{run}-map", told, (6.4, 5.2), draw)
