@@ -37,11 +37,18 @@ def draw_loss(axis: Any, stage: str, rows: list[dict]) -> None:
     held_out = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
     if train:
         color = COLORS.get(stage, "#555555")
-        axis.plot(*zip(*train, strict=True), color=color, linewidth=1.6, label="training")
+        axis.plot(
+            *zip(*train, strict=True),
+            color=color,
+            marker="o" if len(train) == 1 else "",
+            linewidth=1.6,
+            label="training",
+        )
     if held_out:
         axis.plot(*zip(*held_out, strict=True), "o--", color="#222222", markersize=4, linewidth=1, label="held out")
     axis.set(title=stage, xlabel="step", ylabel="loss (nats)")
     axis.set_ylim(bottom=0)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)

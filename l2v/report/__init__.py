@@ -38,7 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     sections = [_section(run, args) for run in runs]
     title = "Report: " + ", ".join(run.name for run in runs)
     date = datetime.date.today().isoformat()
-    facts = {"title": title, "version": __version__, "date": date, "seb": seb, "seb_missing": missing, "sections": sections}
+    facts = {
+        "title": title,
+        "version": __version__,
+        "date": date,
+        "seb": seb,
+        "seb_missing": missing,
+        "sections": sections,
+    }
     for file in write(facts, out):
         print(file)
     return 0
@@ -61,7 +68,7 @@ def _section(run: RunFacts, args: argparse.Namespace) -> dict[str, Any]:
         "facts": _facts(run),
         "curves": [curve for curve in curves if curve],
         "throughput": tables.throughput_table(run),
-        "scores": [*([quick] if quick else []), *tables.other_tables(run)],
+        "scores": [*([quick] if quick else []), *(tables.local_tables(run.evaluation) if run.evaluation else [])],
         "left_out": tables.evaluation_notes(run),
         "map": found,
         "map_missing": why,
@@ -97,7 +104,12 @@ def _facts(run: RunFacts) -> list[tuple[str, str]]:
             ("Pooling", base.pooling),
             ("Attention", base.attention),
             ("Seed", str(run.recipe.seed)),
-            ("Scored on", machine.get("accelerator", "") if machine.get("accelerator") != "none" else machine.get("processor", "CPU")),
+            (
+                "Scored on",
+                machine.get("accelerator", "")
+                if machine.get("accelerator") != "none"
+                else machine.get("processor", "CPU"),
+            ),
         )
         if value
     ]

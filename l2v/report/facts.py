@@ -80,7 +80,9 @@ def read_run(folder: Path, results: Path | None = None) -> RunFacts:
     """
     marks = sorted(folder.glob("*/stage.json")) if folder.is_dir() else []
     if not marks:
-        raise UserError(f"{folder}: no run of l2v (no STAGE/stage.json below it); give the folder that 'l2v train' wrote")
+        raise UserError(
+            f"{folder}: no run of l2v (no STAGE/stage.json below it); give the folder that 'l2v train' wrote"
+        )
     trees = {mark.parent.name: _recipe(mark) for mark in marks}
     newest = max(marks, key=lambda mark: mark.stat().st_mtime).parent.name
     recipe = trees[newest]
@@ -96,9 +98,7 @@ def read_run(folder: Path, results: Path | None = None) -> RunFacts:
             run.missing.append(f"Stage {name} is {began}: l2v train goes on with it.")
         run.stages.append(stage)
     run.quickstart = read_json(folder / "quickstart.json")
-    if results and not results.is_file():
-        raise UserError(f"{results}: no such file; give the results.json that 'l2v eval' wrote")
-    run.evaluation = read_json(results or folder / "eval" / "results.json")
+    run.evaluation = read_results(results) if results else read_json(folder / "eval" / "results.json")
     if run.evaluation is None:
         run.missing.append(
             f"No evaluation yet: l2v eval {folder} --stages --baselines tfidf,minilm scores the stages on the twelve Danish tasks."
@@ -114,6 +114,14 @@ def read_json(file: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: cannot be read: {error}; write it anew with the command that made it") from None
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """The results.json that a user names. Errors: UserError where it is not one."""
+    found = read_json(file)
+    if found is None or not {"tasks", "rows"} <= found.keys():
+        raise UserError(f"{file}: not the results.json that 'l2v eval' writes")
+    return found
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,9 @@ def write(facts: dict[str, Any], out: Path) -> list[Path]:
             picture.png(folder / file_name(picture))
         replace_text(beside, markdown(facts, folder.name))
     except OSError as error:
-        raise UserError(f"{error.filename or out}: cannot be written: {error.strerror or error}; choose --out") from None
+        raise UserError(
+            f"{error.filename or out}: cannot be written: {error.strerror or error}; choose --out"
+        ) from None
     return [out, beside]
 
 

@@ -39,13 +39,23 @@ class Picture:
     def svg(self) -> str:
         """An <svg> element without any reference to the outside."""
         buffer = io.StringIO()
-        self._save(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        self._save(
+            buffer,
+            format="svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+        )
         text = buffer.getvalue()
         text = text[text.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         for color, token in TOKENS.items():
             text = text.replace(color, token)
-        return re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r'\1 aria-hidden="true" focusable="false"', re.sub(r' height="[\d.]+pt"', "", text, count=1), count=1)
+        return re.sub(
+            r'(<svg\b[^>]*?) width="[^"]*"',
+            r'\1 aria-hidden="true" focusable="false"',
+            re.sub(r' height="[\d.]+pt"', "", text, count=1),
+            count=1,
+        )
 
     def png(self, file: Path) -> None:
         """The same on white."""
@@ -78,7 +88,9 @@ def curve(run: str, stage: StageFacts) -> Picture | None:
     told = f"{run}, {stage.name}: training loss from {train[0][1]:.3f} at step {train[0][0]} to {train[-1][1]:.3f} at step {train[-1][0]}"
     if held_out:
         told += f"; held-out loss from {held_out[0][1]:.3f} to {held_out[-1][1]:.3f}"
-    return Picture(f"{run}-{stage.name}", told + ".", (3.9, 2.9), lambda axis: draw_loss(axis, stage.name, stage.metrics))
+    return Picture(
+        f"{run}-{stage.name}", told + ".", (3.9, 2.9), lambda axis: draw_loss(axis, stage.name, stage.metrics)
+    )
 
 
 def topics(run: str, found: Map) -> Picture:

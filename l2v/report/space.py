@@ -48,7 +48,11 @@ def labelled(file: str | None, text: str, label: str | None) -> tuple[list[str],
     """
     if file is None:
         passages = list(sample.passages().values())
-        return [p.text for p in passages], [p.subject for p in passages], "the passages of the Danish sample, by subject"
+        return (
+            [p.text for p in passages],
+            [p.subject for p in passages],
+            "the passages of the Danish sample, by subject",
+        )
     from l2v.evaluation.rows import read_rows
 
     found = read_rows(Path(file), [text], [label])
@@ -57,7 +61,9 @@ def labelled(file: str | None, text: str, label: str | None) -> tuple[list[str],
         rows = [rows[i] for i in np.random.default_rng(0).choice(len(rows), MOST, replace=False)]
     labels = [str(row[label]) for row in rows]
     if len(set(labels)) < 2 or len(rows) < 4:
-        raise UserError(f"{file}: {len(rows)} rows of {len(set(labels))} topics in '{label}'; a map needs 4 rows and 2 topics")
+        raise UserError(
+            f"{file}: {len(rows)} rows of {len(set(labels))} topics in '{label}'; a map needs 4 rows and 2 topics"
+        )
     return [row[text] for row in rows], labels, f"{Path(file).name}, by {label}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from l2v.errors import UserError
@@ -11,6 +11,7 @@ from l2v.evaluation.seb import BY_NAME, SEB_DA
 from l2v.report.facts import RunFacts, StageFacts, build_report
 
 OWN, POSTER = "this report", "poster"
+CAPTION = "The twelve Danish tasks of the Scandinavian Embedding Benchmark, in percent"
 
 
 @dataclass
@@ -32,6 +33,13 @@ class Table:
     names: int = 0
     notes: list[str] = field(default_factory=list)
 
+    def without_empty(self) -> Table:
+        """Without the columns in which no row has anything."""
+        kept = [at for at in range(len(self.heads)) if any(row.cells[at] for row in self.rows)]
+        rows = [Row([row.cells[at] for at in kept], row.mark) for row in self.rows]
+        words = sum(at < self.words for at in kept)
+        return replace(self, heads=[self.heads[at] for at in kept], rows=rows, words=words)
+
 
 def seb_table(runs: Sequence[RunFacts]) -> tuple[Table | None, list[str]]:
     """The twelve Danish tasks of SEB: the runs' rows among the published ones, by mean. And what could not be had."""
@@ -42,7 +50,7 @@ def seb_table(runs: Sequence[RunFacts]) -> tuple[Table | None, list[str]]:
         from l2v.evaluation import published as module
 
         rows = module.published()
-        notes = [note for note in module.notes(rows) if note]
+        notes = [note.replace("`", "").replace("Bold:", "Marked:") for note in module.notes(rows) if note]
         averages = module.POSTER_AVERAGES
         rest = [
             (row.model, row.mark or "", row.mean, row.scores, module.size_text(row.size), str(row.width or ""))
@@ -65,30 +73,38 @@ def seb_table(runs: Sequence[RunFacts]) -> tuple[Table | None, list[str]]:
         cells = [str(rank) if ranked else "", name, size, width, _two(mean)]
         lines.append(Row([*cells, *(_two(scores.get(task.name)) for task in SEB_DA)], mark))
     heads = ["Rank", "Model", "Size", "Width", "Mean", *(task.column for task in SEB_DA)]
-    caption = "The twelve Danish tasks of the Scandinavian Embedding Benchmark, in percent"
-    return Table(caption, heads, lines, words=2, names=1, notes=notes), missing
+    return Table(CAPTION, heads, lines, words=2, names=1, notes=notes), missing
 
 
 def _seb_rows(run: RunFacts, several: bool) -> list[tuple[str, str, float | None, dict[str, float], str, str]]:
     out = []
     for row in (run.evaluation or {}).get("rows", ()):
-        scores = {}
-        for name in BY_NAME.keys() & row["scores"].keys():
-            task = BY_NAME[name]
-            cell = row["scores"][name]["cells"].get(f"{task.split}/{task.subset}")
-            if cell is not None:
-                scores[name] = 100 * cell
+        mean, scores = _cells(row)
         if scores:
-            mean = sum(scores.values()) / len(scores) if len(scores) == len(SEB_DA) else None
             out.append((_name(run, row, several), OWN, mean, scores, "", ""))
     return out
 
 
-def other_tables(run: RunFacts) -> list[Table]:
+def _cells(row: dict[str, Any]) -> tuple[float | None, dict[str, float]]:
+    """The mean of the twelve (None where one is missing), and each task's cell as SEB counts it, in percent."""
+    scores = {}
+    for name in BY_NAME.keys() & row["scores"].keys():
+        task = BY_NAME[name]
+        cell = row["scores"][name]["cells"].get(f"{task.split}/{task.subset}")
+        if cell is not None:
+            scores[name] = 100 * cell
+    return sum(scores.values()) / len(scores) if len(scores) == len(SEB_DA) else None, scores
+
+
+def seb_rows_table(rows: Sequence[dict[str, Any]]) -> Table | None:
+    """Rows of results.json on the twelve tasks, without the published ones; None where none has a cell."""
+    found = [(row["name"], *_cells(row)) for row in rows if _cells(row)[1]]
+    lines = [Row([name, _two(mean), *(_two(scores.get(task.name)) for task in SEB_DA)]) for name, mean, scores in found]
+    return Table(CAPTION, ["Model", "Mean", *(task.column for task in SEB_DA)], lines) if lines else None
+
+
+def local_tables(report: dict[str, Any]) -> list[Table]:
     """Scores of the other tasks that were evaluated, one table for what mteb knows and one for each local benchmark."""
-    report = run.evaluation
-    if not report:
-        return []
     groups: dict[str, list[str]] = {}
     for name in report["tasks"]:
         if name not in BY_NAME:
@@ -102,7 +118,12 @@ def other_tables(run: RunFacts) -> list[Table]:
             for row in report["rows"]
             if row["scores"].keys() & set(names)
         ]
-        used = {row["scores"][n]["metric"] + f" ({n.removeprefix(local + '-')})" for row in report["rows"] for n in names if n in row["scores"]}
+        used = {
+            row["scores"][n]["metric"] + f" ({n.removeprefix(local + '-')})"
+            for row in report["rows"]
+            for n in names
+            if n in row["scores"]
+        }
         caption = f"Local benchmark “{local}”, in percent" if local else "Other tasks of mteb, in percent"
         if rows:
             out.append(Table(caption, ["Model", *heads], rows, notes=["Scores: " + ", ".join(sorted(used)) + "."]))
@@ -115,7 +136,9 @@ def evaluation_notes(run: RunFacts) -> list[str]:
     if not report:
         return []
     told = dict.fromkeys(text for row in report["rows"] for text in row["failed"].values())
-    told |= dict.fromkeys(report.get("not_built", {}).values()) | dict.fromkeys(report.get("models_left_out", {}).values())
+    told |= dict.fromkeys(report.get("not_built", {}).values()) | dict.fromkeys(
+        report.get("models_left_out", {}).values()
+    )
     told |= dict.fromkeys(report.get("notes", ()))
     known = {str(row["identity"].get("baseline", "")) for row in report["rows"]}
     for name, key in (("TF-IDF", "tfidf"), ("all-MiniLM-L6", "all-MiniLM-L6-v2")):
@@ -152,7 +175,11 @@ def throughput_table(run: RunFacts) -> Table:
             ])
         )  # fmt: skip
     heads = ["Stage", "Steps", "Tokens", "Tokens/s", "MFU, of measured", "MFU, of data sheet", "Peak memory, GiB"]
-    return Table("Throughput: medians over the steps that were logged, memory at its highest", heads, rows)
+    caption = "Throughput: medians over the steps that were logged, memory at its highest"
+    table = Table(caption, heads, rows).without_empty()
+    if "MFU, of measured" not in table.heads:
+        table.notes.append("No MFU was written: it needs the rates that l2v doctor measures.")
+    return table
 
 
 def lineage_table(run: RunFacts) -> Table:
@@ -168,10 +195,20 @@ def lineage_table(run: RunFacts) -> Table:
             revision = f" at {base['revision']}" if base.get("revision") else ""
             hashed = f" ({base['sha256'][:12]})" if base.get("sha256") else ""
             rows.append(
-                Row([stage.name, f"{base['model']}{revision}{hashed}", merged or "none", line["dtype"] + precision, own[:12]])
+                Row(
+                    [
+                        stage.name,
+                        f"{base['model']}{revision}{hashed}",
+                        merged or "none",
+                        line["dtype"] + precision,
+                        own[:12],
+                    ]
+                )
             )
     heads = ["Stage", "Base (SHA-256)", "Merged before it (SHA-256)", "Trained in", "Adapter (SHA-256)"]
-    return Table("Lineage: each stage's adapter goes on the base with these adapters merged into it", heads, rows, words=5)
+    return Table(
+        "Lineage: each stage's adapter goes on the base with these adapters merged into it", heads, rows, words=5
+    )
 
 
 def data_table(run: RunFacts) -> Table:
@@ -180,26 +217,47 @@ def data_table(run: RunFacts) -> Table:
     for stage in run.stages:
         for key, role in (("data", "training"), ("eval_data", "held out")):
             for source in stage.recipe[key]:
-                rows.append(Row([stage.name, role, _place(source), *_provenance(source)]))
+                rows.append(Row([stage.name, role, _place(source), *provenance(source)]))
     heads = ["Stage", "Use", "Source", "Read as", "Made from", "Licence", "Rows"]
-    return Table("Data: what the recipe names; origin and licence where l2v data build made it", heads, rows, words=6)
+    return Table(
+        "Data: what the recipe names; origin and licence where l2v data build made it", heads, rows, words=6
+    ).without_empty()
 
 
 def hyperparameters(stages: Sequence[StageFacts]) -> Table:
     """The keys that decide what a stage learns."""
-    keys = ("objective", "from", "steps", "batch", "length", "lr", "warmup", "scale", "negatives", "mask_probability", "attention_dropout")
-    rows = [Row([key, *(_value(stage.recipe.get(key)) for stage in stages)]) for key in keys if any(stage.recipe.get(key) is not None for stage in stages)]
+    keys = (
+        "objective",
+        "from",
+        "steps",
+        "batch",
+        "length",
+        "lr",
+        "warmup",
+        "scale",
+        "negatives",
+        "mask_probability",
+        "attention_dropout",
+    )
+    rows = [
+        Row([key, *(_value(stage.recipe.get(key)) for stage in stages)])
+        for key in keys
+        if any(stage.recipe.get(key) is not None for stage in stages)
+    ]
     loras = [stage.recipe["lora"] for stage in stages]
     rows.append(Row(["LoRA r, alpha, dropout", *(f"{x['r']}, {x['alpha']:g}, {x['dropout']:g}" for x in loras)]))
     return Table("Hyperparameters of the stages", ["Key", *(stage.name for stage in stages)], rows)
 
 
 def _place(source: dict[str, Any]) -> str:
-    extra = [source[key] for key in ("name", "split", "revision") if source.get(key) and source["path"].startswith("hub:")]
+    extra = [
+        source[key] for key in ("name", "split", "revision") if source.get(key) and source["path"].startswith("hub:")
+    ]
     return ", ".join([source["path"], *extra])
 
 
-def _provenance(source: dict[str, Any]) -> list[str]:
+def provenance(source: dict[str, Any]) -> list[str]:
+    """How a source is read, what it is made from, under which licences, and its rows, as far as it is known here."""
     columns = "sentences" if source.get("sentences") else source.get("task") or ""
     read = ", ".join(filter(None, [columns, f"at most {source['limit']:,} rows" if source.get("limit") else ""]))
     if source["path"].startswith("sample:"):
@@ -208,7 +266,12 @@ def _provenance(source: dict[str, Any]) -> list[str]:
         return [read, "", "", ""]
     used = [s for s in done["sources"] if sum(s["kept"].values())]
     licences = ", ".join(dict.fromkeys(s["licence"] for s in used))
-    return [read, f"{done['title']}: " + ", ".join(s["label"] for s in used), licences, f"{sum(done['splits'].values()):,}"]
+    return [
+        read,
+        f"{done['title']}: " + ", ".join(s["label"] for s in used),
+        licences,
+        f"{sum(done['splits'].values()):,}",
+    ]
 
 
 def _name(run: RunFacts, row: dict[str, Any], several: bool) -> str:
