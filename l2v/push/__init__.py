@@ -53,7 +53,7 @@ def _model(model: Model, args: argparse.Namespace) -> int:
         raise UserError(f"the base is the folder {base}; say with --base-model what it is called on the hub")
     repo = _repo(args.repo, licence, model.name)
     above = model.folder.parent
-    folder = Path(args.dry_run) if args.dry_run else above / f"hub-{repo.rsplit('/', 1)[-1]}"
+    folder = _empty(Path(args.dry_run)) if args.dry_run else above / f"hub-{repo.rsplit('/', 1)[-1]}"
     prepare.make_model(model, folder, repo, licence, base=base, adapter=args.adapter_only)
     if model.evaluation and model.row() is None:
         print("None of the rows in results.json is this model: its card has no scores.")

@@ -49,9 +49,7 @@ def render(model: Model, repo: str, licence: Licence, *, base: str, adapter: boo
         ),
         "short": steps if model.stages and steps < FEW_STEPS else None,
     }
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("l2v.push", "."), undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("l2v.push", "."), undefined=jinja2.StrictUndefined)
     environment.filters["markdown"] = table_text
     body = re.sub(r"\n{3,}", "\n\n", environment.get_template("card.md").render(facts)).strip()
     data = ModelCardData(

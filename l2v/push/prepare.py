@@ -15,7 +15,7 @@ from l2v.model.export import ENCODER_FILE
 from l2v.model.lora import LINEAGE, WEIGHTS
 from l2v.push import card
 from l2v.push.licence import Licence, front_matter
-from l2v.push.subject import Dataset, Model, earlier_adapters, public_lineage
+from l2v.push.subject import Dataset, Model, adapters_lineage, earlier_adapters, export_lineage
 
 CARD, NOTICE = "README.md", "NOTICE"
 _PAPERS = ("LICENSE*", "LICENCE*", "USE_POLICY*")
@@ -33,19 +33,13 @@ def make_model(model: Model, folder: Path, repo: str, licence: Licence, *, base:
         if adapter:
             _adapters(model, folder, base)
         elif model.export:
-            copy(
-                model.folder,
-                sorted(p.relative_to(model.folder).as_posix() for p in model.folder.rglob("*") if p.is_file()),
-                folder,
-            )
+            copy(model.folder, model_files(model.folder), folder)
         else:
             Encoder.from_pretrained(model.folder).save(folder)
         if not adapter:
             file = folder / ENCODER_FILE
             facts = json.loads(file.read_text(encoding="utf-8"))
-            _rewrite(
-                file, facts | {"lineage": {**public_lineage(model), "base": {**model.lineage["base"], "model": base}}}
-            )
+            _rewrite(file, facts | {"lineage": export_lineage(model, base)})
         if licence.notice:
             (folder / NOTICE).write_text(licence.notice + "\n", encoding="utf-8")
         if Path(model.base).is_dir():
@@ -58,9 +52,9 @@ def make_model(model: Model, folder: Path, repo: str, licence: Licence, *, base:
 
 
 def ours(folder: Path) -> bool:
-    """It has a card that l2v wrote."""
-    tags = front_matter(folder / CARD).get("tags")
-    return isinstance(tags, list) and "l2v" in tags
+    """It has a model card that l2v wrote."""
+    metadata = front_matter(folder / CARD)
+    return "l2v" in (metadata.get("tags") or ()) and "library_name" in metadata
 
 
 def _adapters(model: Model, folder: Path, base: str) -> None:
@@ -70,8 +64,7 @@ def _adapters(model: Model, folder: Path, base: str) -> None:
             copy(adapter, [WEIGHTS], target)
             config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
             _rewrite(target / "adapter_config.json", config | {"base_model_name_or_path": base})
-    lineage = public_lineage(model)
-    _rewrite(folder / LINEAGE, lineage | {"base": lineage["base"] | {"model": base}})
+    _rewrite(folder / LINEAGE, adapters_lineage(model, base))
 
 
 def _rewrite(file: Path, value: Any) -> None:

@@ -146,15 +146,22 @@ def earlier_adapters(model: Model) -> list[tuple[str, Path | None]]:
     return out
 
 
-def public_lineage(model: Model) -> dict[str, Any]:
-    """The lineage without paths of this machine."""
-    names = [name for name, _ in earlier_adapters(model)]
+def adapters_lineage(model: Model, base: str) -> dict[str, Any]:
+    """The lineage of a stage's adapter, with places in the pushed folder instead of paths of this machine."""
+    places = [place for place, _ in earlier_adapters(model)]
+    merged = [entry | {"adapter": place} for entry, place in zip(model.lineage["merged"], places, strict=True)]
+    return model.lineage | {"base": model.lineage["base"] | {"model": base}, "merged": merged}
+
+
+def export_lineage(model: Model, base: str) -> dict[str, Any]:
+    """The lineage of a merged encoder, without paths of this machine: every adapter in it by stage or name."""
     merged = [
-        {**entry, "adapter": name.removeprefix("adapters/") if model.export else name}
-        for entry, name in zip(model.lineage["merged"], names, strict=True)
+        entry | {"adapter": entry.get("stage") or (Path(place).name if folder else place)}
+        for entry, (place, folder) in zip(model.lineage["merged"], earlier_adapters(model), strict=True)
     ]
-    base = {**model.lineage["base"], "model": public_base(model.lineage["base"]["model"])}
-    return {**model.lineage, "base": base, "merged": merged}
+    if own := model.lineage.get("adapter"):
+        merged.append({"adapter": model.lineage["stage"], **own})
+    return {"base": model.lineage["base"] | {"model": base}, "merged": merged}
 
 
 def public_base(model: str) -> str:

@@ -101,7 +101,7 @@ def read_run(folder: Path, results: Path | None = None) -> RunFacts:
     run.evaluation = read_results(results) if results else read_json(folder / "eval" / "results.json")
     if run.evaluation is None:
         run.missing.append(
-            f"No evaluation yet: l2v eval {folder} --stages --baselines tfidf,minilm scores the stages on the twelve Danish tasks."
+            f"No evaluation yet: l2v eval {folder} --stages --baselines tfidf,minilm scores the stages on the Danish tasks."
         )
     return run
 
@@ -127,13 +127,13 @@ def read_results(file: Path) -> dict[str, Any]:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Rows of a stage's metrics.jsonl; a last line that a running training has only half written is left out."""
     file, rows = folder / "metrics.jsonl", []
-    for at, line in enumerate(file.read_text(encoding="utf-8").splitlines() if file.is_file() else (), 1):
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for at, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except ValueError:
-            if at > 1 and len(rows) == at - 1:
-                break
-            raise UserError(f"{file}:{at}: not JSON; remove the line") from None
+            if at < len(lines):
+                raise UserError(f"{file}:{at}: not JSON; remove the line") from None
     return rows
 
 

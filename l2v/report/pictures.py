@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,17 +46,18 @@ class Picture:
             transparent=True,
             metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
         )
-        text = buffer.getvalue()
+        text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
         text = text[text.index("<svg") :]
-        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         for color, token in TOKENS.items():
             text = text.replace(color, token)
-        return re.sub(
-            r'(<svg\b[^>]*?) width="[^"]*"',
-            r'\1 aria-hidden="true" focusable="false"',
-            re.sub(r' height="[\d.]+pt"', "", text, count=1),
-            count=1,
-        )
+        # One page holds several: an id that nothing refers to goes, the others are told apart by the picture.
+        used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
+        text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
+        own = f"{zlib.crc32(self.name.encode()):08x}-"
+        text = re.sub(r'( id="|url\(#|href="#)(?=[^)"])', rf"\g<1>{own}", text)
+        # The page sets the size, and says in words what is to be seen.
+        text = re.sub(r'( width="[\d.]+pt")|( height="[\d.]+pt")', "", text, count=2)
+        return text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
 
     def png(self, file: Path) -> None:
         """The same on white."""
@@ -85,7 +87,8 @@ def curve(run: str, stage: StageFacts) -> Picture | None:
     train, held_out = stage.curve("loss"), stage.curve("eval_loss")
     if not train:
         return None
-    told = f"{run}, {stage.name}: training loss from {train[0][1]:.3f} at step {train[0][0]} to {train[-1][1]:.3f} at step {train[-1][0]}"
+    (first, before), (last, after) = train[0], train[-1]
+    told = f"{run}, {stage.name}: training loss from {before:.3f} at step {first} to {after:.3f} at step {last}"
     if held_out:
         told += f"; held-out loss from {held_out[0][1]:.3f} to {held_out[-1][1]:.3f}"
     return Picture(
