@@ -91,18 +91,19 @@ def _empty(folder: Path) -> Path:
 def _send(folder: Path, files: list[str], repo: str, kind: str, args: argparse.Namespace) -> int:
     size = sum((folder / name).stat().st_size for name in files)
     what = f"{len(files)} files, {_size(size)}, to the {'private ' if args.private else ''}{kind} {repo}"
+    again = f"l2v push {folder} {repo}{' --private' if args.private else ''}"
     if args.dry_run or upload.offline():
         why = "Dry run" if args.dry_run else "Offline (HF_HUB_OFFLINE)"
         print(f"{why}: nothing was sent. {folder} holds {what}:")
         for name in files:
             print(f"  {_size((folder / name).stat().st_size):>10}  {name}")
-        print(f"To send it: l2v push {folder} {repo}{' --private' if args.private else ''}")
+        print(f"To send it: {again}")
         return 0
     print(f"Sending {what} ...", flush=True)
     try:
         address = upload.upload(folder, files, repo, kind, args.private)
     except UserError as error:
-        raise UserError(f"{error}. Everything is in {folder}: l2v push {folder} {repo} sends it") from None
+        raise UserError(f"{error}. Everything is in {folder}: {again} sends it") from None
     print(address)
     return 0
 

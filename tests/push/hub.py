@@ -52,7 +52,7 @@ class Hub:
             assert hashlib.sha256(body).hexdigest() == oid
             self.objects[oid] = body
             return {}
-        self.tokens.add(handler.headers.get("Authorization"))
+        self.tokens.add((handler.headers.get("Authorization"), path))
         if path == "/api/validate-yaml":
             assert json.loads(body)["content"].startswith("---\n")
             return {"errors": [], "warnings": []}
@@ -61,7 +61,7 @@ class Hub:
             kind = asked.get("type") or "model"
             name = f"{asked.get('organization') or 'mig'}/{asked['name']}"
             self.repos.setdefault((kind, name), {})
-            self.private.setdefault((kind, name), bool(asked.get("private")))
+            self.private.setdefault((kind, name), asked.get("visibility") == "private" or bool(asked.get("private")))
             return {"url": f"{self.url}/{'datasets/' if kind == 'dataset' else ''}{name}"}
         for (kind, name), files in self.repos.items():
             api = f"/api/{kind}s/{name}"

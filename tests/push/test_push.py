@@ -65,7 +65,9 @@ def test_a_merged_encoder_arrives_whole(run, hub, tmp_path, capsys, sentences):
     out = capsys.readouterr()
     assert f"{hub.url}/mig/dansk-lille" in out.out and TOKEN not in out.out + out.err
     arrived = hub.repos["model", "mig/dansk-lille"]
-    assert hub.private["model", "mig/dansk-lille"] and hub.tokens == {f"Bearer {TOKEN}"}
+    assert hub.private["model", "mig/dansk-lille"] and {
+        token for token, path in hub.tokens if "/repos/" in path or "lille" in path
+    } == {f"Bearer {TOKEN}"}
     assert {"README.md", "model.safetensors", "1_Pooling/config.json", "LICENSE", "l2v_encoder.json"} <= arrived.keys()
     for name, data in arrived.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
