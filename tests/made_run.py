@@ -24,9 +24,9 @@ def make_run(recipe_file: Path, stages=("mntp", "supervised")) -> Path:
     """Stages with adapters of random weights; the others of the recipe are not trained."""
     recipe = load_recipe(str(recipe_file), [])
     run = run_folder(recipe)
-    for name in stages:
+    for at, name in enumerate(stages):
         claim(recipe, name, run / name, {"name": recipe.name, "stage": name, "recipe": to_dict(recipe)}, False)
-        model, lineage = build(recipe, name, dtype=torch.float32, seed=1)
+        model, lineage = build(recipe, name, dtype=torch.float32, seed=at)
         weights = {key.removeprefix("decoder."): p.detach() for key, p in trainable(model).items()}
         weights = {key: torch.randn_like(value) * 0.05 for key, value in weights.items()}
         publish(model.decoder, weights, run / name, lineage)

@@ -26,6 +26,7 @@ TOKENS = {
 }
 POINTS = [color for color in TOKENS if color != "#222222"]
 SHAPES = "os^Dv"
+MOST_TOPICS = len(POINTS) * len(SHAPES)  # more have no look of their own, and no legend
 
 
 @dataclass
@@ -97,7 +98,7 @@ def curve(run: str, stage: StageFacts) -> Picture | None:
 
 
 def topics(run: str, found: Map) -> Picture:
-    """A dot for each text, coloured and shaped by topic, and the topic's name at the middle of its dots."""
+    """A dot for each text, coloured and shaped by topic, with a legend."""
     names = list(dict.fromkeys(found.labels))
 
     def draw(axis: Any) -> None:
@@ -105,11 +106,14 @@ def topics(run: str, found: Map) -> Picture:
             mine = [i for i, label in enumerate(found.labels) if label == name]
             x, y = found.places_N2[mine, 0], found.places_N2[mine, 1]
             color, shape = POINTS[at % len(POINTS)], SHAPES[at // len(POINTS) % len(SHAPES)]
-            axis.plot(x, y, shape, color=color, markersize=3.5, alpha=0.8, linewidth=0)
-            middle = found.middle(mine)
-            axis.annotate(name, middle, ha="center", va="center", fontsize=7, color="#222222")
+            axis.plot(x, y, shape, color=color, markersize=3.5, alpha=0.8, linewidth=0, label=name)
         axis.set_xticks([])
         axis.set_yticks([])
+        if len(names) <= MOST_TOPICS:
+            axis.legend(
+                frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.01), columnspacing=1,
+                handletextpad=0.1,
+            )  # fmt: skip
 
     told = f"{run}: map of {len(found.labels)} texts of {len(names)} topics; {found.told()}"
-    return Picture(f"{run}-map", told, (6.4, 5.2), draw)
+    return Picture(f"{run}-map", told, (4.2, 4.0 + 0.15 * (min(len(names), MOST_TOPICS) / 3)), draw)

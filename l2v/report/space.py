@@ -28,11 +28,6 @@ class Map:
     how: str
     source: str
 
-    def middle(self, rows: list[int]) -> tuple[float, float]:
-        """The median of some of the places."""
-        x, y = np.median(self.places_N2[rows], axis=0)
-        return float(x), float(y)
-
     def told(self) -> str:
         """What the numbers say."""
         return (
