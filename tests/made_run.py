@@ -12,11 +12,11 @@ from l2v.run import claim, publish, run_folder
 from l2v.train import build
 
 METRICS = [
-    {"step": 0, "eval_loss": 8.5},
+    {"step": 0, "eval_loss": 8.5, "eval_ndcg_at_10": 0.25},
     {"step": 1, "loss": 8.25, "tokens": 1000, "tokens_per_second": 100.0, "mfu": 0.25, "peak_memory_gib": 1.5},
     {"step": 2, "loss": 7.75, "tokens": 2000, "tokens_per_second": 300.0, "mfu": 0.35, "peak_memory_gib": 2.25},
     {"step": 3, "loss": 6.125, "tokens": 3000, "tokens_per_second": 200.0, "mfu": 0.3, "peak_memory_gib": 2.0},
-    {"step": 3, "eval_loss": 5.5},
+    {"step": 3, "eval_loss": 5.5, "eval_ndcg_at_10": 0.75},
 ]
 
 

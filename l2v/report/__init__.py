@@ -62,7 +62,7 @@ def _section(run: RunFacts, args: argparse.Namespace) -> dict[str, Any]:
         except UserError as error:
             why = f"No map: {error}."
     quick = tables.quickstart_table(run)
-    curves = [pictures.curve(run.name, stage) for stage in run.stages]
+    curves = [draw(run.name, stage) for stage in run.stages for draw in (pictures.curve, pictures.quality)]
     return {
         "run": run,
         "facts": _facts(run),

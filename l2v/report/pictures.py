@@ -97,6 +97,29 @@ def curve(run: str, stage: StageFacts) -> Picture | None:
     )
 
 
+HELD_OUT = {"eval_ndcg_at_10": "held-out nDCG@10", "eval_accuracy": "held-out accuracy"}
+
+
+def quality(run: str, stage: StageFacts) -> Picture | None:
+    """What held-out texts say beside the loss: nDCG@10 of pairs, accuracy of masked tokens; None where neither was measured."""
+    key = next((key for key in HELD_OUT if stage.curve(key)), None)
+    if key is None:
+        return None
+    rows, name = stage.curve(key), HELD_OUT[key]
+
+    def draw(axis: Any) -> None:
+        axis.plot(*zip(*rows, strict=True), "o-", color=COLORS.get(stage.name, "#555555"), markersize=4, linewidth=1.6)
+        axis.set(title=stage.name, xlabel="step", ylabel=name)
+        axis.set_ylim(bottom=0)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+
+    (first, before), (last, after) = rows[0], rows[-1]
+    told = f"{run}, {stage.name}: {name} from {before:.3f} at step {first} to {after:.3f} at step {last}."
+    return Picture(f"{run}-{stage.name}-held-out", told, (3.9, 2.9), draw)
+
+
 def topics(run: str, found: Map) -> Picture:
     """A dot for each text, coloured and shaped by topic, with a legend."""
     names = list(dict.fromkeys(found.labels))

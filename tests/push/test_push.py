@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, constants
 from made_run import make_run, merged, write_results
 
 from l2v import Encoder, cli
+from l2v.errors import UserError
 from l2v.evaluation.seb import BY_NAME
 from l2v.push.licence import Licence, find_licence
 from l2v.recipe import Template
@@ -262,6 +263,15 @@ def test_licences_by_name(base, identifier):
     assert find_licence(base, None, lambda _: None).identifier == identifier
     assert find_licence(base, None, lambda _: "mit").identifier == "mit"  # the base's own card knows better
     assert find_licence(base, "cc0-1.0", lambda _: "mit").identifier == "cc0-1.0"
+
+
+def test_the_card_in_the_bases_folder_tells_its_licence(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: llama3\n---\n# Base\n", encoding="utf-8")
+    found = find_licence(str(tmp_path), None, lambda _: "mit")
+    assert found.identifier == "llama3" and found.prefix == "Llama-3"
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")
+    with pytest.raises(UserError, match="no readable YAML"):
+        find_licence(str(tmp_path), None, lambda _: None)
 
 
 def test_names_that_llama_licences_allow():

@@ -124,9 +124,10 @@ def test_its_numbers_are_those_of_the_files(page, run):
 
 def test_curves_and_map_are_described_and_drawn(page):
     alts = Page(page).alts
-    assert len(alts) == 3 and page.count("<svg") == 3
+    assert len(alts) == 5 and page.count("<svg") == 5
     assert "from 8.250 at step 1 to 6.125 at step 3; held-out loss from 8.500 to 5.500" in alts[0]
-    assert "420 texts of 28 topics" in alts[2] and "by chance: 3.3%" in alts[2]
+    assert "held-out nDCG@10 from 0.250 at step 0 to 0.750 at step 3" in alts[1]
+    assert "420 texts of 28 topics" in alts[4] and "by chance: 3.3%" in alts[4]
     assert "currentColor" in page and "#222222" not in page  # ink is the page's, in light and in dark
 
 
@@ -138,7 +139,7 @@ def test_what_is_missing_is_a_sentence(page):
 def test_markdown_says_the_same(page, run):
     text = (run / "out.md").read_text(encoding="utf-8")
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert len(pictures) == 3 and all((run / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
+    assert len(pictures) == 5 and all((run / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
     for rows in Page(page).tables.values():
         for cell in rows[-1]:
             assert cell.replace("<", "&lt;") in text
