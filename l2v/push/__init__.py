@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _model(model: Model, args: argparse.Namespace) -> int:
-    licence = find_licence(model.base, args.license, upload.licence_of)
     base = args.base_model or HUB_NAMES.get(model.base, model.base)
+    licence = find_licence(model.base, base, args.license, upload.licence_of)
     if Path(base).is_dir() or Path(base).is_absolute():
         raise UserError(f"the base is the folder {base}; say with --base-model what it is called on the hub")
     repo = _repo(args.repo, licence, model.name)

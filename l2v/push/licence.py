@@ -69,19 +69,22 @@ class Licence:
             )
 
 
-def find_licence(model: str, given: str | None, ask_hub: Callable[[str], str | None]) -> Licence:
+def find_licence(base: str, name: str, given: str | None, ask_hub: Callable[[str], str | None]) -> Licence:
     """The licence of a base: as the user says, as its folder's card says, as the hub says, or as its name tells.
 
+    base: as the run names it, a folder or a name; name: what it is called on the hub.
     Errors: UserError where none of them knows.
     """
-    own = front_matter(Path(model) / "README.md").get("license") if Path(model).is_dir() else ask_hub(model)
-    named = next((identifier for pattern, identifier in BY_NAME if re.search(pattern, model.lower())), None)
-    identifier = given or (own if isinstance(own, str) else None) or named
-    if identifier is None:
-        raise UserError(
-            f"the licence of the base '{model}' is not known; give its identifier on the hub with --license"
-        )
-    return Licence.of(identifier)
+    if given:
+        return Licence.of(given)
+    own = front_matter(Path(base) / "README.md").get("license")
+    if own is None and not Path(name).is_absolute():
+        own = ask_hub(name)
+    if not isinstance(own, str):
+        own = next((identifier for pattern, identifier in BY_NAME if re.search(pattern, Path(name).name.lower())), None)
+    if own is None:
+        raise UserError(f"the licence of the base '{name}' is not known; give its identifier on the hub with --license")
+    return Licence.of(own)
 
 
 def front_matter(file: Path) -> dict[str, Any]:

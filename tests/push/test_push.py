@@ -260,18 +260,18 @@ def test_llama_3_has_its_notice_and_its_name(run, tmp_path, capsys):
     ],
 )
 def test_licences_by_name(base, identifier):
-    assert find_licence(base, None, lambda _: None).identifier == identifier
-    assert find_licence(base, None, lambda _: "mit").identifier == "mit"  # the base's own card knows better
-    assert find_licence(base, "cc0-1.0", lambda _: "mit").identifier == "cc0-1.0"
+    assert find_licence(base, base, None, lambda _: None).identifier == identifier
+    assert find_licence(base, base, None, lambda _: "mit").identifier == "mit"  # the base's own card knows better
+    assert find_licence(base, base, "cc0-1.0", lambda _: "mit").identifier == "cc0-1.0"
 
 
 def test_the_card_in_the_bases_folder_tells_its_licence(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: llama3\n---\n# Base\n", encoding="utf-8")
-    found = find_licence(str(tmp_path), None, lambda _: "mit")
+    found = find_licence(str(tmp_path), "nogen/lille", None, lambda _: "mit")
     assert found.identifier == "llama3" and found.prefix == "Llama-3"
     (tmp_path / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")
     with pytest.raises(UserError, match="no readable YAML"):
-        find_licence(str(tmp_path), None, lambda _: None)
+        find_licence(str(tmp_path), "nogen/lille", None, lambda _: None)
 
 
 def test_names_that_llama_licences_allow():
