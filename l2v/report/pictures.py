@@ -134,9 +134,9 @@ def topics(run: str, found: Map) -> Picture:
         axis.set_yticks([])
         if len(names) <= MOST_TOPICS:
             axis.legend(
-                frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.01), columnspacing=1,
+                frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.01), columnspacing=1,
                 handletextpad=0.1,
             )  # fmt: skip
 
     told = f"{run}: map of {len(found.labels)} texts of {len(names)} topics; {found.told()}"
-    return Picture(f"{run}-map", told, (4.2, 4.0 + 0.15 * (min(len(names), MOST_TOPICS) / 3)), draw)
+    return Picture(f"{run}-map", told, (4.2, 4.0 + 0.2 * min(len(names), MOST_TOPICS) / 3), draw)
