@@ -52,6 +52,10 @@ def _model(model: Model, args: argparse.Namespace) -> int:
     if Path(base).is_dir() or Path(base).is_absolute():
         raise UserError(f"the base is the folder {base}; say with --base-model what it is called on the hub")
     repo = _repo(args.repo, licence, model.name)
+    if not (args.dry_run or upload.offline()):
+        repo = upload.with_user(repo)
+    elif "/" not in repo:
+        print(f"{repo} names no user: the code in the card wants USER/{repo}.")
     above = model.folder.parent
     folder = _empty(Path(args.dry_run)) if args.dry_run else above / f"hub-{repo.rsplit('/', 1)[-1]}"
     prepare.make_model(model, folder, repo, licence, base=base, adapter=args.adapter_only)

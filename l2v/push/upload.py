@@ -37,14 +37,32 @@ def licence_of(model: str) -> str | None:
     return data.get("license") if data else None
 
 
+def with_user(repo: str) -> str:
+    """The full name of a repository, which the card's code needs: a bare name is the user's own.
+
+    Errors: UserError where the hub cannot be asked who the user is.
+    """
+    if "/" in repo:
+        return repo
+    _need_token()
+    try:
+        return f"{HfApi().whoami()['name']}/{repo}"
+    except Exception as error:
+        raise UserError(sentence(repo, error)) from None
+
+
+def _need_token() -> None:
+    if get_token() is None:
+        raise UserError("no login for the hub: set HF_TOKEN, or run 'hf auth login' once")
+
+
 def upload(folder: Path, files: list[str], repo: str, kind: str, private: bool) -> str:
     """Make the repository if it is not there, upload the files in commits; the address of the page.
 
     kind: model or dataset. The token is the hub's own (HF_TOKEN, or what `hf auth login` keeps).
     Errors: UserError with one sentence; what has arrived stays there, and the same command goes on.
     """
-    if get_token() is None:
-        raise UserError("no login for the hub: set HF_TOKEN, or run 'hf auth login' once")
+    _need_token()
     api = HfApi()
     try:
         made = api.create_repo(repo, repo_type=kind, private=private or None, exist_ok=True)

@@ -236,6 +236,14 @@ def test_private_never_becomes_public(run, hub, capsys):
     shutil.rmtree(run / "hub-aaben")
 
 
+def test_a_bare_name_is_the_users_own_in_the_card_too(run, hub, capsys):
+    assert cli.main(["push", str(run), "--adapter-only", *KNOWN]) == 0
+    assert 'snapshot_download("mig/tiny")' in hub.repos["model", "mig/tiny"]["README.md"].decode()
+    hub.fail = {"/api/whoami-v2": 401}
+    assert cli.main(["push", str(run), "--adapter-only", *KNOWN]) == 1
+    assert "does not accept the token (401)" in capsys.readouterr().err
+
+
 def test_llama_3_has_its_notice_and_its_name(run, tmp_path, capsys):
     given = ["--license", "llama3", "--base-model", "meta-llama/Meta-Llama-3-8B-Instruct", "--adapter-only"]
     assert cli.main(["push", str(run), "mig/dansk", "--dry-run", str(tmp_path / "a"), *given]) == 1
