@@ -19,10 +19,12 @@ COMMANDS = {
     "doctor": ("l2v.doctor", "what runs on this machine, why the rest does not, and how fast it is"),
     "quickstart": ("l2v.quickstart", "the whole recipe on the embedded model and Danish sample"),
     "eval": ("l2v.eval_cli", "score encoders: SEB's Danish tasks, any task of mteb, your own files"),
+    "report": ("l2v.report", "one HTML page about runs: curves, scores, speed, lineage, data"),
     "search": ("l2v.search", "semantic search with a trained encoder"),
     "bench": ("l2v.bench_cli", "microbenchmarks of the kernels (in a checkout)"),
     "data": ("l2v.data_cli", "build a data set from raw text, check one, mine hard negatives, make queries"),
     "export": ("l2v.export_cli", "write a merged encoder for transformers and sentence-transformers"),
+    "push": ("l2v.push", "publish an encoder, its adapters or a data set on the Hub, with a card"),
     "recipes": ("l2v.recipes_cli", "list the recipes that come with l2v, or print one"),
 }
 
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"l2v: unknown command '{argv[0]}'; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    quiet_libraries()
+    quiet_libraries(bars=argv[0] == "push")
     try:
         return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
     except UserError as error:
@@ -53,11 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def quiet_libraries() -> None:
-    """Leave the screen to this program: no bars and advice from libraries unless the user asked for them."""
+def quiet_libraries(bars: bool = False) -> None:
+    """Leave the screen to this program: no bars and advice from libraries unless the user asked for them.
+
+    bars: the command leaves its progress to huggingface_hub.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not bars:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not any(Path("/dev").glob("nvidia*")):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found none

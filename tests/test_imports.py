@@ -59,6 +59,8 @@ MAY = {
     "quickstart": {"errors", "recipe", "recipe_io", "data", "model", "encoder", "evaluation", "machine"},
     "eval_cli": {"errors", "recipe_io", "evaluation"},
     "export_cli": {"encoder"},
+    "report": {"errors", "package", "files", "recipe", "recipe_io", "data", "encoder", "evaluation"},
+    "push": {"errors", "model", "encoder", "report"},
     "recipes_cli": {"recipe_io"},
     "mining": {"errors", "files", "source", "data", "encoder"},
     "synthesis": {"errors", "batch", "prompts", "data", "model", "encoder", "mining"},

@@ -1,0 +1,130 @@
+"""The folder that is uploaded: whole on disk before anything is sent."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from l2v.encoder import Encoder
+from l2v.errors import UserError
+from l2v.model.export import ENCODER_FILE
+from l2v.model.lora import LINEAGE, WEIGHTS
+from l2v.push import card
+from l2v.push.licence import Licence, front_matter
+from l2v.push.subject import Dataset, Model, adapters_lineage, earlier_adapters, export_lineage
+
+CARD, NOTICE = "README.md", "NOTICE"
+_PAPERS = ("LICENSE*", "LICENCE*", "USE_POLICY*")
+
+
+def make_model(model: Model, folder: Path, repo: str, licence: Licence, *, base: str, adapter: bool) -> None:
+    """Write an encoder or its adapters into `folder`, with card, notice, and the base's licence where it is a folder.
+
+    Errors: UserError where the folder holds something else, or cannot be written.
+    """
+    if folder.exists() and any(folder.iterdir()) and not ours(folder):
+        raise UserError(f"{folder} is not empty and was not written by l2v push; choose another folder")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        if adapter:
+            _adapters(model, folder, base)
+        elif model.export:
+            copy(model.folder, model_files(model.folder), folder)
+        else:
+            Encoder.from_pretrained(model.folder).save(folder)
+        if not adapter:
+            file = folder / ENCODER_FILE
+            facts = json.loads(file.read_text(encoding="utf-8"))
+            _rewrite(file, facts | {"lineage": export_lineage(model, base)})
+        if licence.notice:
+            (folder / NOTICE).write_text(licence.notice + "\n", encoding="utf-8")
+        if Path(model.base).is_dir():
+            for paper in (p for pattern in _PAPERS for p in Path(model.base).glob(pattern) if p.is_file()):
+                shutil.copyfile(paper, folder / paper.name)
+        text = card.render(model, repo, licence, base=base, adapter=adapter)
+        (folder / CARD).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+def ours(folder: Path) -> bool:
+    """It has a model card that l2v wrote."""
+    metadata = front_matter(folder / CARD)
+    return "l2v" in (metadata.get("tags") or ()) and "library_name" in metadata
+
+
+def _adapters(model: Model, folder: Path, base: str) -> None:
+    for place, adapter in [*earlier_adapters(model), ("", model.folder / "adapter")]:
+        if adapter is not None:
+            target = folder / place
+            copy(adapter, [WEIGHTS], target)
+            config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+            _rewrite(target / "adapter_config.json", config | {"base_model_name_or_path": base})
+    _rewrite(folder / LINEAGE, adapters_lineage(model, base))
+
+
+def _rewrite(file: Path, value: Any) -> None:
+    if file.is_symlink() or (file.exists() and file.stat().st_nlink > 1):
+        file.unlink()  # a link to the file that it was copied from
+    file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy(source: Path, names: list[str], target: Path) -> None:
+    """Files into another folder; hard links where the disk has them, since weights are large."""
+    for name in names:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source / name, target / name)
+        except OSError:
+            shutil.copyfile(source / name, target / name)
+
+
+def model_files(folder: Path) -> list[str]:
+    """What is uploaded of a model's folder: everything but hidden files, the card among it."""
+    found = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)]
+
+
+def dataset_files(data: Dataset) -> tuple[list[str], list[str]]:
+    """What is uploaded of a data set, after its card was held against its files; and sentences on what to look at.
+
+    Errors: UserError where the card is missing or has no metadata, or a split's rows are not those that the report counts.
+    """
+    import pyarrow.parquet
+
+    folder = data.folder
+    metadata = front_matter(folder / CARD)
+    for key in ("language", "license", "configs"):
+        if not metadata.get(key):
+            raise UserError(
+                f"{folder / CARD}: its front matter has no '{key}'; build the data set again with 'l2v data build'"
+            )
+    shards = []
+    for split, told in data.report["splits"].items():
+        found = sorted(folder.glob(f"{split}-*.parquet"))
+        try:
+            rows = sum(pyarrow.parquet.read_metadata(file).num_rows for file in found)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: a file of split '{split}' is damaged: {str(error).splitlines()[0]}") from None
+        if rows != told:
+            raise UserError(
+                f"{folder}: split '{split}' has {rows:,} rows and report.json counts {told:,}; build it again"
+            )
+        shards += [file.name for file in found]
+    texts = [name for name in (CARD, "report.md", "report.json") if (folder / name).is_file()]
+    notes = []
+    paths = sorted({s["path"] for s in data.report["sources"] if re.match(r"[/~]|[A-Za-z]:\\", s["path"])})
+    if paths:
+        notes.append(
+            f"its card and report name folders of this machine ({', '.join(paths[:3])}): rename them, or give relative paths"
+        )
+    unknown = [s["label"] for s in data.report["sources"] if s["licence"] == "unknown"]
+    if unknown:
+        notes.append(f"the licence of {', '.join(unknown)} is unknown: make sure that its texts may be passed on")
+    if any(s.get("examples") for s in data.report["sources"]):
+        notes.append("report.md and report.json quote texts that were dropped, as examples")
+    return [*texts, *shards], notes

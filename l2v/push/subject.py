@@ -1,0 +1,169 @@
+"""What is pushed: a run's stage, an export, an adapter made ready before, or a data set that was built."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from l2v.errors import UserError
+from l2v.model.embedded import SMOLLM2
+from l2v.model.export import ENCODER_FILE
+from l2v.report.facts import StageFacts, read_json, read_results, read_run
+
+HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+@dataclass
+class Model:
+    """An encoder: of a run's stage, or an export that is ready.
+
+    stages: what it went through, oldest first, where that is known. settings: template, pooling, attention, length.
+    """
+
+    name: str
+    folder: Path
+    base: str
+    lineage: dict[str, Any]
+    settings: dict[str, Any]
+    evaluation: dict[str, Any] | None = None
+    stages: list[StageFacts] = field(default_factory=list)
+    export: bool = False
+
+    @property
+    def hashes(self) -> list[str]:
+        """SHA-256 of every adapter in it, in the order of merging: by them its row is found among scores."""
+        own = (self.lineage.get("adapter") or {}).get("sha256")
+        return [entry["sha256"] for entry in self.lineage["merged"]] + ([own] if own else [])
+
+    def row(self) -> dict[str, Any] | None:
+        """Its row among the scores of `l2v eval`: the same adapters, pooling and attention."""
+        for row in (self.evaluation or {}).get("rows", ()):
+            identity = row["identity"]
+            same = all(identity.get(key) == self.settings[key] for key in ("pooling", "attention"))
+            if same and identity.get("merged") == self.hashes:
+                return row
+        return None
+
+
+@dataclass
+class Dataset:
+    """What `l2v data build` wrote. report: its report.json."""
+
+    name: str
+    folder: Path
+    report: dict[str, Any]
+
+
+@dataclass
+class Ready:
+    """A folder with a card that `l2v push --dry-run` (or a push that failed) left."""
+
+    name: str
+    folder: Path
+    kind: str = "model"
+
+
+def find(source: Path, results: Path | None) -> Model | Dataset | Ready:
+    """What a folder is. results: a results.json instead of the run's own.
+
+    Errors: UserError where it is nothing that can be pushed.
+    """
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; give a run, a stage of it, an export or a data set that l2v built")
+    if (source / ENCODER_FILE).is_file():
+        return Ready(source.name, source) if (source / "README.md").is_file() else _export(source, results)
+    if (source / "stage.json").is_file():
+        return _stage(source.parent, source.name, results)
+    if any(source.glob("*/stage.json")):
+        return _stage(source, None, results)
+    report = read_json(source / "report.json")
+    if report and {"title", "splits", "sources"} <= report.keys():
+        return Dataset(report["name"], source, report)
+    if (source / "adapter_config.json").is_file() and (source / "README.md").is_file():
+        return Ready(source.name, source)
+    raise UserError(f"{source}: neither a run, a stage, an export nor a data set that 'l2v data build' finished")
+
+
+def _stage(folder: Path, name: str | None, results: Path | None) -> Model:
+    run = read_run(folder, results)
+    stage = next((s for s in run.stages if s.name == name), None) if name else run.last
+    if stage is None or not stage.trained:
+        raise UserError(f"{folder / (name or '')}: not trained to its end yet; run 'l2v train' again, it goes on")
+    through = [entry["stage"] for entry in stage.lineage["merged"] if "stage" in entry]
+    base = run.recipe.base
+    return Model(
+        name=run.name if stage is run.last else f"{run.name}-{stage.name}",
+        folder=folder / stage.name,
+        base=base.model,
+        lineage=stage.lineage,
+        settings={
+            "pooling": base.pooling, "attention": base.attention, "length": stage.recipe["length"],
+            "template": vars(base.template),
+        },
+        evaluation=run.evaluation,
+        stages=[s for s in run.stages if s.name in through or s is stage],
+    )  # fmt: skip
+
+
+def _export(folder: Path, results: Path | None) -> Model:
+    try:
+        facts = json.loads((folder / ENCODER_FILE).read_text(encoding="utf-8"))
+        lineage = facts["lineage"]
+        hashes, base = [entry["sha256"] for entry in lineage["merged"]], lineage["base"]["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / ENCODER_FILE}: damaged; export again with 'l2v export'") from None
+    model = Model(folder.name, folder, base, lineage, facts, export=True)
+    if any(folder.parent.glob("*/stage.json")):  # an export that lies in its run
+        run = read_run(folder.parent, results)
+        for stage in run.stages:
+            if stage.trained and [*_hashes(stage), stage.lineage["adapter"]["sha256"]] == hashes:
+                through = [entry.get("stage") for entry in stage.lineage["merged"]]
+                model.evaluation, model.stages = (
+                    run.evaluation,
+                    [s for s in run.stages if s.name in through or s is stage],
+                )
+    elif results:
+        model.evaluation = read_results(results)
+    return model
+
+
+def _hashes(stage: StageFacts) -> list[str]:
+    return [entry["sha256"] for entry in stage.lineage["merged"]]
+
+
+def earlier_adapters(model: Model) -> list[tuple[str, Path | None]]:
+    """Adapters below a stage's own, oldest first: a name, and the folder where it is on this machine (None: on the hub)."""
+    out = []
+    for at, entry in enumerate(model.lineage["merged"]):
+        beside = model.folder.parent / entry.get("stage", "") / "adapter"
+        folder = beside if "stage" in entry and beside.is_dir() else Path(entry["adapter"])
+        if folder.is_dir():
+            out.append((f"adapters/{at + 1}-{entry.get('stage', folder.name)}", folder))
+        else:
+            out.append((entry["adapter"], None))
+    return out
+
+
+def adapters_lineage(model: Model, base: str) -> dict[str, Any]:
+    """The lineage of a stage's adapter, with places in the pushed folder instead of paths of this machine."""
+    places = [place for place, _ in earlier_adapters(model)]
+    merged = [entry | {"adapter": place} for entry, place in zip(model.lineage["merged"], places, strict=True)]
+    return model.lineage | {"base": model.lineage["base"] | {"model": base}, "merged": merged}
+
+
+def export_lineage(model: Model, base: str) -> dict[str, Any]:
+    """The lineage of a merged encoder, without paths of this machine: every adapter in it by stage or name."""
+    merged = [
+        entry | {"adapter": entry.get("stage") or (Path(place).name if folder else place)}
+        for entry, (place, folder) in zip(model.lineage["merged"], earlier_adapters(model), strict=True)
+    ]
+    if own := model.lineage.get("adapter"):
+        merged.append({"adapter": model.lineage["stage"], **own})
+    return {"base": model.lineage["base"] | {"model": base}, "merged": merged}
+
+
+def public_base(model: str) -> str:
+    """A base's name for others: on the hub, or the last part of a folder's path."""
+    return HUB_NAMES.get(model) or (Path(model).name if Path(model).is_absolute() or Path(model).exists() else model)
