@@ -76,6 +76,7 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
     """Run a stage to its last step; returns the state that `read_state` gives (fp32 weights and moments)."""
     stage, rank, world = job.stage, dist.get_rank(), dist.get_world_size()
     start = resume.step if resume else 0
+    ahead = Ahead(job, rank, world)  # before anything is written: it refuses examples that fit no micro-batch
     if resume:
         write_state(engine, job.parameters, resume.tensors, resume.step - resume.facts.get("skipped", 0))
     seen = resume.facts["tokens"] if resume else 0
@@ -99,7 +100,7 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
     )  # fmt: skip
     saved_at, skips = start, Skips.of(resume)
     try:
-        with Ahead(job, rank, world) as ahead, stop:
+        with ahead, stop:
             if start < stage.steps:
                 on_every_rank(lambda: ahead.check(start))
             if job.evaluate and start == 0:

@@ -72,7 +72,7 @@ class Watchdog:
         self._marked: float | None = None
         self._main = threading.main_thread().ident
         self._stopped, self._thread, self._store = threading.Event(), None, None
-        self._lock = threading.Lock()
+        self._lock, self._answered = threading.Lock(), time.monotonic()
         self._peers: list[Beat] = []
 
     def start(self) -> Watchdog:
@@ -96,6 +96,8 @@ class Watchdog:
             self._peers = [Beat(rank, host, pid) for rank, (host, pid) in enumerate(peers)]
         self._thread = threading.Thread(target=self._watch, name="l2v-watchdog", daemon=True)
         self._thread.start()
+        if self.rank:
+            threading.Thread(target=self._watch_store, name="l2v-watchdog-store", daemon=True).start()
         return self
 
     def at(self, where: str | None) -> None:
@@ -174,8 +176,17 @@ class Watchdog:
                     return
                 reachable = self._tell()
             why, facts = self._judge(reachable, heard, dead_since)
+            self._answered = time.monotonic()
             if why and not self._stopped.is_set():
                 self._end(why, facts, reachable)
+
+    def _watch_store(self) -> None:
+        """The store lives in rank 0: where that is stopped, a request may wait for ever, and with it the thread that asks."""
+        while not self._stopped.wait(BEAT):
+            quiet = time.monotonic() - self._answered
+            if quiet > self.silent:
+                gone = f"{self._peers[0].name} has not been heard of for {quiet:.0f} s"
+                self._end(f"{gone}: its process is stopped or its machine is gone", {}, reachable=False)
 
     def _judge(self, reachable: bool, heard: dict, dead_since: dict) -> tuple[str | None, dict[str, Any]]:
         now = time.monotonic()
@@ -230,7 +241,12 @@ class Watchdog:
         old = [b for b in beats if b.state == "runs" and b.age is not None and b.age > self.timeout]
         if not old:
             return None
-        guilty = [b for b in old if not b.waits] or old
+        guilty = [b for b in old if not b.waits]
+        if not guilty:
+            running = [b for b in beats if b.state == "runs" and b.age is not None]
+            if len(old) < len(running) and max(b.age for b in old) < 2 * self.timeout:
+                return None  # those that only wait were there first; whom they wait for is about to be as old
+            guilty = old
         told = "; ".join(f"{b.name} at {b.where}, {b.stack}" for b in guilty[:4])
         more = f" and {len(guilty) - 4} more" if len(guilty) > 4 else ""
         age = max(b.age for b in old)
@@ -248,7 +264,9 @@ class Watchdog:
 
     def _end(self, why: str, facts: dict[str, Any], reachable: bool) -> None:
         """Print the reason once in the job, finish what is being written, and end this process."""
-        speaks = self.rank == min((p.rank for p in self._peers if p.host == self.me.host and _alive(p.pid)), default=0)
+        # where the store is out of reach it is rank 0 that is gone, or as good as gone
+        here = [p for p in self._peers if p.host == self.me.host and _alive(p.pid) and (reachable or p.rank)]
+        speaks = self.rank == min((p.rank for p in here), default=self.rank)
         if reachable and self._store is not None:
             try:
                 if not self._store.check(["verdict"]):
