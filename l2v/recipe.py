@@ -32,6 +32,10 @@ class Template:
     instruction: str = "{instruction} "
 
 
+Backend = Literal["l2v", "sdpa", "flash_attention_2"]
+"""What computes attention."""
+
+
 @dataclass
 class Base:
     """The decoder that becomes an encoder."""
@@ -43,7 +47,7 @@ class Base:
     config: dict[str, Any] | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     attention: Literal["bidirectional", "causal"] = "bidirectional"
-    backend: Literal["l2v", "sdpa", "flash_attention_2"] = "l2v"
+    backend: Backend = "l2v"
     layers: Literal["auto", "fused", "plain"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     base_precision: Literal["same", "fp8", "nf4"] = "same"

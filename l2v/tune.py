@@ -1,8 +1,9 @@
-"""`l2v tune RECIPE`: the fastest micro-batch and recompute of each stage on this machine, measured by training itself.
+"""`l2v tune RECIPE`: what makes each stage fastest on this machine, measured by training itself.
 
 Every candidate is a short run of the training program in a folder of its own, so it is the product's own step that is timed,
 and one that runs out of memory takes nothing with it. First the micro-batch doubles or halves from the recipe's until it is
-slower or does not fit, then its neighbours are tried, then each way to recompute; the best two run again, in turns.
+slower or does not fit, then its neighbours are tried, then each way to recompute, the other attention backends, and on a GPU
+configurations of the kernels that are chosen by timing; the best two run again, in turns.
 """
 
 from __future__ import annotations
@@ -19,18 +20,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tqdm import tqdm
 
 from l2v import __version__
+from l2v.doctor import software
+from l2v.doctor.report import Report
 from l2v.errors import UserError
-from l2v.recipe import Recipe, Stage
+from l2v.recipe import Backend, Recipe, Stage
 from l2v.recipe_io import load_recipe
-from l2v.tuned import place, read_tuned, tuned_file
+from l2v.tuned import KEYS, SHARED, place, read_tuned, tuned_file
 
 WARM = 2
 """Steps before the clock counts."""
@@ -44,6 +47,8 @@ class Candidate:
 
     micro_tokens: int
     recompute: str
+    backend: str = "l2v"
+    kernels: str = "default"
     rates: list[float] = field(default_factory=list)
     failed: str = ""
     peak_gib: float | None = None
@@ -54,19 +59,38 @@ class Candidate:
         return statistics.median(self.rates) if self.rates else 0.0
 
     def __str__(self) -> str:
-        return f"micro_tokens {self.micro_tokens:,}, recompute {self.recompute}"
+        text = f"micro_tokens {self.micro_tokens:,}, recompute {self.recompute}, backend {self.backend}"
+        return text + (", kernels timed" if self.kernels == "timed" else "")
+
+    def settings(self) -> dict[str, Any]:
+        """What the file says of it and training takes up."""
+        return {key: getattr(self, key) for key in (*KEYS, *SHARED)}
 
 
 Measure = Callable[[Candidate], None]
 
 
 class Search:
-    """Coarse to fine over micro_tokens, then over recompute. `measure` adds a rate to a candidate, or says why it failed."""
+    """Coarse to fine over micro_tokens, then over recompute, backends and kernels.
 
-    def __init__(self, stage: Stage, measure: Measure, seconds: float) -> None:
+    base: what the recipe has. measure: adds a rate to a candidate, or says why it failed. backends: the others that run here.
+    timed: whether kernels can be chosen by timing.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        measure: Measure,
+        seconds: float,
+        *,
+        backend: str = "l2v",
+        backends: Sequence[str] = (),
+        timed: bool = False,
+    ) -> None:
         self.stage, self.measure = stage, measure
+        self.backend, self.backends, self.timed = backend, backends, timed
         self.ends = time.monotonic() + seconds
-        self.tried: dict[tuple[int, str], Candidate] = {}
+        self.tried: dict[tuple[Any, ...], Candidate] = {}
 
     def time_left(self) -> float:
         """Seconds."""
@@ -78,18 +102,24 @@ class Search:
 
     def run(self) -> Candidate:
         """The fastest candidate. Errors: UserError if none ran."""
-        start = self._try(self.stage.micro_tokens, self.stage.recompute)
+        start = self._try(Candidate(self.stage.micro_tokens, self.stage.recompute, self.backend))
         while not start.rates and start.micro_tokens // 2 >= self.stage.length:  # the recipe's own does not fit
-            start = self._try(start.micro_tokens // 2, self.stage.recompute)
+            start = self._try(replace(start, micro_tokens=start.micro_tokens // 2))
         if not start.rates:
             raise UserError(f"no micro-batch of the stage runs here; the smallest, {start}: {start.failed}")
         for factor in (2, 0.5):
             self._climb(start, factor)
         for factor in (1.5, 0.75):
             at = self.best()[0]
-            self._try(int(at.micro_tokens * factor), at.recompute)
+            self._try(replace(at, micro_tokens=int(at.micro_tokens * factor)))
         for how in ("none", "cheap", "layer"):
-            self._try(self.best()[0].micro_tokens, how)
+            if how != "cheap" or self.backend == "l2v":  # fused layers alone have it, and they need that backend
+                self._try(replace(self.best()[0], recompute=how))
+        for backend in self.backends:
+            at = self.best()[0]
+            self._try(replace(at, backend=backend, recompute="none" if at.recompute == "cheap" else at.recompute))
+        if self.timed and (at := self.best()[0]).backend == "l2v":
+            self._try(replace(at, kernels="timed"))
         for candidate in self.best()[:2] * 2:
             if self.time_left() > 0:
                 self.measure(candidate)
@@ -97,14 +127,14 @@ class Search:
 
     def _climb(self, at: Candidate, factor: float) -> None:
         while self.time_left() > 0:
-            other = self._try(int(at.micro_tokens * factor), at.recompute)
+            other = self._try(replace(at, micro_tokens=int(at.micro_tokens * factor)))
             if other.rate < at.rate * GAIN:
                 return
             at = other
 
-    def _try(self, micro_tokens: int, recompute: str) -> Candidate:
-        candidate = Candidate(max(micro_tokens, self.stage.length), recompute)
-        known = self.tried.setdefault((candidate.micro_tokens, recompute), candidate)
+    def _try(self, candidate: Candidate) -> Candidate:
+        candidate = Candidate(**candidate.settings() | {"micro_tokens": max(candidate.micro_tokens, self.stage.length)})
+        known = self.tried.setdefault(tuple(candidate.settings().values()), candidate)
         if known is candidate and (self.time_left() > 0 or len(self.tried) == 1):
             self.measure(known)
         return known
@@ -126,13 +156,20 @@ class Trainer:
             "save_every": 0, "eval_every": 0, "eval_data": "[]", "from": "base",
         }  # fmt: skip
         overrides = [f"stages.{self.name}.{key}={value}" for key, value in own.items()]
-        overrides += [f"out={out}", "tracking.tensorboard=false", "tracking.wandb=null"]
+        overrides += [
+            f"base.backend={candidate.backend}",
+            f"out={out}",
+            "tracking.tensorboard=false",
+            "tracking.wandb=null",
+        ]
         command = [sys.executable, "-m", "l2v.train", self.args.recipe, *self.args.overrides, *overrides]
         command += ["--stage", self.name, "--fresh"]
         if self.args.processes:
             command += ["--processes", str(self.args.processes)]
         launched = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
         environment = {k: v for k, v in os.environ.items() if k not in launched} | {"L2V_TUNED": "0"}
+        if candidate.kernels == "timed":
+            environment["L2V_AUTOTUNE"] = "1"
         environment["MASTER_PORT"] = str(_free_port())  # the launcher's own may be taken by a training that runs
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
@@ -165,6 +202,22 @@ def _last_line(output: str) -> str:
     return said[-1] if said else "it said nothing"
 
 
+def alternatives(recipe: Recipe, name: str) -> tuple[list[str], bool]:
+    """The attention backends that this stage could run with here, beside the recipe's, and whether kernels can be timed.
+
+    Plain layers come with any backend but l2v, so what needs fused ones has no other; neither has attention dropout, whose
+    noise only l2v addresses. A deterministic run takes nothing that is chosen by timing.
+    """
+    base, stage = recipe.base, recipe.stages[name]
+    timed = torch.cuda.is_available() and not recipe.deterministic and base.backend == "l2v"
+    if base.layers == "fused" or base.base_precision == "fp8" or stage.recompute == "cheap":
+        return [], timed
+    if getattr(stage, "attention_dropout", 0):
+        return [], timed
+    runs = [row.removeprefix("backend: ") for row, (works, _) in software.backends(Report()).items() if works]
+    return [backend for backend in get_args(Backend) if backend in runs and backend != base.backend], timed
+
+
 def tune_stage(recipe: Recipe, name: str, args: argparse.Namespace, folder: Path, seconds: float) -> dict[str, Any]:
     """The stage's entry of the file: settings, tokens/s, and all candidates."""
     trainer = Trainer(args, name, folder)
@@ -180,13 +233,16 @@ def tune_stage(recipe: Recipe, name: str, args: argparse.Namespace, folder: Path
             best[:] = search.best()
             bar.update()
 
-        search = Search(recipe.stages[name], measure, seconds)
+        backends, timed = alternatives(recipe, name)
+        search = Search(
+            recipe.stages[name], measure, seconds, backend=recipe.base.backend, backends=backends, timed=timed
+        )
         chosen = search.run()
     for candidate in [*search.best(), *(c for c in search.tried.values() if c.failed)]:
         told = candidate.failed or f"{candidate.rate:,.0f} tokens/s"
         print(f"{name}: {candidate}: {told}" + (f", peak {candidate.peak_gib:.1f} GiB" if candidate.peak_gib else ""))
     return {
-        "settings": {"micro_tokens": chosen.micro_tokens, "recompute": chosen.recompute},
+        "settings": chosen.settings(),
         "tokens_per_second": round(chosen.rate, 1),
         "candidates": [vars(c) | {"rate": round(c.rate, 1)} for c in search.tried.values() if c.rates or c.failed],
     }

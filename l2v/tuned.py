@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from l2v.errors import UserError
+from l2v.errors import RecipeError, UserError
 from l2v.machine import device_name, processor
 from l2v.model.load import device
 from l2v.recipe import Recipe, check
@@ -18,7 +18,10 @@ from l2v.recipe_io import find_recipe
 from l2v.run import run_folder
 
 KEYS = {"micro_tokens": int, "recompute": str}
-"""What may be tuned: keys of a stage that change where and how fast it runs, not what it learns."""
+"""What may be tuned of a stage, because it changes where and how fast it runs and, but for rounding, not what it learns."""
+SHARED = {"backend": str, "kernels": str}
+"""The same for all stages of a run: `base.backend`, and whether kernels take their default configuration or the one that is
+fastest by the clock (`timed`, which is L2V_AUTOTUNE=1). Applied where all stages that are to run agree."""
 
 
 def tuned_file(recipe: str) -> Path:
@@ -42,7 +45,7 @@ def read_tuned(recipe: str) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         for stage in found["stages"].values():
-            if not all(isinstance(stage["settings"][key], kind) for key, kind in KEYS.items()):
+            if not all(isinstance(stage["settings"][key], kind) for key, kind in (KEYS | SHARED).items()):
                 raise TypeError
         found["place"]["device"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -63,11 +66,12 @@ def apply_tuned(recipe: Recipe, name: str, overrides: Sequence[str], processes: 
         other = ", ".join(f"{there.get(key)} (here: {here[key]})" for key in here if here[key] != there.get(key))
         return [f"{tuned_file(name).name} was tuned on {other} and is not applied: run l2v tune here, or remove it"]
     named = {text.partition("=")[0].strip().removeprefix("stages.") for text in overrides}
-    told = []
+    told = _apply_shared(recipe, found["stages"], named, tuned_file(name).name)
     for stage_name, stage in recipe.stages.items():
         settings = found["stages"].get(stage_name, {}).get("settings", {})
         began = _began_with(recipe, stage_name)
-        settings = began or settings
+        if began:
+            settings = began["stages"][stage_name]
         chosen = {k: settings[k] for k in KEYS if k in settings and not named & {k, f"{stage_name}.{k}"}}
         if chosen and stage.length <= chosen.get("micro_tokens", stage.micro_tokens):
             for key, value in chosen.items():
@@ -78,11 +82,32 @@ def apply_tuned(recipe: Recipe, name: str, overrides: Sequence[str], processes: 
     return told
 
 
+def _apply_shared(recipe: Recipe, stages: dict[str, Any], named: set[str], file: str) -> list[str]:
+    """Set what holds for the whole run; returns what to tell."""
+    told = []
+    began = [recipe_then["base"]["backend"] for name in recipe.stages if (recipe_then := _began_with(recipe, name))]
+    tuned = {key: {stages.get(name, {}).get("settings", {}).get(key) for name in recipe.stages} for key in SHARED}
+    backends, before = set(began) or tuned["backend"], recipe.base.backend
+    if len(backends) == 1 and "base.backend" not in named and (backend := backends.pop()) not in (None, before):
+        recipe.base.backend = backend
+        try:
+            check(recipe, file)
+            told.append(f"base.backend {backend}, as {'the run began' if began else f'{file} has it'}")
+        except RecipeError as error:  # the recipe has changed since
+            recipe.base.backend = before
+            told.append(f"base.backend {backend} is not applied: {error}")
+    if tuned["kernels"] == {"timed"} and "L2V_AUTOTUNE" not in os.environ:
+        os.environ["L2V_AUTOTUNE"] = "1"  # before the first launch; what it finds is kept on disk for the next start
+        told.append(f"kernels timed at their first launch, as {file} has it")
+    return told
+
+
 def _began_with(recipe: Recipe, name: str) -> dict[str, Any] | None:
-    """The settings of a stage that has a checkpoint: it goes on with them, so that its bits stay what they would have been."""
+    """The recipe that a stage with a checkpoint or an adapter began with: it goes on so, and its bits stay what they were."""
     folder = run_folder(recipe) / name
     try:
-        stage = json.loads((folder / "stage.json").read_text(encoding="utf-8"))["recipe"]["stages"][name]
-        return {key: stage[key] for key in KEYS} if any(folder.glob("checkpoints/step-*")) else None
+        then = json.loads((folder / "stage.json").read_text(encoding="utf-8"))["recipe"]
+        trained = (folder / "adapter").is_dir() or any(folder.glob("checkpoints/step-*"))
+        return then if trained and {*KEYS} <= {*then["stages"][name]} and "backend" in then["base"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

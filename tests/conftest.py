@@ -94,6 +94,19 @@ def config_folder(tmp_path_factory, tiny_config) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, bos_tokenizer_folder, tiny_config) -> Path:
+    """A folder with random weights and a tokenizer: a base as users have it."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**tiny_config, initializer_range=0.2)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(bos_tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
 def write_jsonl(path: Path, rows: list) -> str:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return str(path)
@@ -126,7 +139,7 @@ def tiny_recipe(bos_tokenizer_folder, tiny_config, sentences):
             "base": {
                 "model": "tiny-llama",
                 "init": "random",
-                "config": tiny_config,
+                "config": dict(tiny_config),
                 "tokenizer": bos_tokenizer_folder,
                 "precision": "fp32",
             },

@@ -17,18 +17,6 @@ TEMPLATE = Template(prefix="spørg: ", suffix="</s>")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, bos_tokenizer_folder, tiny_config) -> Path:
-    """A folder with random weights and a tokenizer: a base as users have it."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**tiny_config, initializer_range=0.2)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(bos_tokenizer_folder).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def encoder(base) -> Encoder:
     return Encoder.from_pretrained(base, template=TEMPLATE, precision="fp32")
 

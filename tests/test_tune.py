@@ -1,6 +1,7 @@
 """`l2v tune`: the search, the file beside the recipe, and training that takes it up."""
 
 import json
+import os
 
 import pytest
 
@@ -15,7 +16,7 @@ def stage(micro_tokens=1000, length=50):
     return Mntp(data=[Source("x")], batch=4, steps=4, lr=1e-3, micro_tokens=micro_tokens, length=length)
 
 
-def search(rate, seconds=1e9, **kwargs):
+def search(rate, seconds=1e9, options=None, **kwargs):
     """A search in which `rate(candidate)` is the tokens/s, or a string that says why there are none."""
     calls = []
 
@@ -27,7 +28,7 @@ def search(rate, seconds=1e9, **kwargs):
         else:
             candidate.rates.append(found)
 
-    return tune.Search(stage(**kwargs), measure, seconds), calls
+    return tune.Search(stage(**kwargs), measure, seconds, **options or {}), calls
 
 
 def fits(limit):
@@ -47,7 +48,7 @@ def test_the_search_climbs_to_what_fits():
     best = found.run()
     assert (best.micro_tokens, best.recompute) == (8000, "auto")
     assert [n for n, how in calls if how == "auto"][:5] == [1000, 2000, 4000, 8000, 16000]
-    assert found.tried[16000, "auto"].failed == "out of memory" and (8000, "none") in calls
+    assert found.tried[16000, "auto", "l2v", "default"].failed == "out of memory" and (8000, "none") in calls
     assert len(best.rates) == 3 and len(set(calls)) == len(found.tried)  # the best two ran again, nothing else did
 
 
@@ -62,6 +63,49 @@ def test_it_goes_down_from_a_recipe_that_does_not_fit():
     found, _ = search(lambda c: "out of memory")
     with pytest.raises(UserError, match="no micro-batch of the stage runs here; the smallest, micro_tokens 62"):
         found.run()
+
+
+def test_other_backends_and_timed_kernels_come_last():
+    def rate(c):
+        return 100.0 + 50 * (c.kernels == "timed") + {"l2v": 0, "sdpa": -10, "flash_attention_2": 20}[c.backend]
+
+    found, _ = search(rate, options={"backends": ["sdpa", "flash_attention_2"], "timed": True})
+    best = found.run()
+    assert (best.backend, best.kernels) == ("flash_attention_2", "default")  # timed kernels are l2v's own
+    tried = {(c.backend, c.kernels) for c in found.tried.values()}
+    assert tried == {("l2v", "default"), ("sdpa", "default"), ("flash_attention_2", "default")}
+    found, _ = search(rate, options={"backends": ["sdpa"], "timed": True})
+    best = found.run()
+    assert (best.backend, best.kernels) == ("l2v", "timed") and str(best).endswith("backend l2v, kernels timed")
+
+
+def test_recompute_cheap_does_not_go_to_plain_layers():
+    found, _ = search(
+        lambda c: {"cheap": 130.0}.get(c.recompute, 100.0) + 50 * (c.backend == "sdpa"), options={"backends": ["sdpa"]}
+    )
+    best = found.run()
+    assert (best.backend, best.recompute) == ("sdpa", "none")
+    found, _ = search(lambda c: 100.0, options={"backend": "sdpa"})
+    found.run()
+    assert {(c.backend, c.recompute) for c in found.tried.values()} == {("sdpa", x) for x in ("auto", "none", "layer")}
+
+
+@pytest.mark.parametrize(
+    ("change", "others"),
+    [
+        ({}, ["sdpa"]),
+        ({"base.layers": "fused"}, []),
+        ({"base.backend": "sdpa", "stages.simcse.attention_dropout": 0}, ["l2v"]),
+        ({"stages.mntp.recompute": "cheap"}, []),
+    ],
+    ids=["default", "fused", "sdpa", "cheap"],
+)
+def test_only_what_the_recipe_allows_is_tried(change, others, tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recipe = load_recipe(str(tiny_recipe(tmp_path, **change)))
+    assert tune.alternatives(recipe, "mntp") == (others, False)
+    if not change:  # its noise has no other backend
+        assert tune.alternatives(recipe, "simcse") == ([], False)
 
 
 def test_time_ends_it():
@@ -80,8 +124,9 @@ def tuned(tiny_recipe, tmp_path):
     """tuned(settings, **place) -> the recipe's path, with a file of `l2v tune` beside it."""
     path = tiny_recipe(tmp_path)
 
-    def write(settings, **where):
-        data = {"place": place(1) | where, "stages": {"mntp": {"settings": settings}}}
+    def write(settings, names=("mntp",), **where):
+        settings = settings and {"backend": "l2v", "kernels": "default"} | settings
+        data = {"place": place(1) | where, "stages": {name: {"settings": settings} for name in names}}
         tuned_file(str(path)).write_text(json.dumps(data))
         return str(path)
 
@@ -103,6 +148,32 @@ def test_training_takes_it_up_but_for_what_the_user_named(tuned):
     assert told == ["mntp: recompute cheap, as tiny.tuned.json has it"]
     assert applied(path, "mntp.micro_tokens=512", "stages.mntp.recompute=layer")[1] == []
     assert applied(path, "stages.simcse.micro_tokens=512")[0].micro_tokens == 256
+
+
+def test_a_backend_is_taken_up_where_all_stages_agree(tuned, monkeypatch):
+    monkeypatch.setenv("L2V_AUTOTUNE", "0")  # so that it is put back afterwards whatever is set in between
+    monkeypatch.delenv("L2V_AUTOTUNE")
+    settings = {"micro_tokens": 512, "recompute": "none", "backend": "sdpa", "kernels": "timed"}
+
+    def backend(path, *overrides, stage=None):
+        recipe = load_recipe(path, overrides, stage)
+        told = apply_tuned(recipe, path, overrides, 1)
+        return recipe.base.backend, told
+
+    path = tuned(settings)
+    assert backend(path)[0] == "l2v" and "L2V_AUTOTUNE" not in os.environ  # the other stages were not tuned
+    path = tuned(settings, names=("mntp", "simcse", "supervised"))
+    found, told = backend(path, "stages.simcse.attention_dropout=0")
+    assert found == "sdpa" and told[0] == "base.backend sdpa, as tiny.tuned.json has it"
+    assert os.environ["L2V_AUTOTUNE"] == "1" and told[1].startswith("kernels timed")
+    assert backend(path, "base.backend=l2v")[0] == "l2v"
+    found, told = backend(path)  # views by attention dropout: only l2v addresses its noise
+    assert (
+        found == "l2v" and told[0].startswith("base.backend sdpa is not applied: ") and "attention_dropout" in told[0]
+    )
+    monkeypatch.setenv("L2V_AUTOTUNE", "0")  # the user's word
+    backend(path, "stages.simcse.attention_dropout=0")
+    assert os.environ["L2V_AUTOTUNE"] == "0"
 
 
 @pytest.mark.parametrize(
@@ -131,7 +202,9 @@ def test_tune_measures_training_and_training_takes_it_up(tiny_recipe, tmp_path, 
     assert tune.main([path, "--stage", "mntp", "--minutes", "0", "--steps", "2", "--processes", "1"]) == 0
     found = json.loads(tuned_file(path).read_text())
     entry = found["stages"]["mntp"]
-    assert found["place"] == place(1) and entry["settings"] == {"micro_tokens": 512, "recompute": "auto"}
+    assert found["place"] == place(1) and entry["settings"] == {
+        "micro_tokens": 512, "recompute": "auto", "backend": "l2v", "kernels": "default"
+    }  # fmt: skip
     assert entry["candidates"][0]["rates"][0] > 0 and entry["tokens_per_second"] > 0
     entry["settings"]["micro_tokens"] = 256
     tuned_file(path).write_text(json.dumps(found))

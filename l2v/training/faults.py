@@ -72,8 +72,8 @@ class Guard:
         optimizer = self.engine.optimizer
         for bucket in getattr(optimizer, "ipg_buckets", {}).values():
             bucket.clear()
-        for flags in [getattr(optimizer, "params_already_reduced", [])]:
-            flags[:] = [False] * len(flags)
+        reduced = getattr(optimizer, "params_already_reduced", [])
+        reduced[:] = [False] * len(reduced)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

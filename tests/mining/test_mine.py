@@ -26,17 +26,6 @@ ANSWER = "Hunden løber gennem skoven."
 PLANTED = "Hunden løber gennem skoven nu."  # an answer that no label says is one
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, bos_tokenizer_folder, tiny_config) -> Path:
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**tiny_config, initializer_range=0.2)).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(bos_tokenizer_folder).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def pairs(sentences) -> list[dict]:
     """40 questions; the second answer of the first question, an unlabelled answer, and a group of two."""
