@@ -21,6 +21,19 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+def pytest_collection_modifyitems(items):
+    """Files with long tests come first: whole files go to a process, and one that begins last leaves the others idle."""
+    long = (
+        "training",
+        "test_bad_input.py",
+        "test_attention_kernel.py",
+        "test_info_nce_kernel.py",
+        "test_plan_memory.py",
+    )
+    items.sort(key=lambda item: not {item.path.name, item.path.parent.name}.intersection(long))
+
+
 WHO = ("Hunden", "Katten", "En gammel mand", "Min søster", "Den lille pige", "Vores nabo", "Læreren", "En fisker")
 DOES = ("løber gennem", "bor ved siden af", "drømmer om", "kigger ud over", "cykler forbi", "venter foran")
 WHAT = ("skoven", "den røde låge", "havnen i Ærøskøbing", "en stille å", "byens største bibliotek")

@@ -101,6 +101,7 @@ def test_a_rank_that_fails_is_named_with_its_error(tmp_path, tiny_recipe):
     assert "Traceback" not in said[0]
 
 
+@pytest.mark.slow
 def test_data_that_cannot_be_read_end_the_run_after_a_checkpoint(tmp_path, tiny_recipe):
     recipe = tiny_recipe(tmp_path)
     said = finish(start_faulty([recipe, "--stage", "mntp"], rank=1, fault="read", at=3), expect=1, timeout=120)
@@ -129,8 +130,9 @@ def wide(tmp_path, tiny_config, write_jsonl, sentences) -> dict:
     return BATCHES | {"base.config": config, "stages.simcse.data": texts, "stages.mntp.data": texts}
 
 
-@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("stage", ["mntp", pytest.param("simcse", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1, 2])
+@pytest.mark.parametrize("stage", ["mntp", "simcse"])
 def test_memory_that_runs_out_costs_nothing_but_time(tmp_path, tiny_recipe, wide, stage, zero):
     """The process may map no more from step 2 on: the step is taken back and made again in smaller micro-batches."""
     changes = wide | {"zero.stage": zero}
