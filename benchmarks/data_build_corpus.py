@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 
 from l2v.data import sample
 from l2v.data.build import clean
+from l2v.data.build.config import Language
+from l2v.data.build.language import Detector
 
 EVERY = 25
 """Of so many documents one is an exact copy, one a near copy, and, every tenth time, one a leak."""
@@ -116,14 +118,17 @@ class Verdict:
     planted: Counter[str] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
     twice: int = 0
+    gone: Counter[str] = field(default_factory=Counter)
+    """Every document that is not there, by why: `leak`, `copy` (it, or what it is a copy of, is there), `language` (the filter,
+    asked again, refuses it), and `lost`, for which there is no reason."""
 
     def dropped(self, kind: str) -> float:
         """The share of a kind that is gone."""
         return 1 - self.left[kind] / max(1, self.planted[kind])
 
 
-def judge(corpus: Corpus, out: Path) -> Verdict:
-    """Read the shards in `out`: every id at most once, and of each kind how many are left."""
+def judge(corpus: Corpus, out: Path, language: Language | None = None) -> Verdict:
+    """Read the shards in `out`: every id at most once, of each kind how many are left, and a reason for each that is gone."""
     verdict = Verdict()
     seen = bytearray(corpus.count)
     for number in ids(out):
@@ -134,7 +139,29 @@ def judge(corpus: Corpus, out: Path) -> Verdict:
         if kind in ("own", "leak") or seen[corpus.earlier(number)]:
             verdict.planted[kind] += 1
             verdict.left[kind] += seen[number]
+    _explain(corpus, seen, verdict, Detector(language) if language else None)
     return verdict
+
+
+def _explain(corpus: Corpus, seen: bytearray, verdict: Verdict, detector: Detector | None) -> None:
+    alike = bytearray(corpus.count)  # by original: whether it or a copy is there
+
+    def original(number: int) -> int:
+        return corpus.earlier(number) if kind_of(number).startswith(("copy", "near")) else number
+
+    for number in range(corpus.count):
+        if seen[number]:
+            alike[original(number)] = 1
+    for number in range(corpus.count):
+        if seen[number]:
+            continue
+        if kind_of(number) == "leak":
+            why = "leak"
+        elif alike[original(number)]:
+            why = "copy"
+        else:
+            why = "language" if detector and detector.of(corpus.text(number)) not in detector.settings.keep else "lost"
+        verdict.gone[why] += 1
 
 
 def ids(out: Path) -> Iterator[int]:

@@ -45,6 +45,7 @@ def test_every_planted_leak_and_copy_is_found_and_nothing_else_is_lost(corpus, b
     assert verdict.planted["leak"] == 6 and verdict.left["leak"] == 0
     assert verdict.planted["copy"] > 50 and verdict.left["copy"] == 0
     assert verdict.left["own"] >= verdict.planted["own"] - report["dropped"]["near-duplicate"] and not verdict.twice
+    assert not verdict.gone["lost"] and sum(verdict.gone.values()) == sum(report["dropped"].values())
 
 
 def test_near_duplicate_recall_on_planted_pairs(corpus, built):
