@@ -228,5 +228,9 @@ def test_without_a_network_the_other_sources_are_built_and_one_sentence_says_so(
 
 
 def test_nothing_at_all_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=r"d\.jsonl: there is no such file"):
+    with pytest.raises(UserError, match=rf"d\.jsonl: there is no such file; relative paths begin in {tmp_path}"):
         make(configure(tmp_path, "documents", [source("d.jsonl")]), tmp_path / "out")
+    write_lines(tmp_path / "e.jsonl", [{"text": danish(0)}])  # with the path mended the same folder serves
+    assert make(configure(tmp_path, "documents", [source("e.jsonl")], near=None), tmp_path / "out")["splits"] == {
+        "train": 1
+    }

@@ -60,7 +60,10 @@ class Run:
             with self._pool() as submit:
                 chunks = self._read(submit)
                 if not chunks:
-                    raise UserError("; ".join(self.errors.values()) or "the sources hold no record")
+                    looked = f"; relative paths begin in {self.config.folder or Path.cwd()} (folder=...)"
+                    raise UserError(
+                        "; ".join(self.errors.values()) + looked if self.errors else "the sources hold no record"
+                    )
                 paths = [self.work / "chunks" / name for name in chunks]
                 with Bar("gathering", len(paths), "chunk") as bar:
                     rows = duplicates.gather(paths, self.config, self.work / "rows", bar.add)
@@ -125,6 +128,9 @@ class Run:
         if told is not None and old == state and not any(s["error"] for s in told["sources"]):
             self._clear(but=("state.json",))  # what a kill after the last file left
             return told | {"already": True}
+        if told is None and not any((self.work / "chunks").glob("*.parquet")):
+            self._clear()  # a build that failed on a wrong path left nothing to protect
+            old = None
         if (told is not None and old is None) or (old is not None and not _same(old, state)):
             raise UserError(
                 f"{self.out}: holds a build of other keys or other sources; --fresh builds anew, --out builds elsewhere"
