@@ -115,12 +115,13 @@ def discard(engine) -> None:
         raise AssertionError("a step that was to be discarded was applied")
 
 
-def gradients_broken(engine) -> torch.Tensor | None:
-    """Under ZeRO 0, where DeepSpeed does not look: a device bool, whether a gradient is not finite."""
+def gradient_norm(engine) -> torch.Tensor | None:
+    """Under ZeRO 0, where DeepSpeed neither looks nor tells: the norm of the gradients before they are clipped, float32 [],
+    on the device; not finite if a gradient is not. None where DeepSpeed knows it after the step (`get_global_grad_norm`)."""
     if engine.zero_optimization_stage() != 0:
         return None
-    norms = [p.grad.norm() for p in engine.module.parameters() if p.grad is not None]
-    return ~torch.stack(norms).isfinite().all() if norms else None
+    norms = [p.grad.norm(dtype=torch.float32) for p in engine.module.parameters() if p.grad is not None]
+    return torch.stack(norms).norm() if norms else None
 
 
 def smaller(stage: Stage, micro_tokens: int, longest: int) -> int:

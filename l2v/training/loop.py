@@ -19,7 +19,7 @@ from l2v.recipe import Contrastive, Stage, Tracking
 from l2v.training import checkpoint
 from l2v.training.ahead import Ahead
 from l2v.training.engine import read_state, write_state
-from l2v.training.faults import Guard, discard, gradients_broken
+from l2v.training.faults import Guard, discard, gradient_norm
 from l2v.training.finite import Skips, is_broken
 from l2v.training.metrics import Metrics, Progress
 from l2v.training.profile import Profile
@@ -111,7 +111,7 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
                     rate = learning_rate(stage, step, ahead.sampler.steps_per_epoch)
                     for group in engine.optimizer.param_groups:
                         group["lr"] = rate
-                    plan, shares, flags = _whole_step(engine, job, ahead, step, stop, bar, tell)
+                    plan, shares, flags, norm = _whole_step(engine, job, ahead, step, stop, bar, tell)
                     if flags.broken:
                         with span("optimizer"):
                             discard(engine)
@@ -120,7 +120,7 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
                         with span("optimizer"):
                             engine.step()
                     applied = not flags.broken and engine.was_step_applied()
-                    norm = engine.get_global_grad_norm() if applied else None
+                    norm = (engine.get_global_grad_norm() if norm is None else norm) if applied else None
                     seen += int(job.examples.lengths[plan.examples].sum())
                     skips.count(applied)
                     ahead.note(step, plan)
@@ -169,11 +169,11 @@ def _whole_step(engine, job: Job, ahead: Ahead, step: int, stop: _StopFlag, bar:
         shares = _backward(engine, job, plan, units, bar, guard)
         job.watchdog.at(f"step {step + 1}: agreement of ranks")
         broken = is_broken(shares["loss"], shares.get("not_finite_S"))
-        if (gradients := gradients_broken(engine)) is not None:
-            broken = broken | gradients
+        if (norm := gradient_norm(engine)) is not None:
+            broken = broken | ~norm.isfinite()
         flags = stop.agreed(broken, guard.happened, ahead.failed(step + 1))
         if not flags.memory:
-            return plan, shares, flags
+            return plan, shares, flags, norm
         discard(engine)
         ahead.shrink(step)
         tell(
@@ -231,8 +231,8 @@ class _Log:
         self.speed = Throughput(engine.module.decoder, engine.device, dtype, world=dist.get_world_size(), tokens=seen)
 
     def step(
-        self, step: int, epoch: float, shares: dict[str, torch.Tensor], rate: float, norm: float | None, seen: int,
-        skips: Skips,
+        self, step: int, epoch: float, shares: dict[str, torch.Tensor], rate: float, norm: float | torch.Tensor | None,
+        seen: int, skips: Skips,
     ) -> None:  # fmt: skip
         self.bar.step()
         if step % self.job.stage.log_every and step != self.job.stage.steps:
