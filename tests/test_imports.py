@@ -38,7 +38,7 @@ MAY = {
     "evaluation": {"errors", "encoder"},
     "run": {"errors", "files", "recipe", "recipe_io", "model"},
     "tuned": {"errors", "recipe", "recipe_io", "model", "machine", "run"},
-    "tune": {"errors", "package", "recipe", "recipe_io", "tuned"},
+    "tune": {"errors", "package", "recipe", "recipe_io", "tuned", "doctor"},
     "train": {
         "errors",
         "recipe",
