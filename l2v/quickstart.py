@@ -47,8 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="l2v quickstart", description=main.__doc__)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, e.g. stages.mntp.steps=20")
     p.add_argument("--share", type=float, help="share of the recipe's steps to train (default: by the machine's speed)")
+    p.add_argument(
+        "--questions", type=int, metavar="N", help="score only N of the held-out questions, against their own passages"
+    )
     p.add_argument("--fresh", action="store_true", help="train again, even if the run is there already")
     args = p.parse_intermixed_args(argv)
+    questions, passages = _held_out(args.questions)
     began = time.perf_counter()
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     recipe = load_recipe(RECIPE, args.overrides)
@@ -57,16 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     resolve(recipe.base.model)
     _train(overrides, args.fresh)
     trained = time.perf_counter() - began
-    results, encoders = evaluate(recipe, run, console)
-    report = summarize(results, run, recipe)
+    results, encoders, passages_ME = evaluate(recipe, run, console, questions, passages)
+    report = summarize(results, run, recipe, questions, len(passages))
     loss_curves(run, recipe.order(), run / "loss.png")
     for stage in ("simcse", "supervised"):
         encoders[stage].save(run / f"encoder-{stage}")
     console.print(render(report))
     console.print("")
-    passages_ME = encoders["supervised"].encode([p.text for p in sample.passages().values()], show_progress=True)
     for query in SEARCHES:
-        show_search(console, encoders["supervised"], query, passages_ME, top=2)
+        show_search(console, encoders["supervised"], query, passages, passages_ME, top=2)
     report["seconds"] = {"training": round(trained, 1), "all": round(time.perf_counter() - began, 1)}
     report["machine"] = machine(recipe)
     report["steps"] = {name: stage.steps for name, stage in recipe.stages.items()}
@@ -79,6 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         f'Search on your own: l2v search {run} "hvad skal jeg gøre ved lus"'
     )
     return 0
+
+
+def _held_out(count: int | None) -> tuple[list[Question], list[sample.Passage]]:
+    """The held-out questions against all passages, or `count` of them, evenly spread, against those that they ask for."""
+    questions, passages = sample.questions("heldout"), list(sample.passages().values())
+    if count is None:
+        return questions, passages
+    if not 10 <= count <= len(questions):
+        raise UserError(f"--questions is {count}; use 10 to {len(questions)}")
+    questions = [questions[i * len(questions) // count] for i in range(count)]
+    asked = {q.positive for q in questions}
+    return questions, [p for p in passages if p.id in asked]
 
 
 def machine(recipe: Recipe) -> dict[str, str | int | float]:
@@ -148,9 +163,13 @@ def _train(overrides: list[str], fresh: bool) -> None:
         raise UserError("training did not finish; its message stands above. The same command goes on where it stopped")
 
 
-def evaluate(recipe: Recipe, run: Path, console: Console) -> tuple[list[RetrievalResult], dict[str, Encoder]]:
-    """Held-out questions against all passages: TF-IDF, the untrained model causal and bidirectional, every stage."""
-    questions, passages = sample.questions("heldout"), list(sample.passages().values())
+def evaluate(
+    recipe: Recipe, run: Path, console: Console, questions: list[Question], passages: list[sample.Passage]
+) -> tuple[list[RetrievalResult], dict[str, Encoder], np.ndarray]:
+    """Questions against passages: TF-IDF, the untrained model causal and bidirectional, every stage.
+
+    Returns results, the encoder of every stage, and the passages' vectors by the last of them, float32 [M, E].
+    """
     texts, queries = [p.text for p in passages], [q.query for q in questions]
     position = {p.id: at for at, p in enumerate(passages)}
     relevant = [position[q.positive] for q in questions]
@@ -170,12 +189,13 @@ def evaluate(recipe: Recipe, run: Path, console: Console) -> tuple[list[Retrieva
         results.append(score(name, queries_NE @ passages_ME.T, relevant))
         if name in recipe.stages:
             encoders[name] = encoder
-    return results, encoders
+    return results, encoders, passages_ME
 
 
-def summarize(results: list[RetrievalResult], run: Path, recipe: Recipe) -> dict:
+def summarize(
+    results: list[RetrievalResult], run: Path, recipe: Recipe, questions: list[Question], passages: int
+) -> dict:
     """All rows, the comparisons between stages, and what MNTP did to the held-out cross-entropy."""
-    questions: list[Question] = sample.questions("heldout")
     kinds = np.array([q.kind for q in questions])
     rows = []
     for result in results:
@@ -194,7 +214,7 @@ def summarize(results: list[RetrievalResult], run: Path, recipe: Recipe) -> dict
     losses = [row["eval_loss"] for row in read_metrics(run / "mntp") if "eval_loss" in row]
     return {
         "queries": len(questions),
-        "passages": len(sample.passages()),
+        "passages": passages,
         "rows": rows,
         "paired": against,
         "supervised_covers": float(covered),
@@ -248,9 +268,16 @@ def markdown(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def show_search(console: Console, encoder: Encoder, query: str, passages_ME: np.ndarray, *, top: int) -> None:
-    """Print the passages of the sample that lie nearest to a query."""
-    passages = list(sample.passages().values())
+def show_search(
+    console: Console,
+    encoder: Encoder,
+    query: str,
+    passages: list[sample.Passage],
+    passages_ME: np.ndarray,
+    *,
+    top: int,
+) -> None:
+    """Print the passages that lie nearest to a query."""
     scores_M = passages_ME @ encoder.encode(query)
     console.print(f"[bold]{query}[/bold]", highlight=False)
     for at in np.argsort(-scores_M)[:top]:
