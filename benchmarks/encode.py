@@ -1,6 +1,6 @@
 """Encoding texts: `Encoder` against sentence-transformers, with the same exported model.
 
-python -m benchmarks.encode [--quick] [--out FOLDER] [--model 8b|smollm2|mini]
+l2v bench encode [--quick] [--out FOLDER] [--model 8b|smollm2|mini]
 
 sentence-transformers loads the folder that `Encoder.save` wrote, sorts texts by length and pads each batch to its longest, in
 its default batch of 32 and in one that suits the device better. Both have to give the same vectors before either is timed;
@@ -36,7 +36,7 @@ from benchmarks.harness import (
     time_interleaved,
     write,
 )
-from benchmarks.train_step_work import MODELS, Lengths, Words, write_base
+from benchmarks.train_step.work import MODELS, Lengths, Words, write_base
 from l2v.encoder import Encoder
 
 CPU = "Work on a CPU: these numbers say nothing about a GPU."

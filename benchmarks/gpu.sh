@@ -54,23 +54,24 @@ fi
 for op in lora_linear step_ops linear_cross_entropy fp8 attention info_nce; do
     wanted $op || continue
     case $op in
-        info_nce) benchmark=contrastive ;;
-        lora_linear) benchmark=fused_layer ;;
-        *) benchmark=$op ;;
+        info_nce) benchmark=contrastive module=kernels.contrastive ;;
+        lora_linear) benchmark=fused_layer module=kernels.fused_layer ;;
+        fp8) benchmark=fp8 module=fp8.kernels ;;
+        *) benchmark=$op module=kernels.$op ;;
     esac
     if [[ ${passed:-} == *" $op "* ]]; then
-        step $benchmark 120 "$python" -m "benchmarks.$benchmark" --quick --out "$out"
+        step $benchmark 120 "$python" -m "benchmarks.$module" --quick --out "$out"
     else
         echo "== $benchmark: not run, the tests are red"
     fi
 done
 if wanted gradient_cache; then
-    step gradient_cache 120 "$python" -m benchmarks.gradient_cache --quick --out "$out"
+    step gradient_cache 120 "$python" -m benchmarks.gradient_cache.bench --quick --out "$out"
 fi
 # 16 GB of random weights stay where the next call finds them.
 work=${WORK:-${TMPDIR:-/tmp}/l2v-benchmarks}
 if wanted train_step; then
-    step train_step 525 "$python" -m benchmarks.train_step --minutes 8.5 --out "$out" --work "$work" \
+    step train_step 525 "$python" -m benchmarks.train_step.bench --minutes 8.5 --out "$out" --work "$work" \
         ${LLM2VEC:+--llm2vec "$LLM2VEC"}
 fi
 if wanted encode; then

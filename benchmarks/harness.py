@@ -97,7 +97,7 @@ def device_facts(device: torch.device) -> dict:
 
 def arguments(name: str, doc: str, quick: str) -> argparse.ArgumentParser:
     """The arguments that every benchmark takes."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=f"l2v bench {name}", description=doc.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--out", type=Path, default=None, help=f"folder for {name}.json, .md and .png")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention as benchmark
-from benchmarks.attention_peers import PROVIDERS, Workload
 from benchmarks.harness import Ceilings, Result, fill, table, time_interleaved
+from benchmarks.kernels import attention as benchmark
+from benchmarks.kernels.attention_peers import PROVIDERS, Workload
 
 
 def test_smoke_run_is_labelled_and_complete(tmp_path, capsys):

@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import contrastive as benchmark
-from benchmarks.contrastive_peers import PROVIDERS, Workload, bare_products
 from benchmarks.harness import Ceilings, Result, Target, Unavailable
+from benchmarks.kernels import contrastive as benchmark
+from benchmarks.kernels.contrastive_peers import PROVIDERS, Workload, bare_products
 
 CPU = torch.device("cpu")
 TINY = Workload(12, 24, 16, CPU, torch.float32)

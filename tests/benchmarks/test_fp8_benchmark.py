@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import fp8 as benchmark
-from benchmarks import fp8_parity as parity
-from benchmarks.fp8_products import COLUMNS, product_errors
+from benchmarks.fp8 import kernels as benchmark
+from benchmarks.fp8 import parity
+from benchmarks.fp8.errors import COLUMNS, product_errors
 from benchmarks.harness import Ceilings
 
 CPU = torch.device("cpu")

@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import linear_cross_entropy as benchmark
 from benchmarks.harness import Ceilings, Result, Unavailable
-from benchmarks.linear_cross_entropy import PROVIDERS, STEP, Workload
+from benchmarks.kernels import linear_cross_entropy as benchmark
+from benchmarks.kernels.linear_cross_entropy import PROVIDERS, STEP, Workload
 
 CPU = torch.device("cpu")
 TINY = Workload(9, 50, 16, CPU, torch.float32)

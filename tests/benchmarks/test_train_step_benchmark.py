@@ -7,17 +7,17 @@ from typing import ClassVar
 import pytest
 import torch
 
-from benchmarks import train_step as benchmark
-from benchmarks import train_step_report as report
-from benchmarks import train_step_runs as runs_module
-from benchmarks import train_step_work as work_module
 from benchmarks.harness import Unavailable
-from benchmarks.train_step_peers import PROVIDERS
-from benchmarks.train_step_record import Recorder, Setting, Spec
-from benchmarks.train_step_record import run as run_peer
-from benchmarks.train_step_report import Run
-from benchmarks.train_step_runs import Runner
-from benchmarks.train_step_work import MODELS, Lengths, Words, Work, Workload, texts, write_base
+from benchmarks.train_step import bench as benchmark
+from benchmarks.train_step import report
+from benchmarks.train_step import runs as runs_module
+from benchmarks.train_step import work as work_module
+from benchmarks.train_step.peers import PROVIDERS
+from benchmarks.train_step.record import Recorder, Setting, Spec
+from benchmarks.train_step.record import run as run_peer
+from benchmarks.train_step.report import Run
+from benchmarks.train_step.runs import Runner
+from benchmarks.train_step.work import MODELS, Lengths, Words, Work, Workload, texts, write_base
 
 CPU = torch.device("cpu")
 SHAPE = MODELS["mini"].shape | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -385,4 +385,4 @@ def test_the_command_finds_it(name, capsys):
 
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
-    assert stopped.value.code == 0 and f"benchmarks.{name}" in capsys.readouterr().out
+    assert stopped.value.code == 0 and f"l2v bench {name}" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """`l2v data build` on synthetic documents: peak memory, kills and restarts, leaks, near-duplicate recall.
 
-python -m benchmarks.data_build [--documents 1000000] [--workers 2] [--out FOLDER]
+l2v bench data_build [--documents 1000000] [--workers 2] [--out FOLDER]
 
 A tenth of the documents is built twice, once undisturbed and once with kills: the shards must be the same, byte for byte. Then
 all of them are built with a SIGKILL in the reading and one after it. Memory is the resident memory of all processes of the
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.data_build_corpus import Corpus, Verdict, judge
+from benchmarks.data.corpus import Corpus, Verdict, judge
 from benchmarks.harness import markdown, write
 from l2v.data.build.config import Language
 
@@ -161,7 +161,7 @@ def page(rows: list[dict], same: bool, facts: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the page and writes it; the exit code is 1 if a row was lost or stands twice, a leak stays, or memory grows."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data_build", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="l2v bench data_build", description=__doc__.split("\n")[0])
     parser.add_argument("--documents", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="20,000 documents, a check of the benchmark itself")

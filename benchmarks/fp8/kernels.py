@@ -1,6 +1,6 @@
 """FP8: quantising rows, and products of a frozen base with their quantising, against bf16 and what plain PyTorch does.
 
-python -m benchmarks.fp8 [--quick] [--out FOLDER]
+l2v bench fp8 [--quick] [--out FOLDER]
 
 On a CPU it runs tiny sizes and emulated products, as a smoke test of itself, and says so in everything it writes.
 """

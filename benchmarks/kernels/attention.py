@@ -1,6 +1,6 @@
 """Packed attention against its peers.
 
-python -m benchmarks.attention [--quick] [--out FOLDER]
+l2v bench attention [--quick] [--out FOLDER]
 
 On a CPU it runs tiny packs, as a smoke test of itself, and says so in everything it writes.
 """
@@ -11,7 +11,6 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks.attention_peers import PROVIDERS, Workload
 from benchmarks.harness import (
     SMOKE,
     Result,
@@ -29,6 +28,7 @@ from benchmarks.harness import (
     time_interleaved,
     write,
 )
+from benchmarks.kernels.attention_peers import PROVIDERS, Workload
 from l2v_kernels import AttentionPlan
 from l2v_kernels.attention.reference import attention_reference
 from l2v_kernels.attention.settings import Settings

@@ -1,6 +1,6 @@
 """The memory-bound ops of a training step (rms_norm, swiglu, segment_pool) against their peers.
 
-python -m benchmarks.step_ops [--quick] [--out FOLDER]
+l2v bench step_ops [--quick] [--out FOLDER]
 
 On a CPU it runs tiny sizes, as a smoke test of itself, and says so in everything it writes.
 """
@@ -11,7 +11,6 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks.attention import sentences
 from benchmarks.harness import (
     SMOKE,
     Ceilings,
@@ -31,7 +30,8 @@ from benchmarks.harness import (
     time_interleaved,
     write,
 )
-from benchmarks.step_ops_peers import PROVIDERS, Step, Workload, definition
+from benchmarks.kernels.attention import sentences
+from benchmarks.kernels.step_ops_peers import PROVIDERS, Step, Workload, definition
 
 TOKENS, HIDDEN, FFN, HEADS, HEAD = 16384, 4096, 14336, 32, 128
 

@@ -1,6 +1,6 @@
 """Time and peak memory of a contrastive step against the batch, with and without the gradient cache.
 
-python -m benchmarks.gradient_cache [--quick] [--model SHAPE] [--out FOLDER]
+l2v bench gradient_cache [--quick] [--model SHAPE] [--out FOLDER]
 
 On the real training path: decoder, LoRA, DeepSpeed engine, `contrastive_step`, optimizer. The cache takes micro-batches of
 one size, so the batch is what changes. On a CPU memory is resident memory, a real measurement; its times are a CPU's.
@@ -15,7 +15,7 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks.gradient_cache_step import SHAPES, Setting, TrainingStep, check_installed, memory_on_cpu, times_on_cpu
+from benchmarks.gradient_cache.step import SHAPES, Setting, TrainingStep, check_installed, memory_on_cpu, times_on_cpu
 from benchmarks.harness import (
     Result,
     Target,

@@ -1,7 +1,7 @@
 """Registers, shared memory and spills of every kernel of InfoNCE, without a GPU.
 
-python -m benchmarks.resources_info_nce                the table for docs/info-nce.md
-python -m benchmarks.resources_info_nce --arch 90      a part of it
+python -m benchmarks.kernels.resources_info_nce                the table for docs/info-nce.md
+python -m benchmarks.kernels.resources_info_nce --arch 90      a part of it
 """
 
 import argparse
@@ -10,8 +10,8 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.aot import MATRIX_INSTRUCTION, Usage, build
-from benchmarks.resources import markdown_row
+from benchmarks.kernels.aot import MATRIX_INSTRUCTION, Usage, build
+from benchmarks.kernels.resources_attention import markdown_row
 from l2v_kernels.info_nce import kernel_elementwise, kernel_fused
 from l2v_kernels.info_nce.config import ARCHITECTURES, GROUP, Config, elementwise, fused
 
@@ -92,7 +92,9 @@ class Case:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints a Markdown table; the exit code is 1 if a build may not ship."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources_info_nce", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels.resources_info_nce", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--kernel", nargs="+", default=tuple(KERNELS), choices=tuple(KERNELS))
     parser.add_argument("--options", nargs="+", default=("none", "ids", "all"), choices=tuple(OPTIONS))

@@ -1,6 +1,6 @@
 """One decoder layer with LoRA, forward and backward: fused, transformers + PEFT, compiled, and without LoRA at all.
 
-python -m benchmarks.fused_layer [--quick] [--out FOLDER]
+l2v bench fused_layer [--quick] [--out FOLDER]
 
 The layer is that of the recipe (rank 16, dropout 0.05 on all seven linears) with frozen weights. "fused, no LoRA" is the
 layer's own forward and input gradient: what LoRA costs is the difference. On a CPU it runs tiny sizes, as a smoke test of

@@ -1,6 +1,6 @@
 """What the train-step benchmark trains: models, workloads, their texts, and the batches that every provider sees.
 
-python -m benchmarks.train_step_work FOLDER MODEL    writes a model's random weights and tokenizer; calibrates a GPU
+python -m benchmarks.train_step.work FOLDER MODEL    writes a model's random weights and tokenizer; calibrates a GPU
 
 All providers load one folder of weights and take the same examples in the same steps, so that their first losses can be
 compared: a peer that does other work is found out. Lengths are log-normal, with the spread that the logarithms of lengths

@@ -36,7 +36,7 @@ class Setting:
 class Spec:
     """What a peer is to run.
 
-    base: a folder of weights and tokenizer. batches: a file of `train_step_work.batches`. seconds: after so many no other
+    base: a folder of weights and tokenizer. batches: a file of `work.batches`. seconds: after so many no other
     step is begun, once two are timed. settings: of Setting, tried one after another. length: tokens at which a text is cut.
     """
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import SMOKE, Panel, Result, Target, bars, headline, markdown, targets_table, write
-from benchmarks.train_step_record import Setting
+from benchmarks.train_step.record import Setting
 
 CPU = "Work on a CPU: these numbers say nothing about a GPU."
 LADDER = {
@@ -30,7 +30,7 @@ REFERENCE = {"mntp": 4.0, "simcse": 8.0, "supervised": 6.0}
 
 @dataclass
 class Run:
-    """One process's steps of one workload in one setting; rows as `train_step_record.Recorder` writes them."""
+    """One process's steps of one workload in one setting; rows as `record.Recorder` writes them."""
 
     workload: str
     provider: str

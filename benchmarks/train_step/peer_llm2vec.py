@@ -1,6 +1,6 @@
 """The reference of the recipe, as a peer of the train-step benchmark: the public package llm2vec in its own environment.
 
-python -m benchmarks.train_step_llm2vec SPEC.json     (`train_step_record.Spec`)
+python -m benchmarks.train_step.peer_llm2vec SPEC.json     (`record.Spec`)
 
 The package (0.2.x, transformers 4.44.2) has models, pooling and loss; the step around them is that of its published training
 programs: transformers' Trainer; for MNTP its language-modelling collator with `_` as the mask, the head trained along; for the
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import Unavailable
-from benchmarks.train_step_record import Recorder, Spec, clock, run
+from benchmarks.train_step.record import Recorder, Spec, clock, run
 
 SEPARATOR = "!@#$%^&*()"
 """By which the package tells an instruction from the text that is embedded."""

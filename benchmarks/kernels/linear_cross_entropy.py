@@ -1,6 +1,6 @@
 """Cross-entropy of a frozen head against its peers: time of loss and gradient together, peak memory, error.
 
-python -m benchmarks.linear_cross_entropy [--quick] [--shape L V E] [--dtype bf16|fp32] [--out FOLDER]
+l2v bench linear_cross_entropy [--quick] [--shape L V E] [--dtype bf16|fp32] [--out FOLDER]
 
 On a CPU it runs tiny sizes, as a smoke test of itself, and says so in everything it writes; --shape runs a size of yours.
 """

@@ -1,6 +1,6 @@
 """Peers of the train-step benchmark: plain transformers + PEFT, the same with Liger-Kernel, sentence-transformers' trainer.
 
-python -m benchmarks.train_step_peers SPEC.json     (`train_step_record.Spec`)
+python -m benchmarks.train_step.peers SPEC.json     (`record.Spec`)
 
 None is slowed down: the first two have their batches ready before the clock runs, and adapters in the base's dtype; all pad
 to the longest text of a column, and a batch without pads goes in without a mask, which SDPA is fastest with.
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import Unavailable
-from benchmarks.train_step_record import Recorder, Setting, Spec, clock, run
+from benchmarks.train_step.record import Recorder, Setting, Spec, clock, run
 
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 

@@ -1,6 +1,6 @@
 """In-batch InfoNCE against its peers: time of forward and backward together, peak memory, error.
 
-python -m benchmarks.contrastive [--quick] [--out FOLDER]
+l2v bench contrastive [--quick] [--out FOLDER]
 
 On a CPU it runs tiny sizes, as a smoke test of itself, and says so in everything it writes.
 """
@@ -10,7 +10,6 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks.contrastive_peers import PROVIDERS, Workload, bare_products, spans
 from benchmarks.harness import (
     SMOKE,
     Ceilings,
@@ -34,6 +33,7 @@ from benchmarks.harness import (
     time_interleaved,
     write,
 )
+from benchmarks.kernels.contrastive_peers import PROVIDERS, Workload, bare_products, spans
 from l2v_kernels import info_nce
 
 WIDTHS = (384, 1024, 4096)

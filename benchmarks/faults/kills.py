@@ -1,6 +1,6 @@
 """Kill a training run again and again, at seeded instants, and see that it ends with the bits of the run that was not killed.
 
-python -m benchmarks.kills [--kills 50] [--damages 200] [--seed 0] [--out FOLDER]
+l2v bench kills [--kills 50] [--damages 200] [--seed 0] [--out FOLDER]
 
 A small Llama without weights on the Danish sample, every stage, on one rank and on two, with a checkpoint every other step.
 A kill is SIGKILL, to all ranks or to one of two (then the watchdog has to end the other), at a random moment between two

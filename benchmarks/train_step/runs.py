@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.train_step_record import Setting, Spec
-from benchmarks.train_step_report import Run
-from benchmarks.train_step_work import Model, Work, linear_parameters
+from benchmarks.train_step.record import Setting, Spec
+from benchmarks.train_step.report import Run
+from benchmarks.train_step.work import Model, Work, linear_parameters
 from l2v.machine import threads
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 900.0
 """Seconds that a run may take."""
 
@@ -50,7 +50,7 @@ class Runner:
     def prepare(self) -> dict[str, Any]:
         """Write the weights, calibrate a GPU, and say what the numbers will be measured against."""
         self.work.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "benchmarks.train_step_work", str(self.work.base), self.model.name]
+        command = [sys.executable, "-m", "benchmarks.train_step.work", str(self.work.base), self.model.name]
         done = subprocess.run(command, env=self._environment(), cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"no weights: {done.stderr[-2000:]}")
@@ -124,9 +124,9 @@ class Runner:
 
     def _peer(self, run: Run, limit: float) -> list[Run]:
         python, path = sys.executable, None
-        module = "benchmarks.train_step_peers"
+        module = "benchmarks.train_step.peers"
         if run.provider == "llm2vec":
-            module = "benchmarks.train_step_llm2vec"
+            module = "benchmarks.train_step.peer_llm2vec"
             if self.llm2vec is None and importlib.util.find_spec("llm2vec") is None:
                 return [dataclasses.replace(run, skipped="no environment with llm2vec was named (--llm2vec)")]
             if self.llm2vec is not None:

@@ -1,6 +1,6 @@
 """Does an FP8 base train the same encoder? Loss curves of both side by side, and the cosine between their vectors.
 
-python -m benchmarks.fp8_parity [--model NAME] [--stage NAME] [--steps N] [--out FOLDER] [key=value ...]
+l2v bench fp8_parity [--model NAME] [--stage NAME] [--steps N] [--out FOLDER] [key=value ...]
 
 Trained by the product's own program on the same data and seeds, with `base.base_precision` same and fp8, for several seeds:
 training magnifies any change, so one pair of curves says little, and what the choice of a seed does is the yardstick.
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.fp8_products import COLUMNS, product_errors
+from benchmarks.fp8.errors import COLUMNS, product_errors
 from benchmarks.harness import device_facts, markdown, plotting, write
 from l2v.data import sample
 from l2v.encoder import Encoder
@@ -60,7 +60,7 @@ def runs(seeds: int) -> list[Run]:
 
 def main(argv: list[str] | None = None) -> int:
     """Train, compare, write fp8_parity.json, .md and .png."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks.fp8_parity", description=__doc__.split("\n")[0])
+    p = argparse.ArgumentParser(prog="l2v bench fp8_parity", description=__doc__.split("\n")[0])
     p.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, for all runs alike")
     p.add_argument("--model", choices=MODELS, default="smollm2")
     p.add_argument("--stage", choices=("mntp", "simcse", "supervised"), default="mntp")

@@ -1,6 +1,6 @@
-"""One contrastive optimizer step on the real training path, and its peak memory; what gradient_cache.py measures.
+"""One contrastive optimizer step on the real training path, and its peak memory; what bench.py measures.
 
-python -m benchmarks.gradient_cache_step JSON     one measurement in a process of its own, its result the last line of stdout
+python -m benchmarks.gradient_cache.step JSON     one measurement in a process of its own, its result the last line of stdout
 """
 
 import ctypes
@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.harness import Unavailable
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("transformers", "peft", "accelerate", "safetensors", "deepspeed")
 
 
@@ -169,7 +169,7 @@ def _ask(setting, rounds, settings_of_malloc):
     path = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     question = json.dumps(asdict(setting) | {"rounds": rounds})
-    command = [sys.executable, "-m", "benchmarks.gradient_cache_step", question]
+    command = [sys.executable, "-m", "benchmarks.gradient_cache.step", question]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{setting}: {(done.stderr or done.stdout)[-2000:]}")

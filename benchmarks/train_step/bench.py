@@ -1,6 +1,6 @@
 """The full training step: `l2v train` itself against the reference package, transformers + PEFT, Liger, sentence-transformers.
 
-python -m benchmarks.train_step [--out FOLDER] [--model 8b|smollm2|mini] [--minutes M] [--llm2vec PATH]
+l2v bench train_step [--out FOLDER] [--model 8b|smollm2|mini] [--minutes M] [--llm2vec PATH]
 
 Ours is the training program and no second loop: `l2v.train` with the recipe, as the one rank of a launcher; its numbers are
 those of its metrics.jsonl. Weights are random and lie in a folder that all providers load (`base.model=FOLDER`, where
@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import arguments, device_facts
-from benchmarks.train_step_report import Run, comparison, disagreement, page, save, targets
-from benchmarks.train_step_runs import Runner
-from benchmarks.train_step_work import MODELS, Model, Work
+from benchmarks.train_step.report import Run, comparison, disagreement, page, save, targets
+from benchmarks.train_step.runs import Runner
+from benchmarks.train_step.work import MODELS, Model, Work
 from l2v.machine import processor
 
 PEERS = ("llm2vec", "transformers_peft", "liger", "sentence_transformers")

@@ -1,7 +1,7 @@
 """Registers, shared memory and spills of every kernel of packed attention, without a GPU.
 
-python -m benchmarks.resources                          the table for docs/attention.md
-python -m benchmarks.resources --arch 90 --head-dim 128  a part of it
+python -m benchmarks.kernels.resources_attention                          the table for docs/attention.md
+python -m benchmarks.kernels.resources_attention --arch 90 --head-dim 128  a part of it
 """
 
 import argparse
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.aot import MATRIX_INSTRUCTION, Usage, build
+from benchmarks.kernels.aot import MATRIX_INSTRUCTION, Usage, build
 from l2v_kernels.attention.config import ARCHITECTURES, Config, Kind, default
 from l2v_kernels.attention.kernel_backward import key_gradient_kernel, query_gradient_kernel
 from l2v_kernels.attention.kernel_forward import forward_kernel
@@ -87,7 +87,9 @@ def markdown_row(cells: Iterable[object]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints a Markdown table; the exit code is 1 if a build may not ship."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels.resources_attention", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--head-dim", type=int, nargs="+", default=(64, 128, 256))
     parser.add_argument("--kernel", nargs="+", default=tuple(KERNELS), choices=tuple(KERNELS))
