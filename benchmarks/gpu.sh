@@ -2,7 +2,7 @@
 # GPU tests, then the quick benchmarks, in under nine minutes; results in the folder given or in $OUT.
 #   bash benchmarks/gpu.sh [FOLDER [PART...]]     parts: info_nce attention gradient_cache, all of them by default; and those
 #                                                 of the fused layer: step_ops lora_linear linear_cross_entropy fp8
-# Two more parts take the nine minutes for themselves; called again with the same FOLDER, train_step goes on where it stopped:
+# Two more parts take the nine minutes for themselves; called again with the same FOLDER, train_step resumes where it stopped:
 #   LLM2VEC=PATH bash benchmarks/gpu.sh FOLDER train_step      the full step of Llama-3-8B; PATH: see its --llm2vec
 #   bash benchmarks/gpu.sh FOLDER encode
 set -uo pipefail
@@ -40,7 +40,7 @@ wanted() { [[ $parts == *" $1 "* ]]; }
 tests() { step "tests-$1" "$2" "$python" -m pytest -q -x -p no:cacheprovider "tests/kernels/test_$1_gpu.py" --durations=10 "${workers[@]}"; }
 
 nvidia-smi >"$out/device.txt" 2>&1
-# Most of the tests' time is compilation, so several processes, where pytest-xdist is there.
+# Most of the tests' time is compilation, so several processes, where pytest-xdist is installed.
 workers=()
 "$python" -c "import xdist" 2>/dev/null && workers=(-n 8)
 # Tests first, and of each op the benchmark only if they pass: a fast wrong kernel is not worth a number.

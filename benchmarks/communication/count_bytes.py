@@ -1,6 +1,6 @@
 """`python count_bytes.py OUT ARGUMENTS`: the training program, with the bytes of every collective written to OUT.RANK.json.
 
-Nothing of the product takes part: functions of torch.distributed are wrapped before anyone has imported them. A list of
+l2v itself is unchanged: functions of torch.distributed are wrapped before anyone has imported them. A list of
 rows [what, bytes] for each optimizer step, from one `engine.step` to the next: what an all-reduce reduces, what an all-gather
 gives, what a reduce-scatter takes, what a broadcast sends. A collective made of others counts once.
 """

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from l2v.files import replace_text
 from l2v.plan import device_and_dtype
 from l2v.plan.estimate import StagePlan, plan_stage
 from l2v.recipe_io import load_recipe
@@ -87,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     found = predict(args.recipe, args.gpu)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "scaling.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (args.out / "scaling.md").write_text(markdown(found), encoding="utf-8")
+    replace_text(args.out / "scaling.json", json.dumps(found, indent=1) + "\n")
+    replace_text(args.out / "scaling.md", markdown(found))
     print(markdown(found), end="")
     return 0
 

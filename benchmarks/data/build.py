@@ -22,16 +22,17 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.command import Benchmark
 from benchmarks.data.corpus import Corpus, Verdict, judge
-from benchmarks.harness import markdown, write
+from benchmarks.pages import markdown, write
 from l2v.data.build.config import Language
 
-GROWTH = 1.35
+MAX_MEMORY_GROWTH = 1.35
 """How much more memory ten times as many documents may take."""
 WHY = {
     "leak": "leaks",
-    "copy": "beside a copy that is",
-    "language": "refused by the language filter (words drawn at random are hard to tell), as it says again when asked alone",
+    "copy": "next to a copy that was kept",
+    "language": "refused by the language filter (random words are hard to detect), which refuses each again when asked alone",
     "lost": "LOST",
 }
 SETTINGS = {
@@ -146,11 +147,11 @@ def page(rows: list[dict], same: bool, facts: dict) -> str:
             f"{facts['cores']} cores (load {facts['load']:.1f} at the start): a build on a CPU, with all filters on.\n",
             markdown(heads, lines),
             f"\nTen times the documents take {rows[-1]['peak_mib'] / rows[0]['peak_mib']:.2f} times the memory "
-            f"(at most {GROWTH} is asked for).",
+            f"(at most {MAX_MEMORY_GROWTH} is asked for).",
             f"Killed and restarted against undisturbed, {rows[0]['documents']:,} documents: "
             f"{'the same bytes' if same else 'OTHER BYTES'} in every file.\n",
             f"Of {big['documents']:,}: leaks found {gone['leak']:,} of {planted['leak']:,}; exact copies found "
-            f"{gone['copy']:,} of {planted['copy']:,}; documents of all kinds that are not there: "
+            f"{gone['copy']:,} of {planted['copy']:,}; documents of all kinds that were dropped: "
             + ", ".join(f"{count:,} {WHY[why]}" for why, count in sorted(big["gone"].items()))
             + f"; {big['gone'].get('lost', 0):,} without a reason.\n",
             f"Near copies, threshold {SETTINGS['near']['threshold']}, {SETTINGS['near']['permutations']} permutations:\n",
@@ -159,17 +160,11 @@ def page(rows: list[dict], same: bool, facts: dict) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints the page and writes it; the exit code is 1 if a row was lost or stands twice, a leak stays, or memory grows."""
-    parser = argparse.ArgumentParser(prog="l2v bench data_build", description=__doc__.split("\n")[0])
-    parser.add_argument("--documents", type=int, default=1_000_000)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="20,000 documents, a check of the benchmark itself")
-    parser.add_argument("--out", type=Path, help="folder for data_build.json and .md")
-    options = parser.parse_args(argv)
+def run(options: argparse.Namespace) -> int:
+    """Prints the page and writes it; the exit code is 1 if a row was lost or occurs twice, a leak stays, or memory grows."""
     count = 20_000 if options.quick else options.documents
     facts = {"workers": options.workers, "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()[0],
-             "settings": SETTINGS, "growth_allowed": GROWTH}  # fmt: skip
+             "settings": SETTINGS, "growth_allowed": MAX_MEMORY_GROWTH}  # fmt: skip
     rows, digests = [], []
     with tempfile.TemporaryDirectory(prefix="l2v-data-build-") as temporary:
         for name, documents, kills in (
@@ -190,16 +185,25 @@ def main(argv: list[str] | None = None) -> int:
     text = page(rows, same, facts)
     print(text)
     big = rows[-1]
-    ok = (
-        same
-        and not any(r["twice"] for r in rows)
-        and not big["left"].get("leak")
-        and not any(r["gone"].get("lost") for r in rows)
-    )
-    ok &= options.quick or big["peak_mib"] <= GROWTH * rows[0]["peak_mib"]
+    ok = same and not big["left"].get("leak") and not any(r["twice"] or r["gone"].get("lost") for r in rows)
+    ok &= options.quick or big["peak_mib"] <= MAX_MEMORY_GROWTH * rows[0]["peak_mib"]
     if options.out:
         write(options.out, "data_build", {"facts": facts, "builds": rows, "same_bytes": same, "ok": bool(ok)}, text)
     return int(not ok)
+
+
+BENCHMARK = Benchmark(
+    name="data_build",
+    doc=__doc__,
+    quick="20,000 documents, a check of the benchmark itself",
+    options={
+        "--documents": {"type": int, "default": 1_000_000},
+        "--workers": {"type": int, "default": 2},
+    },
+    any_device=False,
+    run=run,
+)
+main = BENCHMARK.main
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from l2v.data.build import clean
 from l2v.data.build.config import Language
 from l2v.data.build.language import Detector
 
-EVERY = 25
-"""Of so many documents one is an exact copy, one a near copy, and, every tenth time, one a leak."""
+GROUP_SIZE = 25
+"""In each group of this size one document is an exact copy and one a near copy; in every tenth group, one is a leak."""
 WORDS = 40
-HELD = 400
-LEVELS = {"0.97": 0, "0.85": 1, "0.81": 2, "0.73": 4}
+EVALUATION_TEXTS = 400
+WORDS_CHANGED = {"0.97": 0, "0.85": 1, "0.81": 2, "0.73": 4}
 """Similarity of a near copy: of 38 word trigrams, one more word makes 38 of 39 equal, and n neighbouring words changed make
 36 - n of 40 + n."""
 
@@ -35,11 +35,11 @@ def vocabulary() -> list[str]:
 
 def kind_of(number: int) -> str:
     """What document `number` is."""
-    place = number % EVERY
-    if place == 10 and number // EVERY % 10 == 0:
+    place = number % GROUP_SIZE
+    if place == 10 and number // GROUP_SIZE % 10 == 0:
         return "leak"
     if place == 21:
-        return f"near {list(LEVELS)[number // EVERY % len(LEVELS)]}"
+        return f"near {list(WORDS_CHANGED)[number // GROUP_SIZE % len(WORDS_CHANGED)]}"
     return "copy" if place == 20 else "own"
 
 
@@ -48,7 +48,9 @@ class Corpus:
 
     def __init__(self, count: int, seed: int = 0) -> None:
         self.count, self.seed, self.words = count, seed, vocabulary()
-        self.held = [" ".join(random.Random(f"{seed} held {i}").choices(self.words, k=30)) for i in range(HELD)]
+        self.held = [
+            " ".join(random.Random(f"{seed} held {i}").choices(self.words, k=30)) for i in range(EVALUATION_TEXTS)
+        ]
 
     def own(self, number: int) -> list[str]:
         """The words that document `number` has, or would have if nothing were planted."""
@@ -61,7 +63,7 @@ class Corpus:
             words = self.own(self.earlier(number))
             return " ".join(words).upper() + "!"  # the same words to whom case and punctuation are nothing
         if kind.startswith("near"):
-            words, changed = self.own(self.earlier(number)), LEVELS[kind.removeprefix("near ")]
+            words, changed = self.own(self.earlier(number)), WORDS_CHANGED[kind.removeprefix("near ")]
             at = random.Random(f"{self.seed} near {number}").randrange(5, WORDS - 5)
             words[at : at + changed] = [f"{w}et" for w in words[at : at + changed]]
             return self._sentence(words if changed else [*words, "altså"])
@@ -76,9 +78,9 @@ class Corpus:
 
     def earlier(self, number: int) -> int:
         """The document that a copy is of: an own one, near by or long ago, and no other copy's."""
-        base = number - number % EVERY
-        far = random.Random(f"{self.seed} far {number}").randrange(base // EVERY + 1)
-        return (far if number % 2 else base // EVERY) * EVERY + number % EVERY % 10
+        base = number - number % GROUP_SIZE
+        far = random.Random(f"{self.seed} far {number}").randrange(base // GROUP_SIZE + 1)
+        return (far if number % 2 else base // GROUP_SIZE) * GROUP_SIZE + number % GROUP_SIZE % 10
 
     @staticmethod
     def _sentence(words: list[str]) -> str:
@@ -119,8 +121,8 @@ class Verdict:
     left: Counter[str] = field(default_factory=Counter)
     twice: int = 0
     gone: Counter[str] = field(default_factory=Counter)
-    """Every document that is not there, by why: `leak`, `copy` (it, or what it is a copy of, is there), `language` (the filter,
-    asked again, refuses it), and `lost`, for which there is no reason."""
+    """Every document that was dropped, by reason: `leak`, `copy` (another copy, or the original, was kept), `language` (the
+    filter, asked again, refuses it), and `lost`, without any reason."""
 
     def dropped(self, kind: str) -> float:
         """The share of a kind that is gone."""
@@ -144,7 +146,7 @@ def judge(corpus: Corpus, out: Path, language: Language | None = None) -> Verdic
 
 
 def _explain(corpus: Corpus, seen: bytearray, verdict: Verdict, detector: Detector | None) -> None:
-    alike = bytearray(corpus.count)  # by original: whether it or a copy is there
+    alike = bytearray(corpus.count)  # by original: whether it or a copy was kept
 
     def original(number: int) -> int:
         return corpus.earlier(number) if kind_of(number).startswith(("copy", "near")) else number

@@ -15,14 +15,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -32,7 +30,9 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from benchmarks.harness import device_facts
+from benchmarks.command import Benchmark
+from benchmarks.harness import device_facts, free_port
+from benchmarks.pages import write
 
 STEPS, EVERY = 40, 2
 STAGES = ("mntp", "simcse", "supervised")
@@ -87,10 +87,7 @@ class Job:
     """The ranks of one start."""
 
     def __init__(self, context, arguments: list[str], world: int, log: Path) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.log, shared = log, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+        self.log, shared = log, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
         log.unlink(missing_ok=True)
         self.ranks = [
             context.Process(
@@ -116,7 +113,7 @@ class Job:
             raise SystemExit(f"ranks hang after {seconds:.0f} s:\n{self.log.read_text()}")
         return [rank.exitcode for rank in self.ranks]
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
 
 
@@ -149,11 +146,11 @@ def strike(job: Job, stage: Path, step: int, inside: bool, draw: random.Random) 
     for rank in victims:
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank.pid, signal.SIGKILL)
-    left = list(folder.glob(".step-*.partial"))
+    unfinished = list(folder.glob(".step-*.partial"))
     codes = job.wait(60)
     if all(code == 0 for code in codes):
         return None
-    return bool(left and list(folder.glob(".step-*.partial")))
+    return bool(unfinished and list(folder.glob(".step-*.partial")))
 
 
 def damage(folder: Path, draw: random.Random) -> str:
@@ -174,7 +171,7 @@ def damage(folder: Path, draw: random.Random) -> str:
 
 
 def damages(run: Path, count: int, draw: random.Random, work: Path) -> dict[str, list[int]]:
-    """Of `count` damaged newest checkpoints of a run, how many were noticed and passed over: {how: [noticed, all]}."""
+    """Of `count` damaged newest checkpoints of a run, how many were noticed and skipped: {how: [noticed, all]}."""
     table: dict[str, list[int]] = {}
     saved = sorted((run / "checkpoints").glob("step-*"))
     for _ in range(count):
@@ -192,76 +189,78 @@ def damages(run: Path, count: int, draw: random.Random, work: Path) -> dict[str,
     return table
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run it all; exit code 1 where anything was lost."""
-    p = argparse.ArgumentParser(prog="l2v bench kills", description=__doc__.splitlines()[0])
-    p.add_argument("--kills", type=int, default=50)
-    p.add_argument("--damages", type=int, default=200)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, help="write kills.json and kills.md there")
-    args = p.parse_args(argv)
+def run(options: argparse.Namespace) -> int:
+    """Kill, count, write; the exit code is 1 where anything was lost."""
+    options.kills = options.kills or (4 if options.quick else 50)
+    options.damages = options.damages or (20 if options.quick else 200)
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["l2v.train", "deepspeed", "transformers.models.llama.modeling_llama"])
-    draw = random.Random(args.seed)
+    draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="l2v-kills-") as name:
-        rows, table = campaign(context, Path(name), args, draw)
-    data = {
-        "facts": device_facts(torch.device("cpu")),
-        "seed": args.seed,
-        "steps": STEPS,
-        "save_every": EVERY,
-        "runs": rows,
-        "damages": table,
-    }
+        rows, table = campaign(context, Path(name), options, draw)
+    facts = device_facts(torch.device("cpu"))
+    data = {"facts": facts, "seed": options.seed, "steps": STEPS, "save_every": EVERY, "runs": rows, "damages": table}
     text = page(data)
     print(text)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "kills.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        (args.out / "kills.md").write_text(text, encoding="utf-8")
+    if options.out:
+        write(options.out, "kills", data, text)
     fine = all(row["equal"] and not row["lost"] for row in rows) and all(a == b for a, b in table.values())
     return 0 if fine else 1
 
 
-def campaign(context, folder: Path, args: argparse.Namespace, draw: random.Random) -> tuple[list[dict], dict]:
+def undisturbed(context, recipe: Path, stage: str, world: int, folder: Path) -> Path:
+    """The stage's folder of a run that is not killed."""
+    out = folder / f"whole-{world}"
+    job = Job(context, [str(recipe), "--stage", stage, f"out={out}"], world, folder / "log.txt")
+    if any(job.wait()):
+        raise SystemExit(job.output())
+    return out / stage
+
+
+def disturbed(
+    context, arguments: list[str], stage: Path, world: int, steps: list[int], draw: random.Random, bar: tqdm
+) -> dict[str, int]:
+    """A run that is killed at about these steps and resumed after each: its counts."""
+    log = stage.parents[1] / "log.txt"
+    row = {"kills": 0, "inside_a_write": 0, "lost": 0}
+    for step in steps:
+        job = Job(context, arguments, world, log)
+        struck = strike(job, stage, step, draw.random() < 0.5, draw)
+        if struck is None:
+            return row
+        saved = [int(n) for n in re.findall(r"step (\d+) is saved", job.output())]
+        row["lost"] += bool(saved) and newest_step(stage) < max(saved)
+        row["kills"] += 1
+        row["inside_a_write"] += struck
+        bar.update(1)
+    job = Job(context, arguments, world, log)
+    if any(job.wait()):
+        raise SystemExit(job.output())
+    return row
+
+
+def campaign(context, folder: Path, options: argparse.Namespace, draw: random.Random) -> tuple[list[dict], dict]:
     """Undisturbed runs, then disturbed ones in turns over stages and numbers of ranks until there were enough kills."""
     path, whole, rows, at = recipe(folder), {}, [], 0
     kinds = [(stage, world) for world in (1, 2) for stage in STAGES]
-    with tqdm(total=args.kills, desc="kills", unit="kill") as bar:
-        while bar.n < args.kills:
+    with tqdm(total=options.kills, desc="kills", unit="kill") as bar:
+        while bar.n < options.kills:
             stage, world = kinds[at % len(kinds)]
             at += 1
             if (stage, world) not in whole:
-                out = folder / f"whole-{world}"
-                job = Job(context, [str(path), "--stage", stage, f"out={out}"], world, folder / "log.txt")
-                if any(job.wait()):
-                    raise SystemExit(job.said())
-                whole[stage, world] = out / stage
-            run = folder / f"run-{at}"
-            row = {"stage": stage, "ranks": world, "kills": 0, "inside_a_write": 0, "lost": 0}
-            arguments = [str(path), "--stage", stage, f"out={run}"]
-            targets = sorted(draw.sample(range(1, STEPS), min(args.kills - bar.n, 5 if world == 1 else 3)))
-            for step in [*targets, None]:
-                job = Job(context, arguments, world, folder / "log.txt")
-                if step is None:
-                    if any(job.wait()):
-                        raise SystemExit(job.said())
-                    break
-                struck = strike(job, run / stage, step, draw.random() < 0.5, draw)
-                if struck is None:
-                    break
-                saved = [int(n) for n in re.findall(r"step (\d+) is saved", job.said())]
-                row["lost"] += bool(saved) and newest_step(run / stage) < max(saved)
-                row["kills"] += 1
-                row["inside_a_write"] += struck
-                bar.update(1)
-            row["equal"] = (run / stage / ADAPTER).read_bytes() == (whole[stage, world] / ADAPTER).read_bytes()
+                whole[stage, world] = undisturbed(context, path, stage, world, folder)
+            out = folder / f"run-{at}"
+            steps = sorted(draw.sample(range(1, STEPS), min(options.kills - bar.n, 5 if world == 1 else 3)))
+            arguments = [str(path), "--stage", stage, f"out={out}"]
+            row = {"stage": stage, "ranks": world}
+            row |= disturbed(context, arguments, out / stage, world, steps, draw, bar)
+            row["equal"] = (out / stage / ADAPTER).read_bytes() == (whole[stage, world] / ADAPTER).read_bytes()
             rows.append(row)
-            shutil.rmtree(run)
-    return rows, damages(whole["mntp", 1], args.damages, draw, folder / "damaged")
+            shutil.rmtree(out)
+    return rows, damages(whole["mntp", 1], options.damages, draw, folder / "damaged")
 
 
 def page(data: dict) -> str:
@@ -280,9 +279,24 @@ def page(data: dict) -> str:
         out.append(f"| {stage} | {world} | {len(of)} | {sums[0]} | {sums[1]} | {sums[2]} | {sums[3]} |")
     sums = [sum(r[key] for r in rows) for key in ("kills", "inside_a_write", "lost", "equal")]
     out.append(f"| all | | {len(rows)} | {sums[0]} | {sums[1]} | {sums[2]} | {sums[3]} |")
-    out += ["", "| damage to the newest checkpoint | noticed, named and passed over | of |", "|-|-:|-:|"]
+    out += ["", "| damage to the newest checkpoint | noticed, named and skipped | of |", "|-|-:|-:|"]
     out += [f"| {how} | {noticed} | {of} |" for how, (noticed, of) in sorted(data["damages"].items())]
     return "\n".join(out) + "\n"
+
+
+BENCHMARK = Benchmark(
+    name="kills",
+    doc=__doc__,
+    quick="4 kills and 20 damages, a check of the benchmark itself",
+    options={
+        "--kills": {"type": int, "help": "default: 50"},
+        "--damages": {"type": int, "help": "default: 200"},
+        "--seed": {"type": int, "default": 0},
+    },
+    any_device=False,
+    run=run,
+)
+main = BENCHMARK.main
 
 
 if __name__ == "__main__":

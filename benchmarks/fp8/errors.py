@@ -1,7 +1,7 @@
-"""How far FP8 takes the products of a decoder's linears from the exact ones, on its own activations and gradients.
+"""How far FP8 takes the matmuls of a decoder's linears from the exact ones, on its own activations and gradients.
 
-Beside what `l2v_kernels.fp8` does, what it might do instead: gradients in e5m2, scales that bring the largest number to 448
-exactly, weights for the gradient with scales of their own.
+Next to what `l2v_kernels.fp8` does, what it might do instead: gradients in e5m2, scales that bring the largest number to 448
+exactly, weights for the gradient with their own scales.
 """
 
 from collections import defaultdict
@@ -19,7 +19,7 @@ from l2v_kernels.fp8 import Fp8Weight, quantize_rows
 COLUMNS = {
     "weights": "weights",
     "inputs": "inputs",
-    "product": "product",
+    "product": "matmul",
     "product_exact_scales": "with exact scales",
     "gradient": "input gradient",
     "gradient_exact_scales": "with exact scales",
@@ -27,7 +27,7 @@ COLUMNS = {
 }
 
 
-def product_errors(encoder: Encoder, texts: Sequence[str]) -> dict[str, dict[str, float]]:
+def matmul_errors(encoder: Encoder, texts: Sequence[str]) -> dict[str, dict[str, float]]:
     """{linear: {column: error}}: norm of the difference over the norm, the mean over layers. fp32 throughout.
 
     The gradient is that of a random projection of the pooled vectors, as a contrastive loss gives one.

@@ -6,6 +6,7 @@ On the real training path: decoder, LoRA, DeepSpeed engine, `contrastive_step`, 
 one size, so the batch is what changes. On a CPU memory is resident memory, a real measurement; its times are a CPU's.
 """
 
+import argparse
 import statistics
 import sys
 import textwrap
@@ -15,26 +16,13 @@ from dataclasses import asdict
 
 import torch
 
+from benchmarks.command import Benchmark
 from benchmarks.gradient_cache.step import SHAPES, Setting, TrainingStep, check_installed, memory_on_cpu, times_on_cpu
-from benchmarks.harness import (
-    Result,
-    Target,
-    Unavailable,
-    arguments,
-    device_facts,
-    headline,
-    markdown,
-    peak_memory,
-    plotting,
-    reason,
-    release,
-    synchronize,
-    targets_table,
-    write,
-)
+from benchmarks.harness import Result, Target, device_facts, peak_memory, reason, release, synchronize
+from benchmarks.pages import headline, markdown, plotting, targets_table, write
 
 CPU_TIMES = "Memory is resident memory of a CPU process; times are a CPU's and say nothing about a GPU."
-TIMES = (1, 2, 4, 8, 16)
+MICRO_BATCHES = (1, 2, 4, 8, 16)
 """Batches, in micro-batches."""
 
 
@@ -42,9 +30,9 @@ def settings(model: str, quick: bool, recompute: Iterable[bool]) -> list[Setting
     """Cached and uncached for every batch, what needs the least memory first."""
     b, found = SHAPES[model].examples, []
     for again in sorted(recompute, reverse=True):
-        times = (1, 4, 16) if quick else TIMES
-        found += [Setting(model, m, b, again) for m in times if m > 1]
-        found += [Setting(model, 1, b * m, again) for m in times]
+        counts = (1, 4, 16) if quick else MICRO_BATCHES
+        found += [Setting(model, m, b, again) for m in counts if m > 1]
+        found += [Setting(model, 1, b * m, again) for m in counts]
     return found
 
 
@@ -56,7 +44,7 @@ def blank(x: Setting) -> Result:
 
 
 def on_cpu(chosen: list[Setting], rounds: int, show: Callable[[list[Result]], None]) -> list[Result]:
-    """Each setting in processes of its own."""
+    """Each setting in its own processes."""
     results = []
     for x in chosen:
         result = blank(x)
@@ -69,7 +57,7 @@ def on_cpu(chosen: list[Setting], rounds: int, show: Callable[[list[Result]], No
 
 
 def on_gpu(chosen: list[Setting], rounds: int, show: Callable[[list[Result]], None]) -> list[Result]:
-    """All settings in one process: the allocator tells what each of them needs."""
+    """All settings in one process: the allocator reports what each of them needs."""
     at = TrainingStep(chosen[0].model, torch.bfloat16)
     results, steps = [blank(x) for x in chosen], []
     full: set[bool] = set()
@@ -148,7 +136,7 @@ def report(results: list[Result], found: list[Target], facts: dict) -> str:
     text = (
         f"{facts['line']}\n\nA Llama of {shape.layers} layers and width {shape.hidden} without weights, LoRA as in the recipes; "
         f"pairs of two texts of {shape.length} tokens; {shape.examples} pairs a micro-batch. `peak MiB`: beyond weights and "
-        "optimizer state, which are there before the step.\n\n"
+        "optimizer state, which exist before the step.\n\n"
     )
     return f"{text}## Targets\n\n{targets_table(found)}\n\n## Steps\n\n{table(results)}"
 
@@ -180,41 +168,48 @@ def curves(results: list[Result], line: str):
     return figure
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints the tables and writes them; the exit code is 1 where the step cannot run."""
-    parser = arguments("gradient_cache", __doc__, quick="three batches: a minute on a GPU")
-    parser.add_argument("--model", choices=tuple(SHAPES), default=None, help="default: 1b on a GPU, small on a CPU")
-    parser.add_argument("--recompute", choices=("on", "off", "both"), default="both", help="of activations")
-    parser.add_argument("--rounds", type=int, default=None, help="timed steps of each setting; 0 measures memory alone")
-    options = parser.parse_args(argv)
-    device = torch.empty(0, device=options.device).device
+RECOMPUTE = {"on": [True], "off": [False], "both": [True, False]}
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the tables and writes them. Raises: Unavailable where the step cannot run."""
+    device = options.device
     gpu = device.type == "cuda"
-    try:
-        check_installed()
-        model = options.model or ("1b" if gpu else "small")
-        chosen = settings(
-            model, options.quick, {"on": [True], "off": [False], "both": [True, False]}[options.recompute]
-        )
-        facts = device_facts(device) | {"smoke": False}
-        facts["line"] = headline(facts) + ("" if gpu else f". {CPU_TIMES}")
-        print(facts["line"], flush=True)
+    check_installed()
+    model = options.model or ("1b" if gpu else "small")
+    chosen = settings(model, options.quick, RECOMPUTE[options.recompute])
+    facts = device_facts(device) | {"smoke": False}
+    facts["line"] = headline(facts) + ("" if gpu else f". {CPU_TIMES}")
+    print(facts["line"], flush=True)
+    where = "GPU" if gpu else "CPU"
 
-        def show(results: list[Result]) -> None:
-            print(table(results[-1:] if not gpu else results), flush=True)
-            if options.out:
-                found = targets(results, "GPU" if gpu else "CPU")
-                data = {"facts": facts, "model": asdict(SHAPES[model]), "targets": [x.row() for x in found]}
-                data["results"] = [asdict(x) for x in results]
-                text = report(results, found, facts)
-                write(options.out, "gradient_cache", data, text, lambda: curves(results, facts["line"]))
+    def show(results: list[Result]) -> None:
+        print(table(results[-1:] if not gpu else results), flush=True)
+        if options.out:
+            found = targets(results, where)
+            data = {"facts": facts, "model": asdict(SHAPES[model]), "targets": [x.row() for x in found]}
+            data["results"] = [asdict(x) for x in results]
+            text = report(results, found, facts)
+            write(options.out, "gradient_cache", data, text, lambda: curves(results, facts["line"]))
 
-        rounds = options.rounds if options.rounds is not None else 2 if options.quick else 5 if gpu else 3
-        results = (on_gpu if gpu else on_cpu)(chosen, rounds, show)
-    except Unavailable as error:
-        print(f"gradient_cache: {error}", file=sys.stderr)
-        return 1
-    print(targets_table(targets(results, "GPU" if gpu else "CPU")))
+    rounds = options.rounds if options.rounds is not None else 2 if options.quick else 5 if gpu else 3
+    results = (on_gpu if gpu else on_cpu)(chosen, rounds, show)
+    print(targets_table(targets(results, where)))
     return 0
+
+
+BENCHMARK = Benchmark(
+    name="gradient_cache",
+    doc=__doc__,
+    quick="three batches: a minute on a GPU",
+    options={
+        "--model": {"choices": tuple(SHAPES), "help": "default: 1b on a GPU, small on a CPU"},
+        "--recompute": {"choices": tuple(RECOMPUTE), "default": "both", "help": "of activations"},
+        "--rounds": {"type": int, "help": "timed steps of each setting; 0 measures memory alone"},
+    },
+    run=run,
+)
+main = BENCHMARK.main
 
 
 if __name__ == "__main__":

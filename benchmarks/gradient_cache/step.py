@@ -1,6 +1,6 @@
 """One contrastive optimizer step on the real training path, and its peak memory; what bench.py measures.
 
-python -m benchmarks.gradient_cache.step JSON     one measurement in a process of its own, its result the last line of stdout
+python -m benchmarks.gradient_cache.step JSON     one measurement in its own process, its result the last line of stdout
 """
 
 import ctypes
@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Unavailable
+from benchmarks.harness import Unavailable, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("transformers", "peft", "accelerate", "safetensors", "deepspeed")
@@ -87,7 +86,7 @@ class Setting:
 
 
 def check_installed() -> None:
-    """Errors: Unavailable with one sentence that names what is missing."""
+    """Raises: Unavailable with one sentence that names what is missing."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise Unavailable(f"the training step needs {', '.join(missing)}: install l2v, or put them on PYTHONPATH")
@@ -104,7 +103,7 @@ class TrainingStep:
         from l2v.training.engine import deepspeed_config, initialize, start_distributed
 
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
+        os.environ.update(alone | {"MASTER_PORT": str(free_port())})
         start_distributed()
         self.shape = SHAPES[model]
         base = Base(model=model, init="random", config=self.shape.config())
@@ -146,19 +145,19 @@ class TrainingStep:
 
 
 def times_on_cpu(setting: Setting, rounds: int) -> list[float]:
-    """Seconds of `rounds` steps, in a process of its own. Errors: RuntimeError with the end of its output."""
+    """Seconds of `rounds` steps, in its own process. Raises: RuntimeError with the end of its output."""
     return _ask(setting, rounds, {})["times"]
 
 
 def memory_on_cpu(setting: Setting) -> int:
-    """Peak resident bytes of a step beyond what was resident before, measured in a process of its own.
+    """Peak resident bytes of a step beyond what was resident before, measured in its own process.
 
-    Of its own, because memory that an earlier setting left in allocators would hide what this one needs.
-    Errors: RuntimeError with the end of its output, Unavailable without Linux's /proc/self/clear_refs.
+    Its own, because memory that an earlier setting left in allocators would hide what this one needs.
+    Raises: RuntimeError with the end of its output, Unavailable without Linux's /proc/self/clear_refs.
     """
     if not os.access("/proc/self/clear_refs", os.W_OK):
         raise Unavailable("peak resident memory needs Linux's /proc/self/clear_refs")
-    # Tensors get pages of their own, and a freed tensor gives them back at once: what is resident is what is alive. It
+    # Tensors get their own pages, and a freed tensor gives them back at once: what is resident is what is alive. It
     # costs half of the speed, so times come from another process.
     thresholds = {f"MALLOC_{name}_THRESHOLD_": str(8 << 10) for name in ("MMAP", "TRIM")}
     return _ask(setting, 0, thresholds | {"MALLOC_MMAP_MAX_": "60000"})["peak"]
@@ -191,7 +190,7 @@ def _answer(setting, rounds):
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     resident = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     step()
     return {"peak": _status("VmHWM") - resident}
 
@@ -199,12 +198,6 @@ def _answer(setting, rounds):
 def _status(name):
     found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return int(found[1]) << 10
-
-
-def _free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 if __name__ == "__main__":

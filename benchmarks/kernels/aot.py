@@ -1,10 +1,12 @@
-"""Builds of Triton kernels for a GPU that need not be there, and what the machine code uses."""
+"""Ahead-of-time builds of Triton kernels, for a GPU that this machine need not have, and what the machine code uses."""
 
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -42,6 +44,32 @@ class Usage:
         return found
 
 
+class Case(Protocol):
+    """One build of one kernel: for an architecture, with the tensor-core instruction that it must have, if any."""
+
+    arch: int
+    matrix: str | None
+
+    def build(self) -> Usage: ...
+
+
+def print_usage(head: Sequence[str], rows: Iterable[tuple[Sequence[object], Case]], no_unit: str) -> int:
+    """Build every case and print a Markdown table, row by row; returns how many builds must not ship.
+
+    head, rows: columns before those of the usage. no_unit: how to call a build without a tensor-core instruction.
+    """
+    columns = (*head, "registers", "shared-KB", "spills-B", "unit")
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    bad = 0
+    for cells, case in rows:
+        used = case.build()
+        bad += bool(used.problems(case.arch, case.matrix))
+        unit = ", ".join(sorted(used.matrix)) or no_unit
+        row = (*cells, used.registers, f"{used.shared / 1024:.0f}", used.stack, unit)
+        print(f"| {' | '.join(map(str, row))} |", flush=True)
+    return bad
+
+
 def available() -> bool:
     """Whether this Triton bundles NVIDIA's tools."""
     return (TOOLS / "cuobjdump").exists() and (TOOLS / "nvdisasm").exists()
@@ -59,7 +87,7 @@ def build(
     """Compiles as a launch would: what the kernel specialises is divisible by 16.
 
     Args: signature maps arguments to Triton types ("*bf16", "i32"), constants the constexpr ones to values.
-    Errors: whatever Triton or ptxas raise.
+    Raises: whatever Triton or ptxas raise.
     """
     types = {name: signature.get(name, "constexpr") for name in (p.name for p in kernel.params)}
     free = {p.name for p in kernel.params if p.do_not_specialize}

@@ -2,33 +2,19 @@
 
 l2v bench attention [--quick] [--out FOLDER]
 
-On a CPU it runs tiny packs, as a smoke test of itself, and says so in everything it writes.
+On a CPU it runs tiny packs as a smoke test, and labels everything it writes as one.
 """
 
 import random
 import sys
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.harness import (
-    SMOKE,
-    Result,
-    Unavailable,
-    arguments,
-    bars,
-    device_facts,
-    fill,
-    headline,
-    measure_ceilings,
-    reason,
-    sets_beyond_cache,
-    table,
-    tflops_panels,
-    time_interleaved,
-    write,
-)
+from benchmarks.command import Comparison, Setup
+from benchmarks.harness import Ceilings, Result, attempt, sets_beyond_cache, time_results
 from benchmarks.kernels.attention_peers import PROVIDERS, Workload
+from benchmarks.pages import Panel, tflops_panels
 from l2v_kernels import AttentionPlan
 from l2v_kernels.attention.reference import attention_reference
 from l2v_kernels.attention.settings import Settings
@@ -47,7 +33,7 @@ def sentences(tokens: int, seed: int = 0) -> tuple[int, ...]:
 
 
 def workloads(device: torch.device, quick: bool) -> list[Workload]:
-    """The packs that are measured: 16k tokens on a GPU, a handful on a CPU."""
+    """The packs that are measured: 16k tokens on a GPU, a few hundred on a CPU."""
     smoke = device.type != "cuda"
     tokens, dtype = (256, torch.float32) if smoke else (16384, torch.bfloat16)
     fixed = (128,) if smoke else (128, 512, 2048) if quick else FIXED
@@ -75,7 +61,7 @@ def inputs(w: Workload, n: int) -> list[list[torch.Tensor]]:
 
 
 def check(w: Workload, attend, tensors: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
-    """Errors: ValueError if output or gradients are further from `exact` than rounding explains."""
+    """Raises: ValueError if output or gradients are further from `exact` than rounding explains."""
     q, k, v, do = tensors
     o = attend(q, k, v)
     got = [o, *torch.autograd.grad(o, (q, k, v), do)]
@@ -95,13 +81,19 @@ def exact_results(w: Workload, tensors: list[torch.Tensor], dropout: float) -> l
     return [o.detach(), *torch.autograd.grad(o, leaves, tensors[3].float())]
 
 
-def run(w: Workload, ceilings, seconds: float) -> list[Result]:
+def run(w: Workload, ceilings: Ceilings, seconds: float) -> list[Result]:
     """All providers on one workload, forward and backward."""
     sets = inputs(w, sets_beyond_cache(2 * w.bytes(False), w.device, least=2))
-    exact, results, forward, backward = None, [], {}, {}
+    exact, results, calls = None, [], {"forward": {}, "backward": {}}
+    facts = {"dropout": w.dropout, "tokens": w.tokens, "segments": len(w.lengths)}
     for provider in PROVIDERS:
-        name = provider.__name__
-        try:
+        name, workload = provider.__name__, f"{w.name} dropout {w.dropout}"
+        both = [
+            Result(workload, name, d, flops=w.flops(d == "backward"), bytes=w.bytes(d == "backward"), facts=dict(facts))
+            for d in calls
+        ]
+        results += both
+        with attempt(*both):
             attend = provider(w)
             # Another library's dropout draws other numbers: it is checked without, and ours with.
             if name == "l2v" or not w.dropout:
@@ -110,50 +102,43 @@ def run(w: Workload, ceilings, seconds: float) -> list[Result]:
                 check(w, attend, sets[0], exact)
             outputs = [attend(q, k, v) for q, k, v, _ in sets]
             torch.autograd.grad(outputs[0], sets[0][:3], sets[0][3], retain_graph=True)
-        except (Unavailable, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-            results += [Result(w.name, name, direction, skipped=reason(error)) for direction in ("forward", "backward")]
-            continue
-
-        def ahead(tensors, attend=attend):
-            with torch.no_grad():
-                attend(*tensors[:3])
-
-        def back(tensors, output):
-            torch.autograd.grad(output, tensors[:3], tensors[3], retain_graph=True)
-
-        forward[name] = [lambda x=x, go=ahead: go(x) for x in sets]
-        backward[name] = [lambda x=x, o=o, go=back: go(x, o) for x, o in zip(sets, outputs, strict=True)]
+            calls["forward"][name] = [lambda x=x, f=attend: _forward(f, x) for x in sets]
+            calls["backward"][name] = [lambda x=x, o=o: _backward(o, x) for x, o in zip(sets, outputs, strict=True)]
     del exact
-    for direction, calls in (("forward", forward), ("backward", backward)):
-        for name, times in time_interleaved(calls, w.device, seconds).items():
-            is_backward = direction == "backward"
-            result = Result(w.name, name, direction, flops=w.flops(is_backward), bytes=w.bytes(is_backward))
-            results.append(fill(result, times, ceilings))
-    for result in results:
-        result.facts = {"dropout": w.dropout, "tokens": w.tokens, "segments": len(w.lengths)}
-        result.workload += f" dropout {w.dropout}"
+    for direction, variants in calls.items():
+        time_results([x for x in results if x.direction == direction], variants, w.device, ceilings, seconds)
     return results
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints the table and writes it; the exit code is 1 if this library's own kernel was wrong or failed."""
-    parser = arguments("attention", __doc__, quick="one shape and fewer lengths: minutes on a GPU")
-    options = parser.parse_args(argv)
-    device = torch.empty(0, device=options.device).device
-    torch.manual_seed(0)
-    facts, ceilings = device_facts(device), measure_ceilings(device)
-    if facts["smoke"]:
-        print(SMOKE)
-    results, label = [], " (CPU smoke test)" if facts["smoke"] else ""
-    for w in workloads(device, options.quick):
-        part = run(w, ceilings, seconds=0.02 if facts["smoke"] else 0.1 if options.quick else 0.3)
-        print(table(part), flush=True)
-        results += part
-        if options.out:
-            data = {"facts": facts, "ceilings": asdict(ceilings), "results": [asdict(x) for x in results]}
-            panels = tflops_panels(results, lambda x: f"{x.direction}, dropout {x.facts['dropout']}" + label)
-            write(options.out, "attention", data, f"{headline(facts)}\n\n{table(results)}", lambda p=panels: bars(p))
-    return int(any(x.provider == "l2v" and x.median is None for x in results))
+@torch.no_grad()
+def _forward(attend, tensors):
+    attend(*tensors[:3])
+
+
+def _backward(output, tensors):
+    torch.autograd.grad(output, tensors[:3], tensors[3], retain_graph=True)
+
+
+def parts(setup: Setup) -> Iterator[Callable[[], list[Result]]]:
+    """A call for each workload."""
+    seconds = setup.seconds(quick=0.1, full=0.3)
+    for w in workloads(setup.device, setup.quick):
+        yield lambda w=w: run(w, setup.ceilings, seconds)
+
+
+def panels(results: list[Result], label: str) -> list[Panel]:
+    """TFLOP/s, a panel for each direction and dropout."""
+    return tflops_panels(results, lambda x: f"{x.direction}, dropout {x.facts['dropout']}{label}")
+
+
+BENCHMARK = Comparison(
+    name="attention",
+    doc=__doc__,
+    quick="one shape and fewer lengths: minutes on a GPU",
+    parts=parts,
+    panels=panels,
+)
+main = BENCHMARK.main
 
 
 if __name__ == "__main__":

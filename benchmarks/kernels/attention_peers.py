@@ -1,7 +1,6 @@
 """The providers of packed attention: this library and what else can do the work. Each is a function of a Workload that
 returns a callable from (q_THD, k_TKD, v_TKD) to o_THD, or raises Unavailable with the reason."""
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Unavailable
+from benchmarks.harness import Unavailable, need_cuda, need_package
 from l2v_kernels import AttentionPlan, attention
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -42,7 +41,7 @@ class Workload:
         return torch.tensor([0, *self.lengths]).cumsum(0).int().to(self.device)
 
     def flops(self, backward: bool) -> float:
-        """Of the products that the definition needs: two forward, five backward."""
+        """Of the matmuls that the definition needs: two forward, five backward."""
         return (10 if backward else 4) * self.heads * self.head_dim * sum(n * n for n in self.lengths)
 
     def bytes(self, backward: bool) -> float:
@@ -102,21 +101,16 @@ def sdpa_efficient(w: Workload) -> Attend:
     return run
 
 
-def _needs_cuda(w):
-    if w.device.type != "cuda":
-        raise Unavailable("CUDA only")
-
-
 def torch_fa2_varlen(w: Workload) -> Attend:
     """FlashAttention 2 as torch carries it, through the operator that takes segments and dropout."""
-    _needs_cuda(w)
+    need_cuda(w.device)
     cu, longest = w.cu_seqlens(), max(w.lengths)
     forward = torch.ops.aten._flash_attention_forward
     return lambda q, k, v: forward(q, k, v, cu, cu, longest, longest, w.dropout, False, False)[0]
 
 
 def torch_varlen_attn(w: Workload) -> Attend:
-    _needs_cuda(w)
+    need_cuda(w.device)
     if w.dropout:
         raise Unavailable("takes no dropout")
     try:
@@ -130,7 +124,7 @@ def torch_varlen_attn(w: Workload) -> Attend:
 
 def flex(w: Workload) -> Attend:
     """FlexAttention, compiled, with a document mask whose block mask is built outside the time."""
-    _needs_cuda(w)
+    need_cuda(w.device)
     if w.dropout:
         raise Unavailable("takes no dropout")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -148,17 +142,9 @@ def flex(w: Workload) -> Attend:
     return run
 
 
-def _importable(name):
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def flash_attn_2(w: Workload) -> Attend:
-    _needs_cuda(w)
-    if not _importable("flash_attn"):
-        raise Unavailable("flash-attn is not installed")
+    need_cuda(w.device)
+    need_package("flash_attn", "flash-attn")
     from flash_attn import flash_attn_varlen_func
 
     cu, longest = w.cu_seqlens(), max(w.lengths)
@@ -166,11 +152,10 @@ def flash_attn_2(w: Workload) -> Attend:
 
 
 def flash_attn_4(w: Workload) -> Attend:
-    _needs_cuda(w)
+    need_cuda(w.device)
     if w.dropout:
         raise Unavailable("takes no dropout")
-    if not _importable("flash_attn.cute"):
-        raise Unavailable("flash_attn.cute is not installed")
+    need_package("flash_attn.cute", "flash_attn.cute")
     from flash_attn.cute import flash_attn_varlen_func
 
     cu = w.cu_seqlens()

@@ -2,38 +2,29 @@
 
 l2v bench contrastive [--quick] [--out FOLDER]
 
-On a CPU it runs tiny sizes, as a smoke test of itself, and says so in everything it writes.
+On a CPU it runs tiny sizes as a smoke test, and labels everything it writes as one.
 """
 
 import sys
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 
 import torch
 
+from benchmarks.command import Comparison, Setup
 from benchmarks.harness import (
-    SMOKE,
     Ceilings,
     Result,
     Target,
-    Unavailable,
-    arguments,
-    bars,
-    device_facts,
     fill,
-    headline,
-    markdown,
-    measure_ceilings,
     peak_memory,
-    reason,
-    release,
     sets_beyond_cache,
-    table,
-    targets_table,
-    tflops_panels,
     time_interleaved,
-    write,
+    time_results,
 )
-from benchmarks.kernels.contrastive_peers import PROVIDERS, Workload, bare_products, spans
+from benchmarks.kernels.contrastive_peers import PROVIDERS, Workload, bare_matmuls, spans
+from benchmarks.kernels.losses import BARE, STEP, by_workload, prepare
+from benchmarks.kernels.losses import comparison as ratios
+from benchmarks.pages import Panel, headline, markdown, table, targets_table, tflops_panels
 from l2v_kernels import info_nce
 
 WIDTHS = (384, 1024, 4096)
@@ -44,22 +35,20 @@ QUICK = (
     (512, 512, 384), (8192, 8192, 4096), (65536, 65536, 4096), (65536, 65536, 384), (16384, 16384, 1024),
     (1024, 8192, 1024), (1024, 1024, 1024),
 )  # fmt: skip
-"""What the targets speak of comes early: a run that is cut short has written what it measured."""
-MOST_FLOPS = 3e14
+"""The targets' sizes come early: a run that is stopped has written what it measured."""
+MAX_FLOPS = 3e14
 """Larger ones say nothing new, and their reference alone takes most of a minute."""
-STEP = "forward+backward"
-BARE = bare_products.__name__
 
 
 def workloads(device: torch.device, quick: bool) -> list[Workload]:
-    """From a batch of 512 to 65,536 on a GPU, a handful of rows on a CPU."""
+    """From a batch of 512 to 65,536 on a GPU, a few rows on a CPU."""
     if device.type != "cuda":
         return [Workload(*sizes, device, torch.float32) for sizes in ((48, 48, 64), (16, 16 * HARD, 64))]
     sizes = QUICK
     if not quick:
         sizes = [(n, n * per, e) for e in WIDTHS for per in (1, HARD) for n in ROWS]
     found = [Workload(*each, device, torch.bfloat16) for each in sizes]
-    return [w for w in found if w.flops <= MOST_FLOPS]
+    return [w for w in found if w.flops <= MAX_FLOPS]
 
 
 @torch.no_grad()
@@ -84,7 +73,7 @@ def exact_gradients(w: Workload, q_NE: torch.Tensor, k_ME: torch.Tensor) -> tupl
 
 
 def error_of(w: Workload, step, tensors, exact) -> float:
-    """Relative error of the gradients. Errors: ValueError if it is more than scores in the embeddings' dtype explain."""
+    """Relative error of the gradients. Raises: ValueError if it is more than scores in the embeddings' dtype explain."""
     _, *got = step(*tensors)
     error = max(float((ours.float() - want).norm() / want.norm()) for ours, want in zip(got, exact, strict=True))
     # bf16 scores of 10 are off by up to 0.03, and so is every probability that is made of them.
@@ -94,33 +83,24 @@ def error_of(w: Workload, step, tensors, exact) -> float:
     return error
 
 
+def checked(w: Workload, tensors) -> Callable[[Callable], float]:
+    """`error_of`, with the exact gradients computed once."""
+    exact = exact_gradients(w, *tensors)
+    return lambda step: error_of(w, step, tensors, exact)
+
+
 def run(w: Workload, ceilings: Ceilings, seconds: float, rounds: int = 5) -> list[Result]:
     """All providers on one workload."""
     sets = [w.inputs() for _ in range(sets_beyond_cache(2 * w.bytes_of_inputs, w.device))]
-    exact, results, calls = exact_gradients(w, *sets[0]), [], {}
-    facts = {"n": w.n, "m": w.m, "e": w.e, "products": w.products, "scores_s": w.bytes_of_scores / ceilings.bandwidth}
+    facts = {"n": w.n, "m": w.m, "e": w.e, "products": w.matmuls, "scores_s": w.bytes_of_scores / ceilings.bandwidth}
     facts |= {"inputs": w.bytes_of_inputs}
-    # The products first: their buffers are there while the others are tried, so none runs out of memory when it is timed.
-    for provider in (bare_products, *PROVIDERS):
-        result = Result(w.name, provider.__name__, STEP, flops=w.flops, bytes=2 * w.bytes_of_inputs, facts=dict(facts))
-        results.append(result)
-        try:
-            step = provider(w)
-            if provider is not bare_products:
-                result.error = error_of(w, step, sets[0], exact)
-                result.memory = peak_memory(lambda s=step: s(*sets[0]), w.device)
-            else:
-                step(*sets[0])
-            calls[result.provider] = [lambda x=x, s=step: s(*x) for x in sets]
-        except Exception as error:  # whatever another library raises is its result
-            result.skipped = reason(error)
-            result.facts["failed"] = not isinstance(error, Unavailable)
-        release(w.device)
-    del exact
-    found = time_interleaved(calls, w.device, seconds, rounds)
-    for result in results:
-        if result.provider in found:
-            fill(result, found[result.provider], ceilings)
+    # Matmuls first: their buffers stay while the others are tried, so none runs out of memory only when it is timed.
+    providers = {p.__name__: p for p in (bare_matmuls, *PROVIDERS)}
+    results = [
+        Result(w.name, name, STEP, flops=w.flops, bytes=2 * w.bytes_of_inputs, facts=dict(facts)) for name in providers
+    ]
+    calls = prepare(results, lambda name: providers[name](w), checked(w, sets[0]), sets, w.device)
+    time_results(results, calls, w.device, ceilings, seconds, rounds)
     return results
 
 
@@ -154,15 +134,17 @@ def run_matryoshka(device: torch.device, ceilings: Ceilings, seconds: float) -> 
     return results
 
 
+def steps(results: list[Result]) -> list[Result]:
+    """Those of `run`, without the prefixes'."""
+    return [x for x in results if x.direction == STEP and "n" in x.facts]
+
+
 def targets(results: list[Result], smoke: bool) -> list[Target]:
-    """What the op has to reach, computed from what was measured: the worst of all workloads that a line speaks of."""
-    steps: dict[str, dict[str, Result]] = {}
-    for x in results:
-        if x.direction == STEP and "n" in x.facts and not smoke:
-            steps.setdefault(x.workload, {})[x.provider] = x
+    """What the op has to reach, computed from what was measured: the worst of the workloads that each line is about."""
+    found = {} if smoke else by_workload(steps(results))
 
     def ratios(over: str, under: str, where=lambda facts: True) -> list[float]:
-        pairs = [(found.get(over), found.get(under)) for found in steps.values()]
+        pairs = [(each.get(over), each.get(under)) for each in found.values()]
         timed = [(a, b) for a, b in pairs if a and b and a.median and b.median and where(a.facts)]
         return [a.median / b.median for a, b in timed]
 
@@ -170,7 +152,7 @@ def targets(results: list[Result], smoke: bool) -> list[Target]:
         return facts["e"] == 4096 and facts["n"] >= 8192
 
     memory = None
-    large = steps.get("65536 x 65536 x 4096", {}).get("l2v")
+    large = found.get("65536 x 65536 x 4096", {}).get("l2v")
     if large and large.memory is not None:
         memory = large.memory / 2**20
     inputs = 2 * 65536 * 4096 * 2
@@ -187,7 +169,7 @@ def targets(results: list[Result], smoke: bool) -> list[Target]:
             memory,
             unit="MiB",
         ),
-        Target("time / bare products, E = 4096, N >= 8192", 1.25, max(ratios("l2v", BARE, square), default=None)),
+        Target("time / bare matmuls, E = 4096, N >= 8192", 1.25, max(ratios("l2v", BARE, square), default=None)),
         Target("time of inf-cl / time", 1.5, min(ratios("inf_cl", "l2v"), default=None), at_least=True),
         Target("time of chunked torch / time", 1.0, min(ratios("torch_chunked", "l2v"), default=None), at_least=True),
         Target("six prefixes / one loss, forward", 1.3, against_one_loss(forward)),
@@ -213,82 +195,51 @@ def matryoshka_table(results: list[Result]) -> str:
 
 
 def comparison(results: list[Result]) -> str:
-    """Markdown, a row a workload: the op against its floors, and the peers' times over the op's."""
-    by_workload: dict[str, dict[str, Result]] = {}
-    for x in results:
-        if x.direction == STEP and "n" in x.facts:
-            by_workload.setdefault(x.workload, {})[x.provider] = x
-    peers = [p.__name__ for p in PROVIDERS if not p.__name__.startswith("l2v")]
-    rows = []
-    for workload, found in by_workload.items():
-        ours, bare = found["l2v"].median, found[BARE].median
-        scores = found["l2v"].facts["scores_s"]
-        row = [
-            workload,
-            str(found["l2v"].facts["products"]),
-            f"{bare * 1e6:.0f}" if bare else "",
-            f"{scores * 1e6:.0f}",
-        ]
-        row += [f"{ours / bare:.2f}", f"{ours / (bare + scores):.2f}"] if ours and bare else ["", ""]
-        for peer in (found[p] for p in peers):
-            absent = "" if peer.skipped.startswith("Unavailable") else peer.skipped
-            row.append(f"{peer.median / ours:.2f}" if ours and peer.median else absent)
-        rows.append(row)
-    head = ["workload", "products", "bare us", "scores us", "l2v / bare", "l2v / (bare + scores)"]
-    return markdown(head + [f"{p} / l2v" for p in peers], rows)
+    """Markdown, a row a workload."""
+    return ratios(
+        steps(results), [p.__name__ for p in PROVIDERS if not p.__name__.startswith("l2v")], "scores", ["products"]
+    )
 
 
 def report(results: list[Result], found: list[Target], facts: dict) -> str:
     """The Markdown page."""
     return (
         f"{headline(facts)}\n\n## Targets\n\n{targets_table(found)}\n\n## Ratios\n\n"
-        "`bare us`: the matrix products alone, timed in turns with the rest; `scores us`: 22 bytes a score at the bandwidth "
+        "`bare us`: the matmuls alone, timed in turns with the rest; `scores us`: 22 bytes a score at the bandwidth "
         "of a large copy, which a way that writes its scores to memory cannot go below. A peer's ratio above 1: it is "
         f"slower.\n\n{comparison(results)}\n\n## Matryoshka\n\n{matryoshka_table(results)}\n\n## All\n\n{table(results)}"
     )
 
 
-def panels(results: list[Result], smoke: bool):
+def panels(results: list[Result], label: str) -> list[Panel]:
     """TFLOP/s by width, and peak memory where it was measured."""
-    label, steps = " (CPU smoke test)" if smoke else "", [x for x in results if "n" in x.facts]
-    out = tflops_panels(steps, lambda x: f"E = {x.facts['e']}, forward and backward{label}")
+    out = tflops_panels(steps(results), lambda x: f"E = {x.facts['e']}, forward and backward{label}")
     memory: dict[str, dict[str, float]] = {}
-    for x in steps:
+    for x in steps(results):
         if x.memory is not None:
             memory.setdefault(x.provider, {})[x.workload] = x.memory / 2**20
     return out + ([("peak beyond the inputs", "MiB", memory)] if memory else [])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints the tables and writes them; the exit code is 1 if this library was wrong or failed."""
-    parser = arguments("contrastive", __doc__, quick="seven sizes: two minutes on a GPU")
-    options = parser.parse_args(argv)
-    device = torch.empty(0, device=options.device).device
-    torch.manual_seed(0)
-    facts, ceilings = device_facts(device), measure_ceilings(device)
-    if facts["smoke"]:
-        print(SMOKE)
-    seconds = 0.02 if facts["smoke"] else 0.1 if options.quick else 0.3
-    results: list[Result] = []
-    # One after the other, so that what was measured is kept if the time runs out.
-    parts = [lambda: run_matryoshka(device, ceilings, seconds)]
-    rounds = 3 if options.quick else 7
-    parts += [lambda w=w: run(w, ceilings, seconds, rounds) for w in workloads(device, options.quick)]
-    for part in parts:
-        new = part()
-        results += new
-        release(device)
-        print(table(new), flush=True)
-        if options.out:
-            found = targets(results, facts["smoke"])
-            data = {"facts": facts, "ceilings": asdict(ceilings), "targets": [x.row() for x in found]}
-            data["results"] = [asdict(x) for x in results]
-            drawn = panels(results, facts["smoke"])
-            text = report(results, found, facts)
-            write(options.out, "contrastive", data, text, (lambda d=drawn: bars(d)) if drawn else None)
-    print(targets_table(targets(results, facts["smoke"])))
-    ours = [x for x in results if x.provider.startswith(("l2v", "six"))]
-    return int(any(x.median is None and x.facts.get("failed", True) for x in ours))
+def parts(setup: Setup) -> Iterator[Callable[[], list[Result]]]:
+    """A call for the prefixes, then one for each workload."""
+    seconds, rounds = setup.seconds(quick=0.1, full=0.3), 3 if setup.quick else 7
+    yield lambda: run_matryoshka(setup.device, setup.ceilings, seconds)
+    for w in workloads(setup.device, setup.quick):
+        yield lambda w=w: run(w, setup.ceilings, seconds, rounds)
+
+
+BENCHMARK = Comparison(
+    name="contrastive",
+    doc=__doc__,
+    quick="seven sizes: two minutes on a GPU",
+    parts=parts,
+    targets=targets,
+    page=report,
+    panels=panels,
+    ours=("l2v", "six"),
+)
+main = BENCHMARK.main
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The providers of in-batch InfoNCE: this library and what else can do the work. Each is a function of a Workload that
 returns a step, from (q_NE, k_ME) to (loss, dq_NE, dk_ME), or raises Unavailable with the reason."""
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Unavailable
+from benchmarks.harness import Unavailable, compiled, need_cuda, need_package
+from benchmarks.kernels.losses import loss_step
 from l2v_kernels import info_nce
 from l2v_kernels.info_nce import WORKSPACE
 from l2v_kernels.info_nce.paths import Chunked
@@ -37,16 +37,16 @@ class Workload:
         return torch.finfo(self.dtype).bits // 8
 
     @property
-    def products(self) -> int:
-        """Three where scores need one look: all of them fit the op's default workspace, or those of enough rows with all
-        candidates do; else four."""
+    def matmuls(self) -> int:
+        """Three where the scores are computed once: all of them, or those of enough rows with all candidates, fit the op's
+        default workspace. Else four."""
         rows = WORKSPACE * 3 // 4 // ((4 + self.itemsize) * self.m)
         return 3 if rows >= min(self.n, Chunked.least_rows) else 4
 
     @property
     def flops(self) -> float:
-        """Of that many products, forward and backward together."""
-        return 2.0 * self.products * self.n * self.m * self.e
+        """Of that many matmuls, forward and backward together."""
+        return 2.0 * self.matmuls * self.n * self.m * self.e
 
     @property
     def bytes_of_inputs(self) -> int:
@@ -56,7 +56,7 @@ class Workload:
     @property
     def bytes_of_scores(self) -> float:
         """What passes through memory if fp32 scores do, a chunk at a time: about 22 bytes a score. Written once and read
-        once forward; written, read, and made a half-precision coefficient that two products read, backward."""
+        once forward; written, read, and made a half-precision coefficient that two matmuls read, backward."""
         return 22.0 * self.n * self.m
 
     @property
@@ -80,17 +80,9 @@ def spans(total: int, step: int) -> Iterator[slice]:
     return (slice(begin, min(begin + step, total)) for begin in range(0, total, step))
 
 
-def _step(loss_of) -> Step:
-    def step(q, k):
-        loss = loss_of(q, k)
-        return loss.detach(), *torch.autograd.grad(loss, (q, k))
-
-    return step
-
-
 def _l2v(w, variant):
     targets = w.targets_N()
-    return _step(lambda q, k: info_nce(q, k, targets, scale=w.scale, variant=variant))
+    return loss_step(lambda q, k: info_nce(q, k, targets, scale=w.scale, variant=variant))
 
 
 def l2v(w: Workload) -> Step:
@@ -103,8 +95,7 @@ def l2v_chunked(w: Workload) -> Step:
 
 
 def l2v_fused(w: Workload) -> Step:
-    if w.device.type != "cuda":
-        raise Unavailable("CUDA only")
+    need_cuda(w.device)
     return _l2v(w, "fused")
 
 
@@ -115,21 +106,17 @@ def _naive(w):
 
 def torch_naive(w: Workload) -> Step:
     """As everyone writes it; its scores have the embeddings' dtype."""
-    return _step(_naive(w))
+    return loss_step(_naive(w))
 
 
 def torch_compiled(w: Workload) -> Step:
-    if w.device.type != "cuda":
-        raise Unavailable("compiling for a CPU takes longer than all the rest")
-    # Sizes are compiled one by one, and after eight of them it would quietly stop compiling.
-    torch.compiler.reset()
-    return _step(torch.compile(_naive(w), dynamic=False))
+    return loss_step(compiled(_naive(w), w.device))
 
 
 def torch_chunked(w: Workload) -> Step:
     """A chunk of rows at a time, fp32 scores, recomputed in the backward."""
     targets = w.targets_N()
-    return _step(
+    return loss_step(
         lambda q, k: _Chunked.apply(
             F.normalize(q, dim=-1), F.normalize(k, dim=-1), targets, w.scale, w.rows_of_a_chunk, False
         )
@@ -137,10 +124,10 @@ def torch_chunked(w: Workload) -> Step:
 
 
 def torch_one_pass(w: Workload) -> Step:
-    """The same, with the gradients made in the forward while the scores are there: three products, but a loss that can
+    """The same, with the gradients made in the forward while the scores exist: three matmuls, but a loss that can
     only be scaled afterwards, and fp32 gradients that exist from the forward on."""
     targets = w.targets_N()
-    return _step(
+    return loss_step(
         lambda q, k: _Chunked.apply(
             F.normalize(q, dim=-1), F.normalize(k, dim=-1), targets, w.scale, w.rows_of_a_chunk, True
         )
@@ -157,7 +144,7 @@ class _Chunked(torch.autograd.Function):
         if one_pass:
             gradients = _Gradients(u_NE, v_ME)
         for at in spans(len(u_NE), rows):
-            scores = _product(u_NE[at], v_ME.T).mul_(scale)
+            scores = _matmul(u_NE[at], v_ME.T).mul_(scale)
             lse_N[at] = scores.logsumexp(1)
             loss += (lse_N[at] - scores.gather(1, targets_N[at, None])[:, 0]).sum()
             if one_pass:
@@ -173,7 +160,7 @@ class _Chunked(torch.autograd.Function):
         if found is None:
             found = _Gradients(u_NE, v_ME)
             for at in spans(len(u_NE), rows):
-                scores = _product(u_NE[at], v_ME.T).mul_(scale)
+                scores = _matmul(u_NE[at], v_ME.T).mul_(scale)
                 found.add(at, scores, lse_N, targets_N, scale / len(u_NE))
         du_NE, dv_ME = (x.mul_(gradient).to(u_NE.dtype) for x in (found.du_NE, found.dv_ME))
         return du_NE, dv_ME, None, None, None, None
@@ -191,15 +178,15 @@ class _Gradients:
         rows = torch.arange(len(coefficients), device=coefficients.device)
         coefficients[rows, targets_N[at]] -= 1
         coefficients = coefficients.mul_(factor).to(self.u_NE.dtype)
-        self.du_NE[at] = _product(coefficients, self.v_ME)
-        self.dv_ME += _product(coefficients.T, self.u_NE[at])
+        self.du_NE[at] = _matmul(coefficients, self.v_ME)
+        self.dv_ME += _matmul(coefficients.T, self.u_NE[at])
 
 
 def _wide(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _product(a, b):
+def _matmul(a, b):
     """a b in fp32 at least."""
     if a.is_cuda and a.dtype != _wide(a):
         return torch.mm(a, b, out_dtype=_wide(a))
@@ -208,8 +195,7 @@ def _product(a, b):
 
 def sentence_transformers_cached(w: Workload) -> Step:
     """The head of CachedMultipleNegativesRankingLoss: its own loss over embeddings, backward chunk by chunk."""
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise Unavailable("sentence-transformers is not installed")
+    need_package("sentence_transformers", "sentence-transformers")
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
 
     # It looks into the model's first module, and the head never calls it.
@@ -218,7 +204,7 @@ def sentence_transformers_cached(w: Workload) -> Step:
 
     def step(q, k):
         columns = [x.detach().requires_grad_() for x in (q, *k.split(w.n))]
-        # Its similarity widens bf16; a trainer with bf16=True runs it under autocast, which makes the product bf16 again.
+        # Its similarity widens bf16; a trainer with bf16=True runs it under autocast, which makes the matmul bf16 again.
         with torch.autocast(w.device.type, w.dtype, enabled=w.dtype == torch.bfloat16):
             loss = head.calculate_loss([[x] for x in columns], with_backward=True)
         return loss, columns[0].grad, torch.cat([x.grad for x in columns[1:]])
@@ -228,10 +214,8 @@ def sentence_transformers_cached(w: Workload) -> Step:
 
 def inf_cl(w: Workload) -> Step:
     """Inf-CL (Cheng et al. 2024, arXiv 2410.17243) on one GPU, on embeddings normalised outside, as its authors use it."""
-    if w.device.type != "cuda":
-        raise Unavailable("CUDA only")
-    if importlib.util.find_spec("inf_cl") is None:
-        raise Unavailable("inf-cl is not installed")
+    need_cuda(w.device)
+    need_package("inf_cl", "inf-cl")
     from inf_cl import cal_flash_loss
 
     # It cuts the embeddings into pieces of one width; 256 is its own choice.
@@ -243,11 +227,11 @@ def inf_cl(w: Workload) -> Step:
     def loss_of(q, k):
         return cal_flash_loss(F.normalize(q, dim=-1), F.normalize(k, dim=-1), targets, scale, width).mean()
 
-    return _step(loss_of)
+    return loss_step(loss_of)
 
 
-def bare_products(w: Workload) -> Step:
-    """Only the matrix products of a step, by the library, chunk by chunk: no loss comes out of it."""
+def bare_matmuls(w: Workload) -> Step:
+    """Only the matmuls of a step, by torch, chunk by chunk: no loss is computed."""
     rows = max(1, min(w.n, (2 << 30) // (w.m * w.itemsize)))
     scores = torch.empty(rows, w.m, device=w.device, dtype=w.dtype)
     dq, dk = (torch.empty(n, w.e, device=w.device, dtype=w.dtype) for n in (w.n, w.m))
@@ -256,7 +240,7 @@ def bare_products(w: Workload) -> Step:
     def step(q, k):
         for at in spans(w.n, rows):
             out = scores[: at.stop - at.start]
-            for _ in range(w.products - 2):
+            for _ in range(w.matmuls - 2):
                 torch.mm(q[at], k.T, out=out)
             torch.mm(out, k, out=dq[at])
             torch.mm(out.T, q[at], out=dk)

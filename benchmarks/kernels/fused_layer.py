@@ -3,37 +3,19 @@
 l2v bench fused_layer [--quick] [--out FOLDER]
 
 The layer is that of the recipe (rank 16, dropout 0.05 on all seven linears) with frozen weights. "fused, no LoRA" is the
-layer's own forward and input gradient: what LoRA costs is the difference. On a CPU it runs tiny sizes, as a smoke test of
-itself, and says so in everything it writes.
+layer's own forward and input gradient: what LoRA costs is the difference. On a CPU it runs tiny sizes as a smoke
+test, and labels everything it writes as one.
 """
 
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from benchmarks.harness import (
-    SMOKE,
-    Ceilings,
-    Result,
-    Target,
-    arguments,
-    bars,
-    device_facts,
-    fill,
-    headline,
-    measure_ceilings,
-    peak_memory,
-    reason,
-    release,
-    table,
-    targets_table,
-    tflops_panels,
-    time_interleaved,
-    write,
-)
+from benchmarks.command import Comparison, Setup
+from benchmarks.harness import Ceilings, Result, Target, attempt, peak_memory, release, time_results
 from l2v.batch import PackedBatch, Segment, pack
 from l2v.model.load import inner_model, load_model
 from l2v.model.lora import add_lora, trainable
@@ -136,7 +118,7 @@ def step_of(model: PackedDecoder, batch: PackedBatch) -> Callable[[], list[torch
 
 
 def flops(config: dict, w: Workload, layers: int) -> float:
-    """4N a token for frozen linears, and attention's products: 4 forward and 10 backward for each pair and dimension."""
+    """4N a token for frozen linears, and attention's matmuls: 4 forward and 10 backward for each pair and dimension."""
     E, heads = config["hidden_size"], config["num_attention_heads"]
     shape = LayerShape(E, config["intermediate_size"], heads, config["num_key_value_heads"], E // heads, layers)
     return layers * w.tokens * (4 * shape.linear_parameters + 14 * w.length * E)
@@ -154,28 +136,26 @@ def run(w: Workload, config: dict, ceilings: Ceilings, device: torch.device, sec
         if variant.compiled and device.type != "cuda":
             result.skipped = "compiled for CUDA only"
             continue
-        try:
+        with attempt(result):
             step = step_of(model_of(variant, config, device, dtype, layers), batch)
             found = step()
             if variant.lora == LORA:
-                if truth is None:
-                    truth = found
-                scale = max(float(t.float().abs().max()) for t in truth[1:])
-                off = max(float((a.float() - b.float()).abs().max()) for a, b in zip(found[1:], truth[1:], strict=True))
-                result.error = off / scale
-                if result.error > (0.05 if dtype == torch.bfloat16 else 1e-4):
-                    raise ValueError(f"gradients differ from those of '{VARIANTS[0].name}' by {result.error:.1e}")
+                truth = truth or found
+                result.error = error_of(found, truth, dtype)
             result.memory = peak_memory(step, device)
-        except Exception as failure:  # whatever another library raises is its result
-            result.skipped = reason(failure)
-            release(device)
-            continue
-        calls[variant.name] = [step]
-    times = time_interleaved(calls, device, seconds)
-    for result in results:
-        if result.provider in times:
-            fill(result, times[result.provider], ceilings)
+            calls[variant.name] = [step]
+        release(device)
+    time_results(results, calls, device, ceilings, seconds)
     return results
+
+
+def error_of(found: list[torch.Tensor], truth: list[torch.Tensor], dtype: torch.dtype) -> float:
+    """Largest difference of gradients, over the largest gradient. Raises: ValueError if it is more than rounding."""
+    scale = max(float(t.float().abs().max()) for t in truth[1:])
+    error = max(float((a.float() - b.float()).abs().max()) for a, b in zip(found[1:], truth[1:], strict=True)) / scale
+    if error > (0.05 if dtype == torch.bfloat16 else 1e-4):
+        raise ValueError(f"gradients differ from those of '{VARIANTS[0].name}' by {error:.1e}")
+    return error
 
 
 def targets(results: list[Result], smoke: bool) -> list[Target]:
@@ -189,27 +169,22 @@ def targets(results: list[Result], smoke: bool) -> list[Target]:
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints the table and writes it; the exit code is 1 if a fused variant was wrong or failed."""
-    options = arguments("fused_layer", __doc__, quick="one workload").parse_args(argv)
-    device = torch.empty(0, device=options.device).device
-    facts, ceilings = device_facts(device), measure_ceilings(device)
-    smoke = facts["smoke"]
-    if smoke:
-        print(SMOKE)
-    results: list[Result] = []
-    for w in workloads(device, options.quick):
-        results += run(w, MINI if smoke else LLAMA3_8B, ceilings, device, seconds=0.05 if smoke else 3.0)
-    aims = targets(results, smoke)
-    text = f"{headline(facts)}\n\n{table(results)}\n\n{targets_table(aims)}"
-    print(text)
-    if options.out:
-        data = {"facts": facts, "ceilings": asdict(ceilings)}
-        data |= {"results": [asdict(x) for x in results], "targets": [x.row() for x in aims]}
-        label = " (CPU smoke test)" if smoke else ""
-        panels = tflops_panels(results, lambda x: f"{x.direction}{label}")
-        write(options.out, "fused_layer", data, text, lambda: bars(panels))
-    return int(any(x.provider.startswith("fused") and x.median is None for x in results))
+def parts(setup: Setup) -> Iterator[Callable[[], list[Result]]]:
+    """A call for each workload."""
+    config, seconds = MINI if setup.smoke else LLAMA3_8B, setup.seconds(quick=3.0, full=3.0, smoke=0.05)
+    for w in workloads(setup.device, setup.quick):
+        yield lambda w=w: run(w, config, setup.ceilings, setup.device, seconds)
+
+
+BENCHMARK = Comparison(
+    name="fused_layer",
+    doc=__doc__,
+    quick="one workload",
+    parts=parts,
+    targets=targets,
+    ours=("fused",),
+)
+main = BENCHMARK.main
 
 
 if __name__ == "__main__":

@@ -2,52 +2,41 @@
 
 l2v bench linear_cross_entropy [--quick] [--shape L V E] [--dtype bf16|fp32] [--out FOLDER]
 
-On a CPU it runs tiny sizes, as a smoke test of itself, and says so in everything it writes; --shape runs a size of yours.
+On a CPU it runs tiny sizes as a smoke test, and labels everything it writes as one; --shape runs a given size instead.
 """
 
-import importlib.metadata
-import importlib.util
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.command import Comparison, Setup
 from benchmarks.harness import (
-    SMOKE,
     Ceilings,
     Result,
     Target,
     Unavailable,
-    arguments,
-    bars,
-    device_facts,
-    fill,
-    headline,
-    markdown,
-    measure_ceilings,
-    peak_memory,
-    reason,
-    release,
+    compiled,
+    need_cuda,
+    need_package,
     sets_beyond_cache,
-    table,
-    targets_table,
-    tflops_panels,
-    time_interleaved,
-    write,
+    time_results,
 )
+from benchmarks.kernels.losses import STEP, by_workload, loss_step, prepare
+from benchmarks.kernels.losses import comparison as ratios
+from benchmarks.pages import Panel, headline, table, targets_table, tflops_panels
 from l2v_kernels import linear_cross_entropy
 
 Step = Callable[[torch.Tensor], tuple[torch.Tensor | None, torch.Tensor]]
 """hidden_LE -> (loss, its gradient of hidden)."""
 
-STEP = "forward+backward"
 LLAMA = (3277, 128256, 4096)
 """A fifth of 16,384 tokens, Llama-3-8B's head."""
 SIZES = (LLAMA, (8192, 131072, 4096), (16384, 128256, 4096), (3277, 151936, 896), (3277, 49152, 576))
 QUICK = SIZES[:2]
-HEAD_OF_A_STEP = 0.02 * 780
+HEAD_MS_LIMIT = 0.02 * 780
 """Milliseconds: a fiftieth of a step of 16,384 tokens at 21,000 tokens a second."""
 
 
@@ -67,12 +56,12 @@ class Workload:
 
     @property
     def flops(self) -> float:
-        """Two products: logits, and the gradient of hidden. The head is frozen, so there is no third."""
+        """Two matmuls: logits, and the gradient of hidden. The head is frozen, so there is no third."""
         return 4.0 * self.n * self.v * self.e
 
     @property
     def bytes(self) -> float:
-        """The weight read by both products, hidden and its gradient."""
+        """The weight read by both matmuls, hidden and its gradient."""
         return (2.0 * self.v + 2 * self.n) * self.e * self.dtype.itemsize
 
     @property
@@ -96,16 +85,8 @@ def workloads(device: torch.device, quick: bool) -> list[Workload]:
     return [Workload(*sizes, device, torch.bfloat16) for sizes in (QUICK if quick else SIZES)]
 
 
-def _step(loss_of) -> Step:
-    def step(hidden):
-        loss = loss_of(hidden)
-        return loss.detach(), torch.autograd.grad(loss, hidden)[0]
-
-    return step
-
-
 def l2v(w: Workload, weight, labels) -> Step:
-    return _step(lambda hidden: linear_cross_entropy(hidden, weight, labels, count=1)[0])
+    return loss_step(lambda hidden: linear_cross_entropy(hidden, weight, labels, count=1)[0])
 
 
 def _logits(weight, labels):
@@ -114,51 +95,42 @@ def _logits(weight, labels):
 
 def torch_logits(w: Workload, weight, labels) -> Step:
     """As everyone writes it: logits in the model's dtype, cross-entropy in fp32."""
-    return _step(_logits(weight, labels))
+    return loss_step(_logits(weight, labels))
 
 
 def torch_compiled(w: Workload, weight, labels) -> Step:
-    if w.device.type != "cuda":
-        raise Unavailable("compiling for a CPU takes longer than all the rest")
-    # Sizes are compiled one by one, and after eight of them it would quietly stop compiling.
-    torch.compiler.reset()
-    return _step(torch.compile(_logits(weight, labels), dynamic=False))
+    return loss_step(compiled(_logits(weight, labels), w.device))
 
 
 def torch_chunked(w: Workload, weight, labels) -> Step:
-    """PyTorch's own, in chunks of its own choice, its gradient made in the forward as well."""
+    """PyTorch's own, in chunks that it chooses itself, with the gradient computed in the forward."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Unavailable("needs torch 2.13")
     options = torch.nn.LinearCrossEntropyOptions()
-    return _step(lambda hidden: F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options))
+    return loss_step(lambda hidden: F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options))
 
 
 def liger(w: Workload, weight, labels) -> Step:
     """Liger-Kernel (Hsu et al. 2024, arXiv 2410.10989)."""
-    _needs_gpu(w, "liger_kernel", "liger-kernel")
+    need_cuda(w.device)
+    need_package("liger_kernel", "liger-kernel")
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-    return _step(lambda hidden: loss(weight, hidden, labels))
+    return loss_step(lambda hidden: loss(weight, hidden, labels))
 
 
 def cut_cross_entropy(w: Workload, weight, labels) -> Step:
-    """Cut cross-entropy (Wijmans et al. 2024, arXiv 2411.09009), as it comes: it leaves out gradients below bf16's epsilon."""
-    _needs_gpu(w, "cut_cross_entropy", "cut-cross-entropy")
+    """Cut cross-entropy (Wijmans et al. 2024, arXiv 2411.09009), with its defaults: it skips gradients below bf16's epsilon."""
+    need_cuda(w.device)
+    need_package("cut_cross_entropy", "cut-cross-entropy")
     from cut_cross_entropy import linear_cross_entropy as cut
 
-    return _step(lambda hidden: cut(hidden, weight, labels, reduction="sum"))
+    return loss_step(lambda hidden: cut(hidden, weight, labels, reduction="sum"))
 
 
-def _needs_gpu(w, module, package):
-    if w.device.type != "cuda":
-        raise Unavailable("CUDA only")
-    if importlib.util.find_spec(module) is None:
-        raise Unavailable(f"{package} is not installed")
-
-
-def bare_products(w: Workload, weight, labels) -> Step:
-    """Only the two products, by the library, a chunk at a time: no loss comes out of it."""
+def bare_matmuls(w: Workload, weight, labels) -> Step:
+    """Only the two matmuls, by torch, a chunk at a time: no loss is computed."""
     rows = min(w.n, 1024)
     logits = torch.empty(rows, w.v, device=w.device, dtype=w.dtype)
     gradient = torch.empty(w.n, w.e, device=w.device, dtype=w.dtype)
@@ -177,7 +149,6 @@ def bare_products(w: Workload, weight, labels) -> Step:
 
 PROVIDERS = (l2v, torch_logits, torch_compiled, torch_chunked, liger, cut_cross_entropy)
 PEERS = tuple(p.__name__ for p in PROVIDERS[1:])
-BARE = bare_products.__name__
 
 
 @torch.no_grad()
@@ -194,45 +165,35 @@ def exact_gradient(w: Workload, weight, labels, hidden) -> torch.Tensor:
 
 
 def error_of(w: Workload, step: Step, hidden, exact) -> float:
-    """Relative error of the gradient. Errors: ValueError if it is more than logits in the model's dtype explain."""
+    """Relative error of the gradient. Raises: ValueError if it is more than logits in the model's dtype explain."""
     error = float((step(hidden)[1].to(exact.dtype) - exact).norm() / exact.norm())
     if not error < (3e-2 if w.dtype == torch.bfloat16 else 1e-4):
         raise ValueError(f"wrong gradient: relative error {error:.1e}")
     return error
 
 
+def checked(w: Workload, weight, labels, hidden) -> Callable[[Step], float]:
+    """`error_of`, with the exact gradient computed once."""
+    exact = exact_gradient(w, weight, labels, hidden)
+    return lambda step: error_of(w, step, hidden, exact)
+
+
 def run(w: Workload, ceilings: Ceilings, seconds: float, rounds: int = 5) -> list[Result]:
     """All providers on one workload, on one head."""
     weight, labels = w.head()
-    sets = [w.hidden() for _ in range(sets_beyond_cache(w.bytes, w.device))]
-    exact, results, calls = exact_gradient(w, weight, labels, sets[0]), [], {}
+    sets = [(w.hidden(),) for _ in range(sets_beyond_cache(w.bytes, w.device))]
     facts = {"n": w.n, "v": w.v, "e": w.e, "logits_s": w.bytes_of_logits / ceilings.bandwidth}
-    for provider in (bare_products, *PROVIDERS):
-        result = Result(w.name, provider.__name__, STEP, flops=w.flops, bytes=w.bytes, facts=dict(facts))
-        results.append(result)
-        try:
-            step = provider(w, weight, labels)
-            if provider is not bare_products:
-                result.error = error_of(w, step, sets[0], exact)
-                result.memory = peak_memory(lambda s=step: s(sets[0]), w.device)
-            calls[result.provider] = [lambda x=x, s=step: s(x) for x in sets]
-        except Exception as error:  # whatever another library raises is its result
-            result.skipped = reason(error)
-            result.facts["failed"] = not isinstance(error, Unavailable)
-        release(w.device)
-    del exact
-    found = time_interleaved(calls, w.device, seconds, rounds)
-    for result in results:
-        if result.provider in found:
-            fill(result, found[result.provider], ceilings)
+    providers = {p.__name__: p for p in (bare_matmuls, *PROVIDERS)}
+    results = [Result(w.name, name, STEP, flops=w.flops, bytes=w.bytes, facts=dict(facts)) for name in providers]
+    calls = prepare(
+        results,
+        lambda name: providers[name](w, weight, labels),
+        checked(w, weight, labels, *sets[0]),
+        sets,
+        w.device,
+    )
+    time_results(results, calls, w.device, ceilings, seconds, rounds)
     return results
-
-
-def by_workload(results: list[Result]) -> dict[str, dict[str, Result]]:
-    out: dict[str, dict[str, Result]] = {}
-    for x in results:
-        out.setdefault(x.workload, {})[x.provider] = x
-    return out
 
 
 def targets(results: list[Result], smoke: bool) -> list[Target]:
@@ -249,7 +210,7 @@ def targets(results: list[Result], smoke: bool) -> list[Target]:
         return min((peer / ours for ours, peer in pairs if ours and peer), default=None)
 
     return [
-        Target(f"a fiftieth of a step of 16,384 tokens (H200), {name}", HEAD_OF_A_STEP, time, unit="ms"),
+        Target(f"a fiftieth of a step of 16,384 tokens (H200), {name}", HEAD_MS_LIMIT, time, unit="ms"),
         Target(f"peak memory beyond the inputs, {name}: workspace + 2 gradients", limit / 2**20, memory, unit="MiB"),
         Target("time of the fastest of torch's / time", 1.0, worst(*(p for p in PEERS if "torch" in p)), at_least=True),
         Target("time of liger / time", 1.0, worst("liger"), at_least=True),
@@ -258,68 +219,53 @@ def targets(results: list[Result], smoke: bool) -> list[Target]:
 
 
 def comparison(results: list[Result]) -> str:
-    """Markdown, a row a workload: the op against its floors, and the peers' times over the op's."""
-    rows = []
-    for workload, found in by_workload(results).items():
-        ours, bare = found["l2v"].median, found[BARE].median
-        logits = found["l2v"].facts["logits_s"]
-        row = [workload, f"{bare * 1e6:.0f}" if bare else "", f"{logits * 1e6:.0f}"]
-        row += [f"{ours / bare:.2f}", f"{ours / (bare + logits):.2f}"] if ours and bare else ["", ""]
-        for peer in (found[p] for p in PEERS):
-            absent = "" if peer.skipped.startswith("Unavailable") else peer.skipped
-            row.append(f"{peer.median / ours:.2f}" if ours and peer.median else absent)
-        rows.append(row)
-    head = ["workload", "bare us", "logits us", "l2v / bare", "l2v / (bare + logits)"]
-    return markdown(head + [f"{p} / l2v" for p in PEERS], rows)
+    """Markdown, a row a workload."""
+    return ratios(results, PEERS, "logits")
 
 
 def report(results: list[Result], found: list[Target], facts: dict) -> str:
     """The Markdown page."""
     return (
         f"{headline(facts)}\n\n## Targets\n\n{targets_table(found)}\n\n## Ratios\n\n"
-        "Labels x vocabulary x hidden size. `bare us`: the two matrix products alone, timed in turns with the rest; `logits "
+        "Labels x vocabulary x hidden size. `bare us`: the two matmuls alone, timed in turns with the rest; `logits "
         "us`: what fp32 logits move through memory, at the bandwidth of a large copy. A peer's ratio above 1: it is slower. "
         f"Liger's and torch's peers make no gradient of the weight either: it needs none.\n\n{comparison(results)}\n\n## All"
         f"\n\n{table(results)}"
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints the tables and writes them; the exit code is 1 if this library was wrong or failed."""
-    parser = arguments("linear_cross_entropy", __doc__, quick="two sizes: a minute on a GPU")
-    parser.add_argument("--shape", type=int, nargs=3, metavar=("L", "V", "E"), help="this size only, also on a CPU")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of --shape (default: bf16 on a GPU, fp32 on a CPU)")
-    options = parser.parse_args(argv)
-    device = torch.empty(0, device=options.device).device
-    torch.manual_seed(0)
-    facts, ceilings = device_facts(device), measure_ceilings(device)
-    for name in ("liger-kernel", "cut-cross-entropy"):
-        facts[name] = importlib.metadata.version(name) if importlib.util.find_spec(name.replace("-", "_")) else None
-    if facts["smoke"]:
-        print(SMOKE)
-    chosen = workloads(device, options.quick)
-    if options.shape:
-        default = "fp32" if facts["smoke"] else "bf16"
-        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype or default]
-        chosen = [Workload(*options.shape, device, dtype)]
-    seconds = 0.02 if facts["smoke"] else 0.2 if options.quick else 0.5
-    results: list[Result] = []
+def panels(results: list[Result], label: str) -> list[Panel]:
+    """TFLOP/s."""
+    return tflops_panels(results, lambda x: f"loss and gradient{label}")
+
+
+def parts(setup: Setup) -> Iterator[Callable[[], list[Result]]]:
+    """A call for each workload."""
+    chosen, shape = workloads(setup.device, setup.quick), setup.options.shape
+    if shape:
+        default = "fp32" if setup.smoke else "bf16"
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[setup.options.dtype or default]
+        chosen = [Workload(*shape, setup.device, dtype)]
+    seconds, rounds = setup.seconds(quick=0.2, full=0.5), 3 if setup.quick else 7
     for w in chosen:
-        new = run(w, ceilings, seconds, rounds=3 if options.quick else 7)
-        results += new
-        release(device)
-        print(table(new), flush=True)
-        if options.out:
-            # After each size, so that what was measured is kept if the time runs out.
-            found = targets(results, facts["smoke"])
-            data = {"facts": facts, "ceilings": asdict(ceilings), "targets": [x.row() for x in found]}
-            data["results"] = [asdict(x) for x in results]
-            label = " (CPU smoke test)" if facts["smoke"] else ""
-            drawn = tflops_panels(results, lambda x, end=label: f"loss and gradient{end}")
-            text = report(results, found, facts)
-            write(options.out, "linear_cross_entropy", data, text, lambda d=drawn: bars(d))
-    print(targets_table(targets(results, facts["smoke"])))
-    return int(any(x.median is None and x.facts.get("failed", True) for x in results if x.provider == "l2v"))
+        yield lambda w=w: run(w, setup.ceilings, seconds, rounds)
+
+
+BENCHMARK = Comparison(
+    name="linear_cross_entropy",
+    doc=__doc__,
+    quick="two sizes: a minute on a GPU",
+    options={
+        "--shape": {"type": int, "nargs": 3, "metavar": ("L", "V", "E"), "help": "this size only, also on a CPU"},
+        "--dtype": {"choices": ("bf16", "fp32"), "help": "of --shape (default: bf16 on a GPU, fp32 on a CPU)"},
+    },
+    parts=parts,
+    targets=targets,
+    page=report,
+    panels=panels,
+    packages=("liger-kernel", "cut-cross-entropy"),
+)
+main = BENCHMARK.main
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ python -m benchmarks.kernels.resources_attention --arch 90 --head-dim 128  a par
 import argparse
 import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from benchmarks.kernels.aot import MATRIX_INSTRUCTION, Usage, build
+from benchmarks.kernels.aot import MATRIX_INSTRUCTION, Usage, build, print_usage
 from l2v_kernels.attention.config import ARCHITECTURES, Config, Kind, default
 from l2v_kernels.attention.kernel_backward import key_gradient_kernel, query_gradient_kernel
 from l2v_kernels.attention.kernel_forward import forward_kernel
@@ -42,7 +42,7 @@ class Case:
 
     @property
     def matrix(self) -> str | None:
-        """The tensor-core instruction this build must have; None for fp32, whose products are exact."""
+        """The tensor-core instruction this build must have; None for fp32, whose matmuls are exact."""
         if self.dtype == "fp32":
             return None
         rows = self.config.block_n if self.kind == "key" else self.config.block_m
@@ -50,7 +50,7 @@ class Case:
         return "HMMA" if rows < 64 else MATRIX_INSTRUCTION[self.arch]
 
     def build(self, config: Config | None = None, disassemble: bool = True) -> Usage:
-        """Errors: whatever Triton or ptxas raise."""
+        """Raises: whatever Triton or ptxas raise."""
         kernel, config = KERNELS[self.kind], config or self.config
         signature = {p.name: _type(p.name, self.dtype) for p in kernel.params if not p.is_constexpr}
         constants = {
@@ -80,9 +80,15 @@ def _type(name, dtype):
     return "fp32" if name.startswith("scale") else "i32"
 
 
-def markdown_row(cells: Iterable[object]) -> str:
-    """One line of a Markdown table."""
-    return f"| {' | '.join(map(str, cells))} |"
+def rows(options: argparse.Namespace) -> Iterator[tuple[tuple, Case]]:
+    """The cases that were asked for, with their cells of the table."""
+    for dtype, kind, head_dim, arch, short, dropout in itertools.product(
+        options.dtype, options.kernel, options.head_dim, options.arch, (False, True), (False, True)
+    ):
+        case = Case(kind, arch, head_dim, dtype, short, dropout)
+        config, segments = case.config, "short" if short else "long"
+        cells = (kind, head_dim, dtype, segments, "yes" if dropout else "no", arch)
+        yield (*cells, f"{config.block_m} x {config.block_n}", config.num_warps, config.num_stages), case
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,30 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kernel", nargs="+", default=tuple(KERNELS), choices=tuple(KERNELS))
     parser.add_argument("--dtype", nargs="+", default=("bf16",), choices=("bf16", "fp16", "fp32"))
     options = parser.parse_args(argv)
-    columns = "kernel", "D", "type", "segments", "dropout", "sm", "tile", "warps", "stages", "registers", "shared-KB"
-    columns += "spills-B", "unit"
-    print(f"{markdown_row(columns)}\n|{'---|' * len(columns)}")
-    bad = 0
-    for dtype, kind, head_dim, arch, short, dropout in itertools.product(
-        options.dtype, options.kernel, options.head_dim, options.arch, (False, True), (False, True)
-    ):
-        case = Case(kind, arch, head_dim, dtype, short, dropout)
-        used, config = case.build(), case.config
-        bad += bool(used.problems(arch, case.matrix))
-        tile, unit = f"{config.block_m} x {config.block_n}", ", ".join(sorted(used.matrix)) or "FFMA"
-        row = (
-            kind,
-            head_dim,
-            dtype,
-            "short" if short else "long",
-            "yes" if dropout else "no",
-            arch,
-            tile,
-            config.num_warps,
-        )
-        row += config.num_stages, used.registers, f"{used.shared / 1024:.0f}", used.stack, unit
-        print(markdown_row(row), flush=True)
-    return bool(bad)
+    head = ("kernel", "D", "type", "segments", "dropout", "sm", "tile", "warps", "stages")
+    return bool(print_usage(head, rows(options), no_unit="FFMA"))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ python -m benchmarks.kernels.resources_info_nce --arch 90      a part of it
 import argparse
 import itertools
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.kernels.aot import MATRIX_INSTRUCTION, Usage, build
-from benchmarks.kernels.resources_attention import markdown_row
+from benchmarks.kernels.aot import MATRIX_INSTRUCTION, Usage, build, print_usage
 from l2v_kernels.info_nce import kernel_elementwise, kernel_fused
 from l2v_kernels.info_nce.config import ARCHITECTURES, GROUP, Config, elementwise, fused
 
@@ -63,16 +63,15 @@ class Case:
 
     @property
     def matrix(self) -> str | None:
-        """The tensor-core instruction this build must have; None where it multiplies nothing, or exactly."""
+        """The tensor-core instruction this build must have; None where it has no matmul, or an exact one."""
         if not self.kernel.startswith("fused") or self.dtype == "fp32":
             return None
         return "HMMA" if self.config.block_r < 64 else MATRIX_INSTRUCTION[self.arch]
 
     def build(self, disassemble: bool = True) -> Usage:
-        """Errors: whatever Triton or ptxas raise."""
+        """Raises: whatever Triton or ptxas raise."""
         kernel, config = KERNELS[self.kernel], self.config
-        products = self.kernel.startswith("fused")
-        meta = config.meta(products=products)
+        meta = config.meta(products=self.kernel.startswith("fused"))
         num_warps, num_stages = meta.pop("num_warps"), meta.pop("num_stages")
         constants = self.flags | meta
         constants |= {"P": self.prefixes, "PREFIXES": 1 << (self.prefixes - 1).bit_length(), "GROUP": GROUP}
@@ -90,6 +89,17 @@ class Case:
         return special.get(name, "*fp32" if name.endswith("_ptr") else "i32")
 
 
+def rows(options: argparse.Namespace) -> Iterator[tuple[tuple, Case]]:
+    """The cases that were asked for, with their cells of the table."""
+    for kernel, arch, chosen, prefixes in itertools.product(
+        options.kernel, options.arch, options.options, options.prefixes
+    ):
+        case = Case(kernel, arch, chosen, prefixes)
+        config = case.config
+        tile = f"{config.block_r} x {config.block_c}" + (f" x {config.block_k}" if config.block_k else "")
+        yield (kernel, chosen, prefixes, arch, tile, config.num_warps, config.num_stages), case
+
+
 def main(argv: list[str] | None = None) -> int:
     """Prints a Markdown table; the exit code is 1 if a build may not ship."""
     parser = argparse.ArgumentParser(
@@ -100,32 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--options", nargs="+", default=("none", "ids", "all"), choices=tuple(OPTIONS))
     parser.add_argument("--prefixes", type=int, nargs="+", default=(1, 6))
     options = parser.parse_args(argv)
-    columns = (
-        "kernel",
-        "options",
-        "prefixes",
-        "sm",
-        "tile",
-        "warps",
-        "stages",
-        "registers",
-        "shared-KB",
-        "spills-B",
-        "unit",
-    )
-    print(f"{markdown_row(columns)}\n|{'---|' * len(columns)}")
-    bad = 0
-    for kernel, arch, chosen, prefixes in itertools.product(
-        options.kernel, options.arch, options.options, options.prefixes
-    ):
-        case = Case(kernel, arch, chosen, prefixes)
-        used, config = case.build(), case.config
-        bad += bool(used.problems(arch, case.matrix))
-        tile = f"{config.block_r} x {config.block_c}" + (f" x {config.block_k}" if config.block_k else "")
-        unit = ", ".join(sorted(used.matrix)) or "none"
-        row = kernel, chosen, prefixes, arch, tile, config.num_warps, config.num_stages, used.registers
-        print(markdown_row((*row, f"{used.shared / 1024:.0f}", used.stack, unit)), flush=True)
-    return bool(bad)
+    head = ("kernel", "options", "prefixes", "sm", "tile", "warps", "stages")
+    return bool(print_usage(head, rows(options), no_unit="none"))
 
 
 if __name__ == "__main__":

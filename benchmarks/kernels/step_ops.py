@@ -2,36 +2,19 @@
 
 l2v bench step_ops [--quick] [--out FOLDER]
 
-On a CPU it runs tiny sizes, as a smoke test of itself, and says so in everything it writes.
+On a CPU it runs tiny sizes as a smoke test, and labels everything it writes as one.
 """
 
-import importlib.metadata
 import sys
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks.harness import (
-    SMOKE,
-    Ceilings,
-    Result,
-    Unavailable,
-    arguments,
-    bars,
-    device_facts,
-    fill,
-    headline,
-    markdown,
-    measure_ceilings,
-    peak_memory,
-    reason,
-    release,
-    sets_beyond_cache,
-    time_interleaved,
-    write,
-)
+from benchmarks.command import Comparison, Setup
+from benchmarks.harness import Ceilings, Result, Target, attempt, peak_memory, release, sets_beyond_cache, time_results
 from benchmarks.kernels.attention import sentences
 from benchmarks.kernels.step_ops_peers import PROVIDERS, Step, Workload, definition
+from benchmarks.pages import Panel, headline, markdown
 
 TOKENS, HIDDEN, FFN, HEADS, HEAD = 16384, 4096, 14336, 32, 128
 
@@ -63,7 +46,7 @@ def outcome(step: Step, leaves: tuple[torch.Tensor, ...], grads: list[torch.Tens
 
 
 def error_of(got: list[torch.Tensor], exact: list[torch.Tensor], dtype: torch.dtype) -> float:
-    """Largest relative error. Errors: ValueError if it is more than a few roundings of the dtype explain."""
+    """Largest relative error. Raises: ValueError if it is more than a few roundings of the dtype explain."""
     error = max(
         float((x.double() - want.double()).norm() / want.double().norm()) for x, want in zip(got, exact, strict=True)
     )
@@ -86,39 +69,36 @@ def run(w: Workload, ceilings: Ceilings, seconds: float) -> list[Result]:
         name = provider.__name__
         both = [Result(w.name, name, d, bytes=w.bytes(d == "backward")) for d in calls]
         results += both
-        try:
+        with attempt(*both):
             step = provider(w)
             error = error_of(outcome(step, sets[0], grads), exact, w.dtype)
             memory = peak_memory(lambda s=step: torch.autograd.grad(s(*sets[0]), sets[0], grads), w.device)
             # The graphs are kept: a backward is timed by itself, again and again.
             graphs = [step(*x) for x in sets]
-        except Exception as failure:  # whatever another library raises is its result
+            calls["forward"][name] = [lambda x=x, s=step: _forward(s, x) for x in sets]
+            calls["backward"][name] = [
+                lambda x=x, y=y: _backward(y, x, grads) for x, y in zip(sets, graphs, strict=True)
+            ]
             for result in both:
-                result.skipped = reason(failure)
-                result.facts["failed"] = not isinstance(failure, Unavailable)
-            release(w.device)
-            continue
-
-        def ahead(leaves, step=step):
-            with torch.no_grad():
-                step(*leaves)
-
-        def back(leaves, graph):
-            torch.autograd.grad(graph, leaves, grads, retain_graph=True)
-
-        calls["forward"][name] = [lambda x=x, go=ahead: go(x) for x in sets]
-        calls["backward"][name] = [lambda x=x, y=y: back(x, y) for x, y in zip(sets, graphs, strict=True)]
-        for result in both:
-            result.error, result.memory = error, memory
+                result.error, result.memory = error, memory
+        release(w.device)
     del exact
     for direction, variants in calls.items():
-        times = time_interleaved(variants, w.device, seconds)
-        for result in results:
-            if result.direction == direction and result.provider in times:
-                fill(result, times[result.provider], ceilings)
-                result.roofline = result.bytes / ceilings.bandwidth / result.median
-                result.facts["gigabytes_per_second"] = result.bytes / result.median / 1e9
+        time_results([x for x in results if x.direction == direction], variants, w.device, ceilings, seconds)
+    for result in results:
+        if result.median:
+            result.roofline = result.bytes / ceilings.bandwidth / result.median
+            result.facts["gigabytes_per_second"] = result.bytes / result.median / 1e9
     return results
+
+
+@torch.no_grad()
+def _forward(step, leaves):
+    step(*leaves)
+
+
+def _backward(graph, leaves, grads):
+    torch.autograd.grad(graph, leaves, grads, retain_graph=True)
 
 
 def table(results: list[Result]) -> str:
@@ -135,19 +115,12 @@ def table(results: list[Result]) -> str:
     return markdown(head, rows)
 
 
-def liger_version() -> str | None:
-    try:
-        return importlib.metadata.version("liger-kernel")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def rate(x: Result) -> float:
     """GB/s, 0 where it was not measured."""
     return x.facts.get("gigabytes_per_second", 0.0)
 
 
-def panels(results: list[Result], label: str) -> list:
+def panels(results: list[Result], label: str) -> list[Panel]:
     """A panel a direction, of GB/s."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for x in results:
@@ -155,25 +128,29 @@ def panels(results: list[Result], label: str) -> list:
     return [(f"{direction}{label}", "GB/s", values) for direction, values in found.items()]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Prints the table and writes it; the exit code is 1 if this library's own kernel was wrong or failed."""
-    options = arguments("step_ops", __doc__, quick="four workloads: a minute on a GPU").parse_args(argv)
-    device = torch.empty(0, device=options.device).device
-    torch.manual_seed(0)
-    facts, ceilings = device_facts(device) | {"liger-kernel": liger_version()}, measure_ceilings(device)
-    if facts["smoke"]:
-        print(SMOKE)
-    results, label = [], " (CPU smoke test)" if facts["smoke"] else ""
-    for w in workloads(device, options.quick):
-        part = run(w, ceilings, seconds=0.02 if facts["smoke"] else 0.1 if options.quick else 0.3)
-        print(table(part), flush=True)
-        results += part
-        if options.out:
-            data = {"facts": facts, "ceilings": asdict(ceilings), "results": [asdict(x) for x in results]}
-            shown = panels(results, label)
-            text = f"{headline(facts)}\n\n{table(results)}"
-            write(options.out, "step_ops", data, text, lambda p=shown: bars(p))
-    return int(any(x.provider == "l2v" and x.median is None for x in results))
+def page(results: list[Result], _: list[Target], facts: dict) -> str:
+    """The Markdown page."""
+    return f"{headline(facts)}\n\n{table(results)}"
+
+
+def parts(setup: Setup) -> Iterator[Callable[[], list[Result]]]:
+    """A call for each workload."""
+    seconds = setup.seconds(quick=0.1, full=0.3)
+    for w in workloads(setup.device, setup.quick):
+        yield lambda w=w: run(w, setup.ceilings, seconds)
+
+
+BENCHMARK = Comparison(
+    name="step_ops",
+    doc=__doc__,
+    quick="four workloads: a minute on a GPU",
+    parts=parts,
+    table=table,
+    page=page,
+    panels=panels,
+    packages=("liger-kernel",),
+)
+main = BENCHMARK.main
 
 
 if __name__ == "__main__":

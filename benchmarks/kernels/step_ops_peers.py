@@ -1,7 +1,6 @@
 """The providers of the step's memory-bound ops: this library and what else can do the work. Each is a function of a
 Workload that returns a callable from its leaves to a tuple of results, or raises Unavailable with the reason."""
 
-import importlib.util
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import Unavailable
+from benchmarks.harness import Unavailable, need_cuda, need_package
+from benchmarks.harness import compiled as compile_for
 from l2v_kernels.rms_norm import rms_norm
 from l2v_kernels.segment_pool import segment_pool
 from l2v_kernels.swiglu import swiglu
@@ -36,7 +36,7 @@ class Workload:
         make = lambda *shape: torch.randn(*shape, device=self.device, dtype=self.dtype)  # noqa: E731
         T, width = self.tokens, self.width
         if self.op == "head_norm":
-            # Queries as they lie in the output of one product for q, k and v.
+            # Queries as they are stored in the output of one matmul for q, k and v.
             made = [make(T, 2 * self.heads, width)[:, : self.heads]]
         else:
             shapes = {"rms_norm": [(T, width)] * 2, "swiglu": [(T, 2 * width)], "segment_pool": [(T, width)]}
@@ -58,7 +58,7 @@ class Workload:
         states = {
             "rms_norm": (4, 4),  # x, delta -> sum, y; dy, dsum, sum -> dx
             "head_norm": (2, 3),  # x -> y; dy, x -> dx
-            "swiglu": (3, 5),  # gate, up -> product; dproduct, gate, up -> dgate, dup
+            "swiglu": (3, 5),  # gate, up -> y; dy, gate, up -> dgate, dup
             "segment_pool": (1, 2),  # x -> ; x -> dx
         }[self.op][backward]
         itemsize = torch.finfo(self.dtype).bits // 8
@@ -113,15 +113,13 @@ def eager(w: Workload) -> Step:
 
 def compiled(w: Workload) -> Step:
     """torch.compile of the same."""
-    _needs_cuda(w)
-    return torch.compile(definition(w), dynamic=False)
+    return compile_for(definition(w), w.device)
 
 
 def liger(w: Workload) -> Step:
-    """Liger-Kernel, with gradients into memory of their own: its default overwrites what is read again when timed."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise Unavailable("liger-kernel is not installed")
-    _needs_cuda(w)
+    """Liger-Kernel, with gradients in their own memory: its default overwrites what is read again when timed."""
+    need_package("liger_kernel", "liger-kernel")
+    need_cuda(w.device)
     if w.op == "segment_pool":
         raise Unavailable("has no pooling")
     weight = w.weight()
@@ -142,11 +140,6 @@ def liger(w: Workload) -> Step:
         return total, y
 
     return add_and_norm
-
-
-def _needs_cuda(w):
-    if w.device.type != "cuda":
-        raise Unavailable("CUDA only")
 
 
 PROVIDERS = (l2v, eager, compiled, liger)

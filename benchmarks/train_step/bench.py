@@ -1,18 +1,19 @@
-"""The full training step: `l2v train` itself against the reference package, transformers + PEFT, Liger, sentence-transformers.
+"""The full training step: `l2v train` itself against llm2vec, transformers + PEFT, Liger, sentence-transformers.
 
 l2v bench train_step [--out FOLDER] [--model 8b|smollm2|mini] [--minutes M] [--llm2vec PATH]
 
 Ours is the training program and no second loop: `l2v.train` with the recipe, as the one rank of a launcher; its numbers are
-those of its metrics.jsonl. Weights are random and lie in a folder that all providers load (`base.model=FOLDER`, where
-`base.init=random` would make others for each); all take the same examples in the same steps. Every run is a process of its
-own, in turns if there are several rounds; a result is on the disk as soon as it is there, and the same command goes on where
-a run stopped.
+those of its metrics.jsonl. Weights are random and stored in a folder that all providers load (`base.model=FOLDER`, where
+`base.init=random` would make others for each); all take the same examples in the same steps. Every run is its own process, in
+turns if there are several rounds. A result is on the disk as soon as it is measured, and the same command resumes where a run
+stopped.
 
 8b: Llama-3-8B as in llama3-8b-da.yaml, for a GPU. smollm2: the quickstart's own work, for a CPU. mini: a check of all this.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -22,16 +23,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-
-from benchmarks.harness import arguments, device_facts
+from benchmarks.command import Benchmark
+from benchmarks.harness import device_facts
 from benchmarks.train_step.report import Run, comparison, disagreement, page, save, targets
 from benchmarks.train_step.runs import Runner
 from benchmarks.train_step.work import MODELS, Model, Work
 from l2v.machine import processor
 
 PEERS = ("llm2vec", "transformers_peft", "liger", "sentence_transformers")
-LEAST_SECONDS = 20
+MIN_SECONDS_LEFT = 20
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def rungs(model: Model) -> dict[str, list[str]]:
 def cells(model: Model, workloads: Sequence[str], providers: Sequence[str], ladder: Sequence[str]) -> list[Cell]:
     """What to run in a round, in the order in which a machine lent for minutes should answer.
 
-    First a workload by plain and by fused layers, whose losses must agree; the reference; the ladder; then the others.
+    First a workload by plain and by fused layers, whose losses must agree; llm2vec; the ladder; then the others.
     """
     out: list[Cell] = []
     for workload in workloads:
@@ -72,70 +72,64 @@ def cells(model: Model, workloads: Sequence[str], providers: Sequence[str], ladd
     return out + [Cell(x, "fp8") for x in workloads if x in ladder and "fp8" in rungs(model)]
 
 
-def main(argv: list[str] | None = None) -> int:
+class Campaign:
+    """All runs of one call: those that an earlier call left, and the new ones; written after each."""
+
+    def __init__(self, model: Model, options: argparse.Namespace, facts: dict, runner: Runner) -> None:
+        self.model, self.out, self.facts, self.runner = model, options.out, facts, runner
+        self.name = "train_step_mini" if model.name == "mini" else "train_step"
+        self.end = time.monotonic() + 60 * options.minutes if options.minutes else None
+        known = [] if options.fresh or not self.out else earlier(self.out / f"{self.name}.json", facts)
+        self.runs = [x for x in known if x.lasting and x.round < facts["rounds"]]
+
+    def show(self, draw: bool = False) -> int:
+        """Write what there is; returns how many workloads ours has no time for."""
+        found = comparison(self.runs, self.model, self.facts)
+        if self.out:
+            data = {"facts": self.facts, "targets": [x.row() for x in targets(self.runs, found, self.facts)]}
+            data |= {"results": [asdict(x) for x in found], "runs": [asdict(x) for x in self.runs]}
+            save(self.out, self.name, data, self.runs, found, self.facts, draw)
+        return sum(x.provider == "l2v" and x.median is None for x in found)
+
+    def run(self, todo: Sequence[Cell]) -> str:
+        """Whatever has not run; returns how fused and plain layers disagree, after which nothing else is run, or ""."""
+        done = {(x.workload, x.provider, x.round) for x in self.runs}
+        for number in range(self.facts["rounds"]):
+            for cell in todo:
+                if (cell.workload, cell.provider, number) in done:
+                    continue
+                left = None if self.end is None else self.end - time.monotonic()
+                if left is not None and left < MIN_SECONDS_LEFT:
+                    new = [Run(cell.workload, cell.provider, number, skipped="no time was left")]
+                else:
+                    new = self.runner.run(cell.workload, cell.provider, number, left)
+                self.runs += new
+                print("\n".join(x.line() for x in new), flush=True)
+                self.show()
+                if wrong := disagreement(self.runs, self.facts):
+                    return wrong
+        return ""
+
+
+def run_all(options: argparse.Namespace) -> int:
     """Prints and writes the tables; the exit code is 1 if ours did not run, or fused and plain layers disagree."""
-    parser = arguments("train_step", __doc__, quick="the mini model, a check of the benchmark itself")
-    parser.add_argument("--model", choices=tuple(MODELS), help="default: 8b on a GPU, mini on a CPU")
-    parser.add_argument("--workloads", default="mntp,simcse,supervised")
-    parser.add_argument("--providers", default=",".join(("l2v", *PEERS)))
-    parser.add_argument("--ladder", default=None, metavar="WORKLOADS", help="default: mntp; empty for none")
-    parser.add_argument(
-        "--rounds", type=int, default=None, help="runs of everything, in turns (default: 3 for smollm2, else 1)"
-    )
-    parser.add_argument("--minutes", type=float, default=None, help="start nothing that would end later")
-    parser.add_argument(
-        "--llm2vec",
-        metavar="PATH",
-        help="a Python that has the reference package, or a folder of packages to run it with",
-    )
-    parser.add_argument("--tokenizer", help="a folder or hub name, in place of one token a word")
-    parser.add_argument("--work", type=Path, help="keep weights and texts in this folder")
-    parser.add_argument("--fresh", action="store_true", help="forget what an earlier run left in --out")
-    options = parser.parse_args(argv)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    device = torch.empty(0, device=options.device).device
-    gpu = device.type == "cuda"
-    model = MODELS["mini" if options.quick else options.model or ("8b" if gpu else "mini")]
+    device = options.device
+    model = MODELS["mini" if options.quick else options.model or ("8b" if device.type == "cuda" else "mini")]
     rounds = options.rounds or (3 if model.name == "smollm2" else 1)
-    ladder = options.ladder if options.ladder is not None else "mntp"
-    todo = cells(model, *(_names(x) for x in (options.workloads, options.providers, ladder)))
-    name = "train_step_mini" if model.name == "mini" else "train_step"
-    end = time.monotonic() + 60 * options.minutes if options.minutes else None
+    todo = cells(model, *(_names(x) for x in (options.workloads, options.providers, options.ladder)))
     facts = device_facts(device) | {"model": model.name, "cores": len(os.sched_getaffinity(0)), "rounds": rounds}
     facts |= {"smoke": model.name == "mini", "processor": processor()}
     with tempfile.TemporaryDirectory(prefix="l2v-train-step-", ignore_cleanup_errors=True) as temporary:
         work = Work(model, options.work or Path(temporary), options.tokenizer)
         runner = Runner(work, device, rungs(model), options.llm2vec)
         facts |= runner.prepare()
-        runs = [] if options.fresh or not options.out else earlier(options.out / f"{name}.json", facts)
-
-        def show(draw: bool = False) -> int:
-            found = comparison(runs, model, facts)
-            if options.out:
-                data = {"facts": facts, "targets": [x.row() for x in targets(runs, found, facts)]}
-                data |= {"results": [asdict(x) for x in found], "runs": [asdict(x) for x in runs]}
-                save(options.out, name, data, runs, found, facts, draw)
-            return sum(x.provider == "l2v" and x.median is None for x in found)
-
-        runs[:] = [x for x in runs if x.lasting and x.round < rounds]
-        done = {(x.workload, x.provider, x.round) for x in runs}
-        for number in range(rounds):
-            for cell in todo:
-                if (cell.workload, cell.provider, number) in done:
-                    continue
-                left = None if end is None else end - time.monotonic()
-                if left is not None and left < LEAST_SECONDS:
-                    new = [Run(cell.workload, cell.provider, number, skipped="no time was left")]
-                else:
-                    new = runner.run(cell.workload, cell.provider, number, left)
-                runs += new
-                print("\n".join(x.line() for x in new), flush=True)
-                show()
-                if wrong := disagreement(runs, facts):
-                    print(f"train_step: {wrong}; nothing else is timed", file=sys.stderr)
-                    return 1
-        missing = show(draw=True)
-        print(page(runs, comparison(runs, model, facts), facts), flush=True)
+        campaign = Campaign(model, options, facts, runner)
+        if wrong := campaign.run(todo):
+            print(f"train_step: {wrong}; nothing else is timed", file=sys.stderr)
+            return 1
+        missing = campaign.show(draw=True)
+        print(page(campaign.runs, comparison(campaign.runs, model, facts), facts), flush=True)
     return int(missing > 0)
 
 
@@ -153,6 +147,30 @@ def earlier(file: Path, facts: dict) -> list[Run]:
 
 def _names(text: str) -> list[str]:
     return [x for x in text.split(",") if x]
+
+
+BENCHMARK = Benchmark(
+    name="train_step",
+    doc=__doc__,
+    quick="the mini model, a check of the benchmark itself",
+    options={
+        "--model": {"choices": tuple(MODELS), "help": "default: 8b on a GPU, mini on a CPU"},
+        "--workloads": {"default": "mntp,simcse,supervised"},
+        "--providers": {"default": ",".join(("l2v", *PEERS))},
+        "--ladder": {"default": "mntp", "metavar": "WORKLOADS", "help": "default: mntp; empty for none"},
+        "--rounds": {"type": int, "help": "runs of everything, in turns (default: 3 for smollm2, else 1)"},
+        "--minutes": {"type": float, "help": "start nothing that would end later"},
+        "--llm2vec": {
+            "metavar": "PATH",
+            "help": "a Python that has the llm2vec package, or a folder of packages to run it with",
+        },
+        "--tokenizer": {"help": "a folder or hub name, in place of one token a word"},
+        "--work": {"type": Path, "help": "keep weights and texts in this folder"},
+        "--fresh": {"action": "store_true", "help": "forget what an earlier run left in --out"},
+    },
+    run=run_all,
+)
+main = BENCHMARK.main
 
 
 if __name__ == "__main__":

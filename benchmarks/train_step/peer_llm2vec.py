@@ -1,4 +1,4 @@
-"""The reference of the recipe, as a peer of the train-step benchmark: the public package llm2vec in its own environment.
+"""McGill's package llm2vec as a peer of the train-step benchmark, in its own environment.
 
 python -m benchmarks.train_step.peer_llm2vec SPEC.json     (`record.Spec`)
 
@@ -21,7 +21,7 @@ from benchmarks.harness import Unavailable
 from benchmarks.train_step.record import Recorder, Spec, clock, run
 
 SEPARATOR = "!@#$%^&*()"
-"""By which the package tells an instruction from the text that is embedded."""
+"""Separates an instruction from the text that is embedded, as the package expects it."""
 
 
 def llm2vec(spec: Spec, recorder: Recorder) -> None:

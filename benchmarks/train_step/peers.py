@@ -8,7 +8,6 @@ to the longest text of a column, and a batch without pads goes in without a mask
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Unavailable
+from benchmarks.harness import Unavailable, need_package
 from benchmarks.train_step.record import Recorder, Setting, Spec, clock, run
 
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -122,8 +121,7 @@ def _moved(part: Part, device: torch.device) -> Part:
 
 def liger(spec: Spec, recorder: Recorder) -> None:
     """The same with Liger-Kernel's RoPE, RMSNorm, SwiGLU and fused linear cross-entropy."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise Unavailable("liger-kernel is not installed")
+    need_package("liger_kernel", "liger-kernel")
     if spec.device == "cpu":
         raise Unavailable("Liger-Kernel's kernels need a GPU")
     from liger_kernel.transformers import apply_liger_kernel_to_llama
@@ -136,8 +134,7 @@ def sentence_transformers(spec: Spec, recorder: Recorder) -> None:
     """sentence-transformers' own trainer and MultipleNegativesRankingLoss, on the same texts in the same steps."""
     if spec.stage == "mntp":
         raise Unavailable("sentence-transformers has no masked next-token prediction")
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise Unavailable("sentence-transformers is not installed")
+    need_package("sentence_transformers", "sentence-transformers")
     batches = json.loads(Path(spec.batches).read_text(encoding="utf-8"))
     rows = [row for batch in batches for row in batch["texts"]]
     for setting in recorder.settings():

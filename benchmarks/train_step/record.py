@@ -1,7 +1,7 @@
-"""What a peer of the train-step benchmark is told, and how it tells its steps. Needs torch and nothing else.
+"""What a peer of the train-step benchmark is given, and how it records its steps. Needs torch and nothing else.
 
-A peer runs in a process of its own, in any environment: `python -m benchmarks.MODULE SPEC.json`. It appends one line of JSON
-a step to the spec's `out` as soon as the step is through, so that a killed run keeps what it has.
+A peer runs in its own process, in any environment: `python -m benchmarks.MODULE SPEC.json`. It appends one line of JSON
+a step to the spec's `out` as soon as the step is done, so that a killed run keeps what it has.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Recorder:
         self.at, self.used = self.began, time.process_time()
 
     def step(self, tokens: int, places: int, loss: float) -> bool:
-        """A step is through: its real tokens, the places it computed with the pads, its loss. Whether to go on."""
+        """Record a step: its real tokens, the places it computed with the pads, its loss. Returns whether to continue."""
         synchronize(self.device)
         now, used = time.perf_counter(), time.process_time()
         row = {
@@ -125,7 +125,7 @@ class Recorder:
 
 
 def clock(recorder: Recorder, read: Callable[[], tuple[int, int, float]]):
-    """A callback of a transformers trainer. read: tokens, places and loss of the step that is through."""
+    """A callback of a transformers trainer. read: tokens, places and loss of the step that is done."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):

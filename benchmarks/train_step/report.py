@@ -8,24 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import SMOKE, Panel, Result, Target, bars, headline, markdown, targets_table, write
+from benchmarks.harness import Result, Target
+from benchmarks.pages import bars, markdown, targets_table, token_rates, work_headline, write
 from benchmarks.train_step.record import Setting
 
-CPU = "Work on a CPU: these numbers say nothing about a GPU."
 LADDER = {
     "transformers_peft": "padded, plain layers, all logits",
     "packed": "+ padding removed, logits of labelled positions only",
     "fused": "+ fused layers",
-    "cheap": "+ nothing recomputed but norms and products of elements",
+    "cheap": "+ nothing recomputed but norms and elementwise ops",
     "none": "+ nothing recomputed",
     "fp8": "+ fp8 base",
 }
 # Of the first loss against ours. Adapters start at zero, so LoRA's dropout plays no part in it: supervised is the same sum in
-# another order; MNTP differs where masks are drawn otherwise or blocks are read across documents, SimCSE in the attention
+# another order; MNTP differs where masks are drawn differently or blocks are read across documents, SimCSE in the attention
 # dropout.
 SAME_LOSS = {"supervised": 0.02, "mntp": 0.15, "simcse": 0.5}
 POOLS_BOS = {"sentence_transformers": 0.2}
-REFERENCE = {"mntp": 4.0, "simcse": 8.0, "supervised": 6.0}
+LLM2VEC_TARGETS = {"mntp": 4.0, "simcse": 8.0, "supervised": 6.0}
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Run:
 
     @property
     def lasting(self) -> bool:
-        """Whether trying again would tell nothing new."""
+        """Whether another try would measure nothing new."""
         return bool(self.timed) or self.skipped == "out of memory"
 
     def median(self, value: Callable[[dict[str, Any]], float]) -> float | None:
@@ -62,9 +62,9 @@ class Run:
 
     def line(self) -> str:
         """For the screen."""
-        said = f"{self.rate:,.0f} tokens/s" if self.timed else self.skipped or "no step was timed"
+        text = f"{self.rate:,.0f} tokens/s" if self.timed else self.skipped or "no step was timed"
         setting = f" ({self.setting})" if self.setting else ""
-        return f"{self.workload} {self.provider}{setting}: {said}"
+        return f"{self.workload} {self.provider}{setting}: {text}"
 
 
 def _best(runs: Sequence[Run], workload: str, provider: str) -> list[Run]:
@@ -130,7 +130,7 @@ def comparison(runs: Sequence[Run], model, facts: dict[str, Any]) -> list[Result
 
 
 def disagreement(runs: Sequence[Run], facts: dict[str, Any]) -> str:
-    """How plain and fused layers differ in their losses, if they do beyond rounding; they see the same noise."""
+    """How plain and fused layers differ in their losses, if they do beyond rounding; their dropout masks are the same."""
     bar = 1e-4 if facts["dtype"] == "float32" else 1e-2
     for plain in (x for x in runs if x.provider == "packed" and x.rows):
         for other in runs:
@@ -147,7 +147,7 @@ def disagreement(runs: Sequence[Run], facts: dict[str, Any]) -> str:
 
 
 def targets(runs: Sequence[Run], results: Sequence[Result], facts: dict[str, Any]) -> list[Target]:
-    """What was to be reached, by the model that it was said of."""
+    """What has to be reached; each model has its own targets."""
     found = {(x.workload, x.provider): x for x in results if x.median}
     if facts["model"] == "smollm2":
         return [
@@ -159,7 +159,7 @@ def targets(runs: Sequence[Run], results: Sequence[Result], facts: dict[str, Any
         Target("MNTP, 16k tokens a step, bf16", 21, ours and ours.facts["tokens_per_second"] / 1e3, True, "k tokens/s"),
         Target("MNTP, 16k tokens a step: peak memory", 100, ours and ours.memory / 1e9, unit="GB"),
     ]
-    for workload, limit in REFERENCE.items():
+    for workload, limit in LLM2VEC_TARGETS.items():
         peer = found.get((workload, "llm2vec")) if real else None
         out.append(Target(f"{workload} against llm2vec", limit, peer and peer.facts["faster"], True))
     return out
@@ -246,26 +246,25 @@ def ladder(results: Sequence[Result], runs: Sequence[Run], facts: dict[str, Any]
 
 
 def mfu(rate: float, facts: dict[str, Any]) -> float | None:
-    """Share of the measured rate of a large product, as the training program's log has it."""
+    """Share of the measured rate of a large matmul, as in the training program's log."""
     rates = facts.get("rates")
     return 4 * facts["linear_parameters"] * rate / rates["gemm_flops"] if rates else None
 
 
 def page(runs: Sequence[Run], results: Sequence[Result], facts: dict[str, Any]) -> str:
     """The Markdown page."""
-    label = SMOKE if facts["smoke"] else CPU if facts.get("cuda") is None else ""
     loads = [x.load for x in runs if x.load is not None and not x.skipped]
     lines = [
-        f"{label} {headline(facts | {'smoke': False})}, {facts['dtype']}.".strip(),
+        f"{work_headline(facts)}, {facts['dtype']}.",
         "",
         f"{facts['model']}, {facts['rounds']} round(s) in turns; medians. tokens/s: real tokens, never pads. MFU: 4N FLOPs a "
-        "token against the measured rate of a large product. Peak: of tensors on a GPU, of the process on a CPU.",
+        "token against the measured rate of a large matmul. Peak: of tensors on a GPU, of the process on a CPU.",
     ]
     if loads and facts.get("cuda") is None:
         lines.append(
             f"{facts['processor']}, {facts['threads']} thread(s). Load of the machine when a run began: {min(loads):.1f} to "
-            f"{max(loads):.1f} on {facts['cores']} cores; what runs beside slows all alike, so ratios, taken round by round, "
-            "say more than rates."
+            f"{max(loads):.1f} on {facts['cores']} cores; other programs slow all providers alike, so ratios, taken round by "
+            "round, are more reliable than rates."
         )
         if facts["clock"] == "processor":
             lines.append(
@@ -280,17 +279,8 @@ def page(runs: Sequence[Run], results: Sequence[Result], facts: dict[str, Any]) 
 
 
 def figure(results: Sequence[Result], facts: dict[str, Any]):
-    """Real tokens a second: providers by workload, and the ladder."""
-    label = " (CPU smoke test)" if facts["smoke"] else " (CPU)" if facts.get("cuda") is None else ""
-    panels: list[Panel] = []
-    timed = [x for x in results if x.median]
-    main = {p: {x.workload: x.facts["tokens_per_second"] for x in timed if x.provider == p} for p in _order(timed)}
-    panels.append((f"training step, real tokens a second{label}", "tokens/s", main))
-    return bars(panels)
-
-
-def _order(results: Sequence[Result]) -> list[str]:
-    return list(dict.fromkeys(x.provider for x in results))
+    """Real tokens a second: providers by workload."""
+    return bars(token_rates([x for x in results if x.median], facts, "training step"))
 
 
 def save(

@@ -1,4 +1,4 @@
-"""Runs of the train-step benchmark: the training program, or a peer, each in a process of its own."""
+"""Runs of the train-step benchmark: the training program, or a peer, each in its own process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,13 +22,14 @@ from typing import Any
 
 import torch
 
+from benchmarks.harness import free_port
 from benchmarks.train_step.record import Setting, Spec
 from benchmarks.train_step.report import Run
 from benchmarks.train_step.work import Model, Work, linear_parameters
 from l2v.machine import threads
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 900.0
+RUN_SECONDS_LIMIT = 900.0
 """Seconds that a run may take."""
 
 
@@ -54,12 +54,12 @@ class Runner:
         done = subprocess.run(command, env=self._environment(), cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"no weights: {done.stderr[-2000:]}")
-        told = json.loads(done.stdout.splitlines()[-1])
-        self.dtype = told["dtype"]
+        prepared = json.loads(done.stdout.splitlines()[-1])
+        self.dtype = prepared["dtype"]
         names = list(self.model.workloads)
         weights = linear_parameters(self.work.recipe(names[0], self.steps), self.model.workloads[names[0]].stage)
         content = [self.work.batches(name, self.steps).read_bytes() for name in names]
-        return told | {
+        return prepared | {
             "linear_parameters": weights,
             "quickstart_steps": self._own_steps(),
             "work": hashlib.sha256(b"".join(content)).hexdigest()[:12],
@@ -78,7 +78,7 @@ class Runner:
     def run(self, workload: str, provider: str, number: int, left: float | None) -> list[Run]:
         """One run, or several where a peer has several settings. left: seconds."""
         blank = Run(workload, provider, number, load=os.getloadavg()[0])
-        limit = min(LIMIT, left or LIMIT)
+        limit = min(RUN_SECONDS_LIMIT, left or RUN_SECONDS_LIMIT)
         if provider == "l2v" or provider in self.rungs:
             return [self._train(blank, limit)]
         return self._peer(blank, limit)
@@ -91,18 +91,18 @@ class Runner:
         overrides = self.work.overrides(run.workload, self.steps, [*keys, f"out={out}"])
         command = [sys.executable, "-m", "l2v.train", self.model.recipe, *overrides, "--stage", stage, "--fresh"]
         rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        rank["MASTER_PORT"] = str(_free_port())
+        rank["MASTER_PORT"] = str(free_port())
         shutil.rmtree(out, ignore_errors=True)
         file = out / stage / "metrics.jsonl"
         watch = ProcessorTime(file)
-        told, trouble = _finish(command, self._environment() | rank, limit, watch)
+        output, trouble = _finish(command, self._environment() | rank, limit, watch)
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         rows = [row for row in map(json.loads, lines) if "tokens_per_second" in row]
         run.rows = [self._row(row, before) for row, before in zip(rows, [{"tokens": 0}, *rows], strict=False)]
         for row, used in zip(run.rows, watch.differences(), strict=False):
             row["processor"] = used
         run = self._clocked(run)
-        found = re.search(r"fused layers, recompute \w+", told)
+        found = re.search(r"fused layers, recompute \w+", output)
         asked = [key.split("=")[1] for key in keys if key.endswith(("=layer", "=none"))]
         run.setting = found[0] if found else ", recompute ".join(["plain layers", *asked])
         if trouble and not run.timed:
@@ -151,7 +151,7 @@ class Runner:
         return [self._clocked(x) for x in runs.values()]
 
     def _clocked(self, run: Run) -> Run:
-        """With one thread on a CPU, time is the processor's: what others run beside it has no part in that."""
+        """With one thread on a CPU, time is the processor's, which other programs do not change."""
         if self.clock == "processor" and all(row.get("processor") for row in run.timed):
             run.rows = [row | {"seconds": row.get("processor"), "wall": row["seconds"]} for row in run.rows]
         return run
@@ -196,7 +196,7 @@ class Runner:
 
 
 def settings(model: Model, provider: str, stage: str) -> list[Setting]:
-    """What a peer tries; the fastest of them counts. The reference runs as it was published."""
+    """What a peer tries; the fastest of them counts. llm2vec runs as it was published."""
     if provider == "llm2vec":
         return [Setting(checkpointing=True)]
     out = [Setting()]
@@ -236,7 +236,7 @@ class ProcessorTime:
 def _finish(
     command: list[str], environment: dict[str, str], limit: float, watch: ProcessorTime | None = None
 ) -> tuple[str, str]:
-    """Run to the end, or to the limit: what it said, and why it failed in one line (empty if it did not)."""
+    """Run to the end, or to the limit: its output, and why it failed in one line (empty if it did not)."""
     with subprocess.Popen(
         command, env=environment, cwd=ROOT, text=True, start_new_session=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -245,24 +245,18 @@ def _finish(
         if watch is not None:
             watch.start(process.pid)
         try:
-            said, _ = process.communicate(timeout=limit)
+            output, _ = process.communicate(timeout=limit)
         except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            said, _ = process.communicate()
+            output, _ = process.communicate()
             if isinstance(stopped, KeyboardInterrupt):
                 raise
-            return said, f"stopped after {time.monotonic() - began:.0f} s"
+            return output, f"stopped after {time.monotonic() - began:.0f} s"
     if not process.returncode:
-        return said, ""
-    lines = [line for line in said.splitlines() if line.strip()]
+        return output, ""
+    lines = [line for line in output.splitlines() if line.strip()]
     own = [line.removeprefix("l2v: ") for line in lines if line.startswith("l2v: ")]
-    if "out of memory" in said:
-        return said, "out of memory"
-    return said, (own or lines or [f"exit code {process.returncode}"])[-1][:200]
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    if "out of memory" in output:
+        return output, "out of memory"
+    return output, (own or lines or [f"exit code {process.returncode}"])[-1][:200]

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from l2v.files import replace_text
 from l2v.model.memory import LayerShape
 from l2v.recipe import Recipe
 from l2v.recipe_io import load_recipe
@@ -154,9 +155,7 @@ class Work:
         file = self._file(name, steps, ".batches.json")
         if not file.is_file():
             recipe = self.recipe(name, steps)
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(batches(recipe, self.model.workloads[name].stage, steps)), encoding="utf-8")
-            partial.rename(file)
+            replace_text(file, json.dumps(batches(recipe, self.model.workloads[name].stage, steps)))
         return file
 
 
@@ -182,7 +181,7 @@ class Words:
         return cls(words, [len(i) for i in ids], len(tokenizer("")["input_ids"]))
 
     def text(self, tokens: int, generator: random.Random) -> str:
-        """Words drawn at random, of about so many tokens with those that the tokenizer adds."""
+        """Words drawn at random, of about `tokens` tokens, with those that the tokenizer adds."""
         chosen, left = [], tokens - self.added
         while left > 0:
             at = generator.randrange(len(self.words))
@@ -199,7 +198,7 @@ def sample_words() -> list[str]:
 
 
 def texts(workload: Workload, steps: int, words: Words, seed: int = 0) -> list[dict[str, Any]]:
-    """Rows for so many steps of a workload, the same at every call."""
+    """Rows for `steps` steps of a workload, the same at every call."""
     generator = random.Random(f"{seed} {workload.stage}")
     if workload.stage == "mntp":
         (document,) = workload.columns
@@ -336,7 +335,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """In a process of its own, so that the one that starts the runs holds no memory of the device."""
+    """In its own process, so that the one that starts the runs holds no memory of the device."""
     from l2v.machine import calibration
     from l2v.model.load import device, dtype_of
 
