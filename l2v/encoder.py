@@ -21,7 +21,7 @@ from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_conf
 from l2v.model.lora import LINEAGE, adapter_folder, describe_adapter, merge_adapters
 from l2v.model.packed import PackedDecoder
 from l2v.recipe import Base, Recipe, Template
-from l2v.recipe_io import from_dict
+from l2v.recipe.load import from_dict
 
 
 class Encoder:

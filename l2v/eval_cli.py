@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from l2v.errors import RecipeError, UserError
-from l2v.recipe_io import from_dict
+from l2v.recipe.load import from_dict
 
 POOLINGS = ("mean", "weighted_mean", "last")
 ATTENTIONS = ("causal", "bidirectional")

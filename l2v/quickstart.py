@@ -28,7 +28,7 @@ from l2v.machine import processor
 from l2v.model.embedded import resolve
 from l2v.model.load import dtype_of
 from l2v.recipe import Recipe
-from l2v.recipe_io import load_recipe
+from l2v.recipe.load import load_recipe
 
 RECIPE = "smollm2-135m-da"
 # Step counts are chosen for 2 cores that multiply bf16 at this rate or more; a slower machine trains fewer steps.

@@ -14,7 +14,7 @@ from l2v.errors import RecipeError, UserError
 from l2v.files import reason, replace_text, sync
 from l2v.model.lora import WEIGHTS, save_adapter, sha256
 from l2v.recipe import Recipe
-from l2v.recipe_io import from_dict, to_dict
+from l2v.recipe.load import from_dict, to_dict
 
 # May differ between the start and the continuation of a run: they change where it runs and what it tells, not what it learns.
 FREE_KEYS = {"log_every", "eval_every", "save_every", "keep", "micro_tokens", "recompute", "eval_data"}

@@ -32,7 +32,7 @@ from l2v.doctor import software
 from l2v.doctor.report import Report
 from l2v.errors import UserError
 from l2v.recipe import Backend, Recipe, Stage
-from l2v.recipe_io import load_recipe
+from l2v.recipe.load import load_recipe
 from l2v.tuned import KEYS, SHARED, place, read_tuned, tuned_file
 
 WARM = 2

@@ -13,8 +13,9 @@ import torch
 from l2v.errors import RecipeError, UserError
 from l2v.machine import device_name, processor
 from l2v.model.load import device
-from l2v.recipe import Recipe, check
-from l2v.recipe_io import find_recipe
+from l2v.recipe import Recipe
+from l2v.recipe.checks import check
+from l2v.recipe.shipped import find_recipe
 from l2v.run import run_folder
 
 KEYS = {"micro_tokens": int, "recompute": str}

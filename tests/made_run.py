@@ -7,7 +7,7 @@ import torch
 
 from l2v.evaluation.seb import SEB_DA
 from l2v.model.lora import trainable
-from l2v.recipe_io import load_recipe, to_dict
+from l2v.recipe.load import load_recipe, to_dict
 from l2v.run import claim, publish, run_folder
 from l2v.train import build
 

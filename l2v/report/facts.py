@@ -10,7 +10,7 @@ from typing import Any
 
 from l2v.errors import UserError
 from l2v.recipe import Recipe
-from l2v.recipe_io import from_dict, to_dict
+from l2v.recipe.load import from_dict, to_dict
 
 
 @dataclass
