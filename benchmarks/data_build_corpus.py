@@ -15,9 +15,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from l2v.data import sample
-from l2v.data.build import clean
-from l2v.data.build.config import Language
-from l2v.data.build.language import Detector
+from l2v.data.corpus import clean
+from l2v.data.corpus.config import Language
+from l2v.data.corpus.language import Detector
 
 EVERY = 25
 """Of so many documents one is an exact copy, one a near copy, and, every tenth time, one a leak."""

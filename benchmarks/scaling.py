@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from l2v.plan import device_and_dtype
 from l2v.plan.estimate import StagePlan, plan_stage
+from l2v.plan.gpus import device_and_dtype
 from l2v.recipe.load import load_recipe
 
 PER_NODE = 8

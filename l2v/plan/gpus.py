@@ -8,6 +8,8 @@ import torch
 
 from l2v.errors import UserError
 from l2v.machine import calibration, device_name, peak_flops
+from l2v.model.load import dtype_of
+from l2v.recipe import Recipe
 
 EFFICIENCY = 0.75
 """Of the maker's dense peak that large products reach where nobody measured; an H200 reaches 0.80."""
@@ -149,3 +151,11 @@ def chosen(key: str | None, dtype: torch.dtype) -> Gpu:
         if here == SHEETS[gpu.key].name and calibration(torch.device("cuda", torch.cuda.current_device()), dtype):
             return at_hand(dtype)
     return gpu
+
+
+def device_and_dtype(key: str | None, recipe: Recipe) -> tuple[Gpu, torch.dtype]:
+    """The device that is planned for and the dtype that training would take there."""
+    named = key not in (None, "here")
+    asked = "bf16" if named and recipe.base.precision == "auto" else recipe.base.precision
+    dtype = dtype_of(asked)
+    return chosen(key, dtype), dtype

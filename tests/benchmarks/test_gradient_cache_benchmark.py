@@ -122,7 +122,7 @@ def test_one_sentence_where_the_training_libraries_are_missing(monkeypatch, caps
 
 @pytest.mark.parametrize("name", ["attention", "contrastive", "gradient_cache"])
 def test_the_command_finds_every_benchmark(name, capsys):
-    from l2v.bench_cli import main
+    from l2v.commands.bench import main
 
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])

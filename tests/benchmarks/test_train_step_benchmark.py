@@ -381,7 +381,7 @@ def test_the_models_are_what_they_are_called():
 
 @pytest.mark.parametrize("name", ["train_step", "encode"])
 def test_the_command_finds_it(name, capsys):
-    from l2v.bench_cli import main
+    from l2v.commands.bench import main
 
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])

@@ -6,7 +6,7 @@ import pytest
 from helpers import ROOT
 
 from benchmarks.scaling import markdown
-from l2v import plan
+from l2v.commands import plan
 
 
 def planned(capsys, *arguments):

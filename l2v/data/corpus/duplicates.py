@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from l2v.data.build.chunk import read_hashes
-from l2v.data.build.config import Build, Near
-from l2v.data.build.near import bands, jaccard
+from l2v.data.corpus.chunk import read_hashes
+from l2v.data.corpus.config import Build, Near
+from l2v.data.corpus.near import bands, jaccard
 
 KEPT, EXACT, NEAR = 0, 1, 2
 SLICE = 1 << 20

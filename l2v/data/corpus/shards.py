@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from l2v.data.build.chunk import SCHEMAS
-from l2v.data.build.duplicates import KEPT, Rows
+from l2v.data.corpus.chunk import SCHEMAS
+from l2v.data.corpus.duplicates import KEPT, Rows
 
 GROUP = 10_000
 """Rows of a row group."""

@@ -1,4 +1,4 @@
-"""The rules of `l2v.data.check`: each yields a sentence for each thing in a folder that it does not accept."""
+"""The rules of `l2v data check`: each yields a sentence for each thing in a folder that it does not accept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from l2v.data.check import Folder, Report
+    from l2v.data.check.folder import Folder
+    from l2v.data.check.report import Report
     from l2v.data.sample import Question
 
 SPLITS, KINDS = ("train", "heldout"), ("plain", "colloquial", "disjoint")

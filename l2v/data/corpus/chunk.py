@@ -18,15 +18,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from l2v.data.build import clean
-from l2v.data.build.config import Build
-from l2v.data.build.grams import text_hash, word_hashes
-from l2v.data.build.language import Detector
-from l2v.data.build.leaks import Leaks
-from l2v.data.build.near import Signer
-from l2v.data.build.readers import Record
-from l2v.data.build.records import Parser, Row
-from l2v.data.build.tally import Tally
+from l2v.data.corpus import clean
+from l2v.data.corpus.config import Build
+from l2v.data.corpus.grams import text_hash, word_hashes
+from l2v.data.corpus.language import Detector
+from l2v.data.corpus.leaks import Leaks
+from l2v.data.corpus.near import Signer
+from l2v.data.corpus.readers import Record
+from l2v.data.corpus.records import Parser, Row
+from l2v.data.corpus.tally import Tally
 
 LABELS = [("id", pa.string()), ("source", pa.string()), ("licence", pa.string()), ("document", pa.string()),
           ("group", pa.string()), ("section", pa.string()), ("lang", pa.string())]  # fmt: skip

@@ -19,12 +19,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from l2v.data.build import duplicates, leaks, report, shards
-from l2v.data.build.chunk import Chunk, chunk_name, read_tally, start, work_on
-from l2v.data.build.config import Build
-from l2v.data.build.progress import Bar
-from l2v.data.build.readers import Reader, find_files, resolve
-from l2v.data.build.tally import Tally
+from l2v.data.corpus import duplicates, leaks, report, shards
+from l2v.data.corpus.chunk import Chunk, chunk_name, read_tally, start, work_on
+from l2v.data.corpus.config import Build
+from l2v.data.corpus.progress import Bar
+from l2v.data.corpus.readers import Reader, find_files, resolve
+from l2v.data.corpus.tally import Tally
 from l2v.errors import UserError
 from l2v.recipe.load import to_dict
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from l2v.data.build.config import Build
-from l2v.data.build.near import found_share
-from l2v.data.build.tally import RECORD_REASONS
+from l2v.data.corpus.config import Build
+from l2v.data.corpus.near import found_share
+from l2v.data.corpus.tally import RECORD_REASONS
 
 HUB_LICENCES = frozenset(
     (
@@ -122,7 +122,7 @@ def filters(done: dict[str, Any]) -> str:
     if keys["exact"]:
         out.append("- Duplicates: rows with the same words (case and punctuation apart); the first stays.")
     if near := done["near"]:
-        from l2v.data.build.config import Near
+        from l2v.data.corpus.config import Near
 
         share = found_share(near["threshold"], Near(near["threshold"], near["permutations"], near["words"]))
         out.append(

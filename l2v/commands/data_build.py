@@ -9,9 +9,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from l2v.data.build import report
-from l2v.data.build.config import config_folder, load_config
-from l2v.data.build.run import Run
+from l2v.data.corpus import report
+from l2v.data.corpus.config import config_folder, load_config
+from l2v.data.corpus.run import Run
 from l2v.errors import RecipeError, UserError
 
 

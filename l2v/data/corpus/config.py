@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from l2v.data.build.tally import EXAMPLES
+from l2v.data.corpus.tally import EXAMPLES
 from l2v.errors import RecipeError
 from l2v.recipe.shipped import find_shipped, shipped_folder
 from l2v.recipe.typed_yaml import Node, build, parse_override, read_tree
@@ -239,7 +239,7 @@ def check(config: Build, where: str) -> Build:
     leaks = config.decontaminate
     _need(2 <= leaks.least <= leaks.ngram <= 64, f"{where}: decontaminate: 2 <= least <= ngram <= 64 must hold")
     if language := config.language:
-        from l2v.data.build.language import CODES
+        from l2v.data.corpus.language import CODES
 
         named = [*language.keep, *language.among, *(c for s in config.sources for c in s.languages or ())]
         for code in named:

@@ -13,19 +13,19 @@ from l2v import __version__
 from l2v.errors import UserError
 
 COMMANDS = {
-    "train": ("l2v.train", "train the stages of a recipe under DeepSpeed"),
-    "plan": ("l2v.plan", "memory and time that a recipe will take, before anything is downloaded"),
-    "tune": ("l2v.tuning.search", "find the fastest micro-batch and recompute on this machine"),
-    "doctor": ("l2v.doctor", "what runs on this machine, why the rest does not, and how fast it is"),
-    "quickstart": ("l2v.quickstart", "the whole recipe on the embedded model and Danish sample"),
-    "eval": ("l2v.eval_cli", "score encoders: SEB's Danish tasks, any task of mteb, your own files"),
-    "report": ("l2v.report", "one HTML page about runs: curves, scores, speed, lineage, data"),
-    "search": ("l2v.search", "semantic search with a trained encoder"),
-    "bench": ("l2v.bench_cli", "microbenchmarks of the kernels (in a checkout)"),
-    "data": ("l2v.data_cli", "build a data set from raw text, check one, mine hard negatives, make queries"),
-    "export": ("l2v.export_cli", "write a merged encoder for transformers and sentence-transformers"),
-    "push": ("l2v.push", "publish an encoder, its adapters or a data set on the Hub, with a card"),
-    "recipes": ("l2v.recipes_cli", "list the recipes that come with l2v, or print one"),
+    "train": ("l2v.commands.train", "train the stages of a recipe under DeepSpeed"),
+    "plan": ("l2v.commands.plan", "memory and time that a recipe will take, before anything is downloaded"),
+    "tune": ("l2v.commands.tune", "find the fastest micro-batch and recompute on this machine"),
+    "doctor": ("l2v.commands.doctor", "what runs on this machine, why the rest does not, and how fast it is"),
+    "quickstart": ("l2v.commands.quickstart", "the whole recipe on the embedded model and Danish sample"),
+    "eval": ("l2v.commands.eval", "score encoders: SEB's Danish tasks, any task of mteb, your own files"),
+    "report": ("l2v.commands.report", "one HTML page about runs: curves, scores, speed, lineage, data"),
+    "search": ("l2v.commands.search", "semantic search with a trained encoder"),
+    "bench": ("l2v.commands.bench", "microbenchmarks of the kernels (in a checkout)"),
+    "data": ("l2v.commands.data", "build a data set from raw text, check one, mine hard negatives, make queries"),
+    "export": ("l2v.commands.export", "write a merged encoder for transformers and sentence-transformers"),
+    "push": ("l2v.commands.push", "publish an encoder, its adapters or a data set on the Hub, with a card"),
+    "recipes": ("l2v.commands.recipes", "list the recipes that come with l2v, or print one"),
 }
 
 

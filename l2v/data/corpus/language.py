@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from l2v.data.build.config import Language
+from l2v.data.corpus.config import Language
 from l2v.errors import UserError
 
 CODES = (

@@ -7,12 +7,7 @@ from collections.abc import Sequence
 
 from l2v.errors import RecipeError
 
-TOOLS = {
-    "build": "l2v.data.build.command",
-    "check": "l2v.data.check",
-    "mine": "l2v.mining.mine",
-    "synthesize": "l2v.synthesis.synthesize",
-}
+TOOLS = ("build", "check", "mine", "synthesize")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,4 +15,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(argv or ())
     if not argv or argv[0] not in TOOLS:
         raise RecipeError(f"l2v data needs one of: {', '.join(TOOLS)}; for example: l2v data build wiki-da")
-    return importlib.import_module(TOOLS[argv[0]]).main(argv[1:])
+    return importlib.import_module(f"l2v.commands.data_{argv[0]}").main(argv[1:])

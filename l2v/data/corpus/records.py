@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from l2v.data import danish
-from l2v.data.build import clean, markup
-from l2v.data.build.config import Build, Input
-from l2v.data.build.debian import Index, stanza
-from l2v.data.build.tally import Tally
+from l2v.data.corpus import clean, markup
+from l2v.data.corpus.config import Build, Input
+from l2v.data.corpus.debian import Index, stanza
+from l2v.data.corpus.tally import Tally
 from l2v.data.text import parse
 from l2v.errors import UserError
 

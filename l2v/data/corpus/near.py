@@ -6,8 +6,8 @@ from functools import cache
 
 import numpy as np
 
-from l2v.data.build.config import Near
-from l2v.data.build.grams import STEP, gram_hashes, mix
+from l2v.data.corpus.config import Near
+from l2v.data.corpus.grams import STEP, gram_hashes, mix
 from l2v.errors import UserError
 
 RECALL = 0.99

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from l2v.data.build import card, duplicates, shards
-from l2v.data.build.chunk import read_tally
-from l2v.data.build.config import Build
-from l2v.data.build.tally import CHANGES, EXAMPLES, REASONS, Tally
+from l2v.data.corpus import card, duplicates, shards
+from l2v.data.corpus.chunk import read_tally
+from l2v.data.corpus.config import Build
+from l2v.data.corpus.tally import CHANGES, EXAMPLES, REASONS, Tally
 from l2v.recipe.load import to_dict
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from xml.etree import ElementTree
 
-from l2v.data.build.config import Input
+from l2v.data.corpus.config import Input
 from l2v.errors import UserError
 
 Record = tuple[str, bytes | str | dict[str, Any]]

@@ -7,14 +7,12 @@ lacks and that somebody has read and found correct. Each rule yields a sentence 
 
 from __future__ import annotations
 
-import argparse
-import collections
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from l2v.data import check_rules as rules
+from l2v.data.check import rules
 from l2v.data.sample import Passage, Question
 from l2v.data.text import parse
 from l2v.errors import UserError
@@ -44,63 +42,6 @@ class Folder:
         yield from ((q.id, q.query) for q in self.questions.values())
         yield from ((where, row["da"]) for where, row in self.bitext.items())
         yield from ((where, row[side]) for where, row in self.sts.items() for side in ("a", "b"))
-
-
-@dataclass
-class Report:
-    """What was counted, what each rule found, and what could not be checked."""
-
-    folder: Path
-    facts: dict[str, str] = field(default_factory=dict)
-    findings: dict[str, list[str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return not any(self.findings.values())
-
-    def render(self, most: int | None = 8) -> str:
-        """Plain text; at most `most` findings of a rule are shown (all of them with None)."""
-        wide = max(map(len, [*self.facts, *self.findings]))
-        lines = [f"{self.folder}", "", *(f"{name:<{wide}}  {value}" for name, value in self.facts.items()), ""]
-        for rule, found in self.findings.items():
-            lines.append(f"{rule:<{wide}}  {f'{len(found)} found' if found else 'ok'}")
-            lines += [f"    {what}" for what in found[:most]]
-            if len(found) > len(found[:most]):
-                lines.append(f"    and {len(found) - len(found[:most])} more; --all shows them")
-        total = sum(map(len, self.findings.values()))
-        lines += ["", *(f"note: {note}" for note in self.notes), f"{total} found" if total else "all rules hold"]
-        return "\n".join(lines)
-
-
-def check_folder(folder: str | Path) -> Report:
-    """Read `folder`, count it and apply every rule; a UserError names file and line of a row that cannot be read."""
-    data = read_folder(Path(folder))
-    report = Report(data.path, _facts(data))
-    report.findings = {rule: list(found(data)) for rule, found in rules.RULES.items()}
-    for name, step in (("alike", rules.alike), ("spelling", rules.spelling)):
-        try:
-            report.findings[name] = list(step(data, report))
-        except ImportError as error:
-            library = (error.name or "").partition(".")[0]
-            if library not in LIBRARIES:
-                raise
-            report.notes.append(f"{name} was not checked, for it needs {library}: {LIBRARIES[library]}")
-    return report
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check a set of passages and questions; exit code 1 if a rule found something."""
-    parser = argparse.ArgumentParser(prog="l2v data check", description=main.__doc__)
-    parser.add_argument("folder", nargs="?", default=str(SHIPPED), help="default: the sample that ships with l2v")
-    parser.add_argument("--all", action="store_true", help="show every finding, not the first eight of each rule")
-    args = parser.parse_args(argv)
-    report = check_folder(args.folder)
-    print(report.render(None if args.all else 8))
-    return 0 if report.ok else 1
-
-
-# reading
 
 
 def read_folder(path: Path) -> Folder:
@@ -172,45 +113,3 @@ def _one_of(row: dict[str, Any], name: str, values: tuple[str, ...], where: str)
 def _new(id: str, known: dict[str, Any], where: str) -> None:
     if id in known:
         raise UserError(f"{where}: the id '{id}' was used before; ids are unique")
-
-
-# counting
-
-
-def _spread(values: Iterable[int]) -> str:
-    values = list(values)
-    return f"{min(values)} to {max(values)}, mean {sum(values) / len(values):.1f}"
-
-
-def _facts(data: Folder) -> dict[str, str]:
-    passages, questions = list(data.passages.values()), list(data.questions.values())
-    subjects = collections.Counter(p.subject for p in passages)
-    facts = {}
-    for split in rules.SPLITS:
-        kinds = collections.Counter(q.kind for q in questions if data.split(q) == split)
-        count = sum(p.split == split for p in passages)
-        facts[split] = f"{count} passages, {sum(kinds.values())} questions: "
-        facts[split] += ", ".join(
-            f"{kinds[k]} {k} ({100 * kinds[k] / max(1, kinds.total()):.1f}%)" for k in rules.KINDS
-        )
-    facts["subjects"] = f"{len(subjects)}, of {_spread(subjects.values())} passages"
-    facts["registers"] = ", ".join(
-        f"{n} {r}" for r, n in collections.Counter(p.register for p in passages).most_common()
-    )
-    facts["words of a passage"] = _spread(len(p.text.split()) for p in passages)
-    facts["words of a question"] = _spread(len(q.query.split()) for q in questions)
-    facts["negatives of a train question"] = _spread(
-        [len(q.negatives) for q in questions if data.split(q) == "train"] or [0]
-    )
-    copied = sum(rules.copied(data, q) for q in questions)
-    facts["all content words in passage"] = f"{copied} questions ({100 * copied / len(questions):.1f}%)"
-    if data.bitext:
-        files = collections.Counter(Path(where.rpartition(",")[0]).name for where in data.bitext)
-        facts["bitext"] = ", ".join(f"{n} rows in {file}" for file, n in files.items())
-    if data.sts:
-        grades = collections.Counter(r["score"] for r in data.sts.values())
-        facts["sts"] = (
-            f"{len(data.sts)} rows, {sum(map(rules.hard, data.sts.values()))} of them hard for word overlap; "
-        )
-        facts["sts"] += ", ".join(f"{grades[g]} of grade {g}" for g in sorted(grades))
-    return facts

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from l2v.data.build import clean
-from l2v.data.build.config import Decontaminate, Held, Input
-from l2v.data.build.grams import gram_hashes, text_hash, word_hashes
-from l2v.data.build.readers import Reader, first_line, format_of
+from l2v.data.corpus import clean
+from l2v.data.corpus.config import Decontaminate, Held, Input
+from l2v.data.corpus.grams import gram_hashes, text_hash, word_hashes
+from l2v.data.corpus.readers import Reader, first_line, format_of
 from l2v.data.text import parse
 from l2v.errors import UserError
 

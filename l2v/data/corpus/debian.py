@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from l2v.data.build.config import Input
-from l2v.data.build.readers import Reader
+from l2v.data.corpus.config import Input
+from l2v.data.corpus.readers import Reader
 
 _FIELD = re.compile(r"^([!-9;-~]+):[ \t]*(.*)$")
 
