@@ -1,11 +1,16 @@
 """The contributor kit: the word check, the workflow, the changelog and the citation say what the repository holds."""
 
 import importlib.util
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+
+import l2v
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / ".ci" / "words.py"
@@ -48,3 +53,58 @@ def test_the_word_check_names_file_line_and_replacement(tmp_path):
     assert found.stdout == f"{bad}:3: '{WORDINGS[0]}'; write: {WORDS.check(WORDINGS[0])[0][2]}\n"
     assert subprocess.run([*run, fine], capture_output=True, text=True, check=False).returncode == 0
     assert {"README.md", "pyproject.toml"} <= set(WORDS.tracked())
+
+
+def read_yaml(name):
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_the_workflow_calls_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    workflow = read_yaml(".github/workflows/ci.yml")
+    (job,) = workflow["jobs"].values()
+    rows = job["strategy"]["matrix"]["include"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == ["make ${{ matrix.target }}"]
+    called = {target for row in rows for target in row["target"].split()}
+    assert called <= targets and called >= {"lint", "types", "test", "wheel-test"}
+    assert {row["python"] for row in rows if row["target"] == "test"} == {"3.11", "3.12", "3.13"}
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in job["steps"] if "uses" in step)
+
+
+def test_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## \[(.+?)\]", changelog, re.MULTILINE)
+    assert headings[:2] == ["Unreleased", project["version"]]
+    assert read_yaml("CITATION.cff")["version"] == l2v.__version__ == project["version"]
+
+
+def test_the_citation_holds_what_its_format_requires():
+    citation = read_yaml("CITATION.cff")
+    assert citation.keys() >= {"cff-version", "message", "title", "authors"} and citation["cff-version"] == "1.2.0"
+    assert all(reference.keys() >= {"type", "title", "authors"} for reference in citation["references"])
+    for author in [*citation["authors"], *(a for r in citation["references"] for a in r["authors"])]:
+        assert author.keys() in ({"name"}, {"family-names", "given-names"})
+
+
+def test_templates_and_hooks_parse():
+    for file in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        form = read_yaml(file)
+        if file.name == "config.yml":
+            continue
+        assert form.keys() >= {"name", "description", "body"}
+        fields = [field for field in form["body"] if field["type"] != "markdown"]
+        assert (
+            len({field["id"] for field in fields})
+            == len({field["attributes"]["label"] for field in fields})
+            == len(fields)
+        )
+    for hook in read_yaml(".pre-commit-config.yaml")["repos"][0]["hooks"]:
+        assert hook.keys() >= {"id", "name", "entry", "language"}
+        if hook["entry"].startswith(".venv/bin/python "):
+            assert (ROOT / hook["entry"].split()[1]).is_file()
+
+
+def test_packages_say_that_they_are_typed():
+    assert (ROOT / "l2v" / "py.typed").is_file() and (ROOT / "kernels" / "l2v_kernels" / "py.typed").is_file()
