@@ -23,7 +23,7 @@ import torch
 
 from l2v.model.memory import LayerShape
 from l2v.recipe import Recipe
-from l2v.recipe_io import load_recipe
+from l2v.recipe.load import load_recipe
 
 SPREADS = {"document": 0.6, "sentence": 0.5, "query": 0.35, "passage": 0.6}
 

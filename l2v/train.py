@@ -34,8 +34,9 @@ from l2v.model.memory import LayerShape, activation_bytes, choose_recompute, fre
 from l2v.model.packed import PackedDecoder
 from l2v.model.quantize import check_base_precision, check_fused, notice, to_fp8, to_nf4
 from l2v.recipe import Contrastive, Mntp, Recipe, Simcse, Stage, Supervised
-from l2v.recipe_io import load_recipe, to_dict
-from l2v.run import claim, merged_adapters, publish, run_folder
+from l2v.recipe.load import load_recipe, to_dict
+from l2v.runs.claim import claim, merged_adapters, publish
+from l2v.runs.folder import run_folder
 from l2v.training import checkpoint
 from l2v.training.engine import be_deterministic, deepspeed_config, initialize, start_distributed
 from l2v.training.faults import OutOfMemory, read_budget, smaller, write_budget

@@ -223,7 +223,7 @@ def test_metrics_on_a_full_disk(run_here, recipe, tmp_path):
     (tmp_path / "run/mntp/metrics.jsonl").symlink_to("/dev/full")
     output = run_here(recipe(), "--stage", "mntp")
     assert (
-        "metrics.jsonl cannot be written (No space left on device); training goes on, its rows wait for room" in output
+        "metrics.jsonl cannot be written (No space left on device); training continues, its rows wait for room" in output
     )
     assert output.count("its rows wait") == 1 and "mntp: done" in output and "Traceback" not in output
 

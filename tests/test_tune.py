@@ -8,7 +8,7 @@ import pytest
 from l2v import tune
 from l2v.errors import UserError
 from l2v.recipe import Mntp, Source
-from l2v.recipe_io import load_recipe
+from l2v.recipe.load import load_recipe
 from l2v.tuned import apply_tuned, place, tuned_file
 
 

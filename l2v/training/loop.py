@@ -86,7 +86,7 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
         bar.note(f"{job.name}: {text}")
 
     metrics = on_every_rank(
-        lambda: Metrics(job.folder, job.tracking, name=job.name, active=rank == 0, resumed_at=start, tell=tell)
+        lambda: Metrics(job.folder, job.tracking, name=job.name, active=rank == 0, resumed_at=start, log=tell)
     )
     stop = _StopFlag()
     saver = Saver(job.folder / "checkpoints", keep=stage.keep, active=rank == 0, tell=tell)

@@ -16,8 +16,8 @@ from l2v.data.sampler import Sampler
 from l2v.data.sources import open_parts, open_rows, together
 from l2v.data.tokens import TextTokenizer, load_tokenizer
 from l2v.errors import RecipeError, UserError
-from l2v.prompts import TASKS
 from l2v.recipe import Mntp, Simcse, Source, Supervised, Template
+from l2v.recipe.tasks import TASKS
 from l2v.train import open_examples
 
 COMMON = {"batch": 8, "steps": 1, "lr": 1e-4}
