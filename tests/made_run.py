@@ -10,7 +10,7 @@ from l2v.model.lora import trainable
 from l2v.recipe.load import load_recipe, to_dict
 from l2v.runs.claim import claim, publish
 from l2v.runs.folder import run_folder
-from l2v.train import build
+from l2v.training.build import build
 
 METRICS = [
     {"step": 0, "eval_loss": 8.5, "eval_ndcg_at_10": 0.25},

@@ -34,7 +34,7 @@ from l2v.errors import UserError
 from l2v.recipe import Backend, Recipe, Stage
 from l2v.recipe.load import load_recipe
 from l2v.runs.metrics import read_metrics
-from l2v.tuned import KEYS, SHARED, place, read_tuned, tuned_file
+from l2v.tuning.apply import KEYS, SHARED, place, read_tuned, tuned_file
 
 WARM = 2
 """Steps before the clock counts."""
