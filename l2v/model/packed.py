@@ -29,6 +29,7 @@ class PackedDecoder(nn.Module):
     """
 
     decoder: Any  # of transformers or PEFT: what it has depends on its class
+    head: Any
 
     def __init__(
         self,

@@ -146,7 +146,9 @@ def _share(kept: lora.Kept, adapters: tuple[Adapter, ...]) -> swiglu.GateUpLora 
     if not _added_in_swiglu(adapters):
         return None
     assert kept.xa_TR is not None  # there are adapters
-    pairs: dict[int, tuple[Any, Any]] = {a.part: (kept.xa_TR[:, at], a.b_NR) for a, at in zip(adapters, rank_slices(adapters), strict=True)}
+    pairs: dict[int, tuple[Any, Any]] = {
+        a.part: (kept.xa_TR[:, at], a.b_NR) for a, at in zip(adapters, rank_slices(adapters), strict=True)
+    }
     none = (None, None)
     return swiglu.GateUpLora(*pairs.get(0, none), *pairs.get(1, none))
 
