@@ -65,6 +65,7 @@ def seb_table(runs: Sequence[RunFacts]) -> tuple[Table | None, list[str]]:
         ]
     except (ImportError, UserError) as error:
         missing.append(f"No published models: {error}.")
+        rest, averages = [], {}
     if runs and not own:
         missing.append("No row of these runs has one of the twelve tasks yet: l2v eval RUN --stages computes them.")
     if not own and not rest:
