@@ -54,7 +54,9 @@ def read(source: Source, corpus: Source | None) -> Pairs:
     rows = open_rows([source], "pairs")
     numbers: dict[tuple[str, str | None], int] = {}
     kinds: dict[str | None, int] = {}
-    documents, plain_M, kinds_M = [], [], []
+    documents: list[str] = []
+    plain_M: list[str] = []
+    kinds_M: list[int] = []
 
     def number(text: str, prompt: str | None) -> int:
         key = (plain(text), prompt)
@@ -122,7 +124,8 @@ def mine(
 
 def _mine_one(pairs, i, lists, query_E, documents_ME, rule, judge) -> dict[str, Any]:
     row, own, group = pairs.rows[i], int(pairs.own_N[i]), int(pairs.groups_N[i])
-    dropped, left = Counter(), []
+    dropped: Counter[str] = Counter()
+    left = []
     for at in in_turn(lists.values()):
         if pairs.kinds_M[at] != pairs.kinds_N[i]:
             continue  # embedded behind another instruction: a score that cannot be compared

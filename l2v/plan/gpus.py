@@ -91,7 +91,9 @@ def named(key: str) -> Gpu:
             f"--gpu {key} is not known; choose one of {', '.join(SHEETS)}, or here for the device of this machine"
         )
     sheet = SHEETS[short]
-    bf16, copy = EFFICIENCY * peak_flops(sheet.name, torch.bfloat16), STREAM * sheet.copy
+    peak = peak_flops(sheet.name, torch.bfloat16)
+    assert peak is not None  # l2v.machine knows every device of SHEETS
+    bf16, copy = EFFICIENCY * peak, STREAM * sheet.copy
     source = f"the maker's figures times {EFFICIENCY} (products) and {STREAM} (copies), not measured"
     if short in MEASURED:
         bf16, copy = MEASURED[short]
@@ -114,6 +116,7 @@ def at_hand(dtype: torch.dtype) -> Gpu:
             f"nothing is known of how fast {name} is: run l2v doctor once, or name another device with --gpu"
         )
     if device.type == "cpu":
+        assert found is not None  # no processor is in SHEETS
         import psutil
 
         total = psutil.virtual_memory().total

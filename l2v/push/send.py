@@ -78,7 +78,7 @@ def send(folder: Path, files: list[str], repo: str, kind: str, args: argparse.Na
     return 0
 
 
-def _size(size: int) -> str:
+def _size(size: float) -> str:
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.3g} {unit}" if unit != "B" else f"{size} B"

@@ -93,7 +93,8 @@ def _ask_endpoint(
     endpoint: Endpoint, concurrency: int, questions: list[Question], journal: Journal, bar: tqdm
 ) -> list[str]:
     left = iter([q for q in questions if q.key not in journal.answers])
-    failed, in_a_row, most = [], 0, max(8, 2 * concurrency)
+    failed: list[str] = []
+    in_a_row, most = 0, max(8, 2 * concurrency)
     pool = ThreadPoolExecutor(concurrency)
     running = {}
     try:
@@ -147,10 +148,11 @@ def _consistent(
     questions: list[Question], answers: dict[str, Answer], search, top: int
 ) -> tuple[list[dict[str, Any]], Counter]:
     """The pairs that stay, and why others do not."""
-    rows, dropped, seen = [], Counter(), set()
+    rows, seen = [], set()
+    dropped: Counter[str] = Counter()
     for chosen in _batches(questions):
         asked = [(q, answers[q.key]) for q in chosen if q.key in answers]
-        dropped.update(answer.why for _, answer in asked if answer.query is None)
+        dropped.update(str(answer.why) for _, answer in asked if answer.query is None)
         found = [(q, answer.query) for q, answer in asked if answer.query is not None]
         instructions = [find_task(STYLES[q.style].task).query for q, _ in found]
         first = search([query for _, query in found], instructions) if search and found else None

@@ -146,9 +146,10 @@ class Worker:
         """Whether every text that is long enough to tell is in a language that is kept; writes `lang`."""
         own = parser.source.languages
         row["lang"] = own[0] if own else self.config.language.keep[0] if self.config.language else ""
-        if self.detector is None or own == []:
+        language = self.config.language
+        if language is None or self.detector is None or own == []:
             return True
-        keep = own or self.config.language.keep
+        keep = own or language.keep
         texts = self._texts(row)
         if len(keep) == 1 or not own:
             texts = [" ".join(texts)]  # a title alone is too short to tell Danish from Norwegian
@@ -178,12 +179,18 @@ def start(config: Build, work: Path) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+        def follow() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=follow, daemon=True).start()
     _worker = Worker(config, work)
 
 
 def work_on(chunk: Chunk) -> str:
     """`Worker.__call__` of this process."""
+    assert _worker is not None  # by `start`
     return _worker(chunk)
 
 

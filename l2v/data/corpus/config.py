@@ -13,6 +13,7 @@ from l2v.recipe.shipped import find_shipped, shipped_folder
 from l2v.recipe.typed_yaml import Node, build, parse_override, read_tree
 
 Kind = Literal["documents", "sentences", "pairs"]
+Format = Literal["auto", "jsonl", "parquet", "csv", "text", "mediawiki", "debian"]
 FIELDS = (
     "id",
     "text",
@@ -36,7 +37,7 @@ class Input:
     licence: str
     label: str | None = None
     origin: str | None = None
-    format: Literal["auto", "jsonl", "parquet", "csv", "text", "mediawiki", "debian"] = "auto"
+    format: Format = "auto"
     markup: Literal["plain", "wiki40b", "wikitext"] = "plain"
     encoding: Literal["auto", "utf-8", "windows-1252"] = "auto"
     name: str | None = None

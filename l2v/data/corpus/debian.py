@@ -79,6 +79,7 @@ class Index:
     def _stanzas(paths: Sequence[str], folder: str | None):
         for path in paths:
             for _, payload in Reader(Input(path=path, licence="", format="debian"), folder):
+                assert isinstance(payload, bytes)
                 try:
                     yield stanza(payload.decode("utf-8", "replace"))
                 except ValueError:

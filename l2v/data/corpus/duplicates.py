@@ -98,7 +98,7 @@ def find(rows: Rows, config: Build, tell: Callable[[int], None]) -> tuple[np.nda
             for band in range(bands(config.near.threshold, config.near.permutations)[0]):
                 _near(rows, fate, f"band-{band:03d}", config.near, examples)
                 tell(1)
-        if len(fate):
+        if isinstance(fate, np.memmap):
             fate.flush()
         temporary = told.with_suffix(".tmp")
         temporary.write_text(json.dumps(examples), encoding="utf-8")

@@ -8,6 +8,7 @@ the size, and refuses ten times as many technical texts full of English names.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 from l2v.data.corpus.config import Language
@@ -52,7 +53,7 @@ def _identifier(codes: tuple[str, ...]):
 class Detector:
     """Names the language of a text, or None where it is too short to tell."""
 
-    def __init__(self, settings: Language, also: set[str] = frozenset()) -> None:
+    def __init__(self, settings: Language, also: Iterable[str] = ()) -> None:
         self.settings = settings
         self.codes = tuple(sorted({*settings.keep, *settings.among, *also}))
 

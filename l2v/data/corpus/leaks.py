@@ -105,8 +105,9 @@ def _texts(held: Held, base: str | None) -> Iterator[str]:
     source = Input(path=held.path, licence="", name=held.name, split=held.split, revision=held.revision)
     reader = Reader(source, base)
     for where, payload in reader:
-        row = payload
-        if not isinstance(payload, dict):
+        if isinstance(payload, dict):
+            row = payload
+        else:
             text, _ = clean.decode(payload, "auto") if isinstance(payload, bytes) else (payload, False)
             row = parse(text, where) if format_of(source, reader.files[0]) == "jsonl" else {"text": text}
         if held.columns:

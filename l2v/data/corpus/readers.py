@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from xml.etree import ElementTree
 
-from l2v.data.corpus.config import Input
+from l2v.data.corpus.config import Format, Input
 from l2v.errors import UserError
 
 Record = tuple[str, bytes | str | dict[str, Any]]
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-SUFFIXES = {
+SUFFIXES: dict[str, Format] = {
     ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text",
     ".xml": "mediawiki",
 }  # fmt: skip
@@ -49,7 +49,7 @@ def find_files(path: str, folder: str | None, formats: str = "") -> list[Path]:
     return found
 
 
-def format_of(source: Input, file: Path) -> str:
+def format_of(source: Input, file: Path) -> Format:
     """The format that a source names, or what the file's name says."""
     if source.format != "auto":
         return source.format
@@ -88,7 +88,8 @@ class Reader:
         self.hub = source.path.startswith("hub:")
         self.files = [] if self.hub else find_files(source.path, folder)
         self.sizes = [file.stat().st_size for file in self.files]
-        self._at, self._raw, self._rows, self._total = 0, None, 0, None
+        self._raw: BinaryIO | None = None
+        self._at, self._rows, self._total = 0, 0, None
 
     def stamp(self) -> list[list[Any]]:
         """What tells edited files from the old ones: names, sizes and times."""
@@ -122,12 +123,13 @@ class Reader:
     @contextlib.contextmanager
     def _open(self, file: Path) -> Iterator[BinaryIO]:
         """Decompressed bytes, the raw file remembered for `progress`."""
-        with open(file, "rb") as self._raw:
+        with open(file, "rb") as raw:
+            self._raw = raw
             if file.suffix in OPENERS:
-                with OPENERS[file.suffix](self._raw, "rb") as stream:
+                with OPENERS[file.suffix](raw, "rb") as stream:
                     yield stream
             else:
-                yield self._raw
+                yield raw
 
     def _lines(self, file: Path, shown: str) -> Iterator[tuple[int, bytes]]:
         with self._open(file) as stream:
@@ -180,7 +182,8 @@ class Reader:
                 raise UserError(f"{shown}: not a MediaWiki dump from here on: {error}") from None
 
     def _debian(self, file: Path, shown: str) -> Iterator[Record]:
-        first, stanza = 0, []
+        first = 0
+        stanza: list[bytes] = []
         with self._open(file) as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
@@ -221,7 +224,9 @@ def pages(stream: BinaryIO, shown: str) -> Iterator[Record]:
 
     Each element is cleared once it is read, so that a dump of any size takes the memory of its largest page.
     """
-    root, number, page = None, 0, {}
+    root: ElementTree.Element | None = None
+    page: dict[str, Any] = {}
+    number = 0
     for event, element in ElementTree.iterparse(stream, events=("start", "end")):
         if event == "start":
             root = element if root is None else root
@@ -237,4 +242,5 @@ def pages(stream: BinaryIO, shown: str) -> Iterator[Record]:
             number += 1
             yield f"{shown}, page {number}", page
             page = {}
-            root.clear()
+            if root is not None:
+                root.clear()

@@ -23,7 +23,7 @@ from l2v.data.corpus import duplicates, leaks, report, shards
 from l2v.data.corpus.chunk import Chunk, chunk_name, read_tally, start, work_on
 from l2v.data.corpus.config import Build
 from l2v.data.corpus.progress import Bar
-from l2v.data.corpus.readers import Reader, find_files, resolve
+from l2v.data.corpus.readers import Reader, Record, find_files, resolve
 from l2v.data.corpus.tally import Tally
 from l2v.errors import UserError
 from l2v.recipe.load import to_dict
@@ -158,7 +158,8 @@ class Run:
 
         A Hub data set that an earlier start looked up keeps its revision, and needs no network for it.
         """
-        stamps, sources = [], []
+        stamps: list[Any] = []
+        sources = []
         folder = self.config.folder
         for number, source in enumerate(self.config.sources):
             try:
@@ -220,7 +221,9 @@ class Run:
             bar.note(f"left out: {self.errors[number]}")
             return []
         waiting: set[Future] = set()
-        size, records, count, error = self.config.chunk, [], 0, None
+        records: list[Record] = []
+        error: str | None = None
+        size, count = self.config.chunk, 0
 
         def send() -> None:
             index = (count - 1) // size

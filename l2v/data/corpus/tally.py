@@ -71,8 +71,8 @@ class Tally:
         for own, more in ((self.dropped, other.dropped), (self.changed, other.changed), (self.kept, other.kept)):
             own.update(more)
         for what, found in other.examples.items():
-            own = self.examples.setdefault(what, [])
-            own += found[: EXAMPLES - len(own)]
+            shown = self.examples.setdefault(what, [])
+            shown += found[: EXAMPLES - len(shown)]
 
     @property
     def records_dropped(self) -> int:
