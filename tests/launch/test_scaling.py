@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers import ROOT
 
-from benchmarks.scaling import markdown
+from benchmarks.communication.scaling import markdown
 from l2v.commands import plan
 
 
