@@ -1,6 +1,6 @@
 """What `l2v plan` predicts from 1 to 1,024 GPUs, under each ZeRO stage: the tables of docs/scaling.md.
 
-python -m benchmarks.communication.scaling [--recipe NAME] [--gpu h200] [--out docs/scaling]
+python -m benchmarks.communication.scaling [--recipe NAME] [--gpu h200] [--out docs/results/scaling]
 
 Writes scaling.json and scaling.md. Arithmetic alone: nothing is measured and no GPU is needed.
 """
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m benchmarks.communication.scaling", description=main.__doc__)
     p.add_argument("--recipe", default="llama3-8b-da")
     p.add_argument("--gpu", default="h200")
-    p.add_argument("--out", type=Path, default=Path("docs/scaling"))
+    p.add_argument("--out", type=Path, default=Path("docs/results/scaling"))
     args = p.parse_args(argv)
     found = predict(args.recipe, args.gpu)
     args.out.mkdir(parents=True, exist_ok=True)
