@@ -80,8 +80,8 @@ def profiles(encoder: Encoder, count: int) -> list[Profile]:
     return out
 
 
-def export(model: str, folder: Path, device: torch.device) -> Path:
-    """The folder that both load: random weights in the model's shape, or the embedded base."""
+def export(model: str, folder: Path, device: torch.device, precision: str = "auto") -> Path:
+    """The folder that both load, in this precision: random weights in the model's shape, or the embedded base."""
     target = folder / "export"
     if not target.is_dir():
         base = "smollm2-135m-instruct"
@@ -90,8 +90,8 @@ def export(model: str, folder: Path, device: torch.device) -> Path:
 
             base = str(folder / "base")
             if not (folder / "base" / "config.json").is_file():
-                write_base(MODELS[model], folder / "base", device, dtype_of("auto"))
-        Encoder.from_pretrained(base).save(target)
+                write_base(MODELS[model], folder / "base", device, dtype_of(precision))
+        Encoder.from_pretrained(base, precision=precision).save(target)
     return target
 
 
@@ -199,6 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=tuple(MODELS), help="default: 8b on a GPU, mini on a CPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--texts", type=int, help="of a profile of short ones")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the weights")
     parser.add_argument("--work", type=Path, help="keep the weights in this folder")
     options = parser.parse_args(argv)
     device = torch.empty(0, device=options.device).device
@@ -209,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     facts |= {"load": os.getloadavg()[0], "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="l2v-encode-", ignore_cleanup_errors=True) as temporary:
-        folder = export(model, options.work or Path(temporary), device)
+        folder = export(model, options.work or Path(temporary), device, options.precision)
         encoder = Encoder.from_pretrained(folder)
         dtype = encoder.model.decoder.dtype
         facts["dtype"] = str(dtype).removeprefix("torch.")
