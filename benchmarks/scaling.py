@@ -16,7 +16,7 @@ from typing import Any
 
 from l2v.plan import device_and_dtype
 from l2v.plan.estimate import StagePlan, plan_stage
-from l2v.recipe_io import load_recipe
+from l2v.recipe.load import load_recipe
 
 PER_NODE = 8
 SHOWN = (1, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -15,7 +15,7 @@ from l2v.errors import UserError
 COMMANDS = {
     "train": ("l2v.train", "train the stages of a recipe under DeepSpeed"),
     "plan": ("l2v.plan", "memory and time that a recipe will take, before anything is downloaded"),
-    "tune": ("l2v.tune", "find the fastest micro-batch and recompute on this machine"),
+    "tune": ("l2v.tuning.search", "find the fastest micro-batch and recompute on this machine"),
     "doctor": ("l2v.doctor", "what runs on this machine, why the rest does not, and how fast it is"),
     "quickstart": ("l2v.quickstart", "the whole recipe on the embedded model and Danish sample"),
     "eval": ("l2v.eval_cli", "score encoders: SEB's Danish tasks, any task of mteb, your own files"),

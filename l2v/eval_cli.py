@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from l2v.errors import RecipeError, UserError
-from l2v.recipe_io import from_dict
+from l2v.runs.folder import is_stage, stage_folders, trained_stages
 
 POOLINGS = ("mean", "weighted_mean", "last")
 ATTENTIONS = ("causal", "bidirectional")
@@ -172,9 +172,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
 def _folder(models: Sequence[str]) -> Path:
     """Beside the first model where it is a folder that is ours, else in the working directory."""
     first = Path(models[0]) if models else None
-    ours = (
-        first is not None and first.is_dir() and ((first / "stage.json").is_file() or any(first.glob("*/stage.json")))
-    )
+    ours = first is not None and (is_stage(first) or bool(stage_folders(first)))
     return first / "eval" if ours else Path("eval-results")
 
 
@@ -211,23 +209,13 @@ def _specs(args: argparse.Namespace) -> list[tuple[str, Any]]:
 
 def _stages(run: str) -> list[tuple[str, str, dict[str, Any]]]:
     """Rows of a run: its base causal and bidirectional, read as its last stage reads, and every trained stage in order."""
-    marks = sorted(Path(run).glob("*/stage.json"))
-    if not marks:
+    if not stage_folders(Path(run)):
         raise UserError(f"--stages needs a run; {run} has no stage below it")
-    trees = {}
-    for mark in marks:
-        try:
-            trees[mark.parent.name] = from_dict(json.loads(mark.read_text(encoding="utf-8"))["recipe"], str(mark))
-        except (OSError, ValueError, KeyError):
-            raise UserError(f"{mark}: damaged; train the stage again with --fresh") from None
-    trained = [name for name in trees if (Path(run) / name / "adapter").is_dir()]
-    if not trained:
-        raise UserError(f"{run}: none of its stages is trained yet; run 'l2v train' to the end first")
-    order = {name: at for tree in trees.values() for at, name in enumerate(tree.order())}
-    trained.sort(key=lambda name: order.get(name, -1))
+    recipes = trained_stages(Path(run))
+    trained = list(recipes)
     last = str(Path(run) / trained[-1])
     length = (
-        trees[trained[-1]].stages[trained[-1]].length
+        recipes[trained[-1]].stages[trained[-1]].length
     )  # one length for all rows, or they would read different texts
     raw = [(RAW[attention], last, {"base_only": True, "attention": attention}) for attention in ATTENTIONS]
     stages = [(name, str(Path(run) / name), {}) for name in trained]

@@ -22,13 +22,14 @@ from l2v.data import sample
 from l2v.data.sample import Question
 from l2v.encoder import Encoder
 from l2v.errors import UserError
-from l2v.evaluation.plots import loss_curves, read_metrics
+from l2v.evaluation.plots import loss_curves
 from l2v.evaluation.retrieval import RetrievalResult, bootstrap_interval, score, tfidf_scores
 from l2v.machine import processor
 from l2v.model.embedded import resolve
 from l2v.model.load import dtype_of
 from l2v.recipe import Recipe
-from l2v.recipe_io import load_recipe
+from l2v.recipe.load import load_recipe
+from l2v.runs.metrics import read_metrics
 
 RECIPE = "smollm2-135m-da"
 # Step counts are chosen for 2 cores that multiply bf16 at this rate or more; a slower machine trains fewer steps.

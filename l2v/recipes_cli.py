@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from l2v.recipe_io import find_recipe, load_recipe, recipe_folder
+from l2v.recipe.load import load_recipe
+from l2v.recipe.shipped import find_recipe, recipe_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:

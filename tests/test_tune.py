@@ -5,11 +5,11 @@ import os
 
 import pytest
 
-from l2v import tune
 from l2v.errors import UserError
 from l2v.recipe import Mntp, Source
-from l2v.recipe_io import load_recipe
-from l2v.tuned import apply_tuned, place, tuned_file
+from l2v.recipe.load import load_recipe
+from l2v.tuning import search as tune
+from l2v.tuning.apply import apply_tuned, place, tuned_file
 
 
 def stage(micro_tokens=1000, length=50):

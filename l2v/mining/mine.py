@@ -24,7 +24,7 @@ from l2v.mining.choose import Known, Rule, choose, in_turn, plain
 from l2v.mining.report import Found
 from l2v.mining.shards import Shards, check_out, write_rows, writing
 from l2v.mining.vectors import encoder_key, vectors
-from l2v.source import Source
+from l2v.recipe.source import Source
 
 BLOCK = 1024  # queries of a shard
 MOST = 7

@@ -17,7 +17,7 @@ from l2v.plan.gpus import SHEETS, Gpu, chosen
 from l2v.plan.report import remedies, render, tree
 from l2v.plan.shapes import shape_of
 from l2v.recipe import Recipe
-from l2v.recipe_io import load_recipe
+from l2v.recipe.load import load_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from l2v.data.open import open_examples
 from l2v.data.sampler import Sampler, StepPlan
 from l2v.data.tokens import TextTokenizer, load_tokenizer
 from l2v.plan.shapes import local_folder
 from l2v.recipe import Contrastive, Mntp, Recipe, Stage
-from l2v.train import open_examples
 from l2v.training.memory import columns_of
 
 READ = 64 << 20

@@ -14,8 +14,8 @@ import yaml
 from l2v import __version__
 from l2v.errors import RecipeError, UserError
 from l2v.report import tables
-from l2v.report.facts import RunFacts, read_run
 from l2v.report.page import write
+from l2v.runs.facts import RunFacts, read_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

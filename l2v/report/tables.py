@@ -8,7 +8,7 @@ from typing import Any
 
 from l2v.errors import UserError
 from l2v.evaluation.seb import BY_NAME, SEB_DA
-from l2v.report.facts import RunFacts, StageFacts, build_report
+from l2v.runs.facts import RunFacts, StageFacts, build_report
 
 OWN, POSTER = "this report", "poster"
 CAPTION = "The twelve Danish tasks of the Scandinavian Embedding Benchmark, in percent"

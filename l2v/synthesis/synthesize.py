@@ -22,7 +22,7 @@ from l2v.mining.candidates import Bm25, Exact
 from l2v.mining.choose import plain
 from l2v.mining.shards import Shards, check_out, write_rows
 from l2v.mining.vectors import encoder_key, vectors
-from l2v.prompts import find_task
+from l2v.recipe.tasks import find_task
 from l2v.synthesis.endpoint import Endpoint, Failed
 from l2v.synthesis.journal import Answer, Journal
 from l2v.synthesis.local import Local

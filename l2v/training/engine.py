@@ -14,7 +14,7 @@ from torch import nn
 
 from l2v.errors import RecipeError
 from l2v.recipe import Stage, Zero
-from l2v.zero_config import find_config, read_config
+from l2v.recipe.zero import find_config, read_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

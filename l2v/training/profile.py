@@ -52,10 +52,10 @@ class Profile:
         steps: int,
         device: torch.device,
         aside: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-        tell: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ) -> None:
         """model: a PackedDecoder. start: steps that are done, of `steps`. aside: entered while the tables are made."""
-        self.model, self.folder, self.device, self.aside, self.tell = model, folder, device, aside, tell
+        self.model, self.folder, self.device, self.aside, self.log = model, folder, device, aside, log
         self.steps = which_steps(start, steps) if active else range(0)
         # One step for the profiler itself to get going, where there is one.
         self.warm_up = self.steps.start - 1 if self.steps and self.steps.start > start + 1 else None
@@ -106,18 +106,18 @@ class Profile:
             self.tracer.export_chrome_trace(str(trace))
             table = tabulate(read(trace))
             if self.device.type == "cuda" and table.counted != "kernels":
-                self.tell(
+                self.log(
                     f"{trace}: no kernel is in the trace, so there is no table: the driver lets only administrators look "
                     "(its option NVreg_RestrictProfilingToAdminUsers=0 lets everybody)"
                 )
                 return
             write(table, self.folder, steps=list(self.steps), device=device_name(self.device))
         except OSError as error:  # a run of days is not lost for a picture
-            self.tell(f"{self.folder}: the profile cannot be written: {error.strerror or error}")
+            self.log(f"{self.folder}: the profile cannot be written: {error.strerror or error}")
             return
         first = sorted(table.uses, key=lambda use: -use.ms)[:4]
         parts = ", ".join(f"{use.kind} {use.share:.0%}" for use in first)
-        self.tell(f"profile of steps {_range(self.steps)}: {table.step_ms:.1f} ms a step: {parts} ({self.folder})")
+        self.log(f"profile of steps {_range(self.steps)}: {table.step_ms:.1f} ms a step: {parts} ({self.folder})")
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ def run(tmp_path_factory, tiny_base, tiny_recipe):
 
     from l2v.model.load import inner_model, load_model
     from l2v.recipe import Base
-    from l2v.recipe_io import load_recipe, to_dict
+    from l2v.recipe.load import load_recipe, to_dict
 
     folder = tmp_path_factory.mktemp("trained")
     path = tiny_recipe(folder, **{"base": {"model": str(tiny_base), "precision": "fp32"}})

@@ -12,8 +12,8 @@ import torch
 
 from l2v import cli
 from l2v.data.sources import open_rows
-from l2v.prompts import find_task
 from l2v.recipe import Source
+from l2v.recipe.tasks import find_task
 from l2v.synthesis import endpoint as endpoint_module
 from l2v.synthesis.endpoint import Endpoint
 from l2v.synthesis.journal import Answer, Journal

@@ -9,7 +9,8 @@ from typing import Literal
 
 from l2v.data.build.tally import EXAMPLES
 from l2v.errors import RecipeError
-from l2v.recipe_io import Node, build, find_shipped, parse_override, read_tree, shipped_folder
+from l2v.recipe.shipped import find_shipped, shipped_folder
+from l2v.recipe.typed_yaml import Node, build, parse_override, read_tree
 
 Kind = Literal["documents", "sentences", "pairs"]
 FIELDS = (

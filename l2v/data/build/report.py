@@ -16,7 +16,7 @@ from l2v.data.build import card, duplicates, shards
 from l2v.data.build.chunk import read_tally
 from l2v.data.build.config import Build
 from l2v.data.build.tally import CHANGES, EXAMPLES, REASONS, Tally
-from l2v.recipe_io import to_dict
+from l2v.recipe.load import to_dict
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from l2v.data.build.progress import Bar
 from l2v.data.build.readers import Reader, find_files, resolve
 from l2v.data.build.tally import Tally
 from l2v.errors import UserError
-from l2v.recipe_io import to_dict
+from l2v.recipe.load import to_dict
 
 VERSION = 1
 """Of the files in the work folder; another version starts anew."""

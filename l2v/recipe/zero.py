@@ -7,23 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from l2v.errors import RecipeError
-
-
-def shipped_folder() -> Path:
-    """The configurations that come with l2v: inside an installed package, or in launch/ of a checkout."""
-    here = Path(__file__).resolve().parent
-    installed = here / "launch" / "deepspeed"
-    return installed if installed.is_dir() else here.parent / "launch" / "deepspeed"
+from l2v.recipe.shipped import shipped_folder
 
 
 def find_config(name: str) -> Path:
     """A path as given, or the file of a name like zero3-offload. Errors: RecipeError with the names there are."""
     if Path(name).is_file():
         return Path(name)
-    shipped = shipped_folder() / f"{name}.json"
+    shipped = shipped_folder("deepspeed") / f"{name}.json"
     if Path(name).name == name and shipped.is_file():
         return shipped
-    known = ", ".join(sorted(path.stem for path in shipped_folder().glob("*.json")))
+    known = ", ".join(sorted(path.stem for path in shipped_folder("deepspeed").glob("*.json")))
     raise RecipeError(f"zero.config: there is no file {name}; give a DeepSpeed JSON file or one of {known}")
 
 

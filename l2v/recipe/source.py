@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from l2v.errors import RecipeError
-from l2v.prompts import Task, find_task
+from l2v.recipe.tasks import Task, find_task
 
 PAIR_KEYS = ("task", "query_prompt", "document_prompt", "symmetric")
 
@@ -17,7 +17,7 @@ class Source:
 
     weight: how often a row is met in an epoch, 1 for once; it may be a fraction. group: a column; rows of one value are no
     negatives of each other. query_prompt, document_prompt: instruction of every row that brings none in the columns
-    `instruction` and `document_instruction`; task: names both (`l2v.prompts`). symmetric: the query's instruction stands on
+    `instruction` and `document_instruction`; task: names both (`l2v.recipe.tasks`). symmetric: the query's instruction stands on
     both sides; swap: query and positive change places in half of the steps.
     """
 

@@ -13,9 +13,10 @@ import torch
 from l2v.errors import RecipeError, UserError
 from l2v.machine import device_name, processor
 from l2v.model.load import device
-from l2v.recipe import Recipe, check
-from l2v.recipe_io import find_recipe
-from l2v.run import run_folder
+from l2v.recipe import Recipe
+from l2v.recipe.checks import check
+from l2v.recipe.shipped import find_recipe
+from l2v.runs.folder import has_begun, read_stage, run_folder
 
 KEYS = {"micro_tokens": int, "recompute": str}
 """What may be tuned of a stage, because it changes where and how fast it runs and, but for rounding, not what it learns."""
@@ -106,8 +107,7 @@ def _began_with(recipe: Recipe, name: str) -> dict[str, Any] | None:
     """The recipe that a stage with a checkpoint or an adapter began with: it goes on so, and its bits stay what they were."""
     folder = run_folder(recipe) / name
     try:
-        then = json.loads((folder / "stage.json").read_text(encoding="utf-8"))["recipe"]
-        trained = (folder / "adapter").is_dir() or any(folder.glob("checkpoints/step-*"))
-        return then if trained and {*KEYS} <= {*then["stages"][name]} and "backend" in then["base"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+        then = (read_stage(folder) or {})["recipe"]
+        return then if has_begun(folder) and {*KEYS} <= {*then["stages"][name]} and "backend" in then["base"] else None
+    except (KeyError, TypeError):
         return None

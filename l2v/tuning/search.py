@@ -32,8 +32,9 @@ from l2v.doctor import software
 from l2v.doctor.report import Report
 from l2v.errors import UserError
 from l2v.recipe import Backend, Recipe, Stage
-from l2v.recipe_io import load_recipe
-from l2v.tuned import KEYS, SHARED, place, read_tuned, tuned_file
+from l2v.recipe.load import load_recipe
+from l2v.runs.metrics import read_metrics
+from l2v.tuning.apply import KEYS, SHARED, place, read_tuned, tuned_file
 
 WARM = 2
 """Steps before the clock counts."""
@@ -182,8 +183,7 @@ class Trainer:
                 raise UserError(f"stage '{self.name}' does not train: {_last_line(done.stdout)}")
             candidate.failed = "out of memory"
             return
-        rows = [json.loads(line) for line in (out / self.name / "metrics.jsonl").read_text().splitlines()]
-        rows = [row for row in rows if row["step"] > WARM and "tokens_per_second" in row]
+        rows = [row for row in read_metrics(out / self.name) if row["step"] > WARM and "tokens_per_second" in row]
         # Tokens over time, so that a long step counts as much as it lasts.
         lasted = [row["tokens"] - before["tokens"] for before, row in itertools.pairwise(rows)]
         times = [tokens / row["tokens_per_second"] for tokens, row in zip(lasted, rows[1:], strict=True)]

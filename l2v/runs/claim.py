@@ -1,4 +1,4 @@
-"""A run on disk: a folder for each stage, whose it is, what it starts from, and its adapter at the end."""
+"""Claim a stage's folder for a recipe, find what the stage starts from, and publish its adapter at the end."""
 
 from __future__ import annotations
 
@@ -14,15 +14,11 @@ from l2v.errors import RecipeError, UserError
 from l2v.files import reason, replace_text, sync
 from l2v.model.lora import WEIGHTS, save_adapter, sha256
 from l2v.recipe import Recipe
-from l2v.recipe_io import from_dict, to_dict
+from l2v.recipe.load import from_dict, to_dict
+from l2v.runs.folder import ADAPTER, STAGE_FILE, has_begun, is_trained, run_folder
 
 # May differ between the start and the continuation of a run: they change where it runs and what it tells, not what it learns.
 FREE_KEYS = {"log_every", "eval_every", "save_every", "keep", "micro_tokens", "recompute", "eval_data"}
-
-
-def run_folder(recipe: Recipe) -> Path:
-    """Where a recipe's run lives."""
-    return Path(recipe.out or f"runs/{recipe.name}")
 
 
 def merged_adapters(recipe: Recipe, name: str) -> list[tuple[str, dict[str, str]]]:
@@ -31,7 +27,7 @@ def merged_adapters(recipe: Recipe, name: str) -> list[tuple[str, dict[str, str]
     oldest = recipe.stages[chain[0] if chain else name]
     out = [(adapter, {}) for adapter in oldest.adapters or []]
     for earlier in chain:
-        adapter = run_folder(recipe) / earlier / "adapter"
+        adapter = run_folder(recipe) / earlier / ADAPTER
         if not adapter.is_dir():
             raise UserError(
                 f"stage '{name}' starts from '{earlier}', which is not trained yet ({adapter} is missing): train it first, "
@@ -45,7 +41,7 @@ def claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh:
     """Make the stage's folder ours, or say why it is not."""
     parents = [adapter for adapter, _ in merged_adapters(recipe, name)]
     facts = facts | {"merged": [sha256(Path(p) / WEIGHTS) if (Path(p) / WEIGHTS).is_file() else p for p in parents]}
-    mark = folder / "stage.json"
+    mark = folder / STAGE_FILE
     try:
         if fresh and mark.is_file():
             shutil.rmtree(folder)
@@ -54,13 +50,12 @@ def claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh:
         if mark.is_file():
             before = json.loads(mark.read_text(encoding="utf-8"))
             changed = difference(before, facts)
-            trained = (folder / "adapter").is_dir() or any(folder.glob("checkpoints/step-*"))
-            if changed and trained:  # a start that failed on a wrong path left nothing to protect
+            if changed and has_begun(folder):  # a start that failed on a wrong path left nothing to protect
                 raise UserError(
                     f"{folder} belongs to another recipe: {changed}; choose another folder with out=..., "
                     "or start anew with --fresh"
                 )
-            if (folder / "adapter").is_dir():
+            if is_trained(folder):
                 return "done"
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(mark, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
@@ -77,7 +72,7 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
         return f"its stage is '{before.get('stage')}'"
     name = now["stage"]
     try:  # keys that the version before did not know had their defaults
-        old = to_dict(from_dict(before["recipe"], "stage.json"))
+        old = to_dict(from_dict(before["recipe"], STAGE_FILE))
     except RecipeError:
         old = before["recipe"]
     new = now["recipe"]
@@ -101,7 +96,7 @@ def publish(decoder, weights: dict[str, torch.Tensor], folder: Path, lineage: di
         for file in partial.iterdir():
             sync(file)
         sync(partial)
-        partial.rename(folder / "adapter")
+        partial.rename(folder / ADAPTER)
         sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)

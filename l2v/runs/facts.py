@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from l2v.errors import UserError
+from l2v.model.lora import LINEAGE
 from l2v.recipe import Recipe
-from l2v.recipe_io import from_dict, to_dict
+from l2v.recipe.load import to_dict
+from l2v.runs.folder import ADAPTER, STAGE_FILE, stage_folders, stage_recipe
+from l2v.runs.metrics import read_metrics
 
 
 @dataclass
@@ -78,13 +81,13 @@ def read_run(folder: Path, results: Path | None = None) -> RunFacts:
 
     Errors: UserError where the folder is no run, or a file of it is damaged. What is not there is a sentence in `missing`.
     """
-    marks = sorted(folder.glob("*/stage.json")) if folder.is_dir() else []
-    if not marks:
+    stages = stage_folders(folder)
+    if not stages:
         raise UserError(
-            f"{folder}: no run of l2v (no STAGE/stage.json below it); give the folder that 'l2v train' wrote"
+            f"{folder}: no run of l2v (no STAGE/{STAGE_FILE} below it); give the folder that 'l2v train' wrote"
         )
-    trees = {mark.parent.name: _recipe(mark) for mark in marks}
-    newest = max(marks, key=lambda mark: mark.stat().st_mtime).parent.name
+    trees = {stage.name: stage_recipe(stage) for stage in stages}
+    newest = max(stages, key=lambda stage: (stage / STAGE_FILE).stat().st_mtime).name
     recipe = trees[newest]
     order = recipe.order() + [name for name in trees if name not in recipe.stages]
     run = RunFacts(recipe.name, folder, recipe, [])
@@ -92,7 +95,7 @@ def read_run(folder: Path, results: Path | None = None) -> RunFacts:
         own = trees.get(name, recipe)
         stage = StageFacts(name, own.stages[name].objective, to_dict(own.stages[name]))
         stage.metrics = read_metrics(folder / name)
-        stage.lineage = read_json(folder / name / "adapter" / "lineage.json")
+        stage.lineage = read_json(folder / name / ADAPTER / LINEAGE)
         if not stage.trained:
             began = "not finished" if stage.metrics else "not trained yet"
             run.missing.append(f"Stage {name} is {began}: l2v train goes on with it.")
@@ -124,19 +127,6 @@ def read_results(file: Path) -> dict[str, Any]:
     return found
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a stage's metrics.jsonl; a last line that a running training has only half written is left out."""
-    file, rows = folder / "metrics.jsonl", []
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    for at, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if at < len(lines):
-                raise UserError(f"{file}:{at}: not JSON; remove the line") from None
-    return rows
-
-
 def build_report(path: str) -> dict[str, Any] | None:
     """The report of `l2v data build` beside a source's files, or None: not built by it, or not on this machine."""
     if path.startswith(("hub:", "sample:")):
@@ -144,10 +134,3 @@ def build_report(path: str) -> dict[str, Any] | None:
     place = Path(path)
     done = read_json((place if place.is_dir() else place.parent) / "report.json")
     return done if done and {"title", "sources", "splits"} <= done.keys() else None
-
-
-def _recipe(mark: Path) -> Recipe:
-    try:
-        return from_dict(json.loads(mark.read_text(encoding="utf-8"))["recipe"], str(mark))
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{mark}: damaged; train the stage again with --fresh") from None
