@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,8 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="l2v search", description=main.__doc__)
     p.add_argument("run", help="a run, a stage of it, an export or a base")
     p.add_argument("query", help="what to look for")
-    p.add_argument("--texts", help="JSONL, Parquet or text file to search (default: the passages of the Danish sample)")
-    p.add_argument("--column", default="text", help="the field that holds the text (default: text)")
+    p.add_argument(
+        "--texts", help="CSV, JSONL, Parquet or text file to search (default: the passages of the Danish sample)"
+    )
+    p.add_argument(
+        "--column", default="text", help="the field that holds the text (default: text, or a common name like it)"
+    )
     p.add_argument("--instruction", help="instruction that stands before the query")
     p.add_argument("--top", type=int, default=3, help="how many to show (default: 3)")
     args = p.parse_intermixed_args(argv)
@@ -31,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.top < 1:
         raise UserError(f"--top is {args.top}; show at least 1")
     if args.texts:
-        texts = open_rows([Source(path=args.texts, text=args.column)], "documents")["text"]
+        notes: list[str] = []
+        texts = open_rows([Source(path=args.texts, text=args.column, skip_empty=True)], "documents", notes)["text"]
+        for note in notes:
+            print(note, file=sys.stderr)
     else:
         texts = [p.text for p in sample.passages().values()]
     texts = list(texts)

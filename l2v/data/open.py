@@ -14,7 +14,8 @@ from l2v.recipe import Mntp, Source, Stage, Supervised
 def open_examples(sources: Sequence[Source], stage: Stage, texts: TextTokenizer) -> MntpBlocks | Pairs | Views:
     """Rows to examples, by objective; how the sources are mixed stands beside them."""
     kind = {Mntp: "documents", Supervised: "pairs"}.get(type(stage), "sentences")
-    parts = open_parts(sources, kind)
+    guesses: list[str] = []
+    parts = open_parts(sources, kind, guesses)
     rows = together(parts, sources)
     if isinstance(stage, Mntp):
         examples = MntpBlocks(rows, texts, document_mask=stage.document_mask)
@@ -25,4 +26,5 @@ def open_examples(sources: Sequence[Source], stage: Stage, texts: TextTokenizer)
     examples.mixture = mix_sources(sources, [len(part) for part in parts], examples.rows_of, stage)
     if examples.mixture:
         examples.notes += examples.mixture.notes
+    examples.notes += guesses
     return examples

@@ -51,7 +51,8 @@ class Pairs:
 
 def read(source: Source, corpus: Source | None) -> Pairs:
     """Read pairs, and the documents that may become negatives: positives, given negatives, the corpus."""
-    rows = open_rows([source], "pairs")
+    notes: list[str] = []
+    rows = open_rows([source], "pairs", notes)
     numbers: dict[tuple[str, str | None], int] = {}
     kinds: dict[str | None, int] = {}
     documents, plain_M, kinds_M = [], [], []
@@ -75,9 +76,11 @@ def read(source: Source, corpus: Source | None) -> Pairs:
         for text in row["negatives"]:
             number(text, row["document_instruction"])
     if corpus is not None:
-        for text in open_rows([corpus], "documents")["text"]:
+        for text in open_rows([corpus], "documents", notes)["text"]:
             for prompt in list(kinds):
                 number(text, prompt)
+    for note in notes:
+        print(note)
     prompts = [list(kinds)[kind] for kind in kinds_M]
     return Pairs(
         rows,
@@ -284,7 +287,7 @@ def _check(args: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="l2v data mine", description=main.__doc__)
     p.add_argument("encoder", help="a run, a stage of it, an export or a base")
-    p.add_argument("data", help="pairs: sample:da/train, a JSONL or Parquet file, or hub:NAME")
+    p.add_argument("data", help="pairs: sample:da/train, a CSV, JSONL or Parquet file, or hub:NAME")
     p.add_argument(
         "--out", required=True, help=".jsonl or .parquet; a table and a picture of the scores stand beside it"
     )
@@ -302,7 +305,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cross-encoder", metavar="NAME", help="judge candidates by this sentence-transformers cross-encoder"
     )
-    p.add_argument("--corpus", metavar="FILE", help="more documents that may become negatives (JSONL, Parquet or text)")
+    p.add_argument(
+        "--corpus", metavar="FILE", help="more documents that may become negatives (CSV, JSONL, Parquet or text)"
+    )
     p.add_argument("--corpus-column", default="text", metavar="TEXT", help="their column (default: text)")
     p.add_argument("--faiss", metavar="FACTORY", help='search a FAISS index instead, for example "IVF1024,Flat"')
     p.add_argument("--cache", metavar="DIR", help="keep vectors there, for other minings of the same texts")

@@ -36,7 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_intermixed_args(argv)
     _check(args)
     out = check_out(args.out)
-    read = open_rows([source_of(args.passages, args)], "documents")["text"][:]
+    notes: list[str] = []
+    read = open_rows([source_of(args.passages, args)], "documents", notes)["text"][:]
+    for note in notes:
+        print(note)
     different: dict[str, str] = {}
     for text in read:
         different.setdefault(plain(text), text)
