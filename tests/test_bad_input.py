@@ -73,7 +73,7 @@ def test_a_recipe_mistake_is_exit_code_2(run_here, recipe, overrides, arguments,
     [
         ("mntp", None, ["documents.jsonl: there is no such file; give a file, hub:NAME or sample:da/train"]),
         ("mntp", '{"text": "god"}\n{"text": \n', ["documents.jsonl, line 2: malformed JSON", "is one object"]),
-        ("mntp", '{"tekst": "god"}\n', ["documents.jsonl, line 1: the field 'text' is absent; found tekst"]),
+        ("mntp", '{"ord": "god"}\n', ["documents.jsonl, line 1: the field 'text' is absent; found ord"]),
         ("mntp", '{"text": "god"}\n{"text": " "}\n', ["line 2: 'text' is empty; remove the row or set skip_empty"]),
         ("mntp", "", ["documents.jsonl: the data set is empty; it needs at least one row"]),
         ("mntp", b'{"text": "\xe6"}\n', ["documents.jsonl: not readable as UTF-8 text"]),
@@ -223,7 +223,8 @@ def test_metrics_on_a_full_disk(run_here, recipe, tmp_path):
     (tmp_path / "run/mntp/metrics.jsonl").symlink_to("/dev/full")
     output = run_here(recipe(), "--stage", "mntp")
     assert (
-        "metrics.jsonl cannot be written (No space left on device); training goes on, its rows wait for room" in output
+        "metrics.jsonl cannot be written (No space left on device); training continues, its rows wait for room"
+        in output
     )
     assert output.count("its rows wait") == 1 and "mntp: done" in output and "Traceback" not in output
 
@@ -237,7 +238,7 @@ def test_an_interrupt_before_the_first_step(run_here, recipe, tmp_path, monkeypa
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("l2v.train.build", interrupted)
+    monkeypatch.setattr("l2v.training.stage.build", interrupted)
     output = run_here(recipe(), "--stage", "mntp", expect=1)
     assert_refused(output, "stopped before the first step; nothing was changed")
 
@@ -274,10 +275,10 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(recipe, run_cli,
     assert code == 1, output
     saved = checkpoint.newest(run / "checkpoints")
     assert saved is not None and 3 <= saved.step < 150
-    assert f"l2v: stopped after step {saved.step}; the same command goes on from there" in output
+    assert f"l2v: stopped after step {saved.step}; the same command continues from there" in output
     assert "Traceback" not in output
     assert not (run / "adapter").exists() and not list(run.rglob("*.partial"))
-    assert f"mntp: going on after step {saved.step}" in run_cli(path, "--stage", "mntp").stdout
+    assert f"mntp: continues after step {saved.step}" in run_cli(path, "--stage", "mntp").stdout
     rows = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, 151))
     assert (run / "adapter/adapter_model.safetensors").is_file()

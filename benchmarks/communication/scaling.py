@@ -1,6 +1,6 @@
 """What `l2v plan` predicts from 1 to 1,024 GPUs, under each ZeRO stage: the tables of docs/scaling.md.
 
-python -m benchmarks.communication.scaling [--recipe NAME] [--gpu h200] [--out docs/scaling]
+python -m benchmarks.communication.scaling [--recipe NAME] [--gpu h200] [--out docs/results/scaling]
 
 Writes scaling.json and scaling.md. Arithmetic alone: nothing is measured and no GPU is needed.
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from l2v.files import replace_text
-from l2v.plan import device_and_dtype
 from l2v.plan.estimate import StagePlan, plan_stage
-from l2v.recipe_io import load_recipe
+from l2v.plan.gpus import device_and_dtype
+from l2v.recipe.load import load_recipe
 
 GPUS_PER_NODE = 8
 GPUS_SHOWN = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m benchmarks.communication.scaling", description=main.__doc__)
     p.add_argument("--recipe", default="llama3-8b-da")
     p.add_argument("--gpu", default="h200")
-    p.add_argument("--out", type=Path, default=Path("docs/scaling"))
+    p.add_argument("--out", type=Path, default=Path("docs/results/scaling"))
     args = p.parse_args(argv)
     found = predict(args.recipe, args.gpu)
     args.out.mkdir(parents=True, exist_ok=True)

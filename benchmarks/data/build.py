@@ -25,7 +25,7 @@ import psutil
 from benchmarks.command import Benchmark
 from benchmarks.data.corpus import Corpus, Verdict, judge
 from benchmarks.pages import markdown, write
-from l2v.data.build.config import Language
+from l2v.data.corpus.config import Language
 
 MAX_MEMORY_GROWTH = 1.35
 """How much more memory ten times as many documents may take."""
@@ -66,7 +66,10 @@ def memory(process: psutil.Process) -> tuple[int, int]:
 
 def build(config: Path, documents: int, out: Path, workers: int, kills: list[float]) -> Watched:
     """Build to the end; SIGKILL once for each share of `kills` of the chunks (1 and more: after the reading)."""
-    watched, command = Watched(), [sys.executable, "-m", "l2v.cli", "data", "build", str(config), "--out", str(out)]
+    watched, command = (
+        Watched(),
+        [sys.executable, "-m", "l2v.commands.main", "data", "build", str(config), "--out", str(out)],
+    )
     total = -(-documents // SETTINGS["chunk"])
     for at in [*kills, None]:
         begun = time.monotonic()

@@ -15,9 +15,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from l2v.data import sample
-from l2v.data.build import clean
-from l2v.data.build.config import Language
-from l2v.data.build.language import Detector
+from l2v.data.corpus import clean
+from l2v.data.corpus.config import Language
+from l2v.data.corpus.language import Detector
 
 GROUP_SIZE = 25
 """In each group of this size one document is an exact copy and one a near copy; in every tenth group, one is a leak."""

@@ -27,9 +27,9 @@ from benchmarks.harness import device_facts
 from benchmarks.pages import markdown, plotting, write
 from l2v.data import sample
 from l2v.encoder import Encoder
-from l2v.evaluation.plots import read_metrics
 from l2v.machine import processor
 from l2v.model.quantize import to_fp8
+from l2v.runs.metrics import read_metrics
 from l2v_kernels.fp8 import obstacle
 
 MODELS = {

@@ -71,7 +71,7 @@ class Runner:
         """Of the recipe, where it is trained as it is."""
         if self.model.shape:
             return None
-        from l2v.recipe_io import load_recipe
+        from l2v.recipe.load import load_recipe
 
         return {name: stage.steps for name, stage in load_recipe(self.model.recipe).stages.items()}
 
@@ -158,7 +158,7 @@ class Runner:
 
     def _spec(self, run: Run, out: Path) -> Spec:
         from l2v.model.embedded import resolve
-        from l2v.recipe_io import to_dict
+        from l2v.recipe.load import to_dict
 
         workload = self.model.workloads[run.workload]
         recipe = self.work.recipe(run.workload, self.steps)

@@ -24,7 +24,7 @@ import torch
 from l2v.files import replace_text
 from l2v.model.memory import LayerShape
 from l2v.recipe import Recipe
-from l2v.recipe_io import load_recipe
+from l2v.recipe.load import load_recipe
 
 SPREADS = {"document": 0.6, "sentence": 0.5, "query": 0.35, "passage": 0.6}
 
@@ -227,13 +227,13 @@ def batches(recipe: Recipe, name: str, steps: int) -> list[dict[str, list]]:
     what is to be predicted). Else, with an item for every column: ids, starts (pooled from there) and texts.
     """
     from l2v.data.collate import Masking, collate
+    from l2v.data.open import open_examples
     from l2v.data.sampler import Sampler
     from l2v.data.sources import open_rows
     from l2v.data.tokens import TextTokenizer, load_tokenizer
     from l2v.model.embedded import resolve
     from l2v.model.load import load_config
     from l2v.recipe import Mntp, Supervised
-    from l2v.train import open_examples
 
     stage, seed = recipe.stages[name], recipe.stage_seed(name)
     tokenizer = load_tokenizer(recipe.base.tokenizer or resolve(recipe.base.model))

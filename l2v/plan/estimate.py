@@ -221,8 +221,10 @@ def _factors(gpu: Gpu, dtype: torch.dtype, base_precision: str) -> Mapping[str, 
     """By objective, from measurements of Llama-3-8B in bf16."""
     if gpu.cpu or dtype != torch.bfloat16 or base_precision != "same":
         return {}
-    sizes = {"hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "layers": 32}
-    model = Model(LayerShape(**sizes, targets=LLAMA_LINEARS), LLAMA3_8B["vocab_size"], False, True, None, "same")
+    layers = LayerShape(
+        hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, layers=32, targets=LLAMA_LINEARS
+    )  # fmt: skip
+    model = Model(layers, LLAMA3_8B["vocab_size"], False, True, None, "same")
 
     def predict(row: dict[str, Any]) -> float | None:
         length = SEGMENTS.get(row["objective"])

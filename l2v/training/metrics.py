@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -13,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from l2v.errors import RecipeError, UserError
-from l2v.files import replace_text
+from l2v.errors import RecipeError
 from l2v.recipe import Tracking
+from l2v.runs.metrics import MetricsFile
 
 
 class Metrics:
@@ -23,20 +22,15 @@ class Metrics:
 
     def __init__(
         self, folder: Path, tracking: Tracking, *, name: str, active: bool, resumed_at: int = 0,
-        tell: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
-        """resumed_at: rows after this step are dropped. tell: hears of a disk that is full."""
-        self.active, self.file, self.board, self.run = active, None, None, None
+        """resumed_at: rows after this step are dropped. log: is called when a disk is full."""
+        self.file: MetricsFile | None = None
+        self.board, self.run = None, None
         if not active:
             return
-        self.path, self.tell, self._waiting, self._told = folder / "metrics.jsonl", tell, "", False
-        try:
-            _cut(self.path, resumed_at)
-            self.file = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written: {error.strerror}; free some space and start the same command again"
-            ) from None
+        self.folder, self.log = folder, log
+        self.file = MetricsFile(folder, resumed_at=resumed_at, log=log)
         if tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -50,36 +44,21 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one row; scalars also go to TensorBoard. A full disk costs no training: rows wait until there is room."""
-        if not self.active:
+        if self.file is None:
             return
-        self._waiting += json.dumps({"step": step} | values) + "\n"
-        self._flush()
+        self.file.append({"step": step} | values)
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         if self.board:
             try:
                 for key, value in numbers.items():
                     self.board.add_scalar(key, value, step)
             except OSError as error:  # its writer's thread has ended
-                self.tell(
-                    f"WARNING: {self.path.parent / 'tensorboard'} cannot be written ({error}); no more goes there"
+                self.log(
+                    f"WARNING: {self.folder / 'tensorboard'} cannot be written ({error}); no more is written there"
                 )
                 self.board = None
         if self.run:
             self.run.log(numbers, step=step)
-
-    def _flush(self) -> None:
-        data = self._waiting.encode()
-        try:
-            while data:
-                data = data[self.file.write(data) :]
-            self._told = False
-        except OSError as error:
-            if not self._told:
-                self.tell(
-                    f"WARNING: {self.path} cannot be written ({error.strerror}); training goes on, its rows wait for room"
-                )
-            self._told = True
-        self._waiting = data.decode()
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -103,14 +82,14 @@ class Progress:
             total=total, initial=initial, desc=name, unit="step", disable=not active, dynamic_ncols=live,
             mininterval=0.2 if live else 10.0, smoothing=0.1,
         )  # fmt: skip
-        self.every, self.told, self.text = self.bar.mininterval if active else math.inf, time.monotonic(), ""
+        self.every, self.shown, self.text = self.bar.mininterval if active else math.inf, time.monotonic(), ""
 
     def within(self, number: int, done: int, of: int) -> None:
         """`done` of `of` micro-batches of pass `number` are through: 1 encodes, 2 goes backward."""
         now = time.monotonic()
-        if now - self.told < self.every or of < 2:
+        if now - self.shown < self.every or of < 2:
             return
-        self.told = now
+        self.shown = now
         parts = filter(None, (f"{('encode', 'backward')[number - 1]} {done}/{of}", self.text))
         self.bar.set_postfix_str(", ".join(parts))
 
@@ -118,10 +97,10 @@ class Progress:
         """One more step is done."""
         self.bar.set_postfix_str(self.text, refresh=False)
         self.bar.update(1)
-        self.told = time.monotonic()
+        self.shown = time.monotonic()
 
-    def say(self, text: str) -> None:
-        """What stands behind the bar from now on."""
+    def status(self, text: str) -> None:
+        """The text after the bar from now on."""
         self.text = text
         self.bar.set_postfix_str(text, refresh=False)
 
@@ -132,17 +111,3 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it is."""
         self.bar.close()
-
-
-def _cut(path: Path, step: int) -> None:
-    """Drop rows after the step that training resumes from, and one half written at a kill: every step stands once."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if step else ():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    replace_text(path, "".join(kept))

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.command import Benchmark, Comparison
 from benchmarks.harness import Result, Target, Unavailable, attempt
-from l2v.bench_cli import BENCHMARKS, main
+from l2v.commands.bench import BENCHMARKS, main
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

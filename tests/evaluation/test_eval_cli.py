@@ -8,9 +8,10 @@ import torch
 import yaml
 
 from l2v import Encoder
-from l2v.cli import main
-from l2v.eval_cli import _parser, _specs
+from l2v.commands.eval import _parser
+from l2v.commands.main import main
 from l2v.evaluation.model import EncoderSpec, MtebEncoder
+from l2v.evaluation.score import specs
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def run(tmp_path_factory, tiny_base, tiny_recipe):
 
     from l2v.model.load import inner_model, load_model
     from l2v.recipe import Base
-    from l2v.recipe_io import load_recipe, to_dict
+    from l2v.recipe.load import load_recipe, to_dict
 
     folder = tmp_path_factory.mktemp("trained")
     path = tiny_recipe(folder, **{"base": {"model": str(tiny_base), "precision": "fp32"}})
@@ -76,8 +77,8 @@ def test_a_table_by_stage_and_by_ablation(run, mini, capsys):
 
 def test_rows_of_ablations(run):
     def rows(*arguments):
-        specs = _specs(_parser().parse_args([str(run), *arguments]))
-        return {name: (spec.identity()["attention"], spec.identity()["pooling"]) for name, spec in specs}
+        found = specs(_parser().parse_args([str(run), *arguments]))
+        return {name: (spec.identity()["attention"], spec.identity()["pooling"]) for name, spec in found}
 
     name = f"{run.parent.name}/run"
     assert rows("--ablations") == {

@@ -13,7 +13,7 @@ from l2v.plan import gpus, wire
 from l2v.plan.estimate import model_of
 from l2v.plan.shapes import shape_of
 from l2v.plan.work import Share, lengths_of, shares
-from l2v.recipe_io import load_recipe
+from l2v.recipe.load import load_recipe
 from l2v.training.engine import deepspeed_config
 
 STAGES = ("mntp", "simcse", "supervised")

@@ -273,7 +273,7 @@ def test_a_recipe_mistake_is_one_sentence(run_here, recipe, overrides, says):
 
 
 def test_training_is_refused_before_anything_is_loaded(run_here, recipe, monkeypatch):
-    monkeypatch.setattr("l2v.train.load_model", None)
+    monkeypatch.setattr("l2v.training.build.load_model", None)
     monkeypatch.delenv("L2V_FP8")
     said = refusal(run_here(recipe(**{"base.base_precision": "fp8"}), "--stage", "mntp", expect=1))
     assert "base.base_precision: fp8 cannot run here: there is no GPU" in said and "base_precision: same" in said
@@ -335,7 +335,7 @@ def nf4(family="llama", dtype=torch.float32, lora=LORA):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_nf4_is_the_plain_model_with_rounded_weights(family):
     small, full = nf4(family)
-    assert small.fused is None and "q_proj is a Linear4bit, and the fused layer knows nn.Linear" in small.plain_because
+    assert small.fused is None and "q_proj is a Linear4bit, and the fused layer knows nn.Linear" in small.unfused_reason
     hidden, found = gradients(small)
     want_hidden, want = gradients(full)
     assert relative(hidden, want_hidden) <= 1e-5 and distance(found, want) <= 1e-5

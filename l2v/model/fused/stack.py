@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -31,15 +31,19 @@ class FusedStack:
 
     def __init__(self, decoder: nn.Module, recompute: Recompute = "cheap") -> None:
         """Errors: Unsupported where a layer is not of a known family, or adapted in a way that is not known."""
-        inner = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
+        inner: Any = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
         self.inner, self.recompute = inner, recompute
         self.gathered = False
         self.specs = [LayerSpec.of(layer) for layer in inner.layers]
         for spec in self.specs:
-            _give(spec.module, lambda residual, delta, run, spec=spec: self._layer(spec, residual, delta, run))
-        _give(inner.norm, lambda residual, delta, pooling: _final_norm(inner.norm, residual, delta, *pooling))
+            _install_fused_forward(
+                spec.module, lambda residual, delta, run, spec=spec: self._layer(spec, residual, delta, run)
+            )
+        _install_fused_forward(
+            inner.norm, lambda residual, delta, pooling: _final_norm(inner.norm, residual, delta, *pooling)
+        )
 
-    def lay_together(self) -> None:
+    def stack_weights(self) -> None:
         """Put weights that read one input into one buffer, for one product. Once the model is on its device; not with
         ZeRO-3, which owns the storage of parameters."""
         for spec in self.specs:
@@ -103,7 +107,7 @@ class _Run:
         self.cos_TD, self.sin_TD = cos_TD, sin_TD
 
 
-def _final_norm(norm: nn.Module, residual_TE, delta_TE, weights_T, cu_seqlens):
+def _final_norm(norm: Any, residual_TE, delta_TE, weights_T, cu_seqlens):
     weight_E, eps = norm.weight, norm.variance_epsilon
     if weights_T is not None:
         with span("pooling"):
@@ -114,7 +118,7 @@ def _final_norm(norm: nn.Module, residual_TE, delta_TE, weights_T, cu_seqlens):
     return rms_norm(residual_TE, weight_E, eps, residual_TE=delta_TE)[1]
 
 
-def _give(module: nn.Module, fused_forward) -> None:
+def _install_fused_forward(module: Any, fused_forward) -> None:
     """Let a module run the fused forward when called with `fused=`, and its own otherwise."""
     own = type(module).forward
 
