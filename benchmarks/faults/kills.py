@@ -121,7 +121,7 @@ def newest_step(stage: Path) -> int:
     """By this package's own search, in silence."""
     from l2v.training.checkpoint import newest
 
-    found = newest(stage / "checkpoints", tell=None)
+    found = newest(stage / "checkpoints", log=None)
     return found.step if found else 0
 
 
@@ -183,7 +183,7 @@ def damages(run: Path, count: int, draw: random.Random, work: Path) -> dict[str,
         from l2v.training.checkpoint import newest
 
         heard: list[str] = []
-        found = newest(work, tell=heard.append)
+        found = newest(work, log=heard.append)
         before = int(saved[-2].name.split("-")[1])
         row[0] += found is not None and found.step == before and len(heard) == 1 and saved[-1].name in heard[0]
     return table
