@@ -34,6 +34,7 @@ MAY = {
     "tuning": {"errors", "package", "recipe", "model", "machine", "doctor", "runs"},
     "train": {"errors", "recipe", "model", "training", "machine", "tuning"},
     "plan": {"errors", "recipe", "data", "model", "training", "machine"},
+    "commands": {"errors", "recipe", "data", "model"},
     "search": {"errors", "recipe", "batch", "data", "encoder"},
     "quickstart": {"errors", "recipe", "data", "model", "encoder", "evaluation", "machine", "runs"},
     "eval_cli": {"errors", "evaluation", "runs"},
