@@ -1,1 +1,1 @@
-"""The verbs of `l2v`, one file each: parsing and printing only."""
+"""The command line: one module a verb of `l2v`, which parses and prints. What a verb does lives in its package."""

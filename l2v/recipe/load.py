@@ -85,7 +85,9 @@ def _follow_zero_config(tree: Node) -> None:
     A file named on the command line goes before a stage in the recipe; otherwise the two must agree.
     """
     zero = tree.value.get("zero") if isinstance(tree.value, dict) else None
-    config = zero.value.get("config") if zero is not None and isinstance(zero.value, dict) else None
+    if zero is None or not isinstance(zero.value, dict):
+        return
+    config = zero.value.get("config")
     if config is None or not isinstance(config.value, str):
         return
     file = find_config(config.value)

@@ -6,7 +6,7 @@ import shlex
 import datasets
 import pytest
 
-from l2v import cli
+from l2v.commands import main as cli
 from l2v.recipe.load import load_recipe
 
 PLACES = ("Ærø", "Fanø", "Læsø", "Rømø", "Samsø", "Møn", "Anholt", "Tunø")

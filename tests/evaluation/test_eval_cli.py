@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from l2v import Encoder
-from l2v.cli import main
-from l2v.eval_cli import _parser, _specs
+from l2v.commands.eval import _parser, _specs
+from l2v.commands.main import main
 from l2v.evaluation.model import EncoderSpec, MtebEncoder
 
 
