@@ -33,7 +33,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="l2v data synthesize", description=main.__doc__)
-    p.add_argument("passages", help="passages: a JSONL, Parquet or text file, sample:da/train or hub:NAME")
+    p.add_argument("passages", help="passages: a CSV, JSONL, Parquet or text file, sample:da/train or hub:NAME")
     p.add_argument("--out", required=True, help=".jsonl or .parquet: query, positive, instruction, style, rank")
     p.add_argument(
         "--model", required=True, help="the endpoint's name of a model; without --endpoint, one of transformers"

@@ -13,6 +13,7 @@ from l2v import __version__
 from l2v.errors import UserError
 
 COMMANDS = {
+    "init": ("l2v.commands.init", "write a commented recipe for your own data"),
     "train": ("l2v.commands.train", "train the stages of a recipe under DeepSpeed"),
     "plan": ("l2v.commands.plan", "memory and time that a recipe will take, before anything is downloaded"),
     "tune": ("l2v.commands.tune", "find the fastest micro-batch and recompute on this machine"),

@@ -30,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError("the query is empty; say what to look for")
     if args.top < 1:
         raise UserError(f"--top is {args.top}; show at least 1")
-    texts = read_corpus(args.texts, args.column, log=lambda note: print(note, file=sys.stderr))
+    notes: list[str] = []
+    texts = read_corpus(args.texts, args.column, notes)
+    for note in notes:
+        print(note, file=sys.stderr)
     console = Console(soft_wrap=True)
     for score, text in nearest(args.run, args.query, texts, instruction=args.instruction, top=args.top):
         console.print(f"{score:.3f}  {text}", highlight=False, markup=False)

@@ -47,7 +47,7 @@ class Choice:
         if not self.guessed:
             return None
         chosen = ", ".join(f"{key}: {column}" for key, column in self.guessed.items())
-        return f"{self.source.path}: columns taken by their names: {chosen}; name others in the recipe's source"
+        return f"{self.source.path}: columns taken by their names: {chosen} (a column that is named wins)"
 
 
 def settle(source: Source, names: Sequence[str], kind: str) -> Choice:

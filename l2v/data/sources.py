@@ -62,6 +62,13 @@ def together(parts: list[datasets.Dataset], sources: list[Source]) -> datasets.D
     return rows
 
 
+def scan(source: Source, kind: Kind) -> Iterator[list[dict[str, Any]]]:
+    """What each row of one file becomes, in order, nothing kept: an empty list for a row with an empty text."""
+    rules = _columns(replace(source, skip_empty=True), PAIRS if kind == "pairs" else TEXTS)
+    for where, row in raw.read_rows(Path(source.path).expanduser(), source.path):
+        yield normalise(row, rules, kind, where)
+
+
 def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
     return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
