@@ -8,10 +8,21 @@ from collections.abc import Sequence
 
 from l2v.errors import RecipeError, UserError
 
-BENCHMARKS = (
-    "attention", "contrastive", "linear_cross_entropy", "step_ops", "fused_layer", "fp8", "fp8_parity", "gradient_cache",
-    "train_step", "encode", "data_build", "kills",
-)  # fmt: skip
+BENCHMARKS = {
+    "attention": "kernels.attention",
+    "contrastive": "kernels.contrastive",
+    "linear_cross_entropy": "kernels.linear_cross_entropy",
+    "step_ops": "kernels.step_ops",
+    "fused_layer": "kernels.fused_layer",
+    "fp8": "fp8.kernels",
+    "fp8_parity": "fp8.parity",
+    "gradient_cache": "gradient_cache.bench",
+    "train_step": "train_step.bench",
+    "encode": "encode",
+    "data_build": "data.build",
+    "kills": "faults.kills",
+}
+"""What the command calls a benchmark: its module in a checkout's benchmarks/ folder."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,4 +34,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(
             "the benchmarks are part of a checkout, not of the wheel: run this from a clone of the repository"
         )
-    return importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:]) or 0
+    return importlib.import_module(f"benchmarks.{BENCHMARKS[argv[0]]}").main(argv[1:]) or 0

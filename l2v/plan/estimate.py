@@ -22,7 +22,7 @@ from l2v.recipe import LLAMA_LINEARS, Base, Contrastive, Mntp, Recipe, Stage
 from l2v.training.engine import deepspeed_config
 
 SEGMENTS = {"mntp": 512, "simcse": 30, "supervised": 140}
-"""Mean tokens of a text in the workloads of benchmarks/train_step.py."""
+"""Mean tokens of a text in the workloads of benchmarks/train_step/work.py."""
 
 
 @dataclass(frozen=True)

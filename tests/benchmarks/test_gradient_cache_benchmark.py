@@ -4,9 +4,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import gradient_cache as benchmark
-from benchmarks import gradient_cache_step
-from benchmarks.gradient_cache_step import NEEDED, SHAPES, Setting, memory_on_cpu
+from benchmarks.gradient_cache import bench as benchmark
+from benchmarks.gradient_cache import step as gradient_cache_step
+from benchmarks.gradient_cache.step import NEEDED, SHAPES, Setting, memory_on_cpu
 from benchmarks.harness import Result, Unavailable
 
 installed = all(importlib.util.find_spec(name) for name in NEEDED)
@@ -126,4 +126,4 @@ def test_the_command_finds_every_benchmark(name, capsys):
 
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
-    assert stopped.value.code == 0 and f"benchmarks.{name}" in capsys.readouterr().out
+    assert stopped.value.code == 0 and f"l2v bench {name}" in capsys.readouterr().out

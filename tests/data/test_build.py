@@ -11,7 +11,7 @@ import pytest
 from build_cases import configure, danish, files, make, rows, source, write_lines
 from helpers import training_environment
 
-from benchmarks.data_build_corpus import Corpus, judge
+from benchmarks.data.corpus import Corpus, judge
 from l2v.data.corpus import near
 from l2v.data.corpus.config import Near
 from l2v.data.corpus.grams import word_hashes

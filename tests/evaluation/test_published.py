@@ -54,7 +54,7 @@ def test_the_committed_table_is_what_the_command_writes(tmp_path, capsys):
     assert main(["--published", "--out", str(tmp_path)]) == 0
     assert "| 1 | **jealk/TTC-L2V-supervised-2** | 8.0B | 4096 | 68.42 |" in capsys.readouterr().out
     for name in ("published.md", "published.json"):
-        assert (tmp_path / name).read_text() == (ROOT / "docs" / "seb" / name).read_text()
+        assert (tmp_path / name).read_text() == (ROOT / "docs" / "results" / "seb" / name).read_text()
     assert len(json.loads((tmp_path / "published.json").read_text())["rows"]) == 54
 
 
