@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from l2v import Encoder
-from l2v.commands.eval import _parser, _specs
+from l2v.commands.eval import parser, _specs
 from l2v.commands.main import main
 from l2v.evaluation.model import EncoderSpec, MtebEncoder
 
@@ -76,7 +76,7 @@ def test_a_table_by_stage_and_by_ablation(run, mini, capsys):
 
 def test_rows_of_ablations(run):
     def rows(*arguments):
-        specs = _specs(_parser().parse_args([str(run), *arguments]))
+        specs = _specs(parser().parse_args([str(run), *arguments]))
         return {name: (spec.identity()["attention"], spec.identity()["pooling"]) for name, spec in specs}
 
     name = f"{run.parent.name}/run"
