@@ -29,9 +29,7 @@ def test_one_style(verb):
         assert action.help, action
         if action.help == "==SUPPRESS==" or action.nargs == 0:
             continue
-        assert re.match(r"[^A-Z]|[A-Z]{2}|Gb/s", action.help) and not action.help.endswith("."), (
-            action.help
-        )
+        assert re.match(r"[^A-Z]|[A-Z]{2}|Gb/s", action.help) and not action.help.endswith("."), action.help
         default = action.default not in (None, False, "==SUPPRESS==", []) and action.option_strings
         assert not default or "(default: " in action.help, action.help
         if action.choices is None:

@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
         "runs/NAME/supervised pairs.jsonl --out mined.jsonl --task question-da",
     )  # fmt: skip
     p.add_argument("encoder", metavar="MODEL", help="a run, a stage of it, an export or a base")
-    p.add_argument("data", metavar="PAIRS", help="sample:da/train, a JSONL or Parquet file, or hub:NAME")
+    p.add_argument("data", metavar="PAIRS", help="sample:da/train, a CSV, JSONL or Parquet file, or hub:NAME")
     p.add_argument(
         "--out",
         required=True,
@@ -60,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cross-encoder", metavar="NAME", help="judge candidates by this sentence-transformers cross-encoder"
     )
-    p.add_argument("--corpus", metavar="FILE", help="more documents that may become negatives (JSONL, Parquet or text)")
+    p.add_argument(
+        "--corpus", metavar="FILE", help="more documents that may become negatives (CSV, JSONL, Parquet or text)"
+    )
     p.add_argument("--corpus-column", default="text", metavar="COLUMN", help="their column (default: text)")
     p.add_argument("--faiss", metavar="FACTORY", help='search a FAISS index instead, for example "IVF1024,Flat"')
     p.add_argument("--cache", metavar="FOLDER", help="keep vectors there, for other minings of the same texts")
