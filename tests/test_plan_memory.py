@@ -7,7 +7,6 @@ The path of a GPU is traced unless a test says otherwise: the launching code of 
 import functools
 import importlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from helpers import ROOT
 from memory_trace import FakeStep, fake_ranks
+from support.forked import KERNELS, finish, start
 
 from l2v.model.memory import LayerShape, Way, activation_bytes, kept_for_backward
 from l2v.objectives.contrastive import Groups
@@ -96,9 +96,7 @@ def test_the_interpreted_kernels_save_the_same():
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     script = Path(__file__).parent / "plan_kept_interpreted.py"
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == ["none", "cheap", "layer"]
+    assert finish(start([str(script)], environment, preload=KERNELS)).split() == ["none", "cheap", "layer"]
 
 
 def mntp(**changes) -> Mntp:

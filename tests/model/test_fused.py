@@ -2,8 +2,6 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from fused_cases import FAMILIES, batch, build, distance, gradients
 from helpers import ROOT
 from peft import PeftModel
 from safetensors import safe_open
+from support.forked import KERNELS, finish, start
 from transformers import AutoModel
 
 from l2v.errors import RecipeError
@@ -132,9 +131,7 @@ def test_on_the_kernels_in_the_interpreter():
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests" / "model")))
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     script = Path(__file__).parent / "fused_interpreted.py"
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("gradient") == 3 + 3 + 4
+    assert finish(start([str(script)], environment, preload=KERNELS)).count("gradient") == 3 + 3 + 4
 
 
 def train_a_little(model):
