@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, free_port, training_environment
+from support.processes import ROOT, free_port, training_environment
 
 # An installed distribution is on the path by itself; a bare checkout is not.
 for folder in (ROOT, ROOT / "kernels"):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.forked import KERNELS, finish, start
+from support.forked import KERNELS, output_of
 
 PACKAGE = Path(__file__).resolve().parents[2] / "kernels"
 # An installed distribution puts l2v_kernels on the path itself; a bare checkout does not.
@@ -44,7 +44,7 @@ def run_interpreted():
 
     def run(path):
         command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
-        said = finish(start(command, os.environ | {"TRITON_INTERPRET": "1"}, preload=KERNELS))
+        said = output_of(command, os.environ | {"TRITON_INTERPRET": "1"}, KERNELS)
         assert "skipped" not in said, said
 
     return run

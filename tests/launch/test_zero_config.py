@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers import finish, start_ranks
 from safetensors.torch import load_file
+from support.processes import finish, start_ranks
 
 from l2v.errors import RecipeError
 from l2v.recipe.load import load_recipe

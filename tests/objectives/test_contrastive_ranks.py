@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import free_port, run_ranks
+from support.processes import free_port, run_ranks
 
 from l2v.objectives.contrastive import Groups, contrastive_loss
 from l2v.objectives.gather import gather_labels, gather_rows

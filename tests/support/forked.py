@@ -13,9 +13,11 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 AT_IMPORT = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "TRITON_INTERPRET", "HF_DATASETS_CACHE", "LD_PRELOAD")
 """Variables that are read while modules load: a server serves one set of values."""
@@ -28,27 +30,35 @@ KERNELS = ("torch", "triton.language", "torch.testing")
 _servers: dict[tuple, "Server"] = {}
 
 
-def start(arguments: Sequence[str], env: dict[str, str], cwd: Path | None = None, preload: Sequence[str] = TRAINING):
-    """A process like `python *arguments`, its output (both streams) piped to .stdout.
+def start(
+    arguments: Sequence[str], env: dict[str, str], cwd: Path | None = None, preload: Sequence[str] = TRAINING,
+    errors: TextIO | None = None,
+):  # fmt: skip
+    """A process like `python *arguments`, its output piped to .stdout.
 
-    arguments: "-m", a module and its arguments, or a script and its arguments.
+    arguments: "-m", a module and its arguments, or a script and its arguments. errors: a file for its standard error; without
+    one it goes where the output goes.
     Returns a Process, or a subprocess.Popen where forking is not safe; both have pid, poll, wait, communicate, send_signal
     and kill.
     """
     if not sys.platform.startswith("linux") or any(Path("/dev").glob("nvidia[0-9]*")):
         return subprocess.Popen(
-            [sys.executable, *arguments], env=env, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+            [sys.executable, *arguments], env=env, cwd=cwd, text=True, stdout=subprocess.PIPE,
+            stderr=errors or subprocess.STDOUT,
+        )  # fmt: skip
     key = (*preload, *(env.get(name) for name in AT_IMPORT))
     if key not in _servers:
         _servers[key] = Server(preload, env)
-    return _servers[key].start(arguments, env, cwd)
+    return _servers[key].start(arguments, env, cwd, errors)
 
 
-def finish(process, timeout: float | None = None) -> str:
-    """What a process said, once it has ended with exit code 0. Raises: AssertionError with that if it did not."""
-    said = process.communicate(timeout)[0]
-    assert process.returncode == 0, said
+def output_of(arguments: Sequence[str], env: dict[str, str], preload: Sequence[str]) -> str:
+    """The standard output of a process that ends with exit code 0. Raises: AssertionError with both streams."""
+    with tempfile.TemporaryFile("w+") as errors:
+        process = start(arguments, env, preload=preload, errors=errors)
+        said = process.communicate()[0]
+        errors.seek(0)
+        assert process.returncode == 0, said + errors.read()
     return said
 
 
@@ -63,12 +73,18 @@ class Server:
         self.socket = own
         atexit.register(self.close)
 
-    def start(self, arguments: Sequence[str], env: dict[str, str], cwd: Path | None) -> "Process":
+    def start(
+        self, arguments: Sequence[str], env: dict[str, str], cwd: Path | None, errors: TextIO | None
+    ) -> "Process":
         output, output_end = os.pipe()
         status, status_end = os.pipe()
         asked = {"arguments": list(arguments), "env": env, "cwd": str(cwd or Path.cwd())}
         try:
-            socket.send_fds(self.socket, [json.dumps(asked).encode()], [output_end, status_end])
+            socket.send_fds(
+                self.socket,
+                [json.dumps(asked).encode()],
+                [output_end, errors.fileno() if errors else output_end, status_end],
+            )
         finally:
             os.close(output_end)
             os.close(status_end)
@@ -142,22 +158,24 @@ def serve(channel: socket.socket) -> dict | None:
             os.close(pidfd)
         if channel not in ready:
             continue
-        message, fds, _, _ = socket.recv_fds(channel, 1 << 20, 2)
+        message, fds, _, _ = socket.recv_fds(channel, 1 << 20, 3)
         if not message:
             for pid, _ in running.values():
                 os.kill(pid, signal.SIGKILL)
             return None
-        output, status = fds
+        output, errors, status = fds
         pid = os.fork()
         if pid == 0:
             channel.close()
             for fd in (status, *running, *(pipe for _, pipe in running.values())):
                 os.close(fd)
             os.dup2(output, 1)
-            os.dup2(output, 2)
+            os.dup2(errors, 2)
             os.close(output)
+            os.close(errors)
             return json.loads(message)
         os.close(output)
+        os.close(errors)
         running[os.pidfd_open(pid)] = (pid, status)
         channel.send(str(pid).encode())
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import torch.distributed as dist
-from helpers import free_port, run_ranks
+from support.processes import free_port, run_ranks
 
 from l2v.errors import RecipeError, UserError
 from l2v.training.ranks import agree, first_on_node, on_every_rank, on_first_rank

@@ -10,14 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import finish, start_ranks, training_environment
 from safetensors.torch import load_file
 from support.forked import start
+from support.processes import ROOT, finish, start_ranks, training_environment
 
 from l2v.training import checkpoint
 from l2v.training.watchdog import EXIT_FAULT
 
-FAULTY = Path(__file__).with_name("faulty_rank.py")
+FAULTY = ROOT / "tests" / "support" / "faulty_rank.py"
 ADAPTER = "adapter/adapter_model.safetensors"
 
 

@@ -1,4 +1,4 @@
-"""What several test modules call; a module of its own, because every folder has a conftest."""
+"""Ranks and other processes that tests start: their environment, their start, and their end."""
 
 import os
 import socket
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from support.forked import Process, start
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
