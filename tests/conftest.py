@@ -27,6 +27,7 @@ def pytest_collection_modifyitems(items):
     long = (
         "training",
         "test_bad_input.py",
+        "test_compile.py",
         "test_attention_kernel.py",
         "test_info_nce_kernel.py",
         "test_plan_memory.py",
