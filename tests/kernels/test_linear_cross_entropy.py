@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2v_kernels import linear_cross_entropy
 from l2v_kernels.dispatch import triton_everywhere
-from l2v_kernels.linear_cross_entropy.autograd import rows_of_a_chunk
+from l2v_kernels.linear_cross_entropy.op import rows_per_chunk
 from l2v_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
@@ -98,8 +98,8 @@ def test_chunks_are_put_together(rows, dtype):
         (300, 1, 299, 256),
     ],
 )
-def test_rows_of_a_chunk(L, bytes_a_row, workspace, rows):
-    assert rows_of_a_chunk(L, bytes_a_row, workspace) == rows
+def test_rows_per_chunk(L, bytes_a_row, workspace, rows):
+    assert rows_per_chunk(L, bytes_a_row, workspace) == rows
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -6,7 +6,7 @@ from step_cases import poisoned
 
 from l2v_kernels import dropout
 from l2v_kernels.dispatch import triton_everywhere
-from l2v_kernels.lora_linear import Adapter, Linears, Noise, functional, lay_together, lora_linear
+from l2v_kernels.lora_linear import Adapter, InputDropout, Linears, lora_linear, op, stack_weights
 from l2v_kernels.lora_linear.reference import lora_linear_reference
 from l2v_kernels.lora_linear.settings import rank_slices
 
@@ -38,12 +38,12 @@ def problem(dtype=torch.float64, *, ranks=(3, 4, 5), sizes=SIZES, biases=True, p
         if rank is not None
     )
     segment = torch.arange(tokens) // 10
-    noise = Noise(p, segment * 2**35 - 5, torch.arange(tokens) % 10)
+    noise = InputDropout(p, segment * 2**35 - 5, torch.arange(tokens) % 10)
     return x, weights, bias, adapters, noise
 
 
 def gradients(y, x, adapters, dy):
-    leaves = [x, *(m for a in adapters for m in (a.a_RE, a.b_NR))]
+    leaves = [x, *(m for a in adapters for m in (a.a_RE, a.b_OR))]
     return torch.autograd.grad(y, leaves, dy.to(y.dtype))
 
 
@@ -53,7 +53,7 @@ def as64(x, weights, bias, adapters):
     def up(t):
         return None if t is None else t.detach().double().requires_grad_(t.requires_grad)
 
-    wide = tuple(Adapter(a.part, up(a.a_RE), up(a.b_NR), a.scaling, a.stream) for a in adapters)
+    wide = tuple(Adapter(a.part, up(a.a_RE), up(a.b_OR), a.scaling, a.stream) for a in adapters)
     return up(x), [up(w) for w in weights], [up(b) for b in bias], wide
 
 
@@ -75,14 +75,14 @@ def test_the_mask_is_that_of_dropout():
     y = lora_linear(x, Linears(weights, bias), adapters, noise)
     for part, (w, b, a) in zip(y.split(SIZES, 1), zip(weights, bias, adapters, strict=True), strict=True):
         dropped = dropout(x, 0.4, noise.seeds_T, noise.rows_T, a.stream)
-        want = torch.nn.functional.linear(x, w, b) + a.scaling * dropped @ a.a_RE.t() @ a.b_NR.t()
+        want = torch.nn.functional.linear(x, w, b) + a.scaling * dropped @ a.a_RE.t() @ a.b_OR.t()
         torch.testing.assert_close(part, want)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_gradcheck(p):
     x, weights, bias, adapters, noise = problem(tokens=6, width=17, sizes=(4, 3, 2), ranks=(2, None, 3), p=p)
-    leaves = [x, *(m for a in adapters for m in (a.a_RE, a.b_NR))]
+    leaves = [x, *(m for a in adapters for m in (a.a_RE, a.b_OR))]
 
     def call(x, a0, b0, a1, b1):
         found = (Adapter(0, a0, b0, 0.5, 1), Adapter(2, a1, b1, 2.0, 2))
@@ -136,22 +136,22 @@ def test_weights_together_give_one_product_and_stay_themselves():
     before = [(linear.weight, linear.weight.clone()) for linear in linears]
     x = torch.randn(5, E)
     apart = Linears([linear.weight for linear in linears], [None] * 3)
-    assert apart.together is None
-    want = [apart.product(x), apart.gradient(torch.ones(5, sum(SIZES)))]
-    lay_together(linears)
+    assert apart.stacked_OE is None
+    want = [apart.matmul(x), apart.input_gradient(torch.ones(5, sum(SIZES)))]
+    stack_weights(linears)
     one = Linears([linear.weight for linear in linears], [None] * 3)
-    assert one.together.shape == (sum(SIZES), E)
+    assert one.stacked_OE.shape == (sum(SIZES), E)
     for linear, (parameter, value) in zip(linears, before, strict=True):
         assert linear.weight is parameter and parameter.is_contiguous() and torch.equal(parameter, value)
-    found = [one.product(x), one.gradient(torch.ones(5, sum(SIZES)))]
+    found = [one.matmul(x), one.input_gradient(torch.ones(5, sum(SIZES)))]
     for got, expected in zip(found, want, strict=True):
         torch.testing.assert_close(got, expected)
     # A cast parts them again: the products go one by one, and are right.
     for linear in linears:
         linear.double()
     cast = Linears([linear.weight for linear in linears], [None] * 3)
-    assert cast.together is None
-    torch.testing.assert_close(cast.product(x.double()).float(), want[0])
+    assert cast.stacked_OE is None
+    torch.testing.assert_close(cast.matmul(x.double()).float(), want[0])
 
 
 def test_kept_bytes():
@@ -160,7 +160,7 @@ def test_kept_bytes():
     x, weights, bias, adapters, noise = problem(torch.float32, p=0.1)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         lora_linear(x, Linears(weights, bias), adapters, noise)
-    known = {x.data_ptr(), *(m.data_ptr() for a in adapters for m in (a.a_RE, a.b_NR))}
+    known = {x.data_ptr(), *(m.data_ptr() for a in adapters for m in (a.a_RE, a.b_OR))}
     own = [t for t in saved if t.data_ptr() not in known]
     assert sum(t.numel() * t.element_size() for t in own) == T * (3 + 4 + 5) * 4 + 3 * T * E
 
@@ -170,10 +170,10 @@ def test_kept_bytes():
     [
         (lambda x, a: (x[0], (a,)), r"floating x \[T, E\]"),
         (lambda x, a: (x, (a, a)), "at most one adapter"),
-        (lambda x, a: (x, (Adapter(3, a.a_RE, a.b_NR),)), "there are 3 linears"),
-        (lambda x, a: (x, (Adapter(1, a.a_RE, a.b_NR),)), r"needs A \[R, 50\] and B \[7, R\]"),
+        (lambda x, a: (x, (Adapter(3, a.a_RE, a.b_OR),)), "there are 3 linears"),
+        (lambda x, a: (x, (Adapter(1, a.a_RE, a.b_OR),)), r"needs A \[R, 50\] and B \[7, R\]"),
         (lambda x, a: (x.float(), (a,)), "dtype and device of x"),
-        (lambda x, a: (x, (Adapter(0, a.a_RE, a.b_NR, stream=-1),)), "stream must be at least 0"),
+        (lambda x, a: (x, (Adapter(0, a.a_RE, a.b_OR, stream=-1),)), "stream must be at least 0"),
     ],
 )
 def test_bad_input(change, says):
@@ -185,7 +185,7 @@ def test_bad_input(change, says):
 
 def test_dropout_needs_addresses():
     x, weights, bias, adapters, _ = problem()
-    for noise in (Noise(0.1), Noise(0.1, torch.zeros(T), torch.zeros(T, dtype=torch.int64))):
+    for noise in (InputDropout(0.1), InputDropout(0.1, torch.zeros(T), torch.zeros(T, dtype=torch.int64))):
         with pytest.raises(ValueError, match="dropout needs seeds_T int64"):
             lora_linear(x, Linears(weights, bias), adapters, noise)
 
@@ -196,12 +196,12 @@ def test_the_share_apart(ranks):
     x, weights, bias, adapters, noise = problem(ranks=ranks, p=0.3)
     linears = Linears(weights, bias)
     with torch.no_grad():
-        want, kept = functional.forward(x, linears, adapters, noise)
-        y, kept_apart = functional.forward_apart(x, linears, adapters, noise)
-        torch.testing.assert_close(y, linears.product(x), rtol=0, atol=0)
+        want, kept = op.forward(x, linears, adapters, noise)
+        y, kept_apart = op.forward_frozen(x, linears, adapters, noise)
+        torch.testing.assert_close(y, linears.matmul(x), rtol=0, atol=0)
         parts = y.split(SIZES, 1)
         for adapter, columns in zip(adapters, rank_slices(adapters), strict=True):
-            parts[adapter.part].add_(kept_apart.xa_TR[:, columns] @ adapter.b_NR.t())
+            parts[adapter.part].add_(kept_apart.xa_TR[:, columns] @ adapter.b_OR.t())
     torch.testing.assert_close(y, want)
     assert len(kept.tensors()) == len(kept_apart.tensors())
     for got, expected in zip(kept_apart.tensors(), kept.tensors(), strict=True):
@@ -248,8 +248,8 @@ def test_interpreted_without_a_gradient_of_x():
     x, weights, bias, adapters, noise = problem(torch.float32, p=0.3)
     linears, dy = Linears(weights, bias), torch.randn(T, sum(SIZES))
     with triton_everywhere(), torch.no_grad():
-        _, kept = functional.forward(x.detach(), linears, adapters, noise)
-        both = [functional.backward(dy, x.detach(), kept, linears, adapters, noise, want_dx=w) for w in (True, False)]
+        _, kept = op.forward(x.detach(), linears, adapters, noise)
+        both = [op.backward(dy, x.detach(), kept, linears, adapters, noise, want_dx=w) for w in (True, False)]
     assert both[1].dx_TE is None and both[0].dx_TE is not None
     for a, b in zip((*both[0].da, *both[0].db), (*both[1].da, *both[1].db), strict=True):
         assert torch.equal(a, b)
@@ -258,7 +258,7 @@ def test_interpreted_without_a_gradient_of_x():
 def test_interpreted_keeps_no_mask():
     x, weights, bias, adapters, noise = problem(torch.float32, p=0.3)
     with triton_everywhere(), torch.no_grad():
-        _, kept = functional.forward(x.detach(), Linears(weights, bias), adapters, noise)
+        _, kept = op.forward(x.detach(), Linears(weights, bias), adapters, noise)
     assert [tuple(t.shape) for t in kept.tensors()] == [(T, 12)]
 
 
@@ -304,9 +304,9 @@ def test_interpreted_high_ranks_read_dy_twice():
     linears, dy = Linears(weights, bias), torch.randn(T, sum(SIZES))
     with torch.no_grad():
         with triton_everywhere():
-            _, kept = functional.forward(x, linears, adapters, noise)
-            found = functional.backward(dy, x, kept, linears, adapters, noise)
-        _, kept = functional.forward(x, linears, adapters, noise)
-        want = functional.backward(dy, x, kept, linears, adapters, noise)
+            _, kept = op.forward(x, linears, adapters, noise)
+            found = op.backward(dy, x, kept, linears, adapters, noise)
+        _, kept = op.forward(x, linears, adapters, noise)
+        want = op.backward(dy, x, kept, linears, adapters, noise)
     for got, expected in zip((found.dx_TE, *found.da, *found.db), (want.dx_TE, *want.da, *want.db), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_lora_linear import as64, gradients, problem
 
-from l2v_kernels.lora_linear import Linears, Noise, lora_linear
+from l2v_kernels.lora_linear import InputDropout, Linears, lora_linear
 from l2v_kernels.lora_linear.reference import lora_linear_reference
 from l2v_kernels.lora_linear.settings import Adapter
 
@@ -17,8 +17,8 @@ def on_gpu(x, weights, bias, adapters, noise):
     def move(t):
         return None if t is None else t.detach().cuda().requires_grad_(t.requires_grad)
 
-    found = tuple(Adapter(a.part, move(a.a_RE), move(a.b_NR), a.scaling, a.stream) for a in adapters)
-    noise = Noise(noise.p, noise.seeds_T.cuda(), noise.rows_T.cuda())
+    found = tuple(Adapter(a.part, move(a.a_RE), move(a.b_OR), a.scaling, a.stream) for a in adapters)
+    noise = InputDropout(noise.p, noise.seeds_T.cuda(), noise.rows_T.cuda())
     return move(x), [move(w) for w in weights], [move(b) for b in bias], found, noise
 
 

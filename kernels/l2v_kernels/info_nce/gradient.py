@@ -13,9 +13,9 @@ import torch
 
 from l2v_kernels.info_nce.engine import Pass, Statistics
 from l2v_kernels.info_nce.paths import Path
-from l2v_kernels.info_nce.products import add_product
 from l2v_kernels.info_nce.settings import Settings
 from l2v_kernels.info_nce.tiles import Side, spans, sum_dtype
+from l2v_kernels.matmul import add_matmul
 
 
 class Gradient:
@@ -136,12 +136,15 @@ def gradients(
                 first_row = at.start == 0 and target.fresh
                 for s, (begin, end) in enumerate(settings.segments):
                     if want_rows:
-                        add_product(
-                            left[block.of_docs][:, begin:end], out_PRC[s], y_CE[:, begin:end], fresh[block.of_docs]
+                        add_matmul(
+                            left[block.of_docs][:, begin:end],
+                            out_PRC[s],
+                            y_CE[:, begin:end],
+                            overwrite=fresh[block.of_docs],
                         )
                     if want_columns:
                         sums_CE = target.sum_nE[part.columns, begin:end]
-                        add_product(sums_CE, out_PRC[s].T, x_RE[:, begin:end], first_row)
+                        add_matmul(sums_CE, out_PRC[s].T, x_RE[:, begin:end], overwrite=first_row)
                 fresh[block.of_docs] = False
         if out_queries is not None:
             of_queries.finish_rows(path, at, left[False], out_queries, unscale)

@@ -7,9 +7,9 @@ import torch
 from l2v_kernels.dispatch import has_triton
 from l2v_kernels.info_nce import elementwise
 from l2v_kernels.info_nce.config import FLOPS_PER_BYTE, prefers_fused
-from l2v_kernels.info_nce.products import dots
 from l2v_kernels.info_nce.settings import Settings
 from l2v_kernels.info_nce.tiles import Tile
+from l2v_kernels.matmul import matmul_nt
 
 CPU_TILE = 32 << 20
 """Bytes of a tile and of what is computed from it on a CPU: larger ones leave the caches."""
@@ -33,7 +33,7 @@ class Path:
     def dots(self, x_RE: torch.Tensor, y_CE: torch.Tensor, out_PRC: torch.Tensor, settings: Settings) -> None:
         """Products of each segment of x and y."""
         for s, (begin, end) in enumerate(settings.segments):
-            dots(x_RE[:, begin:end], y_CE[:, begin:end], out_PRC[s])
+            matmul_nt(x_RE[:, begin:end], y_CE[:, begin:end], out_PRC[s])
 
     def statistics(self, tile: Tile, x_RE, planes_PRC, m_PR, l_PR, pair_PR, settings: Settings) -> None:
         """As `elementwise.statistics`; x_RE are the embeddings of the tile's rows."""
