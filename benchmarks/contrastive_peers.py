@@ -41,7 +41,7 @@ class Workload:
         """Three where scores need one look: all of them fit the op's default workspace, or those of enough rows with all
         candidates do; else four."""
         rows = WORKSPACE * 3 // 4 // ((4 + self.itemsize) * self.m)
-        return 3 if rows >= min(self.n, Chunked.least_rows) else 4
+        return 3 if rows >= min(self.n, Chunked.min_rows) else 4
 
     @property
     def flops(self) -> float:

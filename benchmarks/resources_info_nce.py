@@ -66,13 +66,13 @@ class Case:
         """The tensor-core instruction this build must have; None where it multiplies nothing, or exactly."""
         if not self.kernel.startswith("fused") or self.dtype == "fp32":
             return None
-        return "HMMA" if self.config.block_r < 64 else MATRIX_INSTRUCTION[self.arch]
+        return "HMMA" if self.config.block_rows < 64 else MATRIX_INSTRUCTION[self.arch]
 
     def build(self, disassemble: bool = True) -> Usage:
         """Errors: whatever Triton or ptxas raise."""
         kernel, config = KERNELS[self.kernel], self.config
         products = self.kernel.startswith("fused")
-        meta = config.meta(products=products)
+        meta = config.meta(fused=products)
         num_warps, num_stages = meta.pop("num_warps"), meta.pop("num_stages")
         constants = self.flags | meta
         constants |= {"P": self.prefixes, "PREFIXES": 1 << (self.prefixes - 1).bit_length(), "GROUP": GROUP}
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         case = Case(kernel, arch, chosen, prefixes)
         used, config = case.build(), case.config
         bad += bool(used.problems(arch, case.matrix))
-        tile = f"{config.block_r} x {config.block_c}" + (f" x {config.block_k}" if config.block_k else "")
+        tile = f"{config.block_rows} x {config.block_columns}" + (f" x {config.block_e}" if config.block_e else "")
         unit = ", ".join(sorted(used.matrix)) or "none"
         row = kernel, chosen, prefixes, arch, tile, config.num_warps, config.num_stages, used.registers
         print(markdown_row((*row, f"{used.shared / 1024:.0f}", used.stack, unit)), flush=True)

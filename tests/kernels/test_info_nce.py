@@ -212,7 +212,7 @@ the scores are there; scores are made twice."""
 
 @pytest.mark.parametrize("variant", ["plain", "gte", "matryoshka", "hard negatives of their own"])
 def test_three_ways_to_the_gradient(variant, monkeypatch):
-    monkeypatch.setattr(OnCpu, "least_rows", 8)
+    monkeypatch.setattr(OnCpu, "min_rows", 8)
     tensors, targets, chosen = problem(100, 120, 17, **VARIANTS[variant])
     want = plain(tensors, targets, chosen)
     for way, workspace in WAYS.items():
@@ -235,7 +235,7 @@ def test_fp16_waits_for_the_loss_scale(monkeypatch):
     """Its gradients are too small for fp16 until the incoming one has scaled them: they are never made in the forward."""
     tensors, targets, chosen = problem(100, 120, 17, dtype=torch.float16)
     leaves = [x.clone().requires_grad_() for x in tensors]
-    monkeypatch.setattr(OnCpu, "least_rows", 8)
+    monkeypatch.setattr(OnCpu, "min_rows", 8)
     loss = info_nce(*leaves, targets, workspace=WAYS["one pass"], **chosen)
     assert loss.grad_fn.made is None and loss.grad_fn.run.kept is None
     (loss * 65536).backward()
@@ -343,7 +343,7 @@ def test_a_row_that_is_not_finite_is_named(which, bad):
     tensors[which][2, 5] = bad
     name = ("queries", "candidates")[which]
     with pytest.raises(
-        ValueError, match=rf"{name}: row 2 is not finite \({bad} at 5\), 1 of {len(tensors[which])} rows"
+        ValueError, match=rf"{name}: row 2 holds NaN or Inf \({bad} at 5\); rows affected: 1 of {len(tensors[which])}"
     ):
         info_nce(*tensors, T, scale=20)
 

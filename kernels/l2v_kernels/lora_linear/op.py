@@ -161,12 +161,11 @@ def _shares(x_TE, xa_TR, linears: AccumulatingLinears, adapters) -> torch.Tensor
     y_TO = x_TE.new_empty((x_TE.shape[0], sum(linears.sizes)))
     adapted = {a.part: (xa_TR[:, at], a.b_OR.t()) for a, at in zip(adapters, rank_slices(adapters), strict=True)}
     for part, (y, bias) in enumerate(zip(y_TO.split(linears.sizes, 1), linears.biases, strict=True)):
-        if part in adapted and bias is None:
-            torch.mm(*adapted[part], out=y)
-        elif part in adapted:
-            torch.addmm(bias, *adapted[part], out=y)
-        elif bias is None:
-            y.zero_()
+        share = adapted.get(part)
+        if bias is None:
+            torch.mm(*share, out=y) if share else y.zero_()
+        elif share:
+            torch.addmm(bias, *share, out=y)
         else:
             y.copy_(bias.expand_as(y))
     return y_TO
