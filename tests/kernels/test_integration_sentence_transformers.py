@@ -93,7 +93,7 @@ def test_one_pair_teaches_nothing_and_does_not_fail():
 
 def test_errors_say_what_is_wrong():
     model = torch.nn.Identity()
-    with pytest.raises(ValueError, match="two columns or more"):
+    with pytest.raises(ValueError, match="at least two columns"):
         FusedMultipleNegativesRankingLoss(model).compute_loss_from_embeddings(embeddings(1))
     for settings, words in (
         ({"directions": ("doc_to_query",)}, "directions are"),
