@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup quickstart test test-all lint wheel-test clean
+.PHONY: setup quickstart test test-all lint types wheel-test clean
 
 setup: $(READY)
 
@@ -32,8 +32,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: $(READY)
+	$(BIN)/mypy
+
 wheel-test: $(READY)
 	bash tests/wheel.sh $(BIN)/python
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

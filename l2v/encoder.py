@@ -20,8 +20,8 @@ from l2v.model.export import ENCODER_FILE, export
 from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_config, load_model
 from l2v.model.lora import LINEAGE, adapter_folder, describe_adapter, merge_adapters
 from l2v.model.packed import PackedDecoder
-from l2v.recipe import Base, Recipe, Template
-from l2v.recipe_io import from_dict
+from l2v.recipe import Base, Template
+from l2v.runs.folder import ADAPTER, is_stage, is_trained, stage_folders, stage_recipe, trained_stages
 
 
 class Encoder:
@@ -121,7 +121,7 @@ class Encoder:
                 f"dimensions is {dimensions}; give a whole number from 1 to {self.dimension}, the width of the vectors"
             )
         single = isinstance(texts, str)
-        texts = [texts] if single else list(texts)
+        texts = [texts] if isinstance(texts, str) else list(texts)
         for i, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"text {i} is empty; an empty text has no embedding")
@@ -183,16 +183,10 @@ def _describe(source: str) -> tuple[Base, list[str], int | None]:
         )
         base.attention = facts["attention"]
         return base, [], facts["length"]
-    if (folder / "stage.json").is_file():
+    if is_stage(folder):
         return _stage(folder)
-    stages = sorted(folder.glob("*/stage.json")) if folder.is_dir() else []
-    if stages:
-        trained = [path.parent for path in stages if (path.parent / "adapter").is_dir()]
-        if not trained:
-            raise UserError(f"{source}: none of its stages is trained yet; run 'l2v train' to the end first")
-        recipe = _recipe(trained[0])
-        order = {name: at for at, name in enumerate(recipe.order())}
-        return _stage(max(trained, key=lambda path: order.get(path.name, -1)))
+    if stage_folders(folder):
+        return _stage(folder / list(trained_stages(folder))[-1])
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -206,24 +200,16 @@ def _known(model: str) -> dict[str, Any]:
     return {}
 
 
-def _recipe(folder: Path) -> Recipe:
-    mark = folder / "stage.json"
-    try:
-        return from_dict(json.loads(mark.read_text(encoding="utf-8"))["recipe"], str(mark))
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{mark}: damaged; train the stage again with --fresh") from None
-
-
 def _stage(folder: Path) -> tuple[Base, list[str], int | None]:
-    adapter = folder / "adapter"
-    if not adapter.is_dir():
+    adapter = folder / ADAPTER
+    if not is_trained(folder):
         raise UserError(f"{folder}: the stage is not trained to its end yet; run 'l2v train' again, it goes on")
-    recipe = _recipe(folder)
+    recipe = stage_recipe(folder)
     return recipe.base, [*_lineage(adapter), str(adapter)], recipe.stages[folder.name].length
 
 
 def _adapter(folder: Path) -> tuple[Base, list[str], int | None]:
-    if (folder.parent / "stage.json").is_file():
+    if is_stage(folder.parent):
         return _stage(folder.parent)
     name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not name:
@@ -238,7 +224,7 @@ def _lineage(adapter: Path) -> list[str]:
         return []
     out = []
     for entry in json.loads(file.read_text(encoding="utf-8"))["merged"]:
-        beside = adapter.parent.parent / entry.get("stage", "") / "adapter"
+        beside = adapter.parent.parent / entry.get("stage", "") / ADAPTER
         path = str(beside) if "stage" in entry and beside.is_dir() else entry["adapter"]
         if describe_adapter(adapter_folder(path))["sha256"] != entry["sha256"]:
             raise UserError(

@@ -7,9 +7,10 @@ import torch
 
 from l2v.evaluation.seb import SEB_DA
 from l2v.model.lora import trainable
-from l2v.recipe_io import load_recipe, to_dict
-from l2v.run import claim, publish, run_folder
-from l2v.train import build
+from l2v.recipe.load import load_recipe, to_dict
+from l2v.runs.claim import claim, publish
+from l2v.runs.folder import run_folder
+from l2v.training.build import build
 
 METRICS = [
     {"step": 0, "eval_loss": 8.5, "eval_ndcg_at_10": 0.25},

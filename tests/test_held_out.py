@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import ndcg_score
 
-from l2v.held_out import ndcg_at_10
+from l2v.training.held_out import ndcg_at_10
 
 
 def segments(count: int, seed: int = 0):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from l2v.data.tokens import TextTokenizer, load_tokenizer
-from l2v.recipe_io import load_recipe
+from l2v.recipe.load import load_recipe
 
 # From Meta's own tiktoken encoding of header + "Find opskriften Rødgrød med fløde" + end of turn.
 GOLDEN_IDS = [

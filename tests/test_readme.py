@@ -1,48 +1,162 @@
-"""The README's Python runs, and its numbers are those of the committed run."""
+"""The README is short, its Python and its commands work, and its numbers are those of the committed run."""
 
+import argparse
+import importlib
 import json
 import re
-from pathlib import Path
+import tomllib
 
 import pytest
+from support.documents import ROOT, Parsed, blocks, commands, paragraphs, words
 
+from l2v.data.corpus.config import load_config
 from l2v.errors import UserError
 from l2v.model.embedded import SMOLLM2, resolve
 from l2v.quickstart import markdown
+from l2v.recipe.load import load_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+RESULTS = DOCS / "results" / "quickstart"
+REPORT = json.loads((RESULTS / "quickstart.json").read_text(encoding="utf-8"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+MAIN = PROJECT["scripts"]["l2v"]
+PYTHON = {
+    "README.md": ["(2, 576) float32"],
+    "docs/python.md": ["(2, 576) float32\n(256,)", "torch.Size([12, 576]) torch.Size([4, 576])"],
+}
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+COMMANDS = [
+    pytest.param(command, id=f"{page.name}: {' '.join(command)[:70]}")
+    for page in PAGES
+    for command in commands(page.read_text(encoding="utf-8"))
+]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["encoder", "parts"])
-def test_python_blocks_run(block, tmp_path, monkeypatch, capsys):
+def test_it_is_short_and_shows_python_early():
+    lines = README.splitlines()
+    assert len(lines) <= 120
+    begin = lines.index("```python")
+    assert lines.index("```", begin) < 40
+    lengths = [words(paragraph) for paragraph in paragraphs(README)]
+    assert len(lengths) > 10
+    assert sum(lengths) / len(lengths) < 30
+
+
+@pytest.mark.parametrize(("page", "at"), [(page, at) for page, printed in PYTHON.items() for at in range(len(printed))])
+def test_python_blocks_run(page, at, tmp_path, monkeypatch, capsys):
     try:
         resolve(SMOLLM2)
     except UserError:
         pytest.skip("the embedded base is not installed")
+    code = blocks((ROOT / page).read_text(encoding="utf-8"), "python")
+    assert len(code) == len(PYTHON[page])
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {})
-    printed = capsys.readouterr().out
-    assert "(2, 576) float32" in printed or "torch.Size([12, 576]) torch.Size([4, 576])" in printed
+    exec(compile(code[at], page, "exec"), {})
+    assert PYTHON[page][at] in capsys.readouterr().out
 
 
-def test_the_table_is_the_committed_run():
-    report = json.loads((ROOT / "docs" / "quickstart" / "quickstart.json").read_text(encoding="utf-8"))
-    assert markdown(report) == (ROOT / "docs" / "quickstart" / "quickstart.md").read_text(encoding="utf-8")
-    assert markdown(report).strip() in README
+@pytest.fixture
+def parse(monkeypatch):
+    """Hand a command line to the real program, up to the point where its arguments are parsed."""
+
+    def program(entry: str, arguments: list[str]) -> argparse.Namespace:
+        for name in ("parse_args", "parse_intermixed_args"):
+            original = getattr(argparse.ArgumentParser, name)
+
+            def stop(self, args=None, namespace=None, original=original):
+                raise Parsed(original(self, args, namespace))
+
+            monkeypatch.setattr(argparse.ArgumentParser, name, stop)
+        module, _, function = entry.partition(":")
+        try:
+            code = getattr(importlib.import_module(module), function)(arguments)
+        except Parsed as parsed:
+            return parsed.arguments
+        raise AssertionError(f"{entry} {arguments} parsed nothing and returned {code}")
+
+    return program
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_accepted_by_their_programs(command, parse, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for word in command:
+        if word.startswith(("launch/", "benchmarks/")):
+            assert (ROOT / word).exists(), f"{word} does not exist"
+    program, arguments = command[0], command[1:]
+    if program == "l2v":
+        if arguments[0] == "init" and "init" not in importlib.import_module(MAIN.partition(":")[0]).COMMANDS:
+            pytest.skip("there is no l2v init yet")
+        check_values(parse(MAIN, arguments))
+    elif "launch/train.py" in command:
+        arguments = command[command.index("launch/train.py") + 1 :]
+        check_values(parse("l2v.train:main", arguments))
+    elif program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert set(arguments) <= set(targets)
+    elif program == "pip":
+        check_packages(arguments)
+    elif program == "python":
+        assert arguments[0] == "-m"
+        assert importlib.util.find_spec(arguments[1])
+    else:
+        assert program in {"bash", "cp", "export", "kubectl", "mkdir", "sbatch"}
+
+
+def check_values(arguments: argparse.Namespace) -> None:
+    """The recipe with its overrides, and files of this repository, are what the command says."""
+    recipe = getattr(arguments, "recipe", None)
+    if recipe and not recipe.isupper() and recipe[0] != "$" and not recipe.endswith(("mine.yaml", "faq.yaml")):
+        load_recipe(recipe, getattr(arguments, "overrides", []), getattr(arguments, "stage", None))
+    config = getattr(arguments, "config", None)
+    if config:
+        load_config(config, [override.replace("FOLDER", str(ROOT)) for override in arguments.overrides])
+    for benchmark in getattr(arguments, "benchmark", None) or []:
+        if benchmark.endswith(".yaml"):
+            assert (ROOT / benchmark.removeprefix("local:")).is_file()
+
+
+def check_packages(arguments: list[str]) -> None:
+    """Extras exist, and a pinned package has the version that the Makefile installs."""
+    assert arguments[0] == "install"
+    for word in arguments[1:]:
+        if extras := re.fullmatch(r"(?:\.|l2v)\[(.+)\]", word):
+            assert set(extras[1].split(",")) <= set(PROJECT["optional-dependencies"])
+        elif "==" in word and not word.startswith("gt-all"):
+            assert word in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_a_prediction_runs_as_written(monkeypatch, capsys):
+    command = next(c for c in commands(README) if c[:2] == ["l2v", "plan"])
+    monkeypatch.chdir(ROOT)
+    module, _, function = MAIN.partition(":")
+    assert getattr(importlib.import_module(module), function)(command[1:]) == 0
+    assert "supervised" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_table_is_the_committed_run(page):
+    written = (RESULTS / "quickstart.md").read_text(encoding="utf-8")
+    assert markdown(REPORT) == written
+    table, _, facts = written.partition("\n\n")
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert table in text
+    if page == "docs/quickstart.md":
+        assert set(re.findall(r"\d+\.\d+", facts)) <= set(re.findall(r"\d+\.\d+", text))
 
 
 def test_the_committed_run_meets_what_is_said_of_it():
-    report = json.loads((ROOT / "docs" / "quickstart" / "quickstart.json").read_text(encoding="utf-8"))
-    assert report["seconds"]["all"] < 600 and report["machine"]["cores"] == 2
-    held_out = report["mntp_held_out"]
+    assert REPORT["seconds"]["all"] < 600 and REPORT["machine"]["cores"] == 2
+    held_out = REPORT["mntp_held_out"]
     assert held_out["before"] - held_out["after"] >= 3
-    paired = {(p["better"], p["than"]): p for p in report["paired"]}
+    paired = {(p["better"], p["than"]): p for p in REPORT["paired"]}
     for stage in ("simcse", "supervised"):
         assert paired[stage, "mntp"]["low"] > 0
+    scores = [row["ndcg_at_10"] for row in REPORT["rows"]]
+    assert scores[1:] == sorted(scores[1:]) and scores[0] == max(scores)
 
 
-def test_every_named_file_is_there():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_extras_are_those_of_the_package():
+    named = re.search(r"^Extras: (.*?)\.", README, flags=re.MULTILINE)[1]
+    assert set(re.findall(r"`([\w-]+)`", named)) == set(PROJECT["optional-dependencies"])

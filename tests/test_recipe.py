@@ -5,7 +5,7 @@ import pytest
 
 from l2v.errors import RecipeError
 from l2v.recipe import LLAMA_LINEARS, Base, Mntp, Simcse, Supervised
-from l2v.recipe_io import from_dict
+from l2v.recipe.load import from_dict
 
 COMMON = {"data": "rows.jsonl", "batch": 8, "steps": 10, "lr": 1e-4}
 

@@ -5,7 +5,8 @@ import pytest
 
 from l2v.errors import RecipeError
 from l2v.recipe import Mntp, Recipe, Simcse, Source, Supervised
-from l2v.recipe_io import find_recipe, from_dict, load_recipe, recipe_folder, to_dict
+from l2v.recipe.load import from_dict, load_recipe, to_dict
+from l2v.recipe.shipped import find_recipe, recipe_folder
 
 SHIPPED = sorted(path.stem for path in recipe_folder().glob("*.yaml"))
 

@@ -13,7 +13,8 @@ from l2v.errors import RecipeError, UserError
 from l2v.model.load import load_model
 from l2v.model.lora import merge_adapters
 from l2v.recipe import Base
-from l2v.recipe_io import load_recipe, recipe_folder
+from l2v.recipe.load import load_recipe
+from l2v.recipe.shipped import recipe_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "l2v").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])

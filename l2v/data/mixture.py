@@ -13,7 +13,7 @@ import numpy as np
 from l2v.batch import mix
 from l2v.errors import UserError
 from l2v.recipe import Stage
-from l2v.source import Source
+from l2v.recipe.source import Source
 
 # Apart from one another, and from the words by which a plain epoch is drawn.
 CYCLE, MIX, POOLS, SWAP = 1, 2, 3, 4

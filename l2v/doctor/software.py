@@ -104,7 +104,10 @@ def ops(path) -> list[str]:
 
 def kernel_modules(op: str) -> list[str]:
     """The modules of an op that define Triton kernels."""
-    folder = Path(importlib.util.find_spec(f"l2v_kernels.{op}").origin).parent
+    spec = importlib.util.find_spec(f"l2v_kernels.{op}")
+    if spec is None or spec.origin is None:
+        return []
+    folder = Path(spec.origin).parent
     return [f"l2v_kernels.{op}.{file.stem}" for file in sorted(folder.glob("kernel*.py"))]
 
 
@@ -135,7 +138,7 @@ def backends(report: Report) -> Rows:
         "backend: l2v": (True, "packed, addressed dropout" + ("" if gpu else "; by its PyTorch reference")),
         "backend: sdpa": (True, "slow: its mask grows with the square of the pack"),
     }
-    if not gpu or capability < (8, 0):
+    if capability is None or capability < (8, 0):
         rows["backend: flash_attention_2"] = (False, f"needs a GPU of compute capability 8.0, and {have}")
     elif _version("flash-attn") is None:
         rows["backend: flash_attention_2"] = (False, "needs the package flash-attn: pip install 'l2v[flash-attn]'")

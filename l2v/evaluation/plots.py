@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from l2v.runs.metrics import read_metrics
+
 COLORS = {"mntp": "#3b6ea8", "simcse": "#c2703d", "supervised": "#3f8f5b"}
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """Rows of a stage's metrics.jsonl."""
-    file = folder / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def loss_curves(run: Path, stages: list[str], out: Path) -> None:

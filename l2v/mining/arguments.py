@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from l2v.source import Source
+from l2v.recipe.source import Source
 
 TEXTS = {
     "name": "configuration of a Hub data set",
@@ -18,14 +18,14 @@ PAIRS = {
     "group": "column of groups; rows of one value are no negatives of each other",
     "instruction": "column of the query's instruction",
     "document_instruction": "column of the documents' instruction",
-    "task": "a task of l2v/prompts.py, for example question-da: instructions of both sides",
+    "task": "a task of l2v/recipe/tasks.py, for example question-da: instructions of both sides",
     "query_prompt": "instruction of every query that brings none",
     "document_prompt": "instruction of every document that brings none",
 }
 
 
 def add_source(parser: argparse.ArgumentParser, *, pairs: bool) -> None:
-    """Options for the keys of `l2v.source.Source`."""
+    """Options for the keys of `l2v.recipe.source.Source`."""
     group = parser.add_argument_group("reading the data, as the keys of a recipe's `data` do")
     for key, text in (TEXTS | PAIRS if pairs else TEXTS | {"text": "column of the text (default: text)"}).items():
         group.add_argument(f"--{key.replace('_', '-')}", metavar="TEXT", help=text)

@@ -10,9 +10,9 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from l2v.push.licence import Licence
 from l2v.push.subject import Model, earlier_adapters, public_base
-from l2v.report.facts import build_report
 from l2v.report.page import table_text
 from l2v.report.tables import Row, Table, hyperparameters, local_tables, provenance, seb_rows_table
+from l2v.runs.facts import build_report
 
 TOLD = {
     "mntp": "masked next-token prediction",
@@ -97,7 +97,7 @@ def _hub_dataset(task: str) -> str:
 def _scores(model: Model) -> list[Table]:
     """Its own row and those of the baselines that were computed beside it."""
     row = model.row()
-    if row is None:
+    if row is None or model.evaluation is None:
         return []
     rows = [row, *(r for r in model.evaluation["rows"] if "baseline" in r["identity"])]
     seb = seb_rows_table(rows)

@@ -10,7 +10,8 @@ from typing import Any
 from l2v.errors import UserError
 from l2v.model.embedded import SMOLLM2
 from l2v.model.export import ENCODER_FILE
-from l2v.report.facts import StageFacts, read_json, read_results, read_run
+from l2v.runs.facts import StageFacts, read_json, read_results, read_run
+from l2v.runs.folder import is_stage, stage_folders
 
 HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
@@ -74,9 +75,9 @@ def find(source: Path, results: Path | None) -> Model | Dataset | Ready:
         raise UserError(f"{source}: no such folder; give a run, a stage of it, an export or a data set that l2v built")
     if (source / ENCODER_FILE).is_file():
         return Ready(source.name, source) if (source / "README.md").is_file() else _export(source, results)
-    if (source / "stage.json").is_file():
+    if is_stage(source):
         return _stage(source.parent, source.name, results)
-    if any(source.glob("*/stage.json")):
+    if stage_folders(source):
         return _stage(source, None, results)
     report = read_json(source / "report.json")
     if report and {"title", "splits", "sources"} <= report.keys():
@@ -89,7 +90,7 @@ def find(source: Path, results: Path | None) -> Model | Dataset | Ready:
 def _stage(folder: Path, name: str | None, results: Path | None) -> Model:
     run = read_run(folder, results)
     stage = next((s for s in run.stages if s.name == name), None) if name else run.last
-    if stage is None or not stage.trained:
+    if stage is None or stage.lineage is None:
         raise UserError(f"{folder / (name or '')}: not trained to its end yet; run 'l2v train' again, it goes on")
     through = [entry["stage"] for entry in stage.lineage["merged"] if "stage" in entry]
     base = run.recipe.base
@@ -115,10 +116,10 @@ def _export(folder: Path, results: Path | None) -> Model:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder / ENCODER_FILE}: damaged; export again with 'l2v export'") from None
     model = Model(folder.name, folder, base, lineage, facts, export=True)
-    if any(folder.parent.glob("*/stage.json")):  # an export that lies in its run
+    if stage_folders(folder.parent):  # an export that lies in its run
         run = read_run(folder.parent, results)
         for stage in run.stages:
-            if stage.trained and [*_hashes(stage), stage.lineage["adapter"]["sha256"]] == hashes:
+            if stage.lineage is not None and [*_hashes(stage.lineage), stage.lineage["adapter"]["sha256"]] == hashes:
                 through = [entry.get("stage") for entry in stage.lineage["merged"]]
                 model.evaluation, model.stages = (
                     run.evaluation,
@@ -129,8 +130,8 @@ def _export(folder: Path, results: Path | None) -> Model:
     return model
 
 
-def _hashes(stage: StageFacts) -> list[str]:
-    return [entry["sha256"] for entry in stage.lineage["merged"]]
+def _hashes(lineage: dict[str, Any]) -> list[str]:
+    return [entry["sha256"] for entry in lineage["merged"]]
 
 
 def earlier_adapters(model: Model) -> list[tuple[str, Path | None]]:

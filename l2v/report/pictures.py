@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from l2v.evaluation.plots import COLORS, draw_loss
-from l2v.report.facts import StageFacts
 from l2v.report.space import Map
+from l2v.runs.facts import StageFacts
 
 # What is drawn in these is the page's to colour. Contrast with both backgrounds is at least 3 to 1 (WCAG 2.2, 1.4.11).
 TOKENS = {

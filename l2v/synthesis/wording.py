@@ -18,7 +18,7 @@ LABEL = re.compile(r"^(?:\d+[.)]|[-*•]|(?:spørgsmål|søgning|søgeord|svar|q
 
 @dataclass(frozen=True)
 class Style:
-    """One way to search: what the model is told, and the task (`l2v.prompts`) of the pairs that come of it."""
+    """One way to search: what the model is told, and the task (`l2v.recipe.tasks`) of the pairs that come of it."""
 
     told: str
     task: str

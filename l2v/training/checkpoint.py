@@ -65,8 +65,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     return final
 
 
-def newest(folder: Path, *, tell: Callable[[str], None] | None = print) -> Checkpoint | None:
-    """The newest checkpoint below `folder` that is whole, or None; `tell` hears of damaged ones."""
+def newest(folder: Path, *, log: Callable[[str], None] | None = print) -> Checkpoint | None:
+    """The newest checkpoint below `folder` that is whole, or None; `log` hears of damaged ones."""
     for path in reversed(_all(folder)):
         try:
             facts = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -74,8 +74,8 @@ def newest(folder: Path, *, tell: Callable[[str], None] | None = print) -> Check
                 raise ValueError("its checksum does not match")
             return Checkpoint(facts["step"], load_file(path / TENSORS), facts)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            if tell:
-                tell(f"warning: {path} is damaged and passed over: {error}")
+            if log:
+                log(f"warning: {path} is damaged and passed over: {error}")
     return None
 
 

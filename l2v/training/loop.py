@@ -24,7 +24,7 @@ from l2v.training.finite import Skips, is_broken
 from l2v.training.metrics import Metrics, Progress
 from l2v.training.profile import Profile
 from l2v.training.ranks import on_every_rank, on_first_rank
-from l2v.training.saver import Saver, Tell
+from l2v.training.saver import Log, Saver
 from l2v.training.steps import contrastive_step, mntp_step
 from l2v.training.throughput import Throughput, peak_memory, told
 from l2v.training.watchdog import Watchdog
@@ -86,17 +86,17 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
         bar.note(f"{job.name}: {text}")
 
     metrics = on_every_rank(
-        lambda: Metrics(job.folder, job.tracking, name=job.name, active=rank == 0, resumed_at=start, tell=tell)
+        lambda: Metrics(job.folder, job.tracking, name=job.name, active=rank == 0, resumed_at=start, log=tell)
     )
     stop = _StopFlag()
-    saver = Saver(job.folder / "checkpoints", keep=stage.keep, active=rank == 0, tell=tell)
+    saver = Saver(job.folder / "checkpoints", keep=stage.keep, active=rank == 0, log=tell)
     watch = job.watchdog
     watch.last_words.append(saver.wait)
     engine.train()
     log = _Log(job, metrics, bar, engine, seen)
     profile = Profile(
         engine.module, job.folder / "profile", active=job.profile and rank == 0, start=start, steps=stage.steps,
-        device=engine.device, aside=log.speed.paused, tell=bar.note,
+        device=engine.device, aside=log.speed.paused, log=bar.note,
     )  # fmt: skip
     saved_at, skips = start, Skips.of(resume)
     try:
@@ -159,7 +159,7 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
     return read_state(engine, job.parameters)
 
 
-def _whole_step(engine, job: Job, ahead: Ahead, step: int, stop: _StopFlag, bar: Progress, tell: Tell):
+def _whole_step(engine, job: Job, ahead: Ahead, step: int, stop: _StopFlag, bar: Progress, tell: Log):
     """Forward and backward of a step, again in smaller micro-batches where memory ran out on any rank."""
     while True:
         job.watchdog.at(f"step {step + 1}: data")

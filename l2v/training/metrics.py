@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -13,9 +12,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from l2v.errors import RecipeError, UserError
-from l2v.files import replace_text
+from l2v.errors import RecipeError
 from l2v.recipe import Tracking
+from l2v.runs.metrics import MetricsFile
 
 
 class Metrics:
@@ -23,20 +22,15 @@ class Metrics:
 
     def __init__(
         self, folder: Path, tracking: Tracking, *, name: str, active: bool, resumed_at: int = 0,
-        tell: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
-        """resumed_at: rows after this step are dropped. tell: hears of a disk that is full."""
-        self.active, self.file, self.board, self.run = active, None, None, None
+        """resumed_at: rows after this step are dropped. log: is called when a disk is full."""
+        self.file: MetricsFile | None = None
+        self.board, self.run = None, None
         if not active:
             return
-        self.path, self.tell, self._waiting, self._told = folder / "metrics.jsonl", tell, "", False
-        try:
-            _cut(self.path, resumed_at)
-            self.file = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written: {error.strerror}; free some space and start the same command again"
-            ) from None
+        self.folder, self.log = folder, log
+        self.file = MetricsFile(folder, resumed_at=resumed_at, log=log)
         if tracking.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -50,36 +44,21 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one row; scalars also go to TensorBoard. A full disk costs no training: rows wait until there is room."""
-        if not self.active:
+        if self.file is None:
             return
-        self._waiting += json.dumps({"step": step} | values) + "\n"
-        self._flush()
+        self.file.append({"step": step} | values)
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
         if self.board:
             try:
                 for key, value in numbers.items():
                     self.board.add_scalar(key, value, step)
             except OSError as error:  # its writer's thread has ended
-                self.tell(
-                    f"WARNING: {self.path.parent / 'tensorboard'} cannot be written ({error}); no more goes there"
+                self.log(
+                    f"WARNING: {self.folder / 'tensorboard'} cannot be written ({error}); no more is written there"
                 )
                 self.board = None
         if self.run:
             self.run.log(numbers, step=step)
-
-    def _flush(self) -> None:
-        data = self._waiting.encode()
-        try:
-            while data:
-                data = data[self.file.write(data) :]
-            self._told = False
-        except OSError as error:
-            if not self._told:
-                self.tell(
-                    f"WARNING: {self.path} cannot be written ({error.strerror}); training goes on, its rows wait for room"
-                )
-            self._told = True
-        self._waiting = data.decode()
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -132,17 +111,3 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it is."""
         self.bar.close()
-
-
-def _cut(path: Path, step: int) -> None:
-    """Drop rows after the step that training resumes from, and one half written at a kill: every step stands once."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if step else ():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    replace_text(path, "".join(kept))

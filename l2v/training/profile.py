@@ -52,10 +52,10 @@ class Profile:
         steps: int,
         device: torch.device,
         aside: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-        tell: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ) -> None:
         """model: a PackedDecoder. start: steps that are done, of `steps`. aside: entered while the tables are made."""
-        self.model, self.folder, self.device, self.aside, self.tell = model, folder, device, aside, tell
+        self.model, self.folder, self.device, self.aside, self.log = model, folder, device, aside, log
         self.steps = which_steps(start, steps) if active else range(0)
         # One step for the profiler itself to get going, where there is one.
         self.warm_up = self.steps.start - 1 if self.steps and self.steps.start > start + 1 else None
@@ -68,23 +68,22 @@ class Profile:
         if number not in self.steps and number != self.warm_up:  # and any step where it is not active
             yield
             return
-        if self.tracer is None:
-            self._begin()
+        tracer = self.tracer or self._begin()
         with torch.profiler.record_function(STEP):
             yield
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # what this step launched belongs to it
         if number == self.steps[-1]:
             with self.aside():
-                self._end()
+                self._end(tracer)
         else:
-            self.tracer.step()
+            tracer.step()
 
     def close(self) -> None:
         """Stop tracing, wherever training ended."""
         self.running.close()
 
-    def _begin(self) -> None:
+    def _begin(self) -> torch.profiler.profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says that it starts and stops, in the middle of a bar
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
@@ -97,27 +96,28 @@ class Profile:
             warnings.simplefilter("ignore", UserWarning)
             plan = torch.profiler.schedule(wait=0, warmup=warm_up, active=len(self.steps), repeat=1)
             self.tracer = self.running.enter_context(torch.profiler.profile(activities=activities, schedule=plan))
+        return self.tracer
 
-    def _end(self) -> None:
+    def _end(self, tracer: torch.profiler.profile) -> None:
         self.running.close()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             trace = self.folder / "trace.json.gz"
-            self.tracer.export_chrome_trace(str(trace))
+            tracer.export_chrome_trace(str(trace))
             table = tabulate(read(trace))
             if self.device.type == "cuda" and table.counted != "kernels":
-                self.tell(
+                self.log(
                     f"{trace}: no kernel is in the trace, so there is no table: the driver lets only administrators look "
                     "(its option NVreg_RestrictProfilingToAdminUsers=0 lets everybody)"
                 )
                 return
             write(table, self.folder, steps=list(self.steps), device=device_name(self.device))
         except OSError as error:  # a run of days is not lost for a picture
-            self.tell(f"{self.folder}: the profile cannot be written: {error.strerror or error}")
+            self.log(f"{self.folder}: the profile cannot be written: {error.strerror or error}")
             return
         first = sorted(table.uses, key=lambda use: -use.ms)[:4]
         parts = ", ".join(f"{use.kind} {use.share:.0%}" for use in first)
-        self.tell(f"profile of steps {_range(self.steps)}: {table.step_ms:.1f} ms a step: {parts} ({self.folder})")
+        self.log(f"profile of steps {_range(self.steps)}: {table.step_ms:.1f} ms a step: {parts} ({self.folder})")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from l2v.errors import UserError
 from l2v.training.checkpoint import Checkpoint, save
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class Saver:
@@ -20,11 +20,11 @@ class Saver:
 
     The tensors that it is given are copies on the host, so training may change the weights meanwhile; a second checkpoint
     waits for the first, so at most two are in memory. A disk that is full costs no training: the failure is told loudly, the
-    older checkpoints stay, and the next one is tried again. tell: prints a line.
+    older checkpoints stay, and the next one is tried again. log: prints a line.
     """
 
-    def __init__(self, folder: Path, *, keep: int, active: bool, tell: Tell) -> None:
-        self.folder, self.keep, self.active, self.tell = folder, keep, active, tell
+    def __init__(self, folder: Path, *, keep: int, active: bool, log: Log) -> None:
+        self.folder, self.keep, self.log = folder, keep, log
         self.failed: str | None = None
         self.safe: int | None = None
         self._thread = ThreadPoolExecutor(1) if active else None
@@ -33,7 +33,7 @@ class Saver:
 
     def submit(self, checkpoint: Checkpoint) -> None:
         """Hand a checkpoint over; waits only where the one before is not written yet."""
-        if not self.active:
+        if self._thread is None:
             return
         self.wait()
         self._step = checkpoint.step
@@ -51,12 +51,12 @@ class Saver:
         try:
             path = self._writing.result(timeout=seconds)
             self.failed, self.safe = None, self._step
-            self.tell(f"step {self._step} is saved: {path}")
+            self.log(f"step {self._step} is saved: {path}")
         except TooLong:
             return
         except UserError as error:
             self.failed = str(error)
-            self.tell(f"WARNING: {error}. Training goes on, without a checkpoint newer than {self._newest()}")
+            self.log(f"WARNING: {error}. Training goes on, without a checkpoint newer than {self._newest()}")
         self._writing = None
 
     def close(self) -> None:

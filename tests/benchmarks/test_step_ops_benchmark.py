@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import step_ops as benchmark
 from benchmarks.harness import Ceilings, Unavailable
-from benchmarks.step_ops_peers import PROVIDERS, Workload, definition, l2v
+from benchmarks.kernels import step_ops as benchmark
+from benchmarks.kernels.step_ops_peers import PROVIDERS, Workload, definition, l2v
 
 CPU = (torch.device("cpu"), torch.float32)
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from l2v.data.collate import collate
 from l2v.data.examples import MntpBlocks, Pairs, Views
 from l2v.data.mixture import Mixture, mix_sources
+from l2v.data.open import open_examples
 from l2v.data.sampler import Sampler
 from l2v.data.sources import open_parts, open_rows, together
 from l2v.data.tokens import TextTokenizer, load_tokenizer
 from l2v.errors import RecipeError, UserError
-from l2v.prompts import TASKS
 from l2v.recipe import Mntp, Simcse, Source, Supervised, Template
-from l2v.train import open_examples
+from l2v.recipe.tasks import TASKS
 
 COMMON = {"batch": 8, "steps": 1, "lr": 1e-4}
 

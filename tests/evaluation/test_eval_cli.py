@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from l2v import Encoder
-from l2v.cli import main
-from l2v.eval_cli import _parser, _specs
+from l2v.commands.eval import _parser, _specs
+from l2v.commands.main import main
 from l2v.evaluation.model import EncoderSpec, MtebEncoder
 
 
@@ -20,7 +20,7 @@ def run(tmp_path_factory, tiny_base, tiny_recipe):
 
     from l2v.model.load import inner_model, load_model
     from l2v.recipe import Base
-    from l2v.recipe_io import load_recipe, to_dict
+    from l2v.recipe.load import load_recipe, to_dict
 
     folder = tmp_path_factory.mktemp("trained")
     path = tiny_recipe(folder, **{"base": {"model": str(tiny_base), "precision": "fp32"}})

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from l2v.commands.eval import main
 from l2v.errors import UserError
-from l2v.eval_cli import main
 from l2v.evaluation.published import POSTER_PRINTED, published, size_text
 from l2v.evaluation.seb import SEB_DA
 
@@ -54,7 +54,7 @@ def test_the_committed_table_is_what_the_command_writes(tmp_path, capsys):
     assert main(["--published", "--out", str(tmp_path)]) == 0
     assert "| 1 | **jealk/TTC-L2V-supervised-2** | 8.0B | 4096 | 68.42 |" in capsys.readouterr().out
     for name in ("published.md", "published.json"):
-        assert (tmp_path / name).read_text() == (ROOT / "docs" / "seb" / name).read_text()
+        assert (tmp_path / name).read_text() == (ROOT / "docs" / "results" / "seb" / name).read_text()
     assert len(json.loads((tmp_path / "published.json").read_text())["rows"]) == 54
 
 

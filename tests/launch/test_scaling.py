@@ -5,8 +5,8 @@ import json
 import pytest
 from helpers import ROOT
 
-from benchmarks.scaling import markdown
-from l2v import plan
+from benchmarks.communication.scaling import markdown
+from l2v.commands import plan
 
 
 def planned(capsys, *arguments):
@@ -16,12 +16,12 @@ def planned(capsys, *arguments):
 
 @pytest.fixture(scope="module")
 def written():
-    return json.loads((ROOT / "docs" / "scaling" / "scaling.json").read_text(encoding="utf-8"))
+    return json.loads((ROOT / "docs" / "results" / "scaling" / "scaling.json").read_text(encoding="utf-8"))
 
 
 def test_the_page_holds_what_the_command_wrote(written):
     tables = markdown(written)
-    assert tables == (ROOT / "docs" / "scaling" / "scaling.md").read_text(encoding="utf-8")
+    assert tables == (ROOT / "docs" / "results" / "scaling" / "scaling.md").read_text(encoding="utf-8")
     assert (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").endswith(tables)
 
 

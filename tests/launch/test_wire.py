@@ -13,7 +13,7 @@ from l2v.plan import gpus, wire
 from l2v.plan.estimate import model_of
 from l2v.plan.shapes import shape_of
 from l2v.plan.work import Share, lengths_of, shares
-from l2v.recipe_io import load_recipe
+from l2v.recipe.load import load_recipe
 from l2v.training.engine import deepspeed_config
 
 STAGES = ("mntp", "simcse", "supervised")
@@ -53,7 +53,7 @@ def measured(recipe, setting: str) -> list[list]:
     folder.mkdir()
     config = folder / "zero.json"
     config.write_text(json.dumps({"zero_optimization": zero}))
-    program = [sys.executable, str(ROOT / "benchmarks" / "count_bytes.py"), str(folder / "bytes")]
+    program = [sys.executable, str(ROOT / "benchmarks" / "communication" / "count_bytes.py"), str(folder / "bytes")]
     arguments = [str(recipe), f"out={folder / 'run'}", f"zero.config={config}"]
     environment = training_environment() | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world)}
     finish([

@@ -8,9 +8,9 @@ from helpers import finish, start_ranks
 from safetensors.torch import load_file
 
 from l2v.errors import RecipeError
-from l2v.recipe_io import load_recipe
+from l2v.recipe.load import load_recipe
+from l2v.recipe.zero import shipped_folder
 from l2v.training.engine import deepspeed_config
-from l2v.zero_config import shipped_folder
 
 NAMES = sorted(path.stem for path in shipped_folder().glob("*.json"))
 

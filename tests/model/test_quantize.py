@@ -273,7 +273,7 @@ def test_a_recipe_mistake_is_one_sentence(run_here, recipe, overrides, says):
 
 
 def test_training_is_refused_before_anything_is_loaded(run_here, recipe, monkeypatch):
-    monkeypatch.setattr("l2v.train.load_model", None)
+    monkeypatch.setattr("l2v.training.build.load_model", None)
     monkeypatch.delenv("L2V_FP8")
     said = refusal(run_here(recipe(**{"base.base_precision": "fp8"}), "--stage", "mntp", expect=1))
     assert "base.base_precision: fp8 cannot run here: there is no GPU" in said and "base_precision: same" in said

@@ -16,7 +16,8 @@ from hub import Hub
 from huggingface_hub import ModelCard, constants
 from made_run import make_run, merged, write_results
 
-from l2v import Encoder, cli
+from l2v import Encoder
+from l2v.commands import main as cli
 from l2v.errors import UserError
 from l2v.evaluation.seb import BY_NAME
 from l2v.push.licence import Licence, find_licence
@@ -168,7 +169,7 @@ def test_a_data_set_arrives_whole_through_the_environment(dataset, hub, tmp_path
         "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
         "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
     }  # fmt: skip
-    command = [sys.executable, "-m", "l2v.cli", "push", str(dataset), "mig/prove-data"]
+    command = [sys.executable, "-m", "l2v.commands.main", "push", str(dataset), "mig/prove-data"]
     done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     arrived = hub.repos["dataset", "mig/prove-data"]

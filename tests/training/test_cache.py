@@ -10,10 +10,11 @@ import torch
 from helpers import free_port
 
 from l2v.data.collate import collate
+from l2v.data.open import open_examples
 from l2v.data.sampler import Sampler
 from l2v.data.tokens import TextTokenizer, load_tokenizer
-from l2v.recipe_io import load_recipe
-from l2v.train import build, open_examples
+from l2v.recipe.load import load_recipe
+from l2v.training.build import build
 from l2v.training.engine import deepspeed_config, initialize, start_distributed
 from l2v.training.steps import contrastive_step
 

@@ -318,7 +318,7 @@ def test_a_folder_that_cannot_be_written_does_not_stop_training(tmp_path):
     said = []
     model = nn.Linear(4, 4)
     profile = Profile(
-        model, tmp_path / "file" / "profile", start=0, steps=1, device=torch.device("cpu"), tell=said.append
+        model, tmp_path / "file" / "profile", start=0, steps=1, device=torch.device("cpu"), log=said.append
     )
     with profile.step(1):
         model(torch.ones(1, 4))
@@ -330,7 +330,7 @@ def test_a_driver_that_lets_nobody_look_is_told(tmp_path, monkeypatch):
     """A GPU, and a trace in which no kernel is."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     said = []
-    profile = Profile(nn.Linear(4, 4), tmp_path, start=0, steps=1, device=torch.device("cuda"), tell=said.append)
+    profile = Profile(nn.Linear(4, 4), tmp_path, start=0, steps=1, device=torch.device("cuda"), log=said.append)
     with profile.step(1):
         torch.ones(1).add_(1)
     assert (

@@ -15,15 +15,6 @@ from torch.distributed.nn.functional import all_gather
 
 from l2v_kernels import info_nce
 
-try:  # newer versions embed the documents in one forward pass
-    from sentence_transformers.base.losses.merged_forward import embed_columns
-except ImportError:
-
-    def embed_columns(  # type: ignore[misc]  # the signature that is used here
-        model: nn.Module, features_list: Iterable[dict[str, Any]]
-    ) -> list[torch.Tensor]:
-        return [model(features)["sentence_embedding"] for features in features_list]
-
 
 class FusedMultipleNegativesRankingLoss(nn.Module):
     """sentence-transformers' MultipleNegativesRankingLoss, computed by `l2v_kernels.info_nce`.
@@ -96,7 +87,7 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
 
     def forward(self, sentence_features: Iterable[dict[str, torch.Tensor]], labels: torch.Tensor) -> torch.Tensor:
         """Called by the trainer. The labels are not used: the positive is the second column."""
-        return self.compute_loss_from_embeddings(embed_columns(self.model, list(sentence_features)), labels)
+        return self.compute_loss_from_embeddings(_embed_columns(self.model, list(sentence_features)), labels)
 
     def compute_loss_from_embeddings(
         self, embeddings: Sequence[torch.Tensor], labels: torch.Tensor | None = None
@@ -161,6 +152,15 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
         if self.matryoshka_dims is not None:
             papers.append(_MATRYOSHKA)
         return "\n".join(papers)
+
+
+def _embed_columns(model: nn.Module, columns: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """One [B, E] a column. Newer versions of sentence-transformers embed the documents in one forward pass."""
+    try:
+        from sentence_transformers.base.losses.merged_forward import embed_columns
+    except ImportError:
+        return [model(features)["sentence_embedding"] for features in columns]
+    return embed_columns(model, columns)
 
 
 _INFO_NCE = """

@@ -1,0 +1,41 @@
+"""The recipe: one YAML file that holds a base model and a tree of stages. See `l2v.recipe.schema` for every key."""
+
+from l2v.recipe.schema import (
+    LLAMA_LINEARS,
+    MAX_PREFIXES,
+    OBJECTIVES,
+    Backend,
+    Base,
+    Contrastive,
+    Direction,
+    Lora,
+    Mntp,
+    Recipe,
+    Simcse,
+    Source,
+    Stage,
+    Supervised,
+    Template,
+    Tracking,
+    Zero,
+)
+
+__all__ = [
+    "LLAMA_LINEARS",
+    "MAX_PREFIXES",
+    "OBJECTIVES",
+    "Backend",
+    "Base",
+    "Contrastive",
+    "Direction",
+    "Lora",
+    "Mntp",
+    "Recipe",
+    "Simcse",
+    "Source",
+    "Stage",
+    "Supervised",
+    "Template",
+    "Tracking",
+    "Zero",
+]

@@ -1,0 +1,161 @@
+"""Combinations of recipe keys that no single field rules out."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+from l2v.errors import RecipeError
+from l2v.recipe.schema import MAX_PREFIXES, Contrastive, Mntp, Recipe, Simcse, Supervised
+
+
+def _need(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise RecipeError(sentence)
+
+
+def _check_comparison(stage: Contrastive, at: str) -> None:
+    """What a contrastive stage compares, and on how many dimensions."""
+    chosen = stage.directions
+    _need(
+        "query_to_doc" in chosen and len(set(chosen)) == len(chosen),
+        f"{at}: directions are {', '.join(chosen) or 'none'}; name query_to_doc, and each of the others at most once",
+    )
+    if stage.partition == "per_direction":
+        _need(
+            set(chosen) == {"query_to_doc", "doc_to_query"},
+            f"{at}: partition: per_direction takes the directions query_to_doc and doc_to_query, both and no other (the "
+            "others hold no positive of their own); use partition: joint, or these two",
+        )
+    if stage.hard_negatives == "own":
+        _need(
+            isinstance(stage, Supervised) and stage.max_negatives > 0,
+            f"{at}: hard_negatives: own needs hard negatives: a supervised stage with max_negatives of at least 1",
+        )
+    margin = stage.false_negative_margin
+    _need(
+        margin is None or -2 < margin < 2,
+        f"{at}: false_negative_margin is {margin} and must lie between -2 and 2, as differences of cosines do; "
+        "null leaves every negative in",
+    )
+    lengths, weights = stage.matryoshka, stage.matryoshka_weights
+    if lengths is None:
+        _need(weights is None, f"{at}: matryoshka_weights need matryoshka, the prefix lengths that they belong to")
+        return
+    ascending = bool(lengths) and lengths[0] >= 1 and all(a < b for a, b in itertools.pairwise(lengths))
+    _need(
+        ascending and len(lengths) <= MAX_PREFIXES,
+        f"{at}: matryoshka is {lengths}; give 1 to {MAX_PREFIXES} ascending prefix lengths, or null",
+    )
+    if weights is not None:
+        _need(
+            len(weights) == len(lengths),
+            f"{at}: {len(weights)} matryoshka_weights for {len(lengths)} matryoshka lengths; give one each",
+        )
+        _need(
+            min(weights) >= 0 and 0 < sum(weights) < math.inf,
+            f"{at}: matryoshka_weights are {weights}; none may be negative, and one must be above 0",
+        )
+
+
+def _check_base_precision(recipe: Recipe, where: str) -> None:
+    """What a frozen base in fewer bits goes with."""
+    base, how = recipe.base, recipe.base.base_precision
+    if how == "same":
+        return
+    at, same = f"{where}: base.base_precision: {how}", "use base.base_precision: same"
+    _need(
+        recipe.zero.stage < 3,
+        f"{at} does not go with zero.stage: 3, which shards the weights as they were loaded; use a lower stage, or {same}",
+    )
+    if how == "fp8":
+        _need(base.layers != "plain", f"{at} needs fused layers; use base.layers: auto, or {same}")
+        _need(
+            base.backend == "l2v",
+            f"{at} needs fused layers, and those need base.backend: l2v, not {base.backend}; use that, or {same}",
+        )
+    else:
+        _need(
+            base.layers != "fused",
+            f"{at} runs on plain layers; use base.layers: auto, or base.base_precision: fp8 or same",
+        )
+
+
+def check(recipe: Recipe, where: str) -> Recipe:
+    """Refuse combinations that no single field rules out. `where` names the file in the message."""
+    base = recipe.base
+    _need(bool(recipe.stages), f"{where}: `stages` is empty; name at least one stage with an `objective`")
+    _need(
+        base.layers != "fused" or base.backend == "l2v",
+        f"{where}: base.layers: fused needs base.backend: l2v; with {base.backend} use base.layers: plain",
+    )
+    _need(
+        base.init == "random" or not base.overrides,
+        f"{where}: base.overrides changes the shape of the base and needs base.init: random",
+    )
+    _need(recipe.timeout >= 5, f"{where}: timeout is {recipe.timeout:g} and must be at least 5 (seconds)")
+    _check_base_precision(recipe, where)
+    for name in recipe.stages:
+        try:
+            recipe.chain(name)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
+        except KeyError:
+            pass  # a `from` that names no stage, said below
+    for name, stage in recipe.stages.items():
+        at = f"{where}: stage '{name}'"
+        _need(name.replace("-", "").replace("_", "").isalnum(), f"{at}: use letters, digits, - and _ in its name")
+        _need(
+            stage.from_ == "base" or stage.from_ in recipe.stages,
+            f"{at}: `from: {stage.from_}` names no stage; valid: base, {', '.join(recipe.stages)}",
+        )
+        _need(bool(stage.data), f"{at}: `data` is empty; name at least one source")
+        for key in ("data", "eval_data"):
+            for i, source in enumerate(getattr(stage, key)):
+                source.check(stage.objective, f"{at}: {key}[{i}]")
+        for key in ("batch", "micro_tokens", "length", "steps", "log_every", "keep", "skip_limit"):
+            _need(getattr(stage, key) >= 1, f"{at}: {key} is {getattr(stage, key)} and must be at least 1")
+        for key in ("warmup", "eval_every", "save_every", "weight_decay", "clip"):
+            _need(getattr(stage, key) >= 0, f"{at}: {key} is {getattr(stage, key)} and must not be negative")
+        _need(stage.lr > 0, f"{at}: lr is {stage.lr} and must be above 0")
+        _need(0 <= stage.lora.dropout < 0.99, f"{at}: lora.dropout is {stage.lora.dropout}; use 0 up to 0.99")
+        _need(stage.lora.r >= 1, f"{at}: lora.r is {stage.lora.r} and must be at least 1")
+        _need(stage.length >= 2, f"{at}: length is {stage.length}; a text needs at least 2 tokens")
+        _need(
+            stage.length <= stage.micro_tokens,
+            f"{at}: one text of length {stage.length} does not fit micro_tokens {stage.micro_tokens}; raise micro_tokens",
+        )
+        if isinstance(stage, Mntp):
+            _need(0 < stage.mask_probability < 1, f"{at}: mask_probability is {stage.mask_probability}; use 0 to 1")
+            total = sum(stage.mask_split)
+            _need(
+                abs(total - 1) < 1e-6 and min(stage.mask_split) >= 0,
+                f"{at}: mask_split (mask, random, keep) adds up to {total:g} and must add up to 1",
+            )
+        if isinstance(stage, Contrastive):
+            _need(stage.scale > 0, f"{at}: scale is {stage.scale} and must be above 0")
+            _need(
+                (stage.negatives == "micro") == (stage.group is not None),
+                f"{at}: `group` (examples that share their negatives) goes with `negatives: micro`, and only with it",
+            )
+            if stage.group is not None:
+                _need(
+                    stage.group >= 2 and stage.batch % stage.group == 0,
+                    f"{at}: batch {stage.batch} is no multiple of group {stage.group}",
+                )
+            _need(stage.batch >= 2, f"{at}: a batch of {stage.batch} has no in-batch negatives; use at least 2")
+            _check_comparison(stage, at)
+        if isinstance(stage, Simcse):
+            p = stage.attention_dropout
+            _need(0 <= p < 0.99, f"{at}: attention_dropout is {p}; use 0 up to 0.99")
+            _need(
+                p == 0 or base.backend == "l2v",
+                f"{at}: attention_dropout {p} needs base.backend: l2v; {base.backend} cannot address its noise",
+            )
+            _need(
+                p > 0 or stage.lora.dropout > 0,
+                f"{at}: with no dropout at all the two views are the same; set attention_dropout or lora.dropout",
+            )
+        if isinstance(stage, Supervised):
+            _need(stage.max_negatives >= 0, f"{at}: max_negatives must not be negative")
+    return recipe

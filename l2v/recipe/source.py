@@ -1,0 +1,73 @@
+"""A source of a recipe: where rows come from, how they are read, and what part they play among others. A leaf."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from l2v.errors import RecipeError
+from l2v.recipe.tasks import Task, find_task
+
+PAIR_KEYS = ("task", "query_prompt", "document_prompt", "symmetric")
+
+
+@dataclass
+class Source:
+    """Rows to train on: `sample:da/train`, a JSONL, Parquet or text file, or `hub:NAME`; and what its columns are called.
+
+    weight: how often a row is met in an epoch, 1 for once; it may be a fraction. group: a column; rows of one value are no
+    negatives of each other. query_prompt, document_prompt: instruction of every row that brings none in the columns
+    `instruction` and `document_instruction`; task: names both (`l2v.recipe.tasks`). symmetric: the query's instruction stands on
+    both sides; swap: query and positive change places in half of the steps.
+    """
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text: str = "text"
+    query: str = "query"
+    positive: str = "positive"
+    negatives: str = "negatives"
+    instruction: str | None = None
+    document_instruction: str | None = None
+    group: str | None = None
+    weight: float = 1.0
+    task: str | None = None
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+    symmetric: bool | None = None
+    swap: bool = False
+    skip_empty: bool = False
+    sentences: bool = False
+    limit: int | None = None
+
+    def prompts(self) -> Task:
+        """The instructions of both sides: what `task` names, overlaid with the source's own keys."""
+        named = find_task(self.task) if self.task else Task("")
+        symmetric = named.symmetric if self.symmetric is None else self.symmetric
+        query = self.query_prompt or named.query
+        document = query if symmetric else self.document_prompt or named.document
+        return Task(query, document or None, symmetric)
+
+    def check(self, objective: str, at: str) -> None:
+        """Errors: RecipeError for values that no source may have, or that mean nothing to this objective."""
+        try:
+            symmetric = self.prompts().symmetric
+        except RecipeError as error:
+            raise RecipeError(f"{at}: task: {error}") from None
+        trouble = None
+        given = [key for key in PAIR_KEYS if getattr(self, key) is not None] + ["swap"] * self.swap
+        if not 0 < self.weight < math.inf:
+            trouble = f"weight is {self.weight} and must be above 0; 1 meets every row once in an epoch"
+        elif given and objective != "supervised":
+            trouble = f"{given[0]} goes with objective: supervised, and only with it"
+        elif self.group and objective == "mntp":
+            trouble = "group goes with the contrastive objectives, and only with them"
+        elif self.swap and not symmetric:
+            trouble = "swap: true needs symmetric: true (or a task that is), or queries would stand as documents"
+        elif symmetric and (self.document_prompt or self.document_instruction):
+            key = "document_prompt" if self.document_prompt else "document_instruction"
+            trouble = f"{key} does not go with a symmetric task, whose instruction stands on both sides; leave it out"
+        if trouble:
+            raise RecipeError(f"{at}: {trouble}")

@@ -1,0 +1,34 @@
+"""DeepSpeed configurations: a file, or one that comes with l2v by its name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from l2v.errors import RecipeError
+from l2v.recipe.shipped import shipped_folder
+
+
+def find_config(name: str) -> Path:
+    """A path as given, or the file of a name like zero3-offload. Errors: RecipeError with the names there are."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = shipped_folder("deepspeed") / f"{name}.json"
+    if Path(name).name == name and shipped.is_file():
+        return shipped
+    known = ", ".join(sorted(path.stem for path in shipped_folder("deepspeed").glob("*.json")))
+    raise RecipeError(f"zero.config: there is no file {name}; give a DeepSpeed JSON file or one of {known}")
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """What the file holds. Errors: RecipeError with the line that is no JSON."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"{file}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+        raise RecipeError(f"{file}: a DeepSpeed configuration is a JSON object, and so is its zero_optimization")
+    return config

@@ -1,0 +1,136 @@
+"""What a run's files say: stages, metrics, lineage, scores, where the data came from. Reads, computes nothing."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from l2v.errors import UserError
+from l2v.model.lora import LINEAGE
+from l2v.recipe import Recipe
+from l2v.recipe.load import to_dict
+from l2v.runs.folder import ADAPTER, STAGE_FILE, stage_folders, stage_recipe
+from l2v.runs.metrics import read_metrics
+
+
+@dataclass
+class StageFacts:
+    """One stage: its part of the recipe as written, its rows of metrics, and its lineage once it is trained."""
+
+    name: str
+    objective: str
+    recipe: dict[str, Any]
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    lineage: dict[str, Any] | None = None
+
+    @property
+    def trained(self) -> bool:
+        """It has its adapter."""
+        return self.lineage is not None
+
+    def curve(self, key: str) -> list[tuple[int, float]]:
+        """(step, value) of every row that carries the key."""
+        return [(row["step"], row[key]) for row in self.metrics if row.get(key) is not None]
+
+    def throughput(self) -> dict[str, float | int | None]:
+        """steps, tokens seen, median tokens/s and MFU over the rows, most memory (GiB); None where nothing was written."""
+
+        def of(key: str, reduce: Any) -> Any:
+            values = [value for _, value in self.curve(key)]
+            return reduce(values) if values else None
+
+        return {
+            "steps": of("loss", lambda _: max(step for step, _ in self.curve("loss"))),
+            "tokens": of("tokens", max),
+            "tokens_per_second": of("tokens_per_second", statistics.median),
+            "mfu": of("mfu", statistics.median),
+            "mfu_peak": of("mfu_peak", statistics.median),
+            "peak_memory_gib": of("peak_memory_gib", max),
+        }
+
+
+@dataclass
+class RunFacts:
+    """One run. recipe: of its last stage; evaluation, quickstart: what `l2v eval` and `l2v quickstart` wrote there."""
+
+    name: str
+    folder: Path
+    recipe: Recipe
+    stages: list[StageFacts]
+    evaluation: dict[str, Any] | None = None
+    quickstart: dict[str, Any] | None = None
+    missing: list[str] = field(default_factory=list)
+
+    @property
+    def last(self) -> StageFacts | None:
+        """The last trained stage, which is what the run's name stands for."""
+        return next((stage for stage in reversed(self.stages) if stage.trained), None)
+
+    def tree(self) -> dict[str, Any]:
+        """The recipe as plain values, with the keys that each trained stage really had."""
+        tree = to_dict(self.recipe)
+        tree["stages"] = {stage.name: stage.recipe for stage in self.stages}
+        return tree
+
+
+def read_run(folder: Path, results: Path | None = None) -> RunFacts:
+    """All that lies in a run's folder. results: instead of RUN/eval/results.json.
+
+    Errors: UserError where the folder is no run, or a file of it is damaged. What is not there is a sentence in `missing`.
+    """
+    stages = stage_folders(folder)
+    if not stages:
+        raise UserError(
+            f"{folder}: no run of l2v (no STAGE/{STAGE_FILE} below it); give the folder that 'l2v train' wrote"
+        )
+    trees = {stage.name: stage_recipe(stage) for stage in stages}
+    newest = max(stages, key=lambda stage: (stage / STAGE_FILE).stat().st_mtime).name
+    recipe = trees[newest]
+    order = recipe.order() + [name for name in trees if name not in recipe.stages]
+    run = RunFacts(recipe.name, folder, recipe, [])
+    for name in order:
+        own = trees.get(name, recipe)
+        stage = StageFacts(name, own.stages[name].objective, to_dict(own.stages[name]))
+        stage.metrics = read_metrics(folder / name)
+        stage.lineage = read_json(folder / name / ADAPTER / LINEAGE)
+        if not stage.trained:
+            began = "not finished" if stage.metrics else "not trained yet"
+            run.missing.append(f"Stage {name} is {began}: l2v train goes on with it.")
+        run.stages.append(stage)
+    run.quickstart = read_json(folder / "quickstart.json")
+    run.evaluation = read_results(results) if results else read_json(folder / "eval" / "results.json")
+    if run.evaluation is None:
+        run.missing.append(
+            f"No evaluation yet: l2v eval {folder} --stages --baselines tfidf,minilm scores the stages on the Danish tasks."
+        )
+    return run
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """A JSON file of l2v's own; None where it is not there. Errors: UserError where it is damaged."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {error}; write it anew with the command that made it") from None
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """The results.json that a user names. Errors: UserError where it is not one."""
+    found = read_json(file)
+    if found is None or not {"tasks", "rows"} <= found.keys():
+        raise UserError(f"{file}: not the results.json that 'l2v eval' writes")
+    return found
+
+
+def build_report(path: str) -> dict[str, Any] | None:
+    """The report of `l2v data build` beside a source's files, or None: not built by it, or not on this machine."""
+    if path.startswith(("hub:", "sample:")):
+        return None
+    place = Path(path)
+    done = read_json((place if place.is_dir() else place.parent) / "report.json")
+    return done if done and {"title", "sources", "splits"} <= done.keys() else None

@@ -1,0 +1,88 @@
+"""The model of a stage, and where its memory goes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from l2v.model.load import device, fingerprint, inner_model, load_model, output_head
+from l2v.model.lora import add_lora, describe_adapter, merge_adapters
+from l2v.model.memory import LayerShape, activation_bytes, choose_recompute, free_bytes
+from l2v.model.packed import PackedDecoder
+from l2v.model.quantize import check_base_precision, check_fused, to_fp8, to_nf4
+from l2v.recipe import Mntp, Recipe, Simcse, Stage
+from l2v.runs.claim import merged_adapters
+from l2v.training.engine import deepspeed_config
+from l2v.training.memory import bucket_in_backward, end_of, engine_bytes, largest_micro, way_of, yet_to_come
+from l2v.training.ranks import ranks_here
+
+
+def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[PackedDecoder, dict[str, Any]]:
+    """The decoder of a stage: base, earlier adapters merged in order, fresh LoRA; and its lineage."""
+    stage, base = recipe.stages[name], recipe.base
+    check_base_precision(base, device(), dtype)
+    model = load_model(base, head=isinstance(stage, Mntp), dtype=dtype, seed=recipe.seed)
+    merged = merged_adapters(recipe, name)
+    inner = merge_adapters(inner_model(model), [adapter for adapter, _ in merged])
+    head = output_head(model) if isinstance(stage, Mntp) else None
+    if base.base_precision == "nf4":
+        to_nf4(inner, device(), dtype)
+    decoder = add_lora(inner, stage.lora, base_name=base.model, seed=seed)
+    lineage = {
+        "base": {"model": base.model, "revision": base.revision, "sha256": fingerprint(base)},
+        "merged": [describe_adapter(adapter, **facts) for adapter, facts in merged],
+        "stage": name,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    if base.base_precision != "same":
+        lineage["base_precision"] = base.base_precision
+    packed = PackedDecoder(
+        decoder,
+        head=head,
+        causal=base.attention == "causal",
+        backend=base.backend,
+        pooling=base.pooling,
+        attention_dropout=stage.attention_dropout if isinstance(stage, Simcse) else 0.0,
+        layers=base.layers,
+    )
+    check_fused(base, packed)
+    return packed, lineage
+
+
+def place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: torch.dtype, longest: int) -> str | None:
+    """Once weights lie where they stay: put together what is multiplied together, decide what the backward makes again.
+
+    longest: tokens of the longest example.
+    Returns what was chosen, for the user. It changes no bit of what is learned, so ranks may choose apart.
+    """
+    if model.fused is None:
+        model.set_recompute("none" if stage.recompute == "auto" else stage.recompute)
+        return None
+    if recipe.base.base_precision == "fp8":
+        to_fp8(model.fused, model.decoder)
+    elif recipe.zero.stage < 3:
+        model.fused.lay_together()
+    where = device()
+    shape = LayerShape.of(
+        model.fused.inner.config, rank=stage.lora.r, targets=tuple(stage.lora.targets), itemsize=dtype.itemsize
+    )
+    world, kernels = dist.get_world_size(), where.type == "cuda"
+    sizes = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters() if p.requires_grad]
+    config = deepspeed_config(stage, recipe.zero, dtype, sum(sizes))
+    engine = engine_bytes(sum(sizes), config, dtype.itemsize, world, max(sizes), gpu=kernels)
+    free = free_bytes(where, max(1, ranks_here())) - yet_to_come(engine, recipe.zero.stage)
+    tokens, way = largest_micro(stage, world, longest), way_of(stage, fused=True, kernels=kernels)
+    vocabulary = model.fused.inner.config.get_text_config().vocab_size
+    bucket = bucket_in_backward(engine, recipe.zero.stage)
+    end = end_of(stage, shape, vocabulary, tokens, world, kernels=kernels, bucket=bucket)
+    chosen = stage.recompute
+    if chosen == "auto":
+        chosen = choose_recompute(shape, tokens, free, way, end)
+    model.set_recompute(chosen)
+    needs = activation_bytes(shape, chosen, tokens, way, end)
+    return (
+        f"fused layers, recompute {chosen}: {tokens:,} tokens need up to {needs / 2**30:.1f} GiB of "
+        f"{free / 2**30:.1f} GiB free"
+    )

@@ -1,0 +1,76 @@
+"""Held-out loss and retrieval of a stage while it trains."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from l2v.data.collate import Masking, collate
+from l2v.data.sampler import Sampler
+from l2v.objectives.contrastive import Groups, contrastive_loss
+from l2v.objectives.mntp import mntp_loss_of_hidden
+from l2v.recipe import Contrastive, Mntp, Stage, Supervised
+from l2v.training.steps import loss_options
+
+MOST = 2000
+"""Queries that are ranked; more would cost a product of their own without telling more."""
+
+
+def evaluator(engine, stage: Stage, examples, masking: Masking | None) -> Callable[[int], dict[str, float]]:
+    """A function of the step: eval_loss, of MNTP eval_accuracy, of pairs eval_ndcg_at_10, without dropout.
+
+    Masks and batches are the same at every call. Every rank does the whole.
+    """
+    group = getattr(stage, "group", None)
+    sampler = Sampler(examples, batch=stage.batch, micro_tokens=stage.micro_tokens, seed=0, group=group)
+
+    def evaluate(step: int) -> dict[str, float]:
+        loss, hits, count = 0.0, 0.0, 0
+        parts: list[tuple[torch.Tensor, ...]] = []
+        for unit in (unit for at in range(sampler.steps_per_epoch) for unit in sampler.plan(at).units[0]):
+            micros = [collate(examples, micro, seed=0, step=0, masking=masking) for micro in unit.micros]
+            if not isinstance(stage, Contrastive):
+                for micro in (m.to(engine.device) for m in micros):
+                    part, found = engine(micro, "loss", functools.partial(mntp_loss_of_hidden, count=1.0))
+                    loss += part.item()
+                    hits += found.item()
+                    count += len(micro.labels_L)
+                continue
+            vectors_SE = torch.cat([engine(m.to(engine.device), "vectors") for m in micros])
+            labels = [torch.cat([getattr(m, n) for m in micros]) for n in ("columns_S", "text_keys_S", "groups_S")]
+            groups = Groups.from_columns(*labels).to(engine.device)
+            loss += contrastive_loss(vectors_SE, groups, **loss_options(stage)).item() * groups.total
+            count += groups.total
+            if isinstance(stage, Supervised):
+                parts.append((vectors_SE.float().cpu(), *labels))
+        row: dict[str, Any] = {"eval_loss": loss / max(count, 1)}
+        if isinstance(stage, Mntp):
+            row["eval_accuracy"] = hits / max(count, 1)
+        if parts:
+            row["eval_ndcg_at_10"] = ndcg_at_10(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
+        return row
+
+    return evaluate
+
+
+def ndcg_at_10(vectors_SE: np.ndarray, columns_S: np.ndarray, keys_S: np.ndarray, groups_S: np.ndarray) -> float:
+    """nDCG@10 of every query (column 0) for its positive (the segment after it) among all documents, by cosine.
+
+    Documents of one text count once, and those of the query's own group do not compete with its positive; ties count against
+    it. With one relevant document it is 1 / log2(1 + rank), 0 beyond rank 10 (Jaervelin & Kekaelaeinen 2002). groups_S: -1
+    for none. The first 2,000 queries are ranked.
+    """
+    unit_SE = vectors_SE / np.maximum(np.linalg.norm(vectors_SE, axis=1, keepdims=True), 1e-12)
+    at_N = np.flatnonzero(columns_S == 0)[:MOST]
+    documents = np.flatnonzero(columns_S > 0)
+    at_M = documents[np.unique(keys_S[documents], return_index=True)[1]]
+    own_N = (unit_SE[at_N] * unit_SE[at_N + 1]).sum(1)
+    scores_NM = unit_SE[at_N] @ unit_SE[at_M].T
+    same_NM = keys_S[at_N + 1][:, None] == keys_S[at_M][None]
+    mates_NM = (groups_S[at_N][:, None] == groups_S[at_M][None]) & (groups_S[at_N][:, None] >= 0)
+    rank_N = 1 + ((scores_NM >= own_N[:, None]) & ~same_NM & ~mates_NM).sum(1)
+    return float(np.where(rank_N <= 10, 1 / np.log2(1 + rank_N), 0.0).mean())

@@ -1,0 +1,199 @@
+"""Train one stage of a recipe: claim its folder, open its data, build its model, run the loop, publish its adapter."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from l2v.data.collate import Masking
+from l2v.data.open import open_examples
+from l2v.data.tokens import TextTokenizer, load_tokenizer
+from l2v.errors import UserError
+from l2v.model.embedded import resolve
+from l2v.model.load import dtype_of, load_config
+from l2v.model.lora import trainable
+from l2v.model.packed import PackedDecoder
+from l2v.model.quantize import notice
+from l2v.recipe import Contrastive, Mntp, Recipe, Stage
+from l2v.recipe.load import to_dict
+from l2v.runs.claim import claim, publish
+from l2v.runs.folder import ADAPTER, run_folder
+from l2v.training import checkpoint
+from l2v.training.build import build, place_memory
+from l2v.training.engine import deepspeed_config, initialize
+from l2v.training.faults import OutOfMemory, read_budget, smaller, write_budget
+from l2v.training.frozen import frozen_checksum
+from l2v.training.held_out import evaluator
+from l2v.training.loop import Job, train
+from l2v.training.ranks import agree, first_on_node, on_every_rank, on_first_rank
+from l2v.training.watchdog import Watchdog
+
+
+@dataclass
+class StageData:
+    """What a stage reads: its tokenizer, its examples, the held-out ones (None without `eval_data`), and what to log."""
+
+    texts: TextTokenizer
+    examples: Any
+    held_out: Any
+    notes: list[str]
+
+
+def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdog, *, fresh: bool = False) -> None:
+    """Train one stage, or continue it, or find that it is done. A collective call.
+
+    Raises:
+        UserError: the folder belongs to another recipe, or the data, the base or an adapter cannot be used.
+    """
+    stage, folder = recipe.stages[name], run_folder(recipe) / name
+
+    def log(text: str) -> None:
+        if rank == 0:
+            print(f"{name}: {text}", flush=True)
+
+    facts = {"name": recipe.name, "stage": name, "recipe": to_dict(recipe)}
+    if on_first_rank(lambda: claim(recipe, name, folder, facts, fresh)) == "done":
+        log(f"already trained, its adapter is {folder / ADAPTER}")
+        return
+    data = _open_data(recipe, name)
+    for note in data.notes:
+        log(note)
+    resume = checkpoint.newest(folder / "checkpoints", log=print if rank == 0 else None)
+
+    def on_fault(facts: dict[str, Any]) -> None:
+        if "micro_tokens" in facts:
+            write_budget(folder, facts["micro_tokens"])
+
+    watch.on_fault = [on_fault]
+    _check_data(data, name, stage, resume)
+
+    dtype, seed = dtype_of(recipe.base.precision), recipe.stage_seed(name)
+    model, lineage = on_every_rank(functools.partial(build, recipe, name, dtype=dtype, seed=seed))
+    agree({"the base and its adapters": lineage})
+    if model.plain_because and recipe.base.backend == "l2v":
+        log(f"plain layers, slower than fused ones: {model.plain_because}")
+    if banner := notice(recipe.base):
+        log(banner)
+    parameters = {n.removeprefix("decoder."): p for n, p in trainable(model).items()}
+    if resume:
+        for key, parameter in parameters.items():
+            parameter.data.copy_(resume.tensors[f"weight.{key}"])
+        log(f"continues after step {resume.step}")
+    masking = _masking(stage, data.texts, recipe.base.mask_token, model)
+    units = model.as_units() if recipe.zero.stage == 3 else []
+    count = sum(p.numel() for p in parameters.values())
+    engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype, count), stage, units)
+    if placed := place_memory(model, recipe, stage, dtype, int(data.examples.lengths.max())):
+        log(placed)
+    job = Job(
+        name=name, stage=stage, seed=seed, folder=folder, examples=data.examples, masking=masking, parameters=parameters,
+        facts={"world": world}, tracking=recipe.tracking, watchdog=watch, profile=recipe.profile,
+        evaluate=evaluator(engine, stage, data.held_out, masking) if data.held_out else None,
+    )  # fmt: skip
+    weights = _train_checked(engine, job, resume, rank)
+    on_first_rank(functools.partial(publish, model.decoder, weights, folder, lineage))
+    log(f"done, adapter in {folder / ADAPTER}")
+    engine.destroy()
+    del engine, model, job
+    gc.collect()
+
+
+def _open_data(recipe: Recipe, name: str) -> StageData:
+    """The data of a stage. A collective call: one rank of a node prepares it, the others read what that one wrote."""
+    stage, base = recipe.stages[name], recipe.base
+    tokenizer = on_every_rank(
+        lambda: load_tokenizer(
+            base.tokenizer or resolve(base.model), revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+    )
+    texts = TextTokenizer(tokenizer, base.template, stage.length)
+    notes = on_every_rank(functools.partial(check_prefixes, recipe, name))
+    examples = first_on_node(lambda: open_examples(stage.data, stage, texts))
+    held_out = first_on_node(lambda: open_examples(stage.eval_data, stage, texts)) if stage.eval_data else None
+    return StageData(texts, examples, held_out, [*examples.notes, *notes])
+
+
+def _check_data(data: StageData, name: str, stage: Stage, resume: checkpoint.Checkpoint | None) -> None:
+    """All ranks read the same examples and the same checkpoint, and there is something to learn from.
+
+    Raises:
+        UserError: ranks differ, or a contrastive stage has fewer than two examples.
+    """
+    agree(
+        {
+            f"the examples of stage '{name}'": _summary(data.examples),
+            f"the held-out examples of stage '{name}'": _summary(data.held_out) if data.held_out else None,
+            f"the checkpoint of stage '{name}'": resume and f"step {resume.step} ({resume.facts['sha256'][:12]})",
+        }
+    )
+    if len(data.examples) < 2 and isinstance(stage, Contrastive):
+        raise UserError(f"stage '{name}': {len(data.examples)} example leaves no in-batch negatives; give at least 2")
+
+
+def _train_checked(engine, job: Job, resume: checkpoint.Checkpoint | None, rank: int) -> dict[str, torch.Tensor]:
+    """Run the loop; returns the adapter's fp32 weights. With L2V_CHECK=1 the frozen weights are compared bit by bit.
+
+    Out of memory where a step cannot be repeated: the next start uses smaller micro-batches.
+    """
+    check = os.environ.get("L2V_CHECK") == "1"
+    before = frozen_checksum(engine.module) if check else None
+    try:
+        final = train(engine, job, resume)
+    except OutOfMemory as error:
+        budget = read_budget(job.folder, job.stage.micro_tokens)
+        budget = smaller(job.stage, budget, int(job.examples.lengths.max()))
+        write_budget(job.folder, budget)
+        job.watchdog.failed(f"out of memory ({error}); the next start uses micro_tokens {budget}", micro_tokens=budget)
+        raise
+    if check:
+        after = frozen_checksum(engine.module)
+        print(f"{job.name}: rank {rank}: frozen weights {before} before, {after} after", flush=True)
+        agree({"the frozen weights": (before, after)})
+        if before != after:
+            raise UserError(
+                f"stage '{job.name}': frozen weights changed in training; the adapter does not belong to the base"
+            )
+    return {key: final[f"weight.{key}"] for key in job.parameters}
+
+
+def check_prefixes(recipe: Recipe, name: str) -> list[str]:
+    """Matryoshka lengths against the base: what a user should know of them.
+
+    Errors: UserError if one is longer than the base's vectors.
+    """
+    lengths = getattr(recipe.stages[name], "matryoshka", None)
+    if lengths is None:
+        return []
+    hidden = load_config(recipe.base).get_text_config().hidden_size
+    if lengths[-1] > hidden:
+        raise UserError(
+            f"stage '{name}': matryoshka asks for a prefix of {lengths[-1]} and the vectors of '{recipe.base.model}' have "
+            f"{hidden} dimensions; use at most {hidden}"
+        )
+    beyond = f"dimensions beyond {lengths[-1]} of {hidden} are in no matryoshka length and learn nothing"
+    return [beyond] if lengths[-1] < hidden else []
+
+
+def _summary(examples) -> str:
+    """Number and lengths of examples, by which ranks notice that they read different rows."""
+    digest = hashlib.blake2b(examples.lengths.tobytes() + examples.segments.tobytes(), digest_size=6).hexdigest()
+    return f"{len(examples)} examples, {int(examples.lengths.sum())} tokens (lengths {digest})"
+
+
+def _masking(stage: Stage, texts: TextTokenizer, mask_token: str, model: PackedDecoder) -> Masking | None:
+    if not isinstance(stage, Mntp):
+        return None
+    tokenizer = texts.tokenizer
+    return Masking(
+        probability=stage.mask_probability,
+        split=stage.mask_split,
+        mask_id=texts.single(mask_token),
+        vocabulary=min(len(tokenizer), model.head.weight.shape[0]),
+        special_ids=frozenset(tokenizer.all_special_ids),
+    )
