@@ -88,7 +88,7 @@ def test_rows_of_zeros():
 
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
 def test_what_is_not_finite_is_not_made_finite(bad):
-    """The other rows do not notice; a product of the row is NaN in every column."""
+    """The other rows are not affected; a matmul of the row is NaN in every column."""
     x = rows(5, 32)
     want = quantize_rows(x)
     x[2, 7] = bad
@@ -114,7 +114,7 @@ def test_few_numbers(shape):
 
 
 def weights(dtype=torch.bfloat16, width=48, seed=1):
-    """Rows of very different size, as the scales are there for."""
+    """Rows of very different size, which is what the scales are for."""
     torch.manual_seed(seed)
     return [(torch.randn(n, width) * torch.randn(n, 1).exp() * width**-0.5).to(dtype) for n in SIZES]
 
@@ -159,7 +159,7 @@ def test_products_are_those_of_the_rounded_numbers(dtype, bias):
 
 
 def test_torch_multiplies_the_same():
-    """The oracle: torch's own scaled product, with our rows and scales."""
+    """The oracle: torch's own scaled matmul, with our rows and scales."""
     weight = Fp8Weight.of(weights())
     q, scale = quantize_rows(torch.randn(37, 48).bfloat16())
     bias = torch.randn(64).bfloat16()
@@ -216,10 +216,10 @@ def gradients(y, x, adapters, dy):
 
 def with_lora(dtype, ranks, p, tokens=21):
     """What `lora_linear` gives on FP8 linears, forward and gradients, and what it must give, in float64."""
-    x, adapters, noise = problem(dtype, ranks, p, tokens)
+    x, adapters, keys = problem(dtype, ranks, p, tokens)
     weight = Fp8Weight.of(weights())
     dy = torch.randn(tokens, 64).to(dtype)
-    y = lora_linear(x, Fp8Linears(weight, SIZES, emulate=True), adapters, noise)
+    y = lora_linear(x, Fp8Linears(weight, SIZES, emulate=True), adapters, keys)
     found = [y, *gradients(y, x, adapters, dy)]
     exact_x = x.detach().double().requires_grad_()
     exact = tuple(
@@ -227,7 +227,7 @@ def with_lora(dtype, ranks, p, tokens=21):
         for a in adapters
     )
     nothing = Linears([torch.zeros(n, 48, dtype=torch.float64) for n in SIZES], [None] * 3)
-    want = Rounded.apply(exact_x, weight) + lora_linear(exact_x, nothing, exact, noise)
+    want = Rounded.apply(exact_x, weight) + lora_linear(exact_x, nothing, exact, keys)
     return found, [want, *gradients(want, exact_x, exact, dy.double())]
 
 
@@ -250,13 +250,13 @@ def test_few_tokens(tokens):
 
 def test_a_token_sees_no_other():
     """Forward and backward: a token with a number a thousand times as large changes its own row alone."""
-    x, adapters, noise = problem(torch.float32)
+    x, adapters, keys = problem(torch.float32)
     linears = Fp8Linears(Fp8Weight.of(weights()), SIZES, emulate=True)
     dy, other, other_dy = torch.randn(21, 64), x.detach().clone(), None
     other[5, 3] = 1000.0
     other_dy = dy.clone()
     other_dy[5, 3] = 1000.0
-    y, z = lora_linear(x, linears, adapters, noise), lora_linear(other.requires_grad_(), linears, adapters, noise)
+    y, z = lora_linear(x, linears, adapters, keys), lora_linear(other.requires_grad_(), linears, adapters, keys)
     pairs = ((y, z), (gradients(y, x, adapters, dy)[0], gradients(z, other, adapters, other_dy)[0]))
     for a, b in pairs:
         same = (a == b).all(1)
@@ -264,11 +264,11 @@ def test_a_token_sees_no_other():
 
 
 def test_kept_bytes():
-    """As bf16 keeps: x, which is there anyway, xa and the masks. Nothing in 8 bits survives the forward."""
-    x, adapters, noise = problem(torch.bfloat16)
+    """As with bf16: x, which exists anyway, xa and the masks. Nothing in 8 bits survives the forward."""
+    x, adapters, keys = problem(torch.bfloat16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        lora_linear(x, Fp8Linears(Fp8Weight.of(weights()), SIZES, emulate=True), adapters, noise)
+        lora_linear(x, Fp8Linears(Fp8Weight.of(weights()), SIZES, emulate=True), adapters, keys)
     known = {x.data_ptr(), *(m.data_ptr() for a in adapters for m in (a.a_RE, a.b_OR))}
     own = [t for t in saved if t.data_ptr() not in known]
     assert sum(t.numel() * t.element_size() for t in own) == 21 * (3 + 4 + 5) * 2 + 3 * 21 * 48
@@ -277,7 +277,7 @@ def test_kept_bytes():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: quantize_rows(torch.ones(3)), r"needs x \[T, K\] in fp32, fp16 or bf16, got torch.float32 \(3,\)"),
+        (lambda: quantize_rows(torch.ones(3)), r"needs x \[T, E\] in fp32, fp16 or bf16, got torch.float32 \(3,\)"),
         (lambda: quantize_rows(torch.ones(3, 4).double()), "got torch.float64"),
         (lambda: quantize_rows(torch.ones(3, 4), torch.ones(3)), r"factors must be fp32 \[4\] on cpu"),
         (lambda: quantize_rows(torch.ones(3, 4), torch.ones(4).half()), "got torch.float16"),
@@ -377,14 +377,14 @@ def test_interpreted_more_adapters_than_a_kernel_takes():
     torch.manual_seed(0)
     x, sizes = torch.randn(9, 32), (16,) * 5
     adapters = tuple(Adapter(i, torch.randn(2, 32), torch.randn(16, 2), 1.0, i) for i in range(5))
-    dy, noise = torch.randn(9, 80), InputDropout()
+    dy, keys = torch.randn(9, 80), InputDropout()
     blank = [torch.randn(16, 32) for _ in sizes]
     found = []
     for linears in (Linears(blank, [None] * 5), Fp8Linears(Fp8Weight.of(blank), sizes, emulate=True)):
         for context in (triton_everywhere, torch.no_grad):
             with context():
-                y, kept = op.forward(x, linears, adapters, noise)
-                back = op.backward(dy, x, kept, linears, adapters, noise)
+                y, kept = op.forward(x, linears, adapters, keys)
+                back = op.backward(dy, x, kept, linears, adapters, keys)
             found.append([y, back.dx_TE, *back.da, *back.db])
     for kernels, reference in (found[:2], found[2:]):
         for got, want in zip(kernels, reference, strict=True):

@@ -54,7 +54,7 @@ def weight_of(N, K):
 @pytest.mark.parametrize("T", [1, 17, 1000])
 @pytest.mark.parametrize(("N", "K"), LLAMA)
 def test_tensor_cores_against_the_emulation(N, K, T):
-    """Forward and gradient of every product of a Llama-3-8B layer: one rounding to bf16 apart, of sums of fp32 in two orders."""
+    """Forward and gradient of every matmul of a Llama-3-8B layer: one rounding to bf16 apart, of sums of fp32 in two orders."""
     weight = weight_of(N, K)
     x, dy = (torch.randn(T, n, device="cuda").bfloat16() for n in (K, N))
     found, emulated = (Fp8Linears(weight, [N], emulate=e) for e in (False, True))
@@ -87,9 +87,9 @@ def test_a_token_sees_no_other():
 
 
 def test_lora_on_tensor_cores_and_on_the_emulation_without_a_host_sync():
-    x, adapters, noise = problem(torch.bfloat16, tokens=300)
+    x, adapters, keys = problem(torch.bfloat16, tokens=300)
     weight = Fp8Weight.of([torch.randn(n, 48, device="cuda").bfloat16() for n in SIZES])
-    noise = InputDropout(noise.p, noise.seeds_T.cuda(), noise.rows_T.cuda())
+    keys = InputDropout(keys.p, keys.seeds_T.cuda(), keys.rows_T.cuda())
     dy = torch.randn(300, 64, device="cuda").bfloat16()
 
     def run(emulate):
@@ -98,7 +98,7 @@ def test_lora_on_tensor_cores_and_on_the_emulation_without_a_host_sync():
             Adapter(a.part, *(m.detach().cuda().requires_grad_() for m in (a.a_RE, a.b_OR)), a.scaling, a.stream)
             for a in adapters
         ]
-        y = lora_linear(leaf, Fp8Linears(weight, SIZES, emulate=emulate), on, noise)
+        y = lora_linear(leaf, Fp8Linears(weight, SIZES, emulate=emulate), on, keys)
         leaves = [leaf, *(m for a in on for m in (a.a_RE, a.b_OR))]
         return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 

@@ -207,7 +207,7 @@ def test_layouts_autocast_and_single_gradients():
 
 WAYS = {"kept": 1 << 29, "one pass": 60_000, "two passes": 9_000}
 """Workspaces that make 100 queries and 120 candidates go each way: scores wait for the backward; gradients are made while
-the scores are there; scores are made twice."""
+the scores exist; scores are computed twice."""
 
 
 @pytest.mark.parametrize("variant", ["plain", "gte", "matryoshka", "hard negatives of their own"])
@@ -221,7 +221,7 @@ def test_three_ways_to_the_gradient(variant, monkeypatch):
         run, made = loss.grad_fn.run, loss.grad_fn.made
         assert (run.kept is not None, made is not None) == (way == "kept", way == "one pass"), way
         first = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
-        second = torch.autograd.grad(loss, leaves)  # gradients that were made are spent, and made anew
+        second = torch.autograd.grad(loss, leaves)  # the gradients of the forward are spent, and recomputed
         for x, y, z in zip(first, second, want[1:3], strict=True):
             assert (x.double() - 3 * z).abs().max() <= 3e-5 * z.abs().max(), way
             assert (y.double() - z).abs().max() <= 1e-5 * z.abs().max(), way

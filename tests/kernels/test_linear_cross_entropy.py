@@ -191,14 +191,14 @@ def test_all_logits_are_never_in_memory(dtype):
 
 
 def test_without_a_gradient_there_is_one_product(monkeypatch):
-    given, products, mm = problem(6, 40, 8), [], torch.mm
-    monkeypatch.setattr(torch, "mm", lambda *a, **k: (products.append(1), mm(*a, **k))[1])
+    given, matmuls, mm = problem(6, 40, 8), [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: (matmuls.append(1), mm(*a, **k))[1])
     want = ours(given)
-    assert len(products) == 2
+    assert len(matmuls) == 2
     loss, hits = linear_cross_entropy(*given[:3], count=1)
     with torch.no_grad():
         same, _ = linear_cross_entropy(given[0].clone().requires_grad_(), *given[1:3], count=1)
-    assert len(products) == 4 and not loss.requires_grad and not same.requires_grad
+    assert len(matmuls) == 4 and not loss.requires_grad and not same.requires_grad
     assert torch.equal(loss, want[0]) and torch.equal(same, want[0]) and torch.equal(hits, want[1])
 
 

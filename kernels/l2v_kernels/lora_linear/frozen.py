@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeGuard
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -19,8 +19,10 @@ class FrozenLinears(Protocol):
 
     sizes: tuple[int, ...]
     """O of each."""
-    accumulates: bool
-    """Whether these are `AccumulatingLinears`."""
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether these are `AccumulatingLinears`."""
 
     def matmul(self, x_TE: torch.Tensor) -> torch.Tensor:
         """y [T, O] = x W^T + bias."""
@@ -32,7 +34,6 @@ class FrozenLinears(Protocol):
 class AccumulatingLinears(FrozenLinears, Protocol):
     """Frozen linears whose matmuls can add to their output."""
 
-    accumulates: Literal[True]
     biases: tuple[torch.Tensor | None, ...]
 
     def add_matmul_(self, y_TO: torch.Tensor, x_TE: torch.Tensor) -> None:
@@ -50,7 +51,7 @@ def accumulates(linears: FrozenLinears) -> TypeGuard[AccumulatingLinears]:
 class Linears:
     """Weights [O, E] in their own dtype. Their matmuls accumulate: an epilogue's read in place of a pass over y."""
 
-    accumulates: Literal[True] = True
+    accumulates = True
 
     def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
         self.weights = tuple(weights)
