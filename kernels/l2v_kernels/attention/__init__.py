@@ -70,11 +70,7 @@ def attention(
     Source: Dao et al. 2022 (FlashAttention, arXiv 2205.14135); running softmax of Milakov & Gimelshein 2018 (arXiv
     1805.02867).
     """
-    if plan is None:
-        if cu_seqlens.is_cuda:
-            plan = AttentionPlan.on_device(cu_seqlens, q_THD.shape[0])
-        else:
-            plan = AttentionPlan.from_cu_seqlens(cu_seqlens, q_THD.device)
+    plan = _plan(cu_seqlens, q_THD) if plan is None else plan
     _check(q_THD, k_TKD, v_TKD, cu_seqlens, dropout_p, seeds_S, stream, window, softcap, plan)
     if scale is None:
         scale = q_THD.shape[-1] ** -0.5
@@ -84,6 +80,12 @@ def attention(
     else:
         o_THD, lse_HT = attention_reference(q_THD, k_TKD, v_TKD, plan, seeds_S, settings, return_lse)
     return (o_THD, lse_HT) if return_lse else o_THD
+
+
+def _plan(cu_seqlens: torch.Tensor, q_THD: torch.Tensor) -> AttentionPlan:
+    if cu_seqlens.is_cuda:
+        return AttentionPlan.on_device(cu_seqlens, q_THD.shape[0])
+    return AttentionPlan.from_cu_seqlens(cu_seqlens, q_THD.device)
 
 
 def _takes_kernel(q_THD):

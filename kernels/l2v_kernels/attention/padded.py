@@ -52,13 +52,7 @@ def attention_padded(
         raise ValueError(f"seeds_B must be int64 [{B}], got {seeds_B.dtype} {tuple(seeds_B.shape)} for {shapes}")
     n, device = B * length, mask.device
     real_Bt = mask != 0
-    # Tokens first, row by row, then the padding, each place a segment of one token. Only the device knows how many there
-    # are of either, so the sizes of all tensors depend on B and t alone.
-    order_T = torch.argsort((~real_Bt).flatten().to(torch.uint8), stable=True)
-    inverse_T = torch.empty_like(order_T).scatter_(0, order_T, torch.arange(n, device=device))
-    ends_B = real_Bt.sum(1).cumsum(0)
-    pad_ends = (real_Bt.sum() + torch.arange(1, n + 1, device=device)).clamp(max=n)
-    cu_seqlens = torch.cat([ends_B.new_zeros(1), ends_B, pad_ends])
+    order_T, inverse_T, cu_seqlens = _packing(real_Bt)
     if seeds_B is not None:
         seeds_B = torch.cat([seeds_B, seeds_B.new_zeros(n)])
     if device.type == "cpu":
@@ -74,3 +68,17 @@ def attention_padded(
     o_THD = attention(*map(pack, (q_BHtD, k_BKtD, v_BKtD)), cu_seqlens, seeds_S=seeds_B, plan=plan, **settings)
     o_BHtD = Permute.apply(o_THD, inverse_T, order_T).view(B, length, *o_THD.shape[1:]).transpose(1, 2)
     return o_BHtD.masked_fill(~real_Bt[:, None, :, None], 0.0)
+
+
+def _packing(real_Bt: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(order [T], its inverse [T], cu_seqlens [S + 1]) of a pack with all B * t places of a batch.
+
+    Tokens come first, row by row, then the padding, each place a segment of one token. Only the device knows how many there
+    are of either, so the sizes of all tensors depend on B and t alone.
+    """
+    n, device = real_Bt.numel(), real_Bt.device
+    order_T = torch.argsort((~real_Bt).flatten().to(torch.uint8), stable=True)
+    inverse_T = torch.empty_like(order_T).scatter_(0, order_T, torch.arange(n, device=device))
+    ends_B = real_Bt.sum(1).cumsum(0)
+    pad_ends = (real_Bt.sum() + torch.arange(1, n + 1, device=device)).clamp(max=n)
+    return order_T, inverse_T, torch.cat([ends_B.new_zeros(1), ends_B, pad_ends])

@@ -84,11 +84,6 @@ def packed_attention_forward(
         )
     if attention_mask is not None:
         raise ValueError(f"packed attention takes no mask, got one of shape {tuple(attention_mask.shape)}")
-    window = sliding_window
-    if window is not None and not packed.causal:
-        # Without causality transformers counts a window to both sides and inclusively: |i - j| <= sliding_window
-        # (masking_utils, sliding_window_bidirectional_overlay).
-        window += 1
     o_THD = attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -99,8 +94,17 @@ def packed_attention_forward(
         seeds_S=packed.seeds_S,
         stream=module.layer_idx,
         causal=packed.causal,
-        window=window,
+        window=_window(sliding_window, packed.causal),
         softcap=softcap,
         plan=packed.plan,
     )
     return o_THD[None], None
+
+
+def _window(sliding_window: int | None, causal: bool) -> int | None:
+    """A window of transformers as `attention` counts it."""
+    if sliding_window is None or causal:
+        return sliding_window
+    # Without causality transformers counts to both sides and inclusively: |i - j| <= sliding_window (masking_utils,
+    # sliding_window_bidirectional_overlay).
+    return sliding_window + 1

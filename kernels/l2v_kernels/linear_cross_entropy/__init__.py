@@ -49,17 +49,7 @@ def linear_cross_entropy(
     """
     V, shapes = _check(hidden_LE, weight_VE, labels_L, bias_V)
     wide = torch.promote_types(hidden_LE.dtype, torch.float32)
-    L = len(hidden_LE)
-    if count is None:
-        count = max(L, 1)
-    elif isinstance(count, torch.Tensor):
-        if count.ndim or count.requires_grad:
-            raise ValueError(
-                f"count is a number or a tensor without dimensions and gradient, got {tuple(count.shape)} for {shapes}"
-            )
-        count = count.to(wide)
-    elif not count > 0:
-        raise ValueError(f"count must be above 0, got {count} for {shapes}")
+    divisor = max(len(hidden_LE), 1) if count is None else _divisor(count, wide, shapes)
     if workspace is None:
         workspace = (768 if hidden_LE.is_cuda else 128) << 20
     elif workspace < 1:
@@ -74,7 +64,7 @@ def linear_cross_entropy(
     else:
         losses_L, hits_L, _ = in_chunks(*arguments, gradient=False)
         total, hits = losses_L.sum(), hits_L.sum()
-    return total / count, hits
+    return total / divisor, hits
 
 
 def _check(hidden_LE, weight_VE, labels_L, bias_V):
@@ -103,6 +93,19 @@ def _check(hidden_LE, weight_VE, labels_L, bias_V):
                 f"{name}.requires_grad_(False), or use torch.nn.functional.cross_entropy on the logits ({shapes})"
             )
     return V, shapes
+
+
+def _divisor(count, dtype, shapes):
+    """count as it divides a loss of this dtype. Raises ValueError where it cannot."""
+    if isinstance(count, torch.Tensor):
+        if count.ndim or count.requires_grad:
+            raise ValueError(
+                f"count is a number or a tensor without dimensions and gradient, got {tuple(count.shape)} for {shapes}"
+            )
+        return count.to(dtype)
+    if not count > 0:
+        raise ValueError(f"count must be above 0, got {count} for {shapes}")
+    return count
 
 
 def _check_labels(labels_L, V):
