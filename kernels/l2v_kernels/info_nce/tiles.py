@@ -31,7 +31,7 @@ class Block:
     columns: Side
     targets_N: torch.Tensor
     """Each row's own column: its positive, or the query itself."""
-    column_ids_cI: torch.Tensor | None
+    column_ids_nI: torch.Tensor | None
     keep_target: bool
     """Whether a row's own column is a term of the softmax (the pair) or never (a text with itself)."""
     minus: bool
@@ -100,7 +100,7 @@ def blocks(candidates: Side, everyone: Side, labels: Labels, settings: Settings)
                 direction,
                 columns=candidates if to_docs else everyone,
                 targets_N=targets_N if to_docs or own_N is None else own_N,
-                column_ids_cI=labels.candidate_ids_MI if to_docs else labels.all_query_ids_QI,
+                column_ids_nI=labels.candidate_ids_MI if to_docs else labels.all_query_ids_QI,
                 keep_target=direction in ("query_to_doc", "doc_to_query"),
                 minus=direction == "query_to_doc" or not settings.joint,
                 statistic=0 if settings.joint else len(out),
@@ -119,7 +119,7 @@ def tile(
     settings: Settings,
 ) -> Tile:
     """The tile of a block at these rows and columns; nothing is copied."""
-    ids = block.column_ids_cI
+    ids = block.column_ids_nI
     hide_own = block.direction == "doc_to_doc" and labels.owners_M is not None
     restricted = labels.restricted_M if block.to_docs else None
     owners = labels.owners_M if hide_own or restricted is not None else None
