@@ -76,8 +76,8 @@ def profiles(encoder: Encoder, count: int) -> list[Profile]:
     return out
 
 
-def export(model: str, folder: Path, device: torch.device) -> Path:
-    """The folder that both load: random weights in the model's shape, or the embedded base."""
+def export(model: str, folder: Path, device: torch.device, precision: str) -> Path:
+    """The folder that both load, in this precision: random weights in the model's shape, or the embedded base."""
     target = folder / "export"
     if not target.is_dir():
         base = "smollm2-135m-instruct"
@@ -86,8 +86,8 @@ def export(model: str, folder: Path, device: torch.device) -> Path:
 
             base = str(folder / "base")
             if not (folder / "base" / "config.json").is_file():
-                write_base(MODELS[model], folder / "base", device, dtype_of("auto"))
-        Encoder.from_pretrained(base).save(target)
+                write_base(MODELS[model], folder / "base", device, dtype_of(precision))
+        Encoder.from_pretrained(base, precision=precision).save(target)
     return target
 
 
@@ -193,7 +193,7 @@ def run_all(options: argparse.Namespace) -> int:
     facts |= {"load": os.getloadavg()[0], "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="l2v-encode-", ignore_cleanup_errors=True) as temporary:
-        folder = export(model, options.work or Path(temporary), device)
+        folder = export(model, options.work or Path(temporary), device, options.precision)
         encoder = Encoder.from_pretrained(folder)
         dtype = encoder.model.decoder.dtype
         facts["dtype"] = str(dtype).removeprefix("torch.")
@@ -217,6 +217,7 @@ BENCHMARK = Benchmark(
         "--model": {"choices": tuple(MODELS), "help": "default: 8b on a GPU, mini on a CPU"},
         "--rounds": {"type": int, "default": 5},
         "--texts": {"type": int, "help": "of a profile of short ones"},
+        "--precision": {"choices": ("auto", "bf16", "fp32"), "default": "auto", "help": "of the weights"},
         "--work": {"type": Path, "help": "keep the weights in this folder"},
     },
     run=run_all,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,18 @@ from l2v.encoder import Encoder
 from l2v.recipe import Source
 
 
-def read_corpus(file: str | None, column: str) -> list[str]:
-    """The texts of a file (`column`: the field that holds the text), or the passages of the Danish sample."""
+def read_corpus(file: str | None, column: str, log: Callable[[str], None] = print) -> list[str]:
+    """The texts of a file (`column`: the field that holds the text), or the passages of the Danish sample.
+
+    Empty texts are skipped. log: is called with what was guessed of the file.
+    """
     if file is None:
         return [passage.text for passage in sample.passages().values()]
-    return list(open_rows([Source(path=file, text=column)], "documents")["text"])
+    notes: list[str] = []
+    texts = list(open_rows([Source(path=file, text=column, skip_empty=True)], "documents", notes)["text"])
+    for note in notes:
+        log(note)
+    return texts
 
 
 def nearest(run: str, query: str, texts: list[str], *, instruction: str | None, top: int) -> list[tuple[float, str]]:

@@ -73,7 +73,7 @@ def test_a_recipe_mistake_is_exit_code_2(run_here, recipe, overrides, arguments,
     [
         ("mntp", None, ["documents.jsonl: there is no such file; give a file, hub:NAME or sample:da/train"]),
         ("mntp", '{"text": "god"}\n{"text": \n', ["documents.jsonl, line 2: malformed JSON", "is one object"]),
-        ("mntp", '{"tekst": "god"}\n', ["documents.jsonl, line 1: the field 'text' is absent; found tekst"]),
+        ("mntp", '{"ord": "god"}\n', ["documents.jsonl, line 1: the field 'text' is absent; found ord"]),
         ("mntp", '{"text": "god"}\n{"text": " "}\n', ["line 2: 'text' is empty; remove the row or set skip_empty"]),
         ("mntp", "", ["documents.jsonl: the data set is empty; it needs at least one row"]),
         ("mntp", b'{"text": "\xe6"}\n', ["documents.jsonl: not readable as UTF-8 text"]),
@@ -275,10 +275,10 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(recipe, run_cli,
     assert code == 1, output
     saved = checkpoint.newest(run / "checkpoints")
     assert saved is not None and 3 <= saved.step < 150
-    assert f"l2v: stopped after step {saved.step}; the same command goes on from there" in output
+    assert f"l2v: stopped after step {saved.step}; the same command continues from there" in output
     assert "Traceback" not in output
     assert not (run / "adapter").exists() and not list(run.rglob("*.partial"))
-    assert f"mntp: going on after step {saved.step}" in run_cli(path, "--stage", "mntp").stdout
+    assert f"mntp: continues after step {saved.step}" in run_cli(path, "--stage", "mntp").stdout
     rows = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, 151))
     assert (run / "adapter/adapter_model.safetensors").is_file()

@@ -34,7 +34,7 @@ def _check(args: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="l2v data mine", description=main.__doc__)
     p.add_argument("encoder", help="a run, a stage of it, an export or a base")
-    p.add_argument("data", help="pairs: sample:da/train, a JSONL or Parquet file, or hub:NAME")
+    p.add_argument("data", help="pairs: sample:da/train, a CSV, JSONL or Parquet file, or hub:NAME")
     p.add_argument(
         "--out", required=True, help=".jsonl or .parquet; a table and a picture of the scores stand beside it"
     )
@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--cross-encoder", metavar="NAME", help="judge candidates by this sentence-transformers cross-encoder"
     )
-    p.add_argument("--corpus", metavar="FILE", help="more documents that may become negatives (JSONL, Parquet or text)")
+    p.add_argument(
+        "--corpus", metavar="FILE", help="more documents that may become negatives (CSV, JSONL, Parquet or text)"
+    )
     p.add_argument("--corpus-column", default="text", metavar="TEXT", help="their column (default: text)")
     p.add_argument("--faiss", metavar="FACTORY", help='search a FAISS index instead, for example "IVF1024,Flat"')
     p.add_argument("--cache", metavar="DIR", help="keep vectors there, for other minings of the same texts")

@@ -13,7 +13,8 @@ def open_examples(sources: list[Source], stage: Stage, texts: TextTokenizer) -> 
     """Rows to examples, by objective; how the sources are mixed stands beside them."""
     kinds: dict[type[Stage], Kind] = {Mntp: "documents", Supervised: "pairs"}
     kind = kinds.get(type(stage), "sentences")
-    parts = open_parts(sources, kind)
+    guesses: list[str] = []
+    parts = open_parts(sources, kind, guesses)
     rows = together(parts, sources)
     examples: MntpBlocks | Pairs | Views
     if isinstance(stage, Mntp):
@@ -25,4 +26,5 @@ def open_examples(sources: list[Source], stage: Stage, texts: TextTokenizer) -> 
     examples.mixture = mix_sources(sources, [len(part) for part in parts], examples.rows_of, stage)
     if examples.mixture:
         examples.notes += examples.mixture.notes
+    examples.notes += guesses
     return examples

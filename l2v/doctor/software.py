@@ -145,11 +145,12 @@ def backends(report: Report) -> Rows:
     else:
         error = import_error("flash_attn")
         rows["backend: flash_attention_2"] = (False, f"broken: {error}") if error else (True, "no attention dropout")
-    from l2v.model.load import dtype_of
+    from l2v.model.load import AUTO_PRECISION, cpu_multiplies_bf16, dtype_of
 
-    auto = str(dtype_of("auto")).removeprefix("torch.")
-    in_hardware = capability >= (8, 0) if capability else dtype_of("auto") == torch.bfloat16
-    rows["precision: bf16"] = (in_hardware, ("" if in_hardware else "slow, not in hardware; ") + f"auto takes {auto}")
+    auto = f"auto takes {str(dtype_of('auto')).removeprefix('torch.')}"
+    auto += f" (by {AUTO_PRECISION})" if AUTO_PRECISION in os.environ else ""
+    in_hardware = capability >= (8, 0) if capability else cpu_multiplies_bf16()
+    rows["precision: bf16"] = (in_hardware, ("" if in_hardware else "slow, not in hardware; ") + auto)
     fp8 = capability is not None and capability >= FP8_CAPABILITY
     rows["base_precision: fp8"] = (fp8, "" if fp8 else f"needs a GPU of compute capability 8.9, and {have}")
     if _version("bitsandbytes") is None:

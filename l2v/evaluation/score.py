@@ -45,7 +45,7 @@ def evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
     makers: list[tuple[str, str, Callable[[], Any]]] = []  # name of the row, what it is made from, how
     for name in filter(None, (args.baselines or "").split(",")):
         makers.append((name, name, lambda name=name: baseline(name)))
-    for name, spec in _specs(args):
+    for name, spec in specs(args):
         options = {"normalize": args.normalize, "batch_tokens": args.batch_tokens, "processes": processes}
         make = lambda n=name, s=spec, o=options: MtebEncoder(s, n, prompts=prompts, **o)  # noqa: E731
         makers.append((name, spec.source, make))
@@ -96,7 +96,7 @@ def _folder(models: Sequence[str]) -> Path:
     return first / "eval" if ours else Path("eval-results")
 
 
-def _specs(args: argparse.Namespace) -> list[tuple[str, Any]]:
+def specs(args: argparse.Namespace) -> list[tuple[str, Any]]:
     """Name and way to load of every row that is an encoder, in the order of the table."""
     common = {k: v for k in ("pooling", "length", "precision") if (v := getattr(args, k)) is not None}
     if args.trust_remote_code:

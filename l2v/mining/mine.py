@@ -51,7 +51,8 @@ class Pairs:
 
 def read(source: Source, corpus: Source | None) -> Pairs:
     """Read pairs, and the documents that may become negatives: positives, given negatives, the corpus."""
-    rows = open_rows([source], "pairs")
+    notes: list[str] = []
+    rows = open_rows([source], "pairs", notes)
     numbers: dict[tuple[str, str | None], int] = {}
     kinds: dict[str | None, int] = {}
     documents: list[str] = []
@@ -77,9 +78,11 @@ def read(source: Source, corpus: Source | None) -> Pairs:
         for text in row["negatives"]:
             number(text, row["document_instruction"])
     if corpus is not None:
-        for text in open_rows([corpus], "documents")["text"]:
+        for text in open_rows([corpus], "documents", notes)["text"]:
             for prompt in list(kinds):
                 number(text, prompt)
+    for note in notes:
+        print(note)
     prompts = [list(kinds)[kind] for kind in kinds_M]
     return Pairs(
         rows,

@@ -69,7 +69,7 @@ def check_fused(base: Base, model: PackedDecoder) -> None:
     Errors: RecipeError for a decoder that they do not know.
     """
     if base.base_precision == "fp8" and model.fused is None:
-        raise RecipeError(f"base.base_precision: fp8 needs fused layers, and {model.plain_because}; {SAME}")
+        raise RecipeError(f"base.base_precision: fp8 needs fused layers, and {model.unfused_reason}; {SAME}")
 
 
 def notice(base: Base) -> str | None:

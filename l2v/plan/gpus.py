@@ -159,6 +159,5 @@ def chosen(key: str | None, dtype: torch.dtype) -> Gpu:
 def device_and_dtype(key: str | None, recipe: Recipe) -> tuple[Gpu, torch.dtype]:
     """The device that is planned for and the dtype that training would take there."""
     named = key not in (None, "here")
-    asked = "bf16" if named and recipe.base.precision == "auto" else recipe.base.precision
-    dtype = dtype_of(asked)
+    dtype = dtype_of(recipe.base.precision, named_gpu=named)
     return chosen(key, dtype), dtype

@@ -8,10 +8,11 @@ from typing import Any
 
 from l2v.errors import RecipeError
 from l2v.recipe.checks import check
+from l2v.recipe.extends import read_recipe
 from l2v.recipe.safety import BY_HAND, refuse_secret, refuse_unsafe
 from l2v.recipe.schema import OBJECTIVES, Recipe, Stage
 from l2v.recipe.shipped import find_recipe
-from l2v.recipe.typed_yaml import Node, build, kind_of, nearest, parse_override, plain_node, read_tree
+from l2v.recipe.typed_yaml import Node, build, kind_of, nearest, parse_override, plain_node
 from l2v.recipe.zero import find_config, read_config
 
 
@@ -22,7 +23,7 @@ def load_recipe(name: str, overrides: typing.Sequence[str] = (), stage: str | No
     of a stage, below that stage; and if `stage` is given, else below that one.
     """
     path = find_recipe(name)
-    tree = read_tree(path)
+    tree = read_recipe(path)
     known = _stage_names(tree)
     if stage is not None and stage not in known:
         raise RecipeError(f"{path}: there is no stage '{stage}'{nearest(stage, known)}")

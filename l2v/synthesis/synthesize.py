@@ -38,7 +38,10 @@ def synthesize(args: argparse.Namespace) -> str:
         UserError: queries failed (those that were answered are kept), or a file cannot be used.
     """
     out = check_out(args.out)
-    read = open_rows([source_of(args.passages, args)], "documents")["text"][:]
+    notes: list[str] = []
+    read = open_rows([source_of(args.passages, args)], "documents", notes)["text"][:]
+    for note in notes:
+        print(note)
     different: dict[str, str] = {}
     for text in read:
         different.setdefault(plain(text), text)

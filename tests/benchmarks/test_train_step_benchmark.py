@@ -44,8 +44,12 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def runner(base, run_here, monkeypatch):
-    """A Runner whose training program runs inside this process."""
-    monkeypatch.setattr(runs_module, "_finish", lambda command, *_: (run_here(*command[3:]), ""))
+    """A Runner whose training program runs inside this process, in float32 as the peers do."""
+
+    def finish(command, *_):
+        return run_here(command[3], "base.precision=fp32", *command[4:]), ""
+
+    monkeypatch.setattr(runs_module, "_finish", finish)
     return Runner(Work(TINY, base), CPU, benchmark.rungs(TINY), None)
 
 

@@ -15,7 +15,7 @@ for dtype, bar in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
         want_hidden, want = gradients(build(family, "plain", **kwargs), SMALL)
         for recompute in ("none", "cheap", "layer") if family == "llama" and dtype == torch.float32 else ("cheap",):
             model = build(family, "fused", recompute=recompute, **kwargs)
-            model.fused.lay_together()
+            model.fused.stack_weights()
             with triton_everywhere():
                 hidden, found = gradients(model, SMALL)
             off = float((hidden.double() - want_hidden.double()).abs().max() / want_hidden.double().abs().max())

@@ -43,7 +43,7 @@ def test_fused_equals_plain(family, together, recompute, plain):
     want_hidden, want = plain(family)
     model = build(family, "fused", recompute=recompute, **NOISY)
     if together:
-        model.fused.lay_together()
+        model.fused.stack_weights()
     hidden, found = gradients(model)
     assert (hidden - want_hidden).abs().max() <= 1e-5 * want_hidden.abs().max()
     assert distance(found, want) <= 1e-5
@@ -151,7 +151,7 @@ def test_files_are_those_of_plain_layers(tmp_path):
     them, merged or not."""
     model = build("llama", "fused", lora=LORA)
     before = {k: p.detach().clone() for k, p in model.decoder.named_parameters() if not p.requires_grad}
-    model.fused.lay_together()
+    model.fused.stack_weights()
     train_a_little(model.train())
     after = dict(model.decoder.named_parameters())
     assert all(torch.equal(after[k], v) and after[k].is_contiguous() for k, v in before.items())
@@ -208,7 +208,7 @@ def test_what_is_not_known_runs_plain_or_is_refused(change, says):
     base = Base(model=family, init="random", config=SHAPE | {"model_type": family} | shape, backend=backend)
     decoder = inner_model(load_model(base, head=False, dtype=torch.float32))
     model = PackedDecoder(decoder, backend=backend)
-    assert model.fused is None and says in model.plain_because
+    assert model.fused is None and says in model.unfused_reason
     with pytest.raises(RecipeError, match=r"base.layers: fused does not fit this model: .*; use base.layers: auto"):
         PackedDecoder(decoder, backend=backend, layers="fused")
 

@@ -335,7 +335,7 @@ def nf4(family="llama", dtype=torch.float32, lora=LORA):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_nf4_is_the_plain_model_with_rounded_weights(family):
     small, full = nf4(family)
-    assert small.fused is None and "q_proj is a Linear4bit, and the fused layer knows nn.Linear" in small.plain_because
+    assert small.fused is None and "q_proj is a Linear4bit, and the fused layer knows nn.Linear" in small.unfused_reason
     hidden, found = gradients(small)
     want_hidden, want = gradients(full)
     assert relative(hidden, want_hidden) <= 1e-5 and distance(found, want) <= 1e-5

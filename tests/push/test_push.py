@@ -115,7 +115,8 @@ def test_the_card_says_what_the_files_say(run, tmp_path, capsys):
     assert str(run.parent) not in text
 
 
-def test_adapters_alone_give_the_same_vectors(run, hub, tmp_path, monkeypatch, sentences):
+def test_adapters_alone_give_the_same_vectors(run, hub, tmp_path, monkeypatch, auto_precision):
+    """On either kind of processor: the card leaves the precision to the machine, so the run is encoded in that too."""
     assert cli.main(["push", str(run), "mig/adaptere", "--adapter-only", *KNOWN]) == 0
     for name, data in hub.repos["model", "mig/adaptere"].items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +131,9 @@ def test_adapters_alone_give_the_same_vectors(run, hub, tmp_path, monkeypatch, s
     space = {}
     exec(code.replace('"nogen/lille"', repr(base)), space)  # the card's own words, with the base that is here
     texts = ["Hvor ligger Skagen?", "Skagen er Danmarks nordligste by."]
-    np.testing.assert_allclose(space["vectors"], Encoder.from_pretrained(run).encode(texts), atol=1e-6)
+    ours = Encoder.from_pretrained(run, precision="auto")
+    np.testing.assert_allclose(space["vectors"], ours.encode(texts), atol=1e-6)
+    assert space["encoder"].model.decoder.dtype == ours.model.decoder.dtype == auto_precision
     assert isinstance(space["encoder"].tokenizer.template, Template)
 
 

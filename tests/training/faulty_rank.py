@@ -12,25 +12,25 @@ import time
 from pathlib import Path
 
 from l2v import train
-from l2v.training import ahead, loop
+from l2v.training import loop, prefetch
 
 ROOM = int(os.environ.get("ROOM", 96)) << 20
 fault, at, asked = sys.argv[1], int(sys.argv[2]), []
 
 
-def memory(job, step):
+def memory(step):
     if step == at and not asked:
         asked.append(step)
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, resource.RLIM_INFINITY))
 
 
-def crash(job, step):
+def crash(step):
     if step == at:
         raise KeyError("nobody expected this")
 
 
-def data(self, step, real=ahead.Ahead._prepare):
+def data(self, step, real=prefetch.BatchPrefetcher._prepare):
     if step + 1 == at and not (fault == "once" and asked):
         asked.append(step)
         if fault == "sleep":
@@ -39,16 +39,16 @@ def data(self, step, real=ahead.Ahead._prepare):
     return real(self, step)
 
 
-def watched(real=loop._whole_step):
-    def whole_step(engine, job, ahead, step, *rest):
-        {"memory": memory, "crash": crash}[fault](job, step + 1)
-        return real(engine, job, ahead, step, *rest)
+def watched(real=loop.Training.forward_and_backward):
+    def forward_and_backward(self, step):
+        {"memory": memory, "crash": crash}[fault](step + 1)
+        return real(self, step)
 
-    return whole_step
+    return forward_and_backward
 
 
 if fault in ("memory", "crash"):
-    loop._whole_step = watched()
+    loop.Training.forward_and_backward = watched()
 else:
-    ahead.Ahead._prepare = data
+    prefetch.BatchPrefetcher._prepare = data
 sys.exit(train.main(sys.argv[3:]))

@@ -29,7 +29,7 @@ def test_four_ranks_then_two_then_three(tmp_path, tiny_recipe, monkeypatch, stag
         ranks = start_ranks([[recipe, "--stage", stage, f"zero.stage={zero}"]] * world)
         said = finish(ranks)[0]
         if at:
-            assert f"going on after step {4 * at}" in said
+            assert f"continues after step {4 * at}" in said
         if at < 2:
             for newer in range(4 * (at + 2), 13, 4):
                 (run / f"checkpoints/step-{newer:06d}").rename(tmp_path / f"gone-{at}-{newer}")

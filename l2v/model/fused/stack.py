@@ -36,10 +36,14 @@ class FusedStack:
         self.gathered = False
         self.specs = [LayerSpec.of(layer) for layer in inner.layers]
         for spec in self.specs:
-            _give(spec.module, lambda residual, delta, run, spec=spec: self._layer(spec, residual, delta, run))
-        _give(inner.norm, lambda residual, delta, pooling: _final_norm(inner.norm, residual, delta, *pooling))
+            _install_fused_forward(
+                spec.module, lambda residual, delta, run, spec=spec: self._layer(spec, residual, delta, run)
+            )
+        _install_fused_forward(
+            inner.norm, lambda residual, delta, pooling: _final_norm(inner.norm, residual, delta, *pooling)
+        )
 
-    def lay_together(self) -> None:
+    def stack_weights(self) -> None:
         """Put weights that read one input into one buffer, for one product. Once the model is on its device; not with
         ZeRO-3, which owns the storage of parameters."""
         for spec in self.specs:
@@ -114,7 +118,7 @@ def _final_norm(norm: Any, residual_TE, delta_TE, weights_T, cu_seqlens):
     return rms_norm(residual_TE, weight_E, eps, residual_TE=delta_TE)[1]
 
 
-def _give(module: Any, fused_forward) -> None:
+def _install_fused_forward(module: Any, fused_forward) -> None:
     """Let a module run the fused forward when called with `fused=`, and its own otherwise."""
     own = type(module).forward
 

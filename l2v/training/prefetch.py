@@ -1,4 +1,4 @@
-"""The next step's batches, made in a thread while the current step computes."""
+"""The next step's batches, collated in a thread while the current step computes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 
 from l2v.data.collate import collate
-from l2v.data.sampler import Sampler
+from l2v.data.sampler import Sampler, StepPlan
 from l2v.errors import UserError
+from l2v.training.agreement import Agreement
 from l2v.training.faults import read_budget, smaller, write_budget
 from l2v.training.saver import retried
 
 
-class Ahead:
+class BatchPrefetcher:
     """A context that prepares step after step; `micro_tokens` may shrink where memory runs out.
 
     With L2V_CHECK=1 every rank writes down which examples it has trained on, a line a step, in `audit/rank-N.jsonl`.
@@ -32,15 +33,15 @@ class Ahead:
         self._work: dict[int, Future] = {}
         # One thread for the collator: a second OpenMP team would spin on the cores that training needs.
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
-        self._audit = job.folder / "audit" / f"rank-{rank}.jsonl" if os.environ.get("L2V_CHECK") == "1" else None
+        self._audit_file = job.folder / "audit" / f"rank-{rank}.jsonl" if os.environ.get("L2V_CHECK") == "1" else None
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> BatchPrefetcher:
         return self
 
     def __exit__(self, *_) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def take(self, step: int) -> tuple[Any, list]:
+    def get(self, step: int) -> tuple[StepPlan, list]:
         """The plan of a step and this rank's micro-batches; starts on the next step."""
         plan, self.units = self._submit(step).result()
         self._work = {at: work for at, work in self._work.items() if at >= step}
@@ -49,7 +50,11 @@ class Ahead:
         return plan, self.units
 
     def check(self, step: int) -> None:
-        """Errors: UserError where the first step's data cannot be had on this rank."""
+        """Wait for the first step's data.
+
+        Raises:
+            UserError: they cannot be read on this rank.
+        """
         try:
             self._submit(step).result()
         except UserError:
@@ -60,12 +65,12 @@ class Ahead:
             ) from None
 
     def failed(self, step: int) -> bool:
-        """Whether the data of a step that was started cannot be had; waits until that is known."""
+        """Whether the data of a step that was started cannot be read; waits until that is known."""
         return step in self._work and self._work[step].exception() is not None
 
-    def trouble(self, flags) -> UserError | None:
-        """The error of all ranks where the next step's data cannot be had on one of them. A collective call if so."""
-        if not flags.data:
+    def error_on_any_rank(self, agreed: Agreement) -> UserError | None:
+        """The error of all ranks where the next step's data cannot be read on one of them. A collective call if so."""
+        if not agreed.data:
             return None
         mine = next((work.exception() for work in self._work.values() if work.done() and work.exception()), None)
         said = f"rank {self.rank} on {socket.gethostname()}: {type(mine).__name__}: {mine}" if mine else None
@@ -73,7 +78,7 @@ class Ahead:
         dist.all_gather_object(everyone, said)
         first = next(s for s in everyone if s)
         return UserError(
-            f"the examples of the next step cannot be read on {first}; the steps so far are saved: mend the data or its disk and "
+            f"the examples of the next step cannot be read on {first}; the steps so far are saved: fix the data or its disk and "
             "start the same command again"
         )
 
@@ -86,13 +91,13 @@ class Ahead:
         self._work = {}
         self.sampler = self._sampler()
 
-    def note(self, step: int, plan) -> None:
+    def audit(self, step: int, plan: StepPlan) -> None:
         """Write down what was trained on, where that is asked for."""
-        if self._audit is None:
+        if self._audit_file is None:
             return
-        self._audit.parent.mkdir(exist_ok=True)
+        self._audit_file.parent.mkdir(exist_ok=True)
         mine = [i for unit in plan.units[self.rank] for i in unit.examples]
-        with self._audit.open("a", encoding="utf-8") as file:
+        with self._audit_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "world": self.world, "examples": mine}) + "\n")
 
     def _submit(self, step: int) -> Future:
