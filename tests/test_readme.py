@@ -13,7 +13,7 @@ from l2v.data.build.config import load_config
 from l2v.errors import UserError
 from l2v.model.embedded import SMOLLM2, resolve
 from l2v.quickstart import markdown
-from l2v.recipe_io import load_recipe
+from l2v.recipe.load import load_recipe
 
 DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
