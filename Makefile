@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup quickstart test test-all lint docs wheel-test clean
+.PHONY: setup quickstart test test-all lint types docs wheel-test clean
 
 setup: $(READY)
 
@@ -32,6 +32,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: $(READY)
+	$(BIN)/mypy
+
 # The site, into build/site; a broken link or a name that does not exist stops it.
 docs: $(VENV)/.docs-ready
 	$(BIN)/python docs/site/build.py $(ARGS)
@@ -44,4 +47,4 @@ wheel-test: $(READY)
 	bash tests/wheel.sh $(BIN)/python
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

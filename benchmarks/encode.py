@@ -1,6 +1,6 @@
 """Encoding texts: `Encoder` against sentence-transformers, with the same exported model.
 
-python -m benchmarks.encode [--quick] [--out FOLDER] [--model 8b|smollm2|mini]
+l2v bench encode [--quick] [--out FOLDER] [--model 8b|smollm2|mini]
 
 sentence-transformers loads the folder that `Encoder.save` wrote, sorts texts by length and pads each batch to its longest, in
 its default batch of 32 and in one that suits the device better. Both have to give the same vectors before either is timed;
@@ -10,7 +10,7 @@ range in `mixed`.
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
 import os
 import random
 import sys
@@ -22,24 +22,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.command import Benchmark
 from benchmarks.harness import (
-    SMOKE,
     Result,
     Unavailable,
-    arguments,
-    bars,
     device_facts,
-    headline,
-    markdown,
+    need_package,
     peak_memory,
     reason,
     time_interleaved,
-    write,
 )
-from benchmarks.train_step_work import MODELS, Lengths, Words, write_base
+from benchmarks.pages import bars, markdown, token_rates, work_headline, write
+from benchmarks.train_step.work import MODELS, Lengths, Words, write_base
 from l2v.encoder import Encoder
 
-CPU = "Work on a CPU: these numbers say nothing about a GPU."
 PROFILES = {
     "queries": (Lengths("query", 20, 64),),
     "sentences": (Lengths("sentence", 30, 128),),
@@ -47,9 +43,9 @@ PROFILES = {
     "mixed": (Lengths("query", 20, 64), Lengths("sentence", 60, 256), Lengths("passage", 200, 512)),
 }
 TEXTS = {"8b": 2048, "smollm2": 128, "mini": 64}
-LONG = {"passages", "mixed"}
+LONG_PROFILES = {"passages", "mixed"}
 BATCHES = {"cuda": (32, 256), "cpu": (8, 32)}
-BARS = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
+MAX_DISTANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 """Of the distance between two vectors of length 1."""
 
 Encode = Callable[[Sequence[str]], np.ndarray]
@@ -72,7 +68,7 @@ def profiles(encoder: Encoder, count: int) -> list[Profile]:
     out = []
     for name, kinds in PROFILES.items():
         generator = random.Random(name)
-        n = max(4, count // 4) if name in LONG else count
+        n = max(4, count // 4) if name in LONG_PROFILES else count
         drawn = [generator.choice(kinds).draw(generator) for _ in range(n)]
         texts = [words.text(max(1, tokens - frame) + words.added, generator) for tokens in drawn]
         ids, _, _ = tokenizer.embedded(texts)
@@ -80,8 +76,8 @@ def profiles(encoder: Encoder, count: int) -> list[Profile]:
     return out
 
 
-def export(model: str, folder: Path, device: torch.device) -> Path:
-    """The folder that both load: random weights in the model's shape, or the embedded base."""
+def export(model: str, folder: Path, device: torch.device, precision: str) -> Path:
+    """The folder that both load, in this precision: random weights in the model's shape, or the embedded base."""
     target = folder / "export"
     if not target.is_dir():
         base = "smollm2-135m-instruct"
@@ -90,15 +86,14 @@ def export(model: str, folder: Path, device: torch.device) -> Path:
 
             base = str(folder / "base")
             if not (folder / "base" / "config.json").is_file():
-                write_base(MODELS[model], folder / "base", device, dtype_of("auto"))
-        Encoder.from_pretrained(base).save(target)
+                write_base(MODELS[model], folder / "base", device, dtype_of(precision))
+        Encoder.from_pretrained(base, precision=precision).save(target)
     return target
 
 
 def sentence_transformer(folder: Path, device: torch.device):
-    """The exported model, loaded by sentence-transformers. Errors: Unavailable."""
-    if importlib.util.find_spec("sentence_transformers") is None:
-        raise Unavailable("sentence-transformers is not installed")
+    """The exported model, loaded by sentence-transformers. Raises: Unavailable."""
+    need_package("sentence_transformers", "sentence-transformers")
     from sentence_transformers import SentenceTransformer
 
     return SentenceTransformer(str(folder), device=device.type)
@@ -130,7 +125,7 @@ def run(profile: Profile, ours: Encode, theirs: dict[str, Encode], places, devic
         try:
             vectors, computed = (reference, profile.tokens) if name == "l2v" else places.of(call)
             result.error = float(np.linalg.norm(vectors - reference, axis=1).max())
-            if not result.error < BARS[dtype]:
+            if not result.error < MAX_DISTANCE[dtype]:
                 raise ValueError(f"other vectors: {result.error:.1e} apart")
             result.facts["padded"] = 1 - profile.tokens / computed
             result.memory = peak_memory(call, device) if device.type == "cuda" else None
@@ -150,17 +145,8 @@ def run(profile: Profile, ours: Encode, theirs: dict[str, Encode], places, devic
 
 def table(results: Sequence[Result]) -> str:
     """Markdown: a row a profile and provider."""
-    head = [
-        "texts",
-        "tokens a text",
-        "provider",
-        "texts/s",
-        "tokens/s",
-        "pads",
-        "peak MiB",
-        "l2v is faster",
-        "distance",
-    ]
+    head = ["texts", "tokens a text", "provider", "texts/s", "tokens/s", "pads"]
+    head += ["peak MiB", "l2v is faster", "distance"]
     rows = []
     for x in results:
         f = x.facts
@@ -170,77 +156,73 @@ def table(results: Sequence[Result]) -> str:
             continue
         memory = "" if x.memory is None else f"{x.memory / 2**20:,.0f}"
         faster = f"{f['faster']:.2f}x" if f["faster"] and x.provider != "l2v" else ""
-        numbers = [
-            f"{f['texts_per_second']:,.1f}",
-            f"{f['tokens_per_second']:,.0f}",
-            f"{f['padded']:.0%}",
-            memory,
-            faster,
-        ]
-        rows.append([*start, *numbers, f"{x.error:.1e}"])
+        numbers = [f"{f['texts_per_second']:,.1f}", f"{f['tokens_per_second']:,.0f}", f"{f['padded']:.0%}"]
+        rows.append([*start, *numbers, memory, faster, f"{x.error:.1e}"])
     return markdown(head, rows)
 
 
 def page(results: Sequence[Result], facts: dict) -> str:
     """The Markdown page."""
-    label = SMOKE if facts["smoke"] else CPU if facts.get("cuda") is None else ""
     about = (
         f"{facts['model']}, {facts['dtype']}; medians of {facts['rounds']} rounds in turns, ratios taken round by round. "
         "tokens/s: real tokens, never pads. distance: the largest between two vectors of length 1 of the same text."
     )
     if facts.get("cuda") is None:
         about += f" Load of the machine at the start: {facts['load']:.1f} on {facts['cores']} cores."
-    return f"{label} {headline(facts | {'smoke': False})}.\n\n{about}\n\n{table(results)}".strip()
+    return f"{work_headline(facts)}.\n\n{about}\n\n{table(results)}"
 
 
-def main(argv: list[str] | None = None) -> int:
+def peers(folder: Path, device: torch.device) -> tuple[dict[str, Encode], Places | None]:
+    """sentence-transformers in every batch size, and what counts its pads; nothing where it is not installed."""
+    try:
+        loaded = sentence_transformer(folder, device)
+    except Unavailable as missing:
+        print(f"encode: {missing}", file=sys.stderr)
+        return {}, None
+    sizes = BATCHES[device.type]
+    found = {f"sentence_transformers, {n}": lambda texts, n=n: loaded.encode(texts, batch_size=n) for n in sizes}
+    return found, Places(loaded)
+
+
+def run_all(options: argparse.Namespace) -> int:
     """Prints the table and writes it; the exit code is 1 if ours did not run, or gave other vectors."""
-    parser = arguments("encode", __doc__, quick="the mini model, a check of the benchmark itself")
-    parser.add_argument("--model", choices=tuple(MODELS), help="default: 8b on a GPU, mini on a CPU")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--texts", type=int, help="of a profile of short ones")
-    parser.add_argument("--work", type=Path, help="keep the weights in this folder")
-    options = parser.parse_args(argv)
-    device = torch.empty(0, device=options.device).device
-    gpu = device.type == "cuda"
-    model = "mini" if options.quick else options.model or ("8b" if gpu else "mini")
+    device = options.device
+    model = "mini" if options.quick else options.model or ("8b" if device.type == "cuda" else "mini")
     name = "encode_mini" if model == "mini" else "encode"
     facts = device_facts(device) | {"model": model, "smoke": model == "mini", "rounds": options.rounds}
     facts |= {"load": os.getloadavg()[0], "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="l2v-encode-", ignore_cleanup_errors=True) as temporary:
-        folder = export(model, options.work or Path(temporary), device)
+        folder = export(model, options.work or Path(temporary), device, options.precision)
         encoder = Encoder.from_pretrained(folder)
         dtype = encoder.model.decoder.dtype
         facts["dtype"] = str(dtype).removeprefix("torch.")
-        theirs: dict[str, Encode] = {}
-        places = None
-        try:
-            loaded = sentence_transformer(folder, device)
-            places = Places(loaded)
-            for size in BATCHES[device.type]:
-                theirs[f"sentence_transformers, {size}"] = lambda texts, size=size: loaded.encode(
-                    texts, batch_size=size
-                )
-        except Unavailable as missing:
-            print(f"encode: {missing}", file=sys.stderr)
+        theirs, places = peers(folder, device)
         for profile in profiles(encoder, options.texts or TEXTS[model]):
             part = run(profile, encoder.encode, theirs, places, device, dtype, options.rounds)
             results += part
             print(table(part), flush=True)
             if options.out:
                 data = {"facts": facts, "results": [asdict(x) for x in results]}
-                write(options.out, name, data, page(results, facts), lambda found=tuple(results): figure(found, facts))
+                panels = token_rates(results, facts, "encoding")
+                write(options.out, name, data, page(results, facts), lambda p=panels: bars(p))
     return int(any(x.median is None for x in results if x.provider == "l2v"))
 
 
-def figure(results: Sequence[Result], facts: dict):
-    """Real tokens a second by profile."""
-    label = " (CPU smoke test)" if facts["smoke"] else " (CPU)" if facts.get("cuda") is None else ""
-    values: dict[str, dict[str, float]] = {}
-    for x in results:
-        values.setdefault(x.provider, {})[x.workload] = x.facts.get("tokens_per_second", 0.0)
-    return bars([(f"encoding, real tokens a second{label}", "tokens/s", values)])
+BENCHMARK = Benchmark(
+    name="encode",
+    doc=__doc__,
+    quick="the mini model, a check of the benchmark itself",
+    options={
+        "--model": {"choices": tuple(MODELS), "help": "default: 8b on a GPU, mini on a CPU"},
+        "--rounds": {"type": int, "default": 5},
+        "--texts": {"type": int, "help": "of a profile of short ones"},
+        "--precision": {"choices": ("auto", "bf16", "fp32"), "default": "auto", "help": "of the weights"},
+        "--work": {"type": Path, "help": "keep the weights in this folder"},
+    },
+    run=run_all,
+)
+main = BENCHMARK.main
 
 
 if __name__ == "__main__":

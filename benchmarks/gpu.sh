@@ -2,7 +2,7 @@
 # GPU tests, then the quick benchmarks, in under nine minutes; results in the folder given or in $OUT.
 #   bash benchmarks/gpu.sh [FOLDER [PART...]]     parts: info_nce attention gradient_cache, all of them by default; and those
 #                                                 of the fused layer: step_ops lora_linear linear_cross_entropy fp8
-# Two more parts take the nine minutes for themselves; called again with the same FOLDER, train_step goes on where it stopped:
+# Two more parts take the nine minutes for themselves; called again with the same FOLDER, train_step resumes where it stopped:
 #   LLM2VEC=PATH bash benchmarks/gpu.sh FOLDER train_step      the full step of Llama-3-8B; PATH: see its --llm2vec
 #   bash benchmarks/gpu.sh FOLDER encode
 set -uo pipefail
@@ -40,7 +40,7 @@ wanted() { [[ $parts == *" $1 "* ]]; }
 tests() { step "tests-$1" "$2" "$python" -m pytest -q -x -p no:cacheprovider "tests/kernels/test_$1_gpu.py" --durations=10 "${workers[@]}"; }
 
 nvidia-smi >"$out/device.txt" 2>&1
-# Most of the tests' time is compilation, so several processes, where pytest-xdist is there.
+# Most of the tests' time is compilation, so several processes, where pytest-xdist is installed.
 workers=()
 "$python" -c "import xdist" 2>/dev/null && workers=(-n 8)
 # Tests first, and of each op the benchmark only if they pass: a fast wrong kernel is not worth a number.
@@ -54,23 +54,24 @@ fi
 for op in lora_linear step_ops linear_cross_entropy fp8 attention info_nce; do
     wanted $op || continue
     case $op in
-        info_nce) benchmark=contrastive ;;
-        lora_linear) benchmark=fused_layer ;;
-        *) benchmark=$op ;;
+        info_nce) benchmark=contrastive module=kernels.contrastive ;;
+        lora_linear) benchmark=fused_layer module=kernels.fused_layer ;;
+        fp8) benchmark=fp8 module=fp8.kernels ;;
+        *) benchmark=$op module=kernels.$op ;;
     esac
     if [[ ${passed:-} == *" $op "* ]]; then
-        step $benchmark 120 "$python" -m "benchmarks.$benchmark" --quick --out "$out"
+        step $benchmark 120 "$python" -m "benchmarks.$module" --quick --out "$out"
     else
         echo "== $benchmark: not run, the tests are red"
     fi
 done
 if wanted gradient_cache; then
-    step gradient_cache 120 "$python" -m benchmarks.gradient_cache --quick --out "$out"
+    step gradient_cache 120 "$python" -m benchmarks.gradient_cache.bench --quick --out "$out"
 fi
 # 16 GB of random weights stay where the next call finds them.
 work=${WORK:-${TMPDIR:-/tmp}/l2v-benchmarks}
 if wanted train_step; then
-    step train_step 525 "$python" -m benchmarks.train_step --minutes 8.5 --out "$out" --work "$work" \
+    step train_step 525 "$python" -m benchmarks.train_step.bench --minutes 8.5 --out "$out" --work "$work" \
         ${LLM2VEC:+--llm2vec "$LLM2VEC"}
 fi
 if wanted encode; then

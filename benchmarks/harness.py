@@ -1,29 +1,52 @@
-"""Timing several providers of one operation against each other, and the files that come out of it."""
+"""Timing several providers of one operation against each other. Needs torch and nothing else; l2v only for ceilings."""
 
-import argparse
+import contextlib
 import gc
 import importlib.metadata
+import importlib.util
 import itertools
-import json
 import platform
+import socket
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
-
-SMOKE = "SMOKE TEST on a CPU: these times say nothing about a GPU."
 
 
 class Unavailable(Exception):
     """This provider cannot do this work here."""
 
 
+def need_cuda(device: torch.device) -> None:
+    """Raises: Unavailable on any other device."""
+    if device.type != "cuda":
+        raise Unavailable("CUDA only")
+
+
+def need_package(module: str, package: str) -> None:
+    """Raises: Unavailable where a module cannot be imported; the message names its package."""
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of a package that holds it
+        found = None
+    if found is None:
+        raise Unavailable(f"{package} is not installed")
+
+
+def compiled(function: Callable, device: torch.device) -> Callable:
+    """torch.compile of a function, for these shapes alone. Raises: Unavailable but on a GPU."""
+    if device.type != "cuda":
+        raise Unavailable("compiling for a CPU takes longer than all the rest")
+    # Sizes are compiled one by one, and after eight of them it would quietly stop compiling.
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False)
+
+
 @dataclass
 class Result:
-    """One provider on one workload. Times in seconds; `skipped` says why there are none."""
+    """One provider on one workload. Times in seconds; `skipped` is the reason why there are none."""
 
     workload: str
     provider: str
@@ -37,9 +60,9 @@ class Result:
     roofline: float | None = None
     """Share of the time that the slower of arithmetic and memory would take at the rates measured in this run."""
     memory: int | None = None
-    """Peak bytes beyond what was there before the call; None where the device does not tell."""
+    """Peak bytes beyond what was allocated before the call; None where the device does not report it."""
     error: float | None = None
-    """Relative error against the reference, measured before the time was."""
+    """Relative error against the reference, measured before the time."""
     skipped: str = ""
     facts: dict = field(default_factory=dict)
 
@@ -67,16 +90,19 @@ class Target:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reaches: FLOP/s of a large bf16 product of random numbers, bytes/s of a large copy."""
+    """What the device reaches: FLOP/s of a large bf16 matmul of random numbers, bytes/s of a large copy."""
 
     flops: float
     bandwidth: float
 
 
-def device_facts(device: torch.device) -> dict:
-    """Device, driver-facing versions and libraries: what a number means nothing without."""
+PACKAGES = ("triton", "flash-attn", "transformers", "sentence-transformers", "inf-cl", "peft", "deepspeed")
+
+
+def device_facts(device: torch.device, packages: Sequence[str] = ()) -> dict:
+    """Device and versions, without which a number means nothing. packages: further ones, by the names of their wheels."""
     facts = {"torch": torch.__version__, "python": platform.python_version(), "device": platform.processor() or "cpu"}
-    for name in ("triton", "flash-attn", "transformers", "sentence-transformers", "inf-cl", "peft", "deepspeed"):
+    for name in (*PACKAGES, *packages):
         try:
             facts[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -95,20 +121,22 @@ def device_facts(device: torch.device) -> dict:
     return facts
 
 
-def arguments(name: str, doc: str, quick: str) -> argparse.ArgumentParser:
-    """The arguments that every benchmark takes."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--out", type=Path, default=None, help=f"folder for {name}.json, .md and .png")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser
-
-
 def reason(error: Exception) -> str:
     """Why a provider gave no time, in one line."""
     if "out of memory" in str(error):
         return "out of memory"
     return f"{type(error).__name__}: {str(error).splitlines()[0][:100]}" if str(error) else repr(error)
+
+
+@contextlib.contextmanager
+def attempt(*results: Result) -> Iterator[None]:
+    """Around the preparation of a provider: whatever another library raises is written into its results."""
+    try:
+        yield
+    except Exception as error:
+        for result in results:
+            result.skipped = reason(error)
+            result.facts["failed"] = not isinstance(error, Unavailable)
 
 
 def sets_beyond_cache(bytes_per_set: float, device: torch.device, least: int = 1) -> int:
@@ -125,7 +153,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def release(device: torch.device) -> None:
-    """Give back what an attempt that ran out of memory left behind."""
+    """Return to the device what an attempt that ran out of memory left cached."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -188,15 +216,27 @@ def _run(variants, n, device):
 
 
 def measure_ceilings(device: torch.device) -> Ceilings:
-    """A minute is not spent: one product and one copy, or toy ones on a CPU."""
-    n, megabytes = (8192, 4096) if device.type == "cuda" else (256, 8)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    source = torch.randn(megabytes << 18, device=device)
-    target = torch.empty_like(source)
-    calls = {"product": [lambda: torch.mm(a, b)], "copy": [lambda: target.copy_(source)]}
-    times = {name: statistics.median(x) for name, x in time_interleaved(calls, device).items()}
-    return Ceilings(2 * n**3 / times["product"], 2 * source.numel() * 4 / times["copy"])
+    """Measured as `l2v doctor` calibrates, in less time."""
+    from l2v.machine import copy_bytes, gemm_flops
+
+    gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if gpu else torch.float32
+    return Ceilings(gemm_flops(device, dtype, 1.0 if gpu else 0.05), copy_bytes(device, 0.5 if gpu else 0.05))
+
+
+def time_results(
+    results: Sequence[Result],
+    calls: dict[str, Sequence[Callable[[], object]]],
+    device: torch.device,
+    ceilings: Ceilings,
+    seconds: float = 0.2,
+    rounds: int = 7,
+) -> None:
+    """Time calls in turns, and fill in the results of their providers. The others keep the reason why they were skipped."""
+    times = time_interleaved(calls, device, seconds, rounds) if calls else {}
+    for result in results:
+        if result.provider in times:
+            fill(result, times[result.provider], ceilings)
 
 
 def fill(result: Result, times: list[float], ceilings: Ceilings) -> Result:
@@ -209,96 +249,8 @@ def fill(result: Result, times: list[float], ceilings: Ceilings) -> Result:
     return result
 
 
-def table(results: list[Result]) -> str:
-    """Markdown: a row a provider and workload; memory and error where any was measured."""
-    columns = {
-        "workload": lambda x: x.workload,
-        "direction": lambda x: x.direction,
-        "provider": lambda x: x.provider,
-        "median us": lambda x: x.skipped if x.median is None else f"{x.median * 1e6:.1f}",
-        "spread": lambda x: "" if x.median is None else f"{(x.high - x.low) / x.median:.1%}",
-        "TFLOP/s": lambda x: "" if x.tflops is None else f"{x.tflops:.1f}",
-        "of roofline": lambda x: "" if x.roofline is None else f"{x.roofline:.0%}",
-    }
-    if any(x.memory is not None for x in results):
-        columns["peak MiB"] = lambda x: "" if x.memory is None else f"{x.memory / 2**20:.1f}"
-    if any(x.error is not None for x in results):
-        columns["error"] = lambda x: "" if x.error is None else f"{x.error:.1e}"
-    return markdown(list(columns), [[show(x) for show in columns.values()] for x in results])
-
-
-def targets_table(targets: list[Target]) -> str:
-    """Markdown: what was to be reached, and whether it was."""
-    rows = []
-    for x in targets:
-        sign = ">=" if x.at_least else "<="
-        value = "" if x.value is None else f"{x.value:.3g} {x.unit}"
-        rows.append([x.name, f"{sign} {x.limit:.4g} {x.unit}", value, x.verdict])
-    return markdown(["target", "limit", "measured", ""], rows)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, *rows]).replace("\n", f"\n|{'---|' * len(head)}\n", 1)
-
-
-def headline(facts: dict) -> str:
-    """The line above every table."""
-    head = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}"
-    return f"{SMOKE} {head}" if facts["smoke"] else head
-
-
-Panel = tuple[str, str, dict[str, dict[str, float]]]
-"""Title, unit, and provider -> workload -> value."""
-
-
-def tflops_panels(results: list[Result], title: Callable[[Result], str]) -> list[Panel]:
-    """A panel a title, of TFLOP/s."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for x in results:
-        found.setdefault(title(x), {}).setdefault(x.provider, {})[x.workload] = x.tflops or 0.0
-    return [(name, "TFLOP/s", found[name]) for name in sorted(found)]
-
-
-def bars(panels: list[Panel]):
-    """A figure of grouped bars; Unavailable without matplotlib."""
-    pyplot = plotting()
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=(10, 3.5 * len(panels)), squeeze=False)
-    for axis, (title, unit, values) in zip(axes[:, 0], panels, strict=True):
-        workloads = list(dict.fromkeys(w for found in values.values() for w in found))
-        for i, (provider, found) in enumerate(values.items()):
-            places = [j + (i - len(values) / 2) * 0.8 / len(values) for j in range(len(workloads))]
-            axis.bar(places, [found.get(w, 0.0) for w in workloads], 0.8 / len(values), label=provider)
-        axis.set_xticks(range(len(workloads)), workloads, fontsize=7)
-        axis.set_ylabel(unit)
-        axis.set_title(title)
-        axis.legend(fontsize=6)
-    return figure
-
-
-def plotting():
-    """matplotlib's pyplot, without a screen; Unavailable where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise Unavailable("matplotlib is not installed") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def write(folder: Path, name: str, data: dict, text: str, figure: Callable[[], object] | None = None) -> None:
-    """NAME.json and NAME.md, and NAME.png where matplotlib is installed. `data` holds Results and Targets as rows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
-    (folder / f"{name}.md").write_text(text + "\n")
-    if figure is None:
-        return
-    try:
-        drawn = figure()
-    except Unavailable:
-        return
-    drawn.tight_layout()
-    drawn.savefig(folder / f"{name}.png", dpi=120)
-    plotting().close(drawn)
+def free_port() -> int:
+    """A TCP port of this machine that nothing uses at the moment."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

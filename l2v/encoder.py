@@ -121,7 +121,7 @@ class Encoder:
                 f"dimensions is {dimensions}; give a whole number from 1 to {self.dimension}, the width of the vectors"
             )
         single = isinstance(texts, str)
-        texts = [texts] if single else list(texts)
+        texts = [texts] if isinstance(texts, str) else list(texts)
         for i, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"text {i} is empty; an empty text has no embedding")

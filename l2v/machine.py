@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import platform
@@ -133,7 +134,7 @@ def gemm_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> floa
     while True:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
-        took = _median(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds / 50)
+        took = _median(functools.partial(torch.mm, a, b, out=out), device, seconds / 50)
         if n == most or took * 8 > seconds / ROUNDS:
             break
         n *= 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -29,6 +28,7 @@ from l2v.model.embedded import resolve
 from l2v.model.load import dtype_of
 from l2v.recipe import Recipe
 from l2v.recipe.load import load_recipe
+from l2v.runs.folder import run_folder
 from l2v.runs.metrics import read_metrics
 
 RECIPE = "smollm2-135m-da"
@@ -43,24 +43,23 @@ SEARCHES = (
 KINDS = ("plain", "colloquial", "disjoint")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train, evaluate, export, search; everything is below `runs/smollm2-135m-da` (or out=...)."""
-    p = argparse.ArgumentParser(prog="l2v quickstart", description=main.__doc__)
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, e.g. stages.mntp.steps=20")
-    p.add_argument("--share", type=float, help="share of the recipe's steps to train (default: by the machine's speed)")
-    p.add_argument(
-        "--questions", type=int, metavar="N", help="score only N of the held-out questions, against their own passages"
-    )
-    p.add_argument("--fresh", action="store_true", help="train again, even if the run is there already")
-    args = p.parse_intermixed_args(argv)
-    questions, passages = _held_out(args.questions)
+def run_quickstart(overrides: Sequence[str], *, share: float | None, count: int | None, fresh: bool) -> None:
+    """Train, evaluate, export, search; everything is written below the run's folder.
+
+    overrides: of the recipe. share: of the recipe's steps; None chooses by the machine's speed. count: questions that are
+    scored; None takes all held-out ones. fresh: train again what is trained already.
+
+    Raises:
+        UserError: `count` is out of range, or training did not finish.
+    """
+    questions, passages = _held_out(count)
     began = time.perf_counter()
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
-    recipe = load_recipe(RECIPE, args.overrides)
-    run = Path(recipe.out or f"runs/{recipe.name}")
-    recipe, overrides = _fit_to_machine(recipe, list(args.overrides), args.share, run, console)
+    recipe = load_recipe(RECIPE, overrides)
+    run = run_folder(recipe)
+    recipe, own = _fit_to_machine(recipe, list(overrides), share, run, console)
     resolve(recipe.base.model)
-    _train(overrides, args.fresh)
+    _train(own, fresh)
     trained = time.perf_counter() - began
     results, encoders, passages_ME = evaluate(recipe, run, console, questions, passages)
     report = summarize(results, run, recipe, questions, len(passages))
@@ -77,12 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     (run / "quickstart.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (run / "quickstart.md").write_text(markdown(report), encoding="utf-8")
     console.print(
-        f"\n{report['seconds']['all']:.0f} s in all ({report['seconds']['training']:.0f} s training). "
+        f"\n{report['seconds']['all']:.0f} s in total ({report['seconds']['training']:.0f} s training). "
         f"Scores: {run}/quickstart.json, "
         f"curves: {run}/loss.png, TensorBoard: {run}/*/tensorboard, encoders: {run}/encoder-*\n"
         f'Search on your own: l2v search {run} "hvad skal jeg gøre ved lus"'
     )
-    return 0
 
 
 def _held_out(count: int | None) -> tuple[list[Question], list[sample.Passage]]:

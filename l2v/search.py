@@ -1,51 +1,45 @@
-"""`l2v search RUN "tekst"`: semantic search from the shell."""
+"""Nearest texts to a query; vectors of a corpus are kept next to the run for the next search."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 
 from l2v.data import sample
 from l2v.data.sources import open_rows
 from l2v.encoder import Encoder
-from l2v.errors import UserError
 from l2v.recipe import Source
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Find the texts that lie nearest to a query; vectors of a corpus are kept beside the run for the next search."""
-    p = argparse.ArgumentParser(prog="l2v search", description=main.__doc__)
-    p.add_argument("run", help="a run, a stage of it, an export or a base")
-    p.add_argument("query", help="what to look for")
-    p.add_argument("--texts", help="JSONL, Parquet or text file to search (default: the passages of the Danish sample)")
-    p.add_argument("--column", default="text", help="the field that holds the text (default: text)")
-    p.add_argument("--instruction", help="instruction that stands before the query")
-    p.add_argument("--top", type=int, default=3, help="how many to show (default: 3)")
-    args = p.parse_intermixed_args(argv)
-    if not args.query.strip():
-        raise UserError("the query is empty; say what to look for")
-    if args.top < 1:
-        raise UserError(f"--top is {args.top}; show at least 1")
-    if args.texts:
-        texts = open_rows([Source(path=args.texts, text=args.column)], "documents")["text"]
-    else:
-        texts = [p.text for p in sample.passages().values()]
-    texts = list(texts)
-    encoder = Encoder.from_pretrained(args.run)
-    texts_ME = _vectors(encoder, texts, Path(args.run))
-    scores_M = texts_ME @ encoder.encode(args.query, instruction=args.instruction)
-    console = Console(soft_wrap=True)
-    for at in np.argsort(-scores_M)[: args.top]:
-        console.print(f"{scores_M[at]:.3f}  {texts[at]}", highlight=False, markup=False)
-    return 0
+def read_corpus(file: str | None, column: str, log: Callable[[str], None] = print) -> list[str]:
+    """The texts of a file (`column`: the field that holds the text), or the passages of the Danish sample.
+
+    Empty texts are skipped. log: is called with what was guessed of the file.
+    """
+    if file is None:
+        return [passage.text for passage in sample.passages().values()]
+    notes: list[str] = []
+    texts = list(open_rows([Source(path=file, text=column, skip_empty=True)], "documents", notes)["text"])
+    for note in notes:
+        log(note)
+    return texts
 
 
-def _vectors(encoder: Encoder, texts: list[str], run: Path) -> np.ndarray:
-    """The corpus's vectors, from the cache if the same encoder saw the same texts before."""
+def nearest(run: str, query: str, texts: list[str], *, instruction: str | None, top: int) -> list[tuple[float, str]]:
+    """The `top` texts nearest to a query, best first: (cosine similarity, text).
+
+    run: what `Encoder.from_pretrained` takes. instruction: stands before the query.
+    """
+    encoder = Encoder.from_pretrained(run)
+    texts_ME = corpus_vectors(encoder, texts, Path(run))
+    scores_M = texts_ME @ encoder.encode(query, instruction=instruction)
+    return [(float(scores_M[at]), texts[at]) for at in np.argsort(-scores_M)[:top]]
+
+
+def corpus_vectors(encoder: Encoder, texts: list[str], run: Path) -> np.ndarray:
+    """Unit vectors of the texts, float32 [M, E], from the cache if the same encoder saw the same texts before."""
     from l2v.batch import mix
     from l2v.data.tokens import text_key
 

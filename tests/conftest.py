@@ -183,6 +183,15 @@ def tiny_recipe(bos_tokenizer_folder, tiny_config, sentences):
     return write
 
 
+@pytest.fixture(params=["bf16", "fp32"])
+def auto_precision(request, monkeypatch):
+    """The dtype that `precision: auto` takes on either kind of processor, which this machine now is; a test runs on both."""
+    import torch
+
+    monkeypatch.setenv("L2V_AUTO_PRECISION", request.param)
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[request.param]
+
+
 @pytest.fixture
 def cli_environment() -> dict[str, str]:
     """The environment of a training process on the CPU, with a port of its own and no rank."""

@@ -73,7 +73,7 @@ def test_a_recipe_mistake_is_exit_code_2(run_here, recipe, overrides, arguments,
     [
         ("mntp", None, ["documents.jsonl: there is no such file; give a file, hub:NAME or sample:da/train"]),
         ("mntp", '{"text": "god"}\n{"text": \n', ["documents.jsonl, line 2: malformed JSON", "is one object"]),
-        ("mntp", '{"tekst": "god"}\n', ["documents.jsonl, line 1: the field 'text' is absent; found tekst"]),
+        ("mntp", '{"ord": "god"}\n', ["documents.jsonl, line 1: the field 'text' is absent; found ord"]),
         ("mntp", '{"text": "god"}\n{"text": " "}\n', ["line 2: 'text' is empty; remove the row or set skip_empty"]),
         ("mntp", "", ["documents.jsonl: the data set is empty; it needs at least one row"]),
         ("mntp", b'{"text": "\xe6"}\n', ["documents.jsonl: not readable as UTF-8 text"]),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import ROOT, training_environment
 
-from l2v import doctor
+from l2v.commands import doctor
 from l2v.doctor import hardware, software
 from l2v.doctor.report import Report, render, tree
 
@@ -81,7 +81,7 @@ def test_its_own_requirements_are_met_here():
 
 def test_without_torch_there_is_still_a_report(tmp_path):
     """In a process where torch cannot be imported at all."""
-    code = "import sys; sys.modules['torch'] = None; from l2v.cli import main; sys.exit(main(['doctor']))"
+    code = "import sys; sys.modules['torch'] = None; from l2v.commands.main import main; sys.exit(main(['doctor']))"
     done = subprocess.run(
         [sys.executable, "-c", code], env=training_environment(), cwd=tmp_path, capture_output=True, text=True
     )

@@ -1,7 +1,7 @@
 """What a device reaches, where it is kept, and what is wrong with a GPU."""
 
 import json
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,17 +47,23 @@ def test_a_calibration_is_measured_and_kept():
     assert calibration(CPU, torch.float64) is None, "another precision has another rate"
 
 
-def test_the_rate_is_that_of_the_product():
-    """An n x n product of float32 timed by hand: the rate lies within a factor of two of it."""
-    a = torch.randn(512, 512)
-    torch.mm(a, a)
-    by_hand = []
-    for _ in range(9):
-        began = time.perf_counter()
-        torch.mm(a, a)
-        by_hand.append(2 * 512**3 / (time.perf_counter() - began))
-    measured = machine.gemm_flops(CPU, torch.float32, 0.5)
-    assert sorted(by_hand)[0] / 2 < measured < 4 * sorted(by_hand)[-1]
+@pytest.mark.parametrize(("seconds", "size"), [(0.05, 256), (0.5, 512), (300, 2048)])
+def test_the_rate_is_that_of_the_matmul(monkeypatch, seconds, size):
+    """On a clock that only matmuls move, at 10 GFLOP/s: exactly that rate, of the size that the seconds allow."""
+    now, sizes = 0.0, []
+
+    def mm(a, b, *, out):
+        nonlocal now
+        assert a.shape == b.shape == out.shape and a.dtype == torch.float32 and a[0].std() > 0.8
+        sizes.append(len(a))
+        now += 2 * len(a) ** 3 / 1e10
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(machine, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert machine.gemm_flops(CPU, torch.float32, seconds) == pytest.approx(1e10)
+    one = 2 * size**3 / 1e10
+    assert max(sizes) == size and sizes.count(size) > machine.ROUNDS, "the last size is measured in rounds"
+    assert 0.5 * seconds < one * sizes.count(size) < 1.5 * seconds + 6 * one, "in about the seconds that were given"
 
 
 def test_a_calibration_belongs_to_a_device_a_torch_and_its_threads(monkeypatch):

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from l2v import plan
+from l2v.commands import plan
 from l2v.machine import Calibration, calibration_file, device_name
 from l2v.model.memory import LayerShape
 from l2v.plan import estimate, gpus, measured, roofline, shapes

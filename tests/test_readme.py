@@ -9,7 +9,7 @@ import tomllib
 import pytest
 from support.documents import ROOT, Parsed, blocks, commands, paragraphs, words
 
-from l2v.data.build.config import load_config
+from l2v.data.corpus.config import load_config
 from l2v.errors import UserError
 from l2v.model.embedded import SMOLLM2, resolve
 from l2v.quickstart import markdown

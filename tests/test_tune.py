@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from l2v.commands import tune as tune_command
 from l2v.errors import UserError
 from l2v.recipe import Mntp, Source
 from l2v.recipe.load import load_recipe
@@ -199,7 +200,7 @@ def test_tune_measures_training_and_training_takes_it_up(tiny_recipe, tmp_path, 
     """For real: a few runs of the training program, the file, and a run that reads it and goes on with it."""
     path = str(tiny_recipe(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert tune.main([path, "--stage", "mntp", "--minutes", "0", "--steps", "2", "--processes", "1"]) == 0
+    assert tune_command.main([path, "--stage", "mntp", "--minutes", "0", "--steps", "2", "--processes", "1"]) == 0
     found = json.loads(tuned_file(path).read_text())
     entry = found["stages"]["mntp"]
     assert found["place"] == place(1) and entry["settings"] == {
@@ -219,4 +220,4 @@ def test_tune_measures_training_and_training_takes_it_up(tiny_recipe, tmp_path, 
 def test_a_mistake_in_the_recipe_is_said_by_the_first_run(tiny_recipe, tmp_path):
     path = str(tiny_recipe(tmp_path, **{"stages.mntp.data": str(tmp_path / "no.jsonl")}))
     with pytest.raises(UserError, match=r"stage 'mntp' does not train: .*no\.jsonl"):
-        tune.main([path, "--stage", "mntp", "--minutes", "0", "--processes", "1"])
+        tune_command.main([path, "--stage", "mntp", "--minutes", "0", "--processes", "1"])

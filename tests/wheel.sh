@@ -15,7 +15,10 @@ unset PYTHONPATH
 steps=(stages.mntp.steps=2 stages.simcse.steps=2 stages.supervised.steps=2 'stages.mntp.eval_data=[]')
 small=(stages.mntp.batch=2 stages.simcse.batch=4 stages.supervised.batch=2)
 "$work/venv/bin/l2v" train smollm2-135m-da "${steps[@]}" "${small[@]}"
-"$work/venv/bin/python" -c "from l2v.data.build.config import load_config; load_config('wiki-da')"
+"$work/venv/bin/python" -c "from l2v.data.corpus.config import load_config; load_config('wiki-da')"
+"$work/venv/bin/python" -c "
+from importlib.resources import files
+assert all((files(package) / 'py.typed').is_file() for package in ('l2v', 'l2v_kernels'))"
 printf 'Kagen skal bages i en time.\nHun læser romaner om aftenen.\n' > texts.txt
 "$work/venv/bin/l2v" search runs/smollm2-135m-da "en bog" --texts texts.txt --top 1
 test -f runs/smollm2-135m-da/supervised/adapter/adapter_model.safetensors

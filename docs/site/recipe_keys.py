@@ -76,6 +76,8 @@ def tables() -> str:
             key = field.name.rstrip("_")
             cells = [f"`{key}`", _type(hints[field.name]), _default(field), _meaning(explained[section, key])]
             lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+        if not section:  # a key of the file, not of the recipe that is read from it
+            lines.append(f"| `extends` | text or null | `null` | {_meaning(explained[section, 'extends'])} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 

@@ -93,7 +93,8 @@ def _ends(line: str, match: re.Match[str]) -> bool:
         return True
     word = before.group(1).lstrip(_STRIP)
     token = f"{word.casefold()}."
-    following = _NEXT_WORD.match(line, match.start("next")).group(0)
+    word_after = _NEXT_WORD.match(line, match.start("next"))
+    following = word_after.group(0) if word_after else ""
     last = following.rstrip(".").casefold()
     if match["close"] and token not in NEVER_LAST:
         return True

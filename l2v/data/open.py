@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from l2v.data.examples import MntpBlocks, Pairs, Views
 from l2v.data.mixture import mix_sources
-from l2v.data.sources import open_parts, together
+from l2v.data.sources import Kind, open_parts, together
 from l2v.data.tokens import TextTokenizer
 from l2v.recipe import Mntp, Source, Stage, Supervised
 
 
-def open_examples(sources: Sequence[Source], stage: Stage, texts: TextTokenizer) -> MntpBlocks | Pairs | Views:
+def open_examples(sources: list[Source], stage: Stage, texts: TextTokenizer) -> MntpBlocks | Pairs | Views:
     """Rows to examples, by objective; how the sources are mixed stands beside them."""
-    kind = {Mntp: "documents", Supervised: "pairs"}.get(type(stage), "sentences")
-    parts = open_parts(sources, kind)
+    kinds: dict[type[Stage], Kind] = {Mntp: "documents", Supervised: "pairs"}
+    kind = kinds.get(type(stage), "sentences")
+    guesses: list[str] = []
+    parts = open_parts(sources, kind, guesses)
     rows = together(parts, sources)
+    examples: MntpBlocks | Pairs | Views
     if isinstance(stage, Mntp):
         examples = MntpBlocks(rows, texts, document_mask=stage.document_mask)
     elif isinstance(stage, Supervised):
@@ -25,4 +26,5 @@ def open_examples(sources: Sequence[Source], stage: Stage, texts: TextTokenizer)
     examples.mixture = mix_sources(sources, [len(part) for part in parts], examples.rows_of, stage)
     if examples.mixture:
         examples.notes += examples.mixture.notes
+    examples.notes += guesses
     return examples

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from l2v.data.examples import Examples
 from l2v.data.mixture import Mixture, draw
 from l2v.errors import UserError
 
@@ -37,6 +37,13 @@ class StepPlan:
         return [i for units in self.units for unit in units for i in unit.examples]
 
 
+class Sized(Protocol):
+    """What a sampler reads of examples; a `mixture` too, where they have one."""
+
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+
 class Sampler:
     """Deterministic, token-balanced batches.
 
@@ -48,7 +55,7 @@ class Sampler:
     """
 
     def __init__(
-        self, examples: Examples, *, batch: int, micro_tokens: int, seed: int, world: int = 1, group: int | None = None
+        self, examples: Sized, *, batch: int, micro_tokens: int, seed: int, world: int = 1, group: int | None = None
     ) -> None:
         self.lengths, self.batch, self.micro_tokens = examples.lengths, batch, micro_tokens
         self.seed, self.world, self.group = seed, world, group

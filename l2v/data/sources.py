@@ -1,4 +1,4 @@
-"""Where rows come from: JSONL, Parquet, text files (or a glob, or a folder of Parquet), Hub data sets and the shipped sample.
+"""Where rows come from: CSV, JSONL, Parquet, text (a file, a glob, a folder of Parquet), Hub data sets, the shipped sample.
 
 Everything becomes a memory-mapped `datasets.Dataset` of one of three kinds: documents and sentences (`text`), or pairs
 (`query`, `positive`, `negatives`, `instruction`, `document_instruction`). Where a source names a column of groups, rows
@@ -8,17 +8,16 @@ carry `group` as well: a 63-bit key of its value, -1 for none.
 from __future__ import annotations
 
 import glob
-import gzip
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 
-from l2v.data import sample
-from l2v.data.text import parse, sentences
+from l2v.data import raw, sample
+from l2v.data.columns import DEFAULTS, absent, numbered, settle
+from l2v.data.text import sentences
 from l2v.data.tokens import text_key
 from l2v.errors import UserError
 from l2v.recipe import Source
@@ -38,17 +37,21 @@ TEXTS = datasets.Features({"text": datasets.Value("string")})
 NAMES = {key: key for key in ("text", *PAIRS)}
 
 
-def open_rows(sources: list[Source], kind: Kind) -> datasets.Dataset:
-    """All rows of all sources, in order, validated; memory-mapped, so their size does not matter."""
-    return together(open_parts(sources, kind), sources)
+def open_rows(sources: list[Source], kind: Kind, notes: list[str] | None = None) -> datasets.Dataset:
+    """All rows of all sources, in order, validated; memory-mapped, so their size does not matter.
+
+    `notes` takes a sentence for each source whose columns were guessed by their names.
+    """
+    return together(open_parts(sources, kind, notes), sources)
 
 
-def open_parts(sources: list[Source], kind: Kind) -> list[datasets.Dataset]:
-    """The rows of each source, all with the same columns."""
+def open_parts(sources: list[Source], kind: Kind, notes: list[str] | None = None) -> list[datasets.Dataset]:
+    """The rows of each source, all with the same columns; `notes` as for `open_rows`."""
+    notes = [] if notes is None else notes
     features = PAIRS if kind == "pairs" else TEXTS
     if kind != "documents" and any(source.group for source in sources):
         features = datasets.Features({**features, "group": datasets.Value("int64")})
-    return [_joined([_open(part, kind, features) for part in _expand(source)]) for source in sources]
+    return [_joined([_open(part, kind, features, notes) for part in _expand(source)]) for source in sources]
 
 
 def together(parts: list[datasets.Dataset], sources: list[Source]) -> datasets.Dataset:
@@ -83,28 +86,50 @@ def _expand(source: Source) -> list[Source]:
     return [replace(source, path=str(file)) for file in found]
 
 
-def _open(source: Source, kind: Kind, features: datasets.Features) -> datasets.Dataset:
+def _open(source: Source, kind: Kind, features: datasets.Features, notes: list[str]) -> datasets.Dataset:
     if source.path.startswith("sample:"):
         columns = _columns(source, features) | NAMES | {"skip_empty": False, "sentences": False}
         read = (normalise(row, columns, kind, source.path) for row in sample.rows(source.path, kind))
         rows = datasets.Dataset.from_list([row for several in read for row in several], features=features)
     elif source.path.startswith("hub:"):
-        rows = _convert(_hub(source), source, kind, features)
+        found = _hub(source)
+        rows = _convert(found, _settled(source, found.column_names, kind, notes), kind, features)
     else:
         path = Path(source.path).expanduser()
         if not path.is_file():
             raise UserError(f"{source.path}: there is no such file; give a file, hub:NAME or sample:da/train")
-        suffixes = "".join(path.suffixes[-2:])
-        if suffixes.endswith((".jsonl", ".jsonl.gz", ".json", ".txt", ".txt.gz")):
+        names, complete = raw.columns(path, source.path)
+        settled = _settled(source, names, kind, notes, complete=complete)
+        if raw.is_streamed(path):
             stat = path.stat()
             # size and time are part of the arguments, so that the cache knows an edited file from the old one
             stamp = f"{stat.st_size}-{stat.st_mtime_ns}"
-            rows = _from_lines(path, source, kind, features, stamp)
-        elif path.suffix == ".parquet":
-            rows = _convert(_parquet(path), source, kind, features)
+            rows = _from_lines(path, settled, kind, features, stamp)
         else:
-            raise UserError(f"{source.path}: unknown file type '{path.suffix}'; use .jsonl, .parquet or .txt")
+            rows = _convert(_parquet(path), settled, kind, features)
     return rows.select(range(min(source.limit, len(rows)))) if source.limit else rows
+
+
+def _settled(source: Source, names: Sequence[str], kind: Kind, notes: list[str], *, complete: bool = True) -> Source:
+    """The source with its columns settled, a note of each guess. complete: `names` are all columns that a row may have."""
+    choice = settle(source, names, kind)
+    if note := choice.note():
+        notes.append(note)
+    if complete and (missing := _unmet(_optional(vars(choice.source), kind), names)):
+        raise UserError(absent(source.path, missing[0], names))
+    return choice.source
+
+
+def _optional(source: dict[str, Any], kind: Kind) -> list[str]:
+    """Columns that a recipe names and a row may lack; one that no row has is a mistake."""
+    if kind != "pairs":
+        return []
+    named = [source["negatives"]] if source["negatives"] != DEFAULTS["negatives"] else []
+    return named + [source[key] for key in ("instruction", "document_instruction") if source[key]]
+
+
+def _unmet(wanted: list[str], names: Sequence[str]) -> list[str]:
+    return [column for column in wanted if not any(name in names for name in numbered(column, names))]
 
 
 def _from_lines(path: Path, source: Source, kind: Kind, features: datasets.Features, stamp: str) -> datasets.Dataset:
@@ -137,17 +162,15 @@ def _columns(source: Source, features: datasets.Features) -> dict[str, Any]:
 
 
 def _read_lines(path: str, shown: str, source: dict[str, Any], kind: Kind, stamp: str) -> Iterator[dict[str, Any]]:
-    opener = gzip.open if path.endswith(".gz") else open
-    plain = path.removesuffix(".gz").endswith(".txt")
-    try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                where = f"{shown}, line {number}"
-                yield from normalise({"text": line.strip()} if plain else parse(line, where), source, kind, where)
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{shown}: not readable as UTF-8 text: {error}") from None
+    wanted, seen, count = _optional(source, kind), dict.fromkeys(()), 0
+    for where, row in raw.read_rows(Path(path), shown):
+        count += 1
+        if wanted:
+            seen |= dict.fromkeys(row)
+            wanted = _unmet(wanted, row)
+        yield from normalise(row, source, kind, where)
+    if wanted and count:
+        raise UserError(absent(shown, wanted[0], seen))
 
 
 def normalise(row: dict[str, Any], source: dict[str, Any], kind: Kind, where: str) -> list[dict[str, Any]]:
@@ -156,7 +179,7 @@ def normalise(row: dict[str, Any], source: dict[str, Any], kind: Kind, where: st
     def text(key: str) -> str:
         column = source[key]
         if column not in row:
-            raise UserError(f"{where}: the field '{column}' is absent; found {', '.join(map(str, row)) or 'nothing'}")
+            raise UserError(absent(where, column, row))
         value = row[column]
         if not isinstance(value, str):
             raise UserError(f"{where}: the field '{column}' is text; found {type(value).__name__}")
@@ -170,11 +193,7 @@ def normalise(row: dict[str, Any], source: dict[str, Any], kind: Kind, where: st
                 return []
             raise UserError(f"{where}: '{source[key]}' is empty; remove the row or set skip_empty: true on its source")
     if kind == "pairs":
-        negatives = row.get(source["negatives"]) or []
-        negatives = [negatives] if isinstance(negatives, str) else negatives
-        if not isinstance(negatives, list) or not all(isinstance(n, str) for n in negatives):
-            raise UserError(f"{where}: the field '{source['negatives']}' is a text or a list of texts")
-        out["negatives"] = [n.strip() for n in negatives if n.strip()]  # an empty negative is an absent one
+        out["negatives"] = _negatives(row, source["negatives"], where)
         for key, prompt in (("instruction", "query_prompt"), ("document_instruction", "document_prompt")):
             out[key] = (row.get(source[key]) if source[key] else None) or source[prompt] or None
         if source["symmetric"]:
@@ -186,12 +205,23 @@ def normalise(row: dict[str, Any], source: dict[str, Any], kind: Kind, where: st
     return [out]
 
 
+def _negatives(row: dict[str, Any], pattern: str, where: str) -> list[str]:
+    out: list[str] = []
+    for column in numbered(pattern, row):
+        found = row.get(column) or []
+        found = [found] if isinstance(found, str) else found
+        if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
+            raise UserError(f"{where}: the field '{column}' is a text or a list of texts")
+        out += [n.strip() for n in found if n.strip()]  # an empty negative is an absent one
+    return out
+
+
 def _group(row: dict[str, Any], source: dict[str, Any], where: str) -> int:
     column = source["group"]
     if column is None:
         return -1
     if column not in row:
-        raise UserError(f"{where}: the field '{column}' is absent; found {', '.join(map(str, row)) or 'nothing'}")
+        raise UserError(absent(where, column, row))
     value = row[column]
     if not isinstance(value, str | int | None) or isinstance(value, bool):
         raise UserError(f"{where}: the field '{column}' is text or a whole number; found {type(value).__name__}")

@@ -80,7 +80,7 @@ def devices(report: Report) -> Rows:
     else:
         for at in range(torch.cuda.device_count()):
             rows[f"cuda:{at}"] = _gpu(report, at, peak_flops)
-        version = torch._C._cuda_getDriverVersion()
+        version = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # not in torch's stubs
         rows["CUDA"] = f"driver up to {version // 1000}.{version % 1000 // 10}, torch {torch.version.cuda}"
         rows["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     driver = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")

@@ -104,7 +104,10 @@ def ops(path) -> list[str]:
 
 def kernel_modules(op: str) -> list[str]:
     """The modules of an op that define Triton kernels."""
-    folder = Path(importlib.util.find_spec(f"l2v_kernels.{op}").origin).parent
+    spec = importlib.util.find_spec(f"l2v_kernels.{op}")
+    if spec is None or spec.origin is None:
+        return []
+    folder = Path(spec.origin).parent
     return [f"l2v_kernels.{op}.{file.stem}" for file in sorted(folder.glob("kernel*.py"))]
 
 
@@ -135,18 +138,19 @@ def backends(report: Report) -> Rows:
         "backend: l2v": (True, "packed, addressed dropout" + ("" if gpu else "; by its PyTorch reference")),
         "backend: sdpa": (True, "slow: its mask grows with the square of the pack"),
     }
-    if not gpu or capability < (8, 0):
+    if capability is None or capability < (8, 0):
         rows["backend: flash_attention_2"] = (False, f"needs a GPU of compute capability 8.0, and {have}")
     elif _version("flash-attn") is None:
         rows["backend: flash_attention_2"] = (False, "needs the package flash-attn: pip install 'l2v[flash-attn]'")
     else:
         error = import_error("flash_attn")
         rows["backend: flash_attention_2"] = (False, f"broken: {error}") if error else (True, "no attention dropout")
-    from l2v.model.load import dtype_of
+    from l2v.model.load import AUTO_PRECISION, cpu_multiplies_bf16, dtype_of
 
-    auto = str(dtype_of("auto")).removeprefix("torch.")
-    in_hardware = capability >= (8, 0) if capability else dtype_of("auto") == torch.bfloat16
-    rows["precision: bf16"] = (in_hardware, ("" if in_hardware else "slow, not in hardware; ") + f"auto takes {auto}")
+    auto = f"auto takes {str(dtype_of('auto')).removeprefix('torch.')}"
+    auto += f" (by {AUTO_PRECISION})" if AUTO_PRECISION in os.environ else ""
+    in_hardware = capability >= (8, 0) if capability else cpu_multiplies_bf16()
+    rows["precision: bf16"] = (in_hardware, ("" if in_hardware else "slow, not in hardware; ") + auto)
     fp8 = capability is not None and capability >= FP8_CAPABILITY
     rows["base_precision: fp8"] = (fp8, "" if fp8 else f"needs a GPU of compute capability 8.9, and {have}")
     if _version("bitsandbytes") is None:

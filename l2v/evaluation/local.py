@@ -61,15 +61,15 @@ def local_benchmark(source: str | Path, data: str | Path | None = None) -> Local
             folder = Path(data) if data else manifest.parent
         elif path.is_dir():
             name, folder = path.name, path
-            entries = [_by_name(file) for file in sorted(path.iterdir()) if _kind(file)]
+            entries = [_by_name(file, kind) for file in sorted(path.iterdir()) if (kind := _kind(file))]
         else:
             raise UserError(f"local:{source}: no such folder or manifest")
     elif path.is_file():
-        if not _kind(path):
+        if not (kind := _kind(path)):
             raise UserError(
                 f"{path}: its name tells no kind of task; call it {', '.join(PREFIXES)}*, or write {MANIFEST}"
             )
-        name, folder, entries = path.name.split(".")[0], path.parent, [_by_name(path)]
+        name, folder, entries = path.name.split(".")[0], path.parent, [_by_name(path, kind)]
     else:
         raise UserError(f"local:{source}: no such folder or manifest")
     if not entries:
@@ -108,8 +108,7 @@ def _kind(file: Path) -> str | None:
     return next((kind for prefix, kind in PREFIXES.items() if file.name.lower().startswith(prefix)), None)
 
 
-def _by_name(file: Path) -> dict[str, Any]:
-    kind = _kind(file)
+def _by_name(file: Path, kind: str) -> dict[str, Any]:
     stem = next(
         file.name.removesuffix(ending) for ending in sorted(ENDINGS, key=len)[::-1] if file.name.endswith(ending)
     )

@@ -17,6 +17,7 @@ from mteb.models.model_meta import ScoringFunction
 from tqdm import tqdm
 
 from l2v.encoder import Encoder
+from l2v.errors import UserError
 from l2v.evaluation.pool import EncoderPool, by_length
 from l2v.evaluation.prompts import Prompts
 
@@ -95,6 +96,8 @@ class MtebEncoder(AbsEncoder):
                     out = np.zeros((len(texts), vectors.shape[1]), dtype=np.float32)
                 out[[full[at] for at in piece]] = vectors
                 bar.update(len(piece))
+        if out is None:
+            raise UserError(f"{self.name}: none of {len(texts)} texts has a word in it")
         return out
 
     def _encoded(

@@ -57,9 +57,8 @@ class Prompts:
 
     def __init__(self, choice: str = "en") -> None:
         self.choice = choice
-        self.table = TABLES.get(choice) if choice != "off" else {}
-        if self.table is None:
-            self.table = _read(Path(choice))
+        known = TABLES.get(choice) if choice != "off" else {}
+        self.table: Mapping[str, Any] = _read(Path(choice)) if known is None else known
 
     def instruction(self, metadata: TaskMetadata, side: str | None) -> str | None:
         """The instruction for one side of a task (`query`, `document`, or None where both sides are alike)."""

@@ -65,9 +65,10 @@ class Known:
 
 def in_turn(lists: Iterable[Sequence[int]]) -> list[int]:
     """The first of each list, then the second of each, ... every number once, none below 0."""
-    lists, out = [list(one) for one in lists], {}
-    for rank in range(max(map(len, lists), default=0)):
-        for one in lists:
+    rows = [list(one) for one in lists]
+    out: dict[int, None] = {}
+    for rank in range(max(map(len, rows), default=0)):
+        for one in rows:
             if rank < len(one) and one[rank] >= 0:
                 out.setdefault(int(one[rank]))
     return list(out)

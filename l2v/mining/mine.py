@@ -1,11 +1,11 @@
-"""`l2v data mine ENCODER DATA --out FILE`: hard negatives for pairs."""
+"""Hard negatives for pairs: candidates by an encoder and BM25, without those that may be answers themselves."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from l2v.data.sources import open_rows
 from l2v.encoder import Encoder
-from l2v.errors import RecipeError, UserError
+from l2v.errors import UserError
 from l2v.files import replace_text
-from l2v.mining.arguments import add_source, source_of
+from l2v.mining.arguments import source_of
 from l2v.mining.candidates import Bm25, Exact, Faiss
 from l2v.mining.choose import Known, Rule, choose, in_turn, plain
 from l2v.mining.report import Found
@@ -51,10 +51,13 @@ class Pairs:
 
 def read(source: Source, corpus: Source | None) -> Pairs:
     """Read pairs, and the documents that may become negatives: positives, given negatives, the corpus."""
-    rows = open_rows([source], "pairs")
+    notes: list[str] = []
+    rows = open_rows([source], "pairs", notes)
     numbers: dict[tuple[str, str | None], int] = {}
     kinds: dict[str | None, int] = {}
-    documents, plain_M, kinds_M = [], [], []
+    documents: list[str] = []
+    plain_M: list[str] = []
+    kinds_M: list[int] = []
 
     def number(text: str, prompt: str | None) -> int:
         key = (plain(text), prompt)
@@ -75,9 +78,11 @@ def read(source: Source, corpus: Source | None) -> Pairs:
         for text in row["negatives"]:
             number(text, row["document_instruction"])
     if corpus is not None:
-        for text in open_rows([corpus], "documents")["text"]:
+        for text in open_rows([corpus], "documents", notes)["text"]:
             for prompt in list(kinds):
                 number(text, prompt)
+    for note in notes:
+        print(note)
     prompts = [list(kinds)[kind] for kind in kinds_M]
     return Pairs(
         rows,
@@ -122,7 +127,8 @@ def mine(
 
 def _mine_one(pairs, i, lists, query_E, documents_ME, rule, judge) -> dict[str, Any]:
     row, own, group = pairs.rows[i], int(pairs.own_N[i]), int(pairs.groups_N[i])
-    dropped, left = Counter(), []
+    dropped: Counter[str] = Counter()
+    left = []
     for at in in_turn(lists.values()):
         if pairs.kinds_M[at] != pairs.kinds_N[i]:
             continue  # embedded behind another instruction: a score that cannot be compared
@@ -180,11 +186,13 @@ def cross_encoder(name: str, device: torch.device) -> Callable[[str, list[str]],
     return judge
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Mine hard negatives: candidates by an encoder and BM25, without those that may be answers themselves."""
-    args = _parser().parse_intermixed_args(argv)
+def mine_negatives(args: argparse.Namespace) -> None:
+    """Mine hard negatives as the arguments of `l2v data mine` say, and write them with a report.
+
+    Raises:
+        UserError: the pairs, the encoder or the output cannot be used.
+    """
     rule = Rule(args.number, args.relative, args.absolute)
-    _check(args)
     out = check_out(args.out)
     source = source_of(args.data, args)
     pairs = read(source, Source(args.corpus, text=args.corpus_column) if args.corpus else None)
@@ -214,7 +222,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     judge = cross_encoder(args.cross_encoder, device) if args.cross_encoder else None
     count = mine(pairs, shards, queries_NE, documents_ME, searches, rule, judge)
     _finish(args, out, shards, count, pairs, rule)
-    return 0
 
 
 def _finish(args, out: Path, shards: Shards, count: int, pairs: Pairs, rule: Rule) -> None:
@@ -266,45 +273,3 @@ def _digest(pairs: Pairs) -> str:
     for text in pairs.documents:
         digest.update(f"{len(text)} {text}".encode())
     return digest.hexdigest()[:16]
-
-
-def _check(args: argparse.Namespace) -> None:
-    if not 1 <= args.number <= MOST:
-        raise RecipeError(f"--number is {args.number}; mine 1 to {MOST} negatives a row")
-    if args.depth < args.number:
-        raise RecipeError(f"--depth is {args.depth}; look at no fewer candidates than negatives ({args.number})")
-    if args.relative is not None and not 0 < args.relative <= 1:
-        raise RecipeError(f"--relative is {args.relative}; use a share of the positive's score, above 0 up to 1")
-    if args.absolute is not None and not 0 <= args.absolute < 2:
-        raise RecipeError(f"--absolute is {args.absolute}; use a distance to the positive's score, 0 up to 2")
-    if args.faiss and "encoder" not in args.by:
-        raise RecipeError("--faiss searches the encoder's vectors; add `encoder` to --by, or leave it out")
-
-
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="l2v data mine", description=main.__doc__)
-    p.add_argument("encoder", help="a run, a stage of it, an export or a base")
-    p.add_argument("data", help="pairs: sample:da/train, a JSONL or Parquet file, or hub:NAME")
-    p.add_argument(
-        "--out", required=True, help=".jsonl or .parquet; a table and a picture of the scores stand beside it"
-    )
-    p.add_argument("--number", type=int, default=4, help=f"negatives a row, 1 to {MOST} (default: 4)")
-    p.add_argument(
-        "--by", nargs="+", choices=("encoder", "bm25"), default=["encoder", "bm25"],
-        help="who finds candidates (default: both, taken in turn)",
-    )  # fmt: skip
-    p.add_argument("--depth", type=int, default=50, help="candidates of each finder (default: 50)")
-    p.add_argument(
-        "--relative", type=lambda t: None if t == "none" else float(t), default=0.95, metavar="SHARE",
-        help="no negative scores above this share of its positive's score (default: 0.95; none for no such limit)",
-    )  # fmt: skip
-    p.add_argument("--absolute", type=float, metavar="M", help="no negative scores above its positive's score less M")
-    p.add_argument(
-        "--cross-encoder", metavar="NAME", help="judge candidates by this sentence-transformers cross-encoder"
-    )
-    p.add_argument("--corpus", metavar="FILE", help="more documents that may become negatives (JSONL, Parquet or text)")
-    p.add_argument("--corpus-column", default="text", metavar="TEXT", help="their column (default: text)")
-    p.add_argument("--faiss", metavar="FACTORY", help='search a FAISS index instead, for example "IVF1024,Flat"')
-    p.add_argument("--cache", metavar="DIR", help="keep vectors there, for other minings of the same texts")
-    add_source(p, pairs=True)
-    return p

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,21 +18,38 @@ from l2v.errors import RecipeError, UserError
 from l2v.model.embedded import resolve
 from l2v.recipe import Base
 
+AUTO_PRECISION = "L2V_AUTO_PRECISION"
+
 
 def device() -> torch.device:
     """The current CUDA device where there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def dtype_of(precision: str) -> torch.dtype:
-    """auto is bf16 on a GPU and on a CPU that multiplies bf16 in hardware, else fp32."""
+def dtype_of(precision: str, *, named_gpu: bool = False) -> torch.dtype:
+    """The dtype of base.precision; the only place that resolves `auto`.
+
+    auto is bf16 on a GPU and on a CPU that multiplies bf16 in hardware (AVX512-BF16 or AMX), else fp32. The environment
+    variable L2V_AUTO_PRECISION=bf16 or fp32 makes auto that precision on this machine, as on either kind of processor.
+    named_gpu: for a GPU named by `l2v plan`, whatever this machine has.
+    Raises: UserError if L2V_AUTO_PRECISION is anything else.
+    """
     if precision == "auto":
-        fast = torch.cuda.is_available() or _cpu_multiplies_bf16()
-        return torch.bfloat16 if fast else torch.float32
+        precision = "bf16" if named_gpu else _auto_here()
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def _cpu_multiplies_bf16() -> bool:
+def _auto_here() -> str:
+    forced = os.environ.get(AUTO_PRECISION)
+    if forced is None:
+        return "bf16" if torch.cuda.is_available() or cpu_multiplies_bf16() else "fp32"
+    if forced not in ("bf16", "fp32"):
+        raise UserError(f"{AUTO_PRECISION} is '{forced}'; set it to bf16 or fp32, or unset it")
+    return forced
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this processor has AVX512-BF16 or AMX, by which bf16 is faster than fp32."""
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check is not None and check() for check in checks)
 

@@ -32,7 +32,7 @@ class AddressedDropout(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
-        if self.state.seeds_T is None:
+        if self.state.seeds_T is None or self.state.rows_T is None:
             raise RuntimeError("LoRA dropout needs the pack's addresses: call the model through PackedDecoder")
         flat = x.reshape(-1, x.shape[-1])
         return dropout(flat, self.p, self.state.seeds_T, self.state.rows_T, self.stream).view(x.shape)

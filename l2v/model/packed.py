@@ -28,6 +28,9 @@ class PackedDecoder(nn.Module):
     loss does not make them. Noise is taken from the batch's seeds, in training mode only.
     """
 
+    decoder: Any  # of transformers or PEFT: what it has depends on its class
+    head: Any
+
     def __init__(
         self,
         decoder: nn.Module,
@@ -71,7 +74,7 @@ class PackedDecoder(nn.Module):
         if self.fused is not None:
             self.fused.recompute = how
         elif how == "layer":
-            inner = self.decoder.get_base_model() if isinstance(self.decoder, PeftModel) else self.decoder
+            inner: Any = self.decoder.get_base_model() if isinstance(self.decoder, PeftModel) else self.decoder
             inner.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forward(
@@ -108,7 +111,7 @@ class PackedDecoder(nn.Module):
             return hidden_TE
         if want == "vectors":
             return pool(hidden_TE, batch, self.pooling)
-        if self.head is None:
+        if self.head is None or self.with_head is None:
             raise ValueError(f"{want} needs the language-model head; build the PackedDecoder with head=")
         labelled_LE = hidden_TE[batch.label_index_L]
         if want == "loss":

@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from l2v.errors import RecipeError, UserError
 from l2v.model.fused import FusedStack
@@ -87,6 +88,11 @@ class Fp8Group(nn.Module):
     Bytes, so that casting a model leaves them alone; scales are powers of two, which bf16 holds as well as fp32.
     """
 
+    rows_NK: torch.Tensor
+    columns_KN: torch.Tensor
+    scale_N: torch.Tensor
+    bias_N: torch.Tensor | None
+
     def __init__(self, weight: Fp8Weight, sizes: list[int], bias_N: torch.Tensor | None, *, emulate: bool) -> None:
         super().__init__()
         self.sizes, self.emulate = sizes, emulate
@@ -141,7 +147,7 @@ def _quantize_group(group: Group, where: str, *, emulate: bool) -> Fp8Group:
     return Fp8Group(weight, [shape[0] for shape in shapes], bias_N, emulate=emulate)
 
 
-def to_nf4(inner: nn.Module, where: torch.device, dtype: torch.dtype) -> None:
+def to_nf4(inner: PreTrainedModel, where: torch.device, dtype: torch.dtype) -> None:
     """Replace the linears of a decoder by bitsandbytes' of 4 bits (Dettmers et al. 2023, QLoRA, arXiv 2305.14314: NF4, with
     quantised constants), on `where`, one by one. Biases stay; products compute in dtype."""
     from bitsandbytes.nn import Linear4bit, Params4bit
@@ -159,7 +165,7 @@ def to_nf4(inner: nn.Module, where: torch.device, dtype: torch.dtype) -> None:
         # On some CPUs an evaluation would repack the weights for good, into a form that has no gradient.
         small.support_avx512bf16_for_cpu = False
         inner.set_submodule(name, small.to(where).eval())
-        linear.weight = None
+        linear.register_parameter("weight", None)
     inner.is_loaded_in_4bit = True  # by this PEFT knows to put its own LoRA for 4 bits on them
     _refuse_to_write(inner, "NF4", "nf4")
 
@@ -173,7 +179,7 @@ def _refuse_to_write(decoder: nn.Module, what: str, key: str) -> None:
             f"the same file either way (base.base_precision is {key})"
         )
 
-    inner = decoder
+    inner: Any = decoder
     if isinstance(decoder, PeftModel):
         inner = decoder.get_base_model()
         for owner in (decoder, decoder.base_model):

@@ -7,8 +7,10 @@ Henderson et al. 2017 (arXiv 1705.00652). SimCSE's two views are a query and a p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -102,7 +104,9 @@ class Groups:
     def to(self, device: torch.device) -> Groups:
         """The same on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, torch.Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -138,7 +142,8 @@ def contrastive_loss(
         # The same on all ranks, since all know the counts: nobody waits in a collective.
         return embeddings_SE[:0].sum()
     queries_NE = embeddings_SE[groups.queries_N]
-    rows, row_counts = [embeddings_SE[groups.candidates_M]], [groups.counts]
+    rows: Sequence[torch.Tensor] = [embeddings_SE[groups.candidates_M]]
+    row_counts = [groups.counts]
     with_queries = bool(WITH_QUERIES & set(directions))
     if several and with_queries:
         rows, row_counts = [*rows, queries_NE], [*row_counts, groups.query_counts]
@@ -154,7 +159,7 @@ def contrastive_loss(
     )
     if len(queries_NE) == 0:
         # No loss of its own, but the gradients of the others come through the same collectives.
-        return sum(part[:0].sum() for part in rows)
+        return functools.reduce(torch.add, [part[:0].sum() for part in rows])
     loss = info_nce(
         queries_NE,
         rows[0],
@@ -182,7 +187,8 @@ def _ids(groups: Groups, keys: bool, by_group: bool) -> tuple[torch.Tensor | Non
     """Ids of this rank's candidates [M, K] and queries [N, K]: what shares one of any kind is no negative."""
     if not (keys or by_group):
         return None, None
-    of_candidates, of_queries = [], []
+    of_candidates: list[torch.Tensor] = []
+    of_queries: list[torch.Tensor] = []
     if keys:  # a candidate has one text, and is held against two of the query's: its positive's and its own
         of_candidates += [groups.keys_M, groups.keys_M]
         of_queries += groups.query_keys_N2.unbind(1)
@@ -194,8 +200,8 @@ def _ids(groups: Groups, keys: bool, by_group: bool) -> tuple[torch.Tensor | Non
 
 def _of_all_ranks(labels: dict[str, torch.Tensor | None], groups: Groups) -> dict[str, torch.Tensor]:
     """These labels, of all ranks; one collective, and none where nothing is asked."""
-    labels = {name: label for name, label in labels.items() if label is not None}
-    if len(groups.counts) == 1 or not labels:
-        return labels
-    counts = [groups.query_counts if name == "query_ids" else groups.counts for name in labels]
-    return dict(zip(labels, gather_labels(list(labels.values()), counts), strict=True))
+    given = {name: label for name, label in labels.items() if label is not None}
+    if len(groups.counts) == 1 or not given:
+        return given
+    counts = [groups.query_counts if name == "query_ids" else groups.counts for name in given]
+    return dict(zip(given, gather_labels(list(given.values()), counts), strict=True))

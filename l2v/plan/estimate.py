@@ -22,7 +22,7 @@ from l2v.recipe import LLAMA_LINEARS, Base, Contrastive, Mntp, Recipe, Stage
 from l2v.training.engine import deepspeed_config
 
 SEGMENTS = {"mntp": 512, "simcse": 30, "supervised": 140}
-"""Mean tokens of a text in the workloads of benchmarks/train_step.py."""
+"""Mean tokens of a text in the workloads of benchmarks/train_step/work.py."""
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,10 @@ def _factors(gpu: Gpu, dtype: torch.dtype, base_precision: str) -> Mapping[str, 
     """By objective, from measurements of Llama-3-8B in bf16."""
     if gpu.cpu or dtype != torch.bfloat16 or base_precision != "same":
         return {}
-    sizes = {"hidden": 4096, "ffn": 14336, "heads": 32, "kv_heads": 8, "head_dim": 128, "layers": 32}
-    model = Model(LayerShape(**sizes, targets=LLAMA_LINEARS), LLAMA3_8B["vocab_size"], False, True, None, "same")
+    layers = LayerShape(
+        hidden=4096, ffn=14336, heads=32, kv_heads=8, head_dim=128, layers=32, targets=LLAMA_LINEARS
+    )  # fmt: skip
+    model = Model(layers, LLAMA3_8B["vocab_size"], False, True, None, "same")
 
     def predict(row: dict[str, Any]) -> float | None:
         length = SEGMENTS.get(row["objective"])

@@ -8,6 +8,8 @@ import torch
 
 from l2v.errors import UserError
 from l2v.machine import calibration, device_name, peak_flops
+from l2v.model.load import dtype_of
+from l2v.recipe import Recipe
 
 EFFICIENCY = 0.75
 """Of the maker's dense peak that large products reach where nobody measured; an H200 reaches 0.80."""
@@ -89,7 +91,9 @@ def named(key: str) -> Gpu:
             f"--gpu {key} is not known; choose one of {', '.join(SHEETS)}, or here for the device of this machine"
         )
     sheet = SHEETS[short]
-    bf16, copy = EFFICIENCY * peak_flops(sheet.name, torch.bfloat16), STREAM * sheet.copy
+    peak = peak_flops(sheet.name, torch.bfloat16)
+    assert peak is not None  # l2v.machine knows every device of SHEETS
+    bf16, copy = EFFICIENCY * peak, STREAM * sheet.copy
     source = f"the maker's figures times {EFFICIENCY} (products) and {STREAM} (copies), not measured"
     if short in MEASURED:
         bf16, copy = MEASURED[short]
@@ -112,6 +116,7 @@ def at_hand(dtype: torch.dtype) -> Gpu:
             f"nothing is known of how fast {name} is: run l2v doctor once, or name another device with --gpu"
         )
     if device.type == "cpu":
+        assert found is not None  # no processor is in SHEETS
         import psutil
 
         total = psutil.virtual_memory().total
@@ -149,3 +154,10 @@ def chosen(key: str | None, dtype: torch.dtype) -> Gpu:
         if here == SHEETS[gpu.key].name and calibration(torch.device("cuda", torch.cuda.current_device()), dtype):
             return at_hand(dtype)
     return gpu
+
+
+def device_and_dtype(key: str | None, recipe: Recipe) -> tuple[Gpu, torch.dtype]:
+    """The device that is planned for and the dtype that training would take there."""
+    named = key not in (None, "here")
+    dtype = dtype_of(recipe.base.precision, named_gpu=named)
+    return chosen(key, dtype), dtype

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from l2v.data.examples import MntpBlocks
 from l2v.data.open import open_examples
 from l2v.data.sampler import Sampler, StepPlan
 from l2v.data.tokens import TextTokenizer, load_tokenizer
@@ -45,7 +46,8 @@ def lengths_of(recipe: Recipe, name: str) -> Lengths:
         found = open_examples(stage.data, stage, TextTokenizer(tokenizer, base.template, stage.length))
         per_text = found.lengths / found.segments
         text = float((found.lengths * per_text).sum() / found.lengths.sum())
-        if isinstance(stage, Mntp) and stage.document_mask:  # attention stays within documents, and those within blocks
+        if isinstance(found, MntpBlocks) and isinstance(stage, Mntp) and stage.document_mask:
+            # Attention stays within documents, and those within blocks.
             documents = np.diff(found.ends, prepend=0)
             text = float((documents * np.minimum(documents, stage.length)).sum() / documents.sum())
         return Lengths(found.lengths, found.segments, text, real=True)

@@ -97,7 +97,7 @@ def _hub_dataset(task: str) -> str:
 def _scores(model: Model) -> list[Table]:
     """Its own row and those of the baselines that were computed beside it."""
     row = model.row()
-    if row is None:
+    if row is None or model.evaluation is None:
         return []
     rows = [row, *(r for r in model.evaluation["rows"] if "baseline" in r["identity"])]
     seb = seb_rows_table(rows)

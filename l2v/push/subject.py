@@ -90,7 +90,7 @@ def find(source: Path, results: Path | None) -> Model | Dataset | Ready:
 def _stage(folder: Path, name: str | None, results: Path | None) -> Model:
     run = read_run(folder, results)
     stage = next((s for s in run.stages if s.name == name), None) if name else run.last
-    if stage is None or not stage.trained:
+    if stage is None or stage.lineage is None:
         raise UserError(f"{folder / (name or '')}: not trained to its end yet; run 'l2v train' again, it goes on")
     through = [entry["stage"] for entry in stage.lineage["merged"] if "stage" in entry]
     base = run.recipe.base
@@ -119,7 +119,7 @@ def _export(folder: Path, results: Path | None) -> Model:
     if stage_folders(folder.parent):  # an export that lies in its run
         run = read_run(folder.parent, results)
         for stage in run.stages:
-            if stage.trained and [*_hashes(stage), stage.lineage["adapter"]["sha256"]] == hashes:
+            if stage.lineage is not None and [*_hashes(stage.lineage), stage.lineage["adapter"]["sha256"]] == hashes:
                 through = [entry.get("stage") for entry in stage.lineage["merged"]]
                 model.evaluation, model.stages = (
                     run.evaluation,
@@ -130,8 +130,8 @@ def _export(folder: Path, results: Path | None) -> Model:
     return model
 
 
-def _hashes(stage: StageFacts) -> list[str]:
-    return [entry["sha256"] for entry in stage.lineage["merged"]]
+def _hashes(lineage: dict[str, Any]) -> list[str]:
+    return [entry["sha256"] for entry in lineage["merged"]]
 
 
 def earlier_adapters(model: Model) -> list[tuple[str, Path | None]]:

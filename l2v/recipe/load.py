@@ -8,10 +8,11 @@ from typing import Any
 
 from l2v.errors import RecipeError
 from l2v.recipe.checks import check
+from l2v.recipe.extends import read_recipe
 from l2v.recipe.safety import BY_HAND, refuse_secret, refuse_unsafe
 from l2v.recipe.schema import OBJECTIVES, Recipe, Stage
 from l2v.recipe.shipped import find_recipe
-from l2v.recipe.typed_yaml import Node, build, kind_of, nearest, parse_override, plain_node, read_tree
+from l2v.recipe.typed_yaml import Node, build, kind_of, nearest, parse_override, plain_node
 from l2v.recipe.zero import find_config, read_config
 
 
@@ -22,7 +23,7 @@ def load_recipe(name: str, overrides: typing.Sequence[str] = (), stage: str | No
     of a stage, below that stage; and if `stage` is given, else below that one.
     """
     path = find_recipe(name)
-    tree = read_tree(path)
+    tree = read_recipe(path)
     known = _stage_names(tree)
     if stage is not None and stage not in known:
         raise RecipeError(f"{path}: there is no stage '{stage}'{nearest(stage, known)}")
@@ -84,7 +85,9 @@ def _follow_zero_config(tree: Node) -> None:
     A file named on the command line goes before a stage in the recipe; otherwise the two must agree.
     """
     zero = tree.value.get("zero") if isinstance(tree.value, dict) else None
-    config = zero.value.get("config") if zero is not None and isinstance(zero.value, dict) else None
+    if zero is None or not isinstance(zero.value, dict):
+        return
+    config = zero.value.get("config")
     if config is None or not isinstance(config.value, str):
         return
     file = find_config(config.value)

@@ -13,7 +13,10 @@ PAIR_KEYS = ("task", "query_prompt", "document_prompt", "symmetric")
 
 @dataclass
 class Source:
-    """Rows to train on: `sample:da/train`, a JSONL, Parquet or text file, or `hub:NAME`; and what its columns are called.
+    """Rows to train on: `sample:da/train`, a CSV, JSONL, Parquet or text file, or `hub:NAME`; and what its columns are called.
+
+    text, query, positive, negatives: columns; one at its default that the file lacks is guessed by common names
+    (`l2v.data.columns`). `negatives: negative_*` takes the columns negative_1, negative_2 and so on.
 
     weight: how often a row is met in an epoch, 1 for once; it may be a fraction. group: a column; rows of one value are no
     negatives of each other. query_prompt, document_prompt: instruction of every row that brings none in the columns

@@ -130,7 +130,7 @@ def _convert(hint: Any, node: Node, path: str) -> Any:
         return _strip(node)
     if hint is Source and isinstance(value, str):
         return Source(path=value)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, node, path)
     return _scalar(hint, node, path)
 

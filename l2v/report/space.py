@@ -48,6 +48,7 @@ def labelled(file: str | None, text: str, label: str | None) -> tuple[list[str],
             [p.subject for p in passages],
             "the passages of the Danish sample, by subject",
         )
+    assert label is not None  # the command line takes no file without it
     from l2v.evaluation.rows import read_rows
 
     found = read_rows(Path(file), [text], [label])

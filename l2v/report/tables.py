@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -41,9 +41,16 @@ class Table:
         return replace(self, heads=[self.heads[at] for at in kept], rows=rows, words=words)
 
 
+# Name, mark, mean, scores by task in percent, size, width.
+SebRow = tuple[str, str, float | None, Mapping[str, float | None], str, str]
+
+
 def seb_table(runs: Sequence[RunFacts]) -> tuple[Table | None, list[str]]:
     """The twelve Danish tasks of SEB: the runs' rows among the published ones, by mean. And what could not be had."""
-    missing, notes = [], []
+    missing: list[str] = []
+    notes: list[str] = []
+    rest: list[SebRow] = []
+    averages: dict[str, float] = {}
     found = [row for run in runs for row in _seb_rows(run, len(runs) > 1)]
     own = [row for at, row in enumerate(found) if row not in found[:at]]  # a baseline that several runs were beside
     try:
@@ -63,7 +70,9 @@ def seb_table(runs: Sequence[RunFacts]) -> tuple[Table | None, list[str]]:
         missing.append("No row of these runs has one of the twelve tasks yet: l2v eval RUN --stages computes them.")
     if not own and not rest:
         return None, missing
-    poster = [(f"{name} (average printed by the poster)", POSTER, mean, {}, "", "") for name, mean in averages.items()]
+    poster: list[SebRow] = [
+        (f"{name} (average printed by the poster)", POSTER, mean, {}, "", "") for name, mean in averages.items()
+    ]
     everything = [*own, *rest, *poster]
     everything.sort(key=lambda row: -(row[2] if row[2] is not None else -1))
     lines, rank = [], 0
@@ -76,8 +85,8 @@ def seb_table(runs: Sequence[RunFacts]) -> tuple[Table | None, list[str]]:
     return Table(CAPTION, heads, lines, words=2, names=1, notes=notes), missing
 
 
-def _seb_rows(run: RunFacts, several: bool) -> list[tuple[str, str, float | None, dict[str, float], str, str]]:
-    out = []
+def _seb_rows(run: RunFacts, several: bool) -> list[SebRow]:
+    out: list[SebRow] = []
     for row in (run.evaluation or {}).get("rows", ()):
         mean, scores = _cells(row)
         if scores:

@@ -25,7 +25,7 @@ def merged_adapters(recipe: Recipe, name: str) -> list[tuple[str, dict[str, str]
     """What is merged into the base before a stage, oldest first: published adapters, then earlier stages."""
     chain = recipe.chain(name)
     oldest = recipe.stages[chain[0] if chain else name]
-    out = [(adapter, {}) for adapter in oldest.adapters or []]
+    out: list[tuple[str, dict[str, str]]] = [(adapter, {}) for adapter in oldest.adapters or []]
     for earlier in chain:
         adapter = run_folder(recipe) / earlier / ADAPTER
         if not adapter.is_dir():

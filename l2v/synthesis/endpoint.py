@@ -99,8 +99,9 @@ class Endpoint:
 def _read(reply: Any) -> tuple[str | None, tuple[int, int]]:
     """Text and (prompt, completion) tokens of a reply. Errors: TypeError or the like where it is malformed."""
     usage = getattr(reply, "usage", None)
-    used = tuple(int(getattr(usage, name, 0) or 0) for name in ("prompt_tokens", "completion_tokens"))
+    prompt, completion = (int(getattr(usage, name, 0) or 0) for name in ("prompt_tokens", "completion_tokens"))
     choices = getattr(reply, "choices", None) or []
     choice = choices[0] if choices else None
-    whole = choice is not None and choice.finish_reason != "length"  # cut off: half a query
-    return (choice.message.content if whole else None), used
+    if choice is None or choice.finish_reason == "length":  # cut off: half a query
+        return None, (prompt, completion)
+    return choice.message.content, (prompt, completion)

@@ -50,11 +50,14 @@ class Local:
                 used[at][1] += int((answer != self.tokenizer.pad_token_id).sum())
                 text = self.tokenizer.decode(answer, skip_special_tokens=True)
                 if query := query_of(text, questions[at].text):
-                    out[at] = Answer(query, None, *used[at], attempt + 1)
+                    out[at] = Answer(query, None, used[at][0], used[at][1], attempt + 1)
             left = [at for at in left if at not in out]
             if not left or not self.settings["do_sample"]:
                 break  # without noise, a model says the same again
-        return [out.get(at) or Answer(None, "malformed", *used[at], attempt + 1) for at in range(len(questions))]
+        return [
+            out.get(at) or Answer(None, "malformed", used[at][0], used[at][1], attempt + 1)
+            for at in range(len(questions))
+        ]
 
     def _prompt(self, question: Question) -> str:
         if self.tokenizer.chat_template:

@@ -1,4 +1,4 @@
-"""`l2v data synthesize PASSAGES --out FILE --model NAME [--endpoint URL]`: queries for passages, kept if they find them."""
+"""Queries for passages, written by a language model and kept if they find their passage again."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from l2v.data.sources import open_rows
 from l2v.encoder import Encoder
-from l2v.errors import RecipeError, UserError
-from l2v.mining.arguments import add_source, source_of
+from l2v.errors import UserError
+from l2v.mining.arguments import source_of
 from l2v.mining.candidates import Bm25, Exact
 from l2v.mining.choose import plain
 from l2v.mining.shards import Shards, check_out, write_rows
@@ -31,12 +31,17 @@ from l2v.synthesis.wording import STYLES, SYSTEM, Question, question
 SEARCHED = 1024  # queries that look for their passages at a time
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Let a language model write Danish queries for passages, and keep those that find their passage again."""
-    args = _parser().parse_intermixed_args(argv)
-    _check(args)
+def synthesize(args: argparse.Namespace) -> str:
+    """Let a language model write queries as the arguments of `l2v data synthesize` say; returns a summary.
+
+    Raises:
+        UserError: queries failed (those that were answered are kept), or a file cannot be used.
+    """
     out = check_out(args.out)
-    read = open_rows([source_of(args.passages, args)], "documents")["text"][:]
+    notes: list[str] = []
+    read = open_rows([source_of(args.passages, args)], "documents", notes)["text"][:]
+    for note in notes:
+        print(note)
     different: dict[str, str] = {}
     for text in read:
         different.setdefault(plain(text), text)
@@ -59,9 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     rows, dropped = _consistent(questions, journal.answers, filter_, args.top)
     write_rows(out, rows)
-    print(_summary(args, out, len(read), passages, questions, journal.answers, len(failed), rows, dropped))
     shards.clear()
-    return 0
+    return _summary(args, out, len(read), passages, questions, journal.answers, len(failed), rows, dropped)
 
 
 def _ask(args: argparse.Namespace, questions: list[Question], journal: Journal) -> list[str]:
@@ -92,7 +96,8 @@ def _ask_endpoint(
     endpoint: Endpoint, concurrency: int, questions: list[Question], journal: Journal, bar: tqdm
 ) -> list[str]:
     left = iter([q for q in questions if q.key not in journal.answers])
-    failed, in_a_row, most = [], 0, max(8, 2 * concurrency)
+    failed: list[str] = []
+    in_a_row, most = 0, max(8, 2 * concurrency)
     pool = ThreadPoolExecutor(concurrency)
     running = {}
     try:
@@ -146,10 +151,11 @@ def _consistent(
     questions: list[Question], answers: dict[str, Answer], search, top: int
 ) -> tuple[list[dict[str, Any]], Counter]:
     """The pairs that stay, and why others do not."""
-    rows, dropped, seen = [], Counter(), set()
+    rows, seen = [], set()
+    dropped: Counter[str] = Counter()
     for chosen in _batches(questions):
         asked = [(q, answers[q.key]) for q in chosen if q.key in answers]
-        dropped.update(answer.why for _, answer in asked if answer.query is None)
+        dropped.update(str(answer.why) for _, answer in asked if answer.query is None)
         found = [(q, answer.query) for q, answer in asked if answer.query is not None]
         instructions = [find_task(STYLES[q.style].task).query for q, _ in found]
         first = search([query for _, query in found], instructions) if search and found else None
@@ -195,55 +201,3 @@ def _digest(texts: Sequence[str]) -> str:
     for text in texts:
         digest.update(f"{len(text)} {text}".encode())
     return digest.hexdigest()[:16]
-
-
-def _check(args: argparse.Namespace) -> None:
-    for name in ("number", "top", "concurrency", "batch", "most_tokens"):
-        if getattr(args, name) < 1:
-            raise RecipeError(f"--{name.replace('_', '-')} is {getattr(args, name)} and must be at least 1")
-    if args.retries < 0:
-        raise RecipeError(f"--retries is {args.retries} and must not be negative")
-    if args.timeout <= 0:
-        raise RecipeError(f"--timeout is {args.timeout:g} and must be above 0 seconds")
-    if not 0 <= args.temperature <= 2:
-        raise RecipeError(f"--temperature is {args.temperature:g}; use 0 up to 2")
-
-
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="l2v data synthesize", description=main.__doc__)
-    p.add_argument("passages", help="passages: a JSONL, Parquet or text file, sample:da/train or hub:NAME")
-    p.add_argument("--out", required=True, help=".jsonl or .parquet: query, positive, instruction, style, rank")
-    p.add_argument(
-        "--model", required=True, help="the endpoint's name of a model; without --endpoint, one of transformers"
-    )
-    p.add_argument(
-        "--endpoint", metavar="URL", help="an OpenAI-compatible endpoint, for example http://127.0.0.1:8000/v1"
-    )
-    p.add_argument(
-        "--key-from", default="OPENAI_API_KEY", metavar="NAME",
-        help="environment variable that holds the endpoint's key (default: OPENAI_API_KEY)",
-    )  # fmt: skip
-    p.add_argument("--number", type=int, default=1, help="queries of a passage (default: 1)")
-    p.add_argument(
-        "--styles", nargs="+", choices=tuple(STYLES), default=list(STYLES), help="how they ask (default: all)"
-    )
-    p.add_argument(
-        "--filter", default="bm25", metavar="bm25|none|ENCODER",
-        help="keep a query if its passage is among the first that this finds (default: bm25)",
-    )  # fmt: skip
-    p.add_argument("--top", type=int, default=3, help="so many first ones (default: 3)")
-    p.add_argument("--seed", type=int, default=42, help="styles and noise are a function of it (default: 42)")
-    p.add_argument("--temperature", type=float, default=0.7, help="0 for no noise (default: 0.7)")
-    p.add_argument("--most-tokens", type=int, default=64, help="longest answer (default: 64 tokens)")
-    p.add_argument("--concurrency", type=int, default=8, help="questions at the endpoint at a time (default: 8)")
-    p.add_argument(
-        "--retries", type=int, default=4, help="further tries after errors and malformed answers (default: 4)"
-    )
-    p.add_argument("--timeout", type=float, default=60.0, help="seconds an answer may take (default: 60)")
-    p.add_argument("--skip-failed", action="store_true", help="finish without the queries that failed")
-    p.add_argument(
-        "--price", type=float, nargs=2, metavar=("READ", "WRITTEN"), help="price of a million tokens, for the sum"
-    )
-    p.add_argument("--batch", type=int, default=8, help="passages at a time with a local model (default: 8)")
-    add_source(p, pairs=False)
-    return p

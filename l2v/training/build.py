@@ -58,7 +58,7 @@ def place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: torc
     Returns what was chosen, for the user. It changes no bit of what is learned, so ranks may choose apart.
     """
     if model.fused is None:
-        model.set_recompute(stage.recompute)
+        model.set_recompute("none" if stage.recompute == "auto" else stage.recompute)
         return None
     if recipe.base.base_precision == "fp8":
         to_fp8(model.fused, model.decoder)

@@ -47,7 +47,8 @@ def be_deterministic() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
     os.environ["L2V_AUTOTUNE"] = "0"
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # for finding bugs; costs a pass over every new tensor
+    # For finding bugs; costs a pass over every new tensor. torch makes it a property of the module, which types do not show.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 

@@ -13,7 +13,7 @@ from l2v.data.collate import Masking, collate
 from l2v.data.sampler import Sampler
 from l2v.objectives.contrastive import Groups, contrastive_loss
 from l2v.objectives.mntp import mntp_loss_of_hidden
-from l2v.recipe import Mntp, Stage, Supervised
+from l2v.recipe import Contrastive, Mntp, Stage, Supervised
 from l2v.training.steps import loss_options
 
 MOST = 2000
@@ -33,7 +33,7 @@ def evaluator(engine, stage: Stage, examples, masking: Masking | None) -> Callab
         parts: list[tuple[torch.Tensor, ...]] = []
         for unit in (unit for at in range(sampler.steps_per_epoch) for unit in sampler.plan(at).units[0]):
             micros = [collate(examples, micro, seed=0, step=0, masking=masking) for micro in unit.micros]
-            if isinstance(stage, Mntp):
+            if not isinstance(stage, Contrastive):
                 for micro in (m.to(engine.device) for m in micros):
                     part, found = engine(micro, "loss", functools.partial(mntp_loss_of_hidden, count=1.0))
                     loss += part.item()

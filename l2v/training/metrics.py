@@ -25,7 +25,8 @@ class Metrics:
         log: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
         """resumed_at: rows after this step are dropped. log: is called when a disk is full."""
-        self.active, self.file, self.board, self.run = active, None, None, None
+        self.file: MetricsFile | None = None
+        self.board, self.run = None, None
         if not active:
             return
         self.folder, self.log = folder, log
@@ -43,7 +44,7 @@ class Metrics:
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append one row; scalars also go to TensorBoard. A full disk costs no training: rows wait until there is room."""
-        if not self.active:
+        if self.file is None:
             return
         self.file.append({"step": step} | values)
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}

@@ -68,23 +68,22 @@ class Profile:
         if number not in self.steps and number != self.warm_up:  # and any step where it is not active
             yield
             return
-        if self.tracer is None:
-            self._begin()
+        tracer = self.tracer or self._begin()
         with torch.profiler.record_function(STEP):
             yield
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # what this step launched belongs to it
         if number == self.steps[-1]:
             with self.aside():
-                self._end()
+                self._end(tracer)
         else:
-            self.tracer.step()
+            tracer.step()
 
     def close(self) -> None:
         """Stop tracing, wherever training ended."""
         self.running.close()
 
-    def _begin(self) -> None:
+    def _begin(self) -> torch.profiler.profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says that it starts and stops, in the middle of a bar
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
@@ -97,13 +96,14 @@ class Profile:
             warnings.simplefilter("ignore", UserWarning)
             plan = torch.profiler.schedule(wait=0, warmup=warm_up, active=len(self.steps), repeat=1)
             self.tracer = self.running.enter_context(torch.profiler.profile(activities=activities, schedule=plan))
+        return self.tracer
 
-    def _end(self) -> None:
+    def _end(self, tracer: torch.profiler.profile) -> None:
         self.running.close()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             trace = self.folder / "trace.json.gz"
-            self.tracer.export_chrome_trace(str(trace))
+            tracer.export_chrome_trace(str(trace))
             table = tabulate(read(trace))
             if self.device.type == "cuda" and table.counted != "kernels":
                 self.log(

@@ -24,7 +24,7 @@ class Saver:
     """
 
     def __init__(self, folder: Path, *, keep: int, active: bool, log: Log) -> None:
-        self.folder, self.keep, self.active, self.log = folder, keep, active, log
+        self.folder, self.keep, self.log = folder, keep, log
         self.failed: str | None = None
         self.safe: int | None = None
         self._thread = ThreadPoolExecutor(1) if active else None
@@ -33,7 +33,7 @@ class Saver:
 
     def submit(self, checkpoint: Checkpoint) -> None:
         """Hand a checkpoint over; waits only where the one before is not written yet."""
-        if not self.active:
+        if self._thread is None:
             return
         self.wait()
         self._step = checkpoint.step

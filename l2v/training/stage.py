@@ -65,7 +65,12 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdo
     for note in data.notes:
         log(note)
     resume = checkpoint.newest(folder / "checkpoints", log=print if rank == 0 else None)
-    watch.on_fault = [lambda facts: "micro_tokens" in facts and write_budget(folder, facts["micro_tokens"])]
+
+    def on_fault(facts: dict[str, Any]) -> None:
+        if "micro_tokens" in facts:
+            write_budget(folder, facts["micro_tokens"])
+
+    watch.on_fault = [on_fault]
     _check_data(data, name, stage, resume)
 
     dtype, seed = dtype_of(recipe.base.precision), recipe.stage_seed(name)
@@ -84,8 +89,8 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdo
     units = model.as_units() if recipe.zero.stage == 3 else []
     count = sum(p.numel() for p in parameters.values())
     engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype, count), stage, units)
-    if note := place_memory(model, recipe, stage, dtype, int(data.examples.lengths.max())):
-        log(note)
+    if placed := place_memory(model, recipe, stage, dtype, int(data.examples.lengths.max())):
+        log(placed)
     job = Job(
         name=name, stage=stage, seed=seed, folder=folder, examples=data.examples, masking=masking, parameters=parameters,
         facts={"world": world}, tracking=recipe.tracking, watchdog=watch, profile=recipe.profile,

@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -34,7 +35,7 @@ def linear_parameters(decoder: nn.Module) -> int | None:
     That is: experts, of which a token goes through some; a decoder with a tower for images; layers of an unknown kind.
     Sizes are those of the layers, whatever their weights are stored as (4 bits, or parts on other ranks).
     """
-    inner = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
+    inner: Any = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
     config = inner.config
     if config.get_text_config() is not config or any((getattr(config, key, 0) or 0) > 1 for key in EXPERTS):
         return None
@@ -96,7 +97,7 @@ class Throughput:
         return {"tokens_per_second": round(rate, 1)} | {key: round(rate * x, 4) for key, x in self.shares.items()}
 
 
-def told(row: dict[str, float]) -> str:
+def told(row: dict[str, Any]) -> str:
     """A row of metrics as the progress bar has it: `loss 2.1034, 21,034 tokens/s, MFU 75%`."""
     loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
     text = f"loss {loss}, {row['tokens_per_second']:,.0f} tokens/s"

@@ -235,11 +235,11 @@ def _kernels(kernels: list[dict[str, Any]], host: _Host) -> Iterable[_Piece]:
                 yield _Piece(name, kind, max(start, first), min(end, last) - max(start, first))
 
 
-def _share_out(pieces: list[_Piece]) -> Counter:
+def _share_out(pieces: list[_Piece]) -> dict[str, float]:
     """Microseconds a kind. While several kernels run at once, each has an equal part of the time."""
     edges = [(piece.start, 1, piece.kind) for piece in pieces]
     edges += [(piece.start + piece.time, -1, piece.kind) for piece in pieces]
-    spent: Counter = Counter()
+    spent: dict[str, float] = defaultdict(float)
     running: Counter = Counter()
     before, total = 0.0, 0
     for at, change, kind in sorted(edges, key=lambda edge: edge[:2]):
@@ -254,22 +254,22 @@ def _share_out(pieces: list[_Piece]) -> Counter:
     return spent
 
 
-def _add_up(pieces: list[_Piece]) -> Counter:
-    spent: Counter = Counter()
+def _add_up(pieces: list[_Piece]) -> dict[str, float]:
+    spent: dict[str, float] = defaultdict(float)
     for piece in pieces:
         spent[piece.kind] += piece.time
     return spent
 
 
 def _longest(pieces: list[_Piece], steps: int, most: int) -> list[dict[str, Any]]:
-    time: Counter = Counter()
+    time: dict[tuple[str, str], float] = defaultdict(float)
     count: Counter = Counter()
     for piece in pieces:
         time[piece.name, piece.kind] += piece.time
         count[piece.name, piece.kind] += 1
     return [
         {"name": name, "kind": kind, "ms": spent / 1e3 / steps, "launches": count[name, kind] / steps}
-        for (name, kind), spent in time.most_common(most)
+        for (name, kind), spent in sorted(time.items(), key=lambda item: item[1], reverse=True)[:most]
     ]
 
 

@@ -70,26 +70,29 @@ class Watchdog:
         self.on_fault: list[Callable[[dict[str, Any]], None]] = []
         self.last_words: list[Callable[[float], None]] = []
         self._marked: float | None = None
-        self._main = threading.main_thread().ident
-        self._stopped, self._thread, self._store = threading.Event(), None, None
+        self._main = threading.main_thread().ident or 0
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._store: dist.TCPStore | None = None
         self._lock, self._answered = threading.Lock(), time.monotonic()
         self._peers: list[Beat] = []
 
     def start(self) -> Watchdog:
         """A collective call: opens the store and starts the thread."""
         if self.world > 1:
-            where = [None]
+            where: list[Any] = [None]
             if self.rank == 0:
-                self._store = dist.TCPStore(
+                store = dist.TCPStore(
                     os.environ.get("MASTER_ADDR", "127.0.0.1"), 0, is_master=True, wait_for_workers=False
                 )
-                where = [self._store.port]
+                where = [store.port]
             dist.broadcast_object_list(where, src=0)
             if self.rank:
-                self._store = dist.TCPStore(
+                store = dist.TCPStore(
                     os.environ["MASTER_ADDR"], where[0], is_master=False, timeout=timedelta(seconds=60)
                 )
-            self._store.set_timeout(timedelta(seconds=max(5.0, self.silent / 3)))
+            store.set_timeout(timedelta(seconds=max(5.0, self.silent / 3)))
+            self._store = store
             self._tell()
             peers: list[Any] = [None] * self.world
             dist.all_gather_object(peers, (self.me.host, self.me.pid))
@@ -196,7 +199,7 @@ class Watchdog:
                 stack = self._look()[1]
                 return f"rank 0 has not moved for {age:.0f} s at {self.me.where}, {stack}", {}
             return None, {}
-        if reachable:
+        if reachable and self._store is not None:
             try:
                 if self._store.check(["verdict"]):
                     return self._store.get("verdict").decode(), json.loads(self._store.get("facts").decode())
@@ -244,18 +247,20 @@ class Watchdog:
         guilty = [b for b in old if not b.waits]
         if not guilty:
             running = [b for b in beats if b.state == "runs" and b.age is not None]
-            if len(old) < len(running) and max(b.age for b in old) < 2 * self.timeout:
+            if len(old) < len(running) and max(b.age or 0.0 for b in old) < 2 * self.timeout:
                 return None  # those that only wait were there first; whom they wait for is about to be as old
             guilty = old
         told = "; ".join(f"{b.name} at {b.where}, {b.stack}" for b in guilty[:4])
         more = f" and {len(guilty) - 4} more" if len(guilty) > 4 else ""
-        age = max(b.age for b in old)
+        age = max(b.age or 0.0 for b in old)
         return (
             f"no progress for {age:.0f} s (timeout {self.timeout:.0f} s), {len(old) - len(guilty)} of {self.world} ranks wait "
             f"for {told}{more}"
         )
 
     def _read(self, ranks) -> list[Beat]:
+        if self._store is None:
+            return []
         try:
             raw = self._store.multi_get([f"beat/{rank}" for rank in ranks])
         except (RuntimeError, OSError):
@@ -283,8 +288,8 @@ class Watchdog:
             sys.stderr.flush()
         for call in self.on_fault:
             call(facts)
-        for call in self.last_words:
-            call(PATIENCE)
+        for say in self.last_words:
+            say(PATIENCE)
         if self.rank == 0 and self._store is not None:
             time.sleep(2 * BEAT)  # the store lives here: the others are still to read why
         os._exit(EXIT_FAULT)

@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import attention as benchmark
-from benchmarks.attention_peers import PROVIDERS, Workload
-from benchmarks.harness import Ceilings, Result, fill, table, time_interleaved
+from benchmarks.harness import Ceilings, Result, Unavailable, fill, time_interleaved
+from benchmarks.kernels import attention as benchmark
+from benchmarks.kernels.attention_peers import PROVIDERS, Workload
+from benchmarks.pages import table
 
 
 def test_smoke_run_is_labelled_and_complete(tmp_path, capsys):
@@ -62,7 +63,7 @@ def test_cpu_providers_are_right_or_say_why_not(provider):
     try:
         attend = provider(w)
         attend(*tensors[:3])
-    except (benchmark.Unavailable, RuntimeError) as error:
+    except (Unavailable, RuntimeError) as error:
         assert str(error)
         return
     benchmark.check(w, attend, tensors, benchmark.exact_results(w, tensors, 0.0))

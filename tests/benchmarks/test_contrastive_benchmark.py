@@ -4,9 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import contrastive as benchmark
-from benchmarks.contrastive_peers import PROVIDERS, Workload, bare_products
 from benchmarks.harness import Ceilings, Result, Target, Unavailable
+from benchmarks.kernels import contrastive as benchmark
+from benchmarks.kernels.contrastive_peers import PROVIDERS, Workload, bare_matmuls
 
 CPU = torch.device("cpu")
 TINY = Workload(12, 24, 16, CPU, torch.float32)
@@ -23,7 +23,7 @@ def test_smoke_run_is_labelled_and_complete(tmp_path, capsys):
     assert len(results) == 2 * (len(PROVIDERS) + 1) + 6
     assert all((x["median"] is None) == bool(x["skipped"]) for x in results)
     timed = {x["provider"] for x in results if x["median"]}
-    assert timed >= {"l2v", "l2v_chunked", "torch_naive", "torch_chunked", "torch_one_pass", "bare_products"}
+    assert timed >= {"l2v", "l2v_chunked", "torch_naive", "torch_chunked", "torch_one_pass", "bare_matmuls"}
 
 
 @pytest.mark.parametrize("provider", PROVIDERS, ids=lambda x: x.__name__)
@@ -65,7 +65,7 @@ def test_a_wrong_provider_is_not_timed_and_a_full_memory_is_a_result(monkeypatch
 
     monkeypatch.setattr(benchmark, "PROVIDERS", (PROVIDERS[0], wrong, large))
     results = {x.provider: x for x in benchmark.run(TINY, Ceilings(1e9, 1e9), seconds=0.001)}
-    assert results["l2v"].median and results["bare_products"].median
+    assert results["l2v"].median and results["bare_matmuls"].median
     assert "wrong gradients: relative error 1.0" in results["wrong"].skipped and results["wrong"].median is None
     assert results["large"].skipped == "out of memory"
     assert "out of memory" in benchmark.comparison(list(results.values()))
@@ -80,7 +80,7 @@ def test_sizes():
     assert any((w.n, w.m, w.e) == (65536, 65536, 4096) for w in quick)
     small, large = Workload(8192, 8192, 4096, gpu, torch.bfloat16), Workload(16384, 16384, 4096, gpu, torch.bfloat16)
     many = Workload(65536, 8 * 65536, 4096, gpu, torch.bfloat16)
-    assert (small.products, large.products, many.products) == (3, 3, 4)
+    assert (small.matmuls, large.matmuls, many.matmuls) == (3, 3, 4)
     assert small.flops == 6 * 8192 * 8192 * 4096 and small.bytes_of_inputs == 2 * 8192 * 4096 * 2
     assert large.rows_of_a_chunk == 8192
 
@@ -94,8 +94,8 @@ def steps(times, workload="65536 x 65536 x 4096", n=65536, memory=None):
 
 
 def test_targets_take_the_worst_of_what_was_measured():
-    times = {"l2v": 1.0, "bare_products": 0.9, "inf_cl": 2.0, "torch_chunked": 1.1}
-    worse = {"l2v": 1.0, "bare_products": 0.5, "torch_chunked": 0.9, "inf_cl": None}
+    times = {"l2v": 1.0, "bare_matmuls": 0.9, "inf_cl": 2.0, "torch_chunked": 1.1}
+    worse = {"l2v": 1.0, "bare_matmuls": 0.5, "torch_chunked": 0.9, "inf_cl": None}
     results = steps(times, memory=1 << 30) + steps(worse, "8192 x 8192 x 4096", 8192)
     names = ("one loss", "six prefixes")
     for name, forward, both in zip(names, (1.0, 1.2), (3.0, 5.2), strict=True):
@@ -112,9 +112,9 @@ def test_targets_take_the_worst_of_what_was_measured():
     assert Target("x", 1.0, float("nan")).verdict == "not met"
 
 
-def test_bare_products_do_as_many_as_the_work_needs(monkeypatch):
+def test_bare_matmuls_do_as_many_as_the_work_needs(monkeypatch):
     seen = []
     mm = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, **k: (seen.append(a[0].shape), mm(*a, **k))[1])
-    bare_products(TINY)(*TINY.inputs())
-    assert len(seen) == TINY.products == 3
+    bare_matmuls(TINY)(*TINY.inputs())
+    assert len(seen) == TINY.matmuls == 3

@@ -19,10 +19,11 @@ def tiny(monkeypatch):
 
 def test_smoke_run_is_labelled_and_complete(tiny, tmp_path, capsys):
     command = ["--quick", "--device", "cpu", "--texts", "16", "--rounds", "2", "--out", str(tmp_path)]
-    assert benchmark.main(command) == 0
+    assert benchmark.main([*command, "--precision", "fp32"]) == 0
     data = json.loads((tmp_path / "encode_mini.json").read_text())
     page = (tmp_path / "encode_mini.md").read_text()
     assert page.startswith("SMOKE TEST on a CPU") and data["facts"]["smoke"]
+    assert data["facts"]["dtype"] == "float32"
     results = data["results"]
     providers = {"l2v", "sentence_transformers, 8", "sentence_transformers, 32"}
     assert {(x["workload"], x["provider"]) for x in results} == {(p, q) for p in benchmark.PROFILES for q in providers}

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import fp8 as benchmark
-from benchmarks import fp8_parity as parity
-from benchmarks.fp8_products import COLUMNS, product_errors
+from benchmarks.fp8 import kernels as benchmark
+from benchmarks.fp8 import parity
+from benchmarks.fp8.errors import COLUMNS, matmul_errors
 from benchmarks.harness import Ceilings
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ def test_smoke_run_is_labelled_and_complete(tmp_path, capsys):
     data = json.loads((tmp_path / "fp8.json").read_text())
     text = (tmp_path / "fp8.md").read_text()
     assert data["facts"]["smoke"] and data["facts"]["emulated"]
-    assert text.startswith("SMOKE TEST on a CPU") and "Products are EMULATED: their times are not FP8's." in text
+    assert text.startswith("SMOKE TEST on a CPU") and "Matmuls are EMULATED: their times are not FP8's." in text
     assert len(data["results"]) == 2 * (2 * 4 + 2 * 3)
     for x in data["results"]:
         assert (x["median"] is None) == (x["provider"] == "compiled") == bool(x["skipped"])
@@ -34,19 +34,19 @@ def test_smoke_run_is_labelled_and_complete(tmp_path, capsys):
 @pytest.mark.parametrize("direction", ["forward", "gradient"])
 def test_what_is_not_fp8_is_not_timed(direction, monkeypatch):
     """Neither what is wrong nor what is too exact to have been rounded to 8 bits."""
-    made = benchmark.products
+    made = benchmark.matmuls
 
     def changed(w):
         found = made(w)
         right, exact = found["l2v"](), found["exact"]()
         return {"l2v": lambda: lambda x: right(x) * 1.2, "eager quantise": lambda: exact, "exact": lambda: exact}
 
-    monkeypatch.setattr(benchmark, "products", changed)
+    monkeypatch.setattr(benchmark, "matmuls", changed)
     w = benchmark.Workload("tiny", direction, 8, 32, 48, CPU)
     assert all("wrong results" in x.skipped and x.median is None for x in benchmark.run(w, CEILINGS, seconds=0.001))
 
 
-def test_the_yardstick_of_two_curves():
+def test_the_distance_of_two_curves():
     found = parity.difference([2.0, 1.1, 0.9, 1.2], [2.0, 1.0, 1.0, 1.0])
     assert found == pytest.approx({"mean": 0.1, "largest": 0.2})
     assert parity.spread([1.0, 2.0, 3.0]) == "2.0000 ± 0.5774" and parity.spread([2.0]) == "2.0000"
@@ -61,7 +61,7 @@ def test_held_out_texts_are_seen_by_no_stage():
 
 
 def fake(monkeypatch, apart):
-    """Trainings of which fp8 lies `apart` from same, in losses and in the angle of vectors, and a seed by a tenth of it."""
+    """Trainings of which fp8 is `apart` from same, in losses and in the angle of vectors, and a seed by a tenth of it."""
 
     def distance(name):
         return apart * name.startswith("fp8") + 0.1 * apart * name.endswith("1042")
@@ -94,7 +94,7 @@ def fake(monkeypatch, apart):
 
     for name, stand_in in (("train", train), ("Encoder", Encoder), ("to_fp8", to_fp8)):
         monkeypatch.setattr(parity, name, stand_in)
-    monkeypatch.setattr(parity, "product_errors", lambda *_: {"q_proj": dict.fromkeys(COLUMNS, 0.03)})
+    monkeypatch.setattr(parity, "matmul_errors", lambda *_: {"q_proj": dict.fromkeys(COLUMNS, 0.03)})
 
 
 def test_what_parity_writes(tmp_path, monkeypatch, capsys):
@@ -122,14 +122,14 @@ def test_what_parity_writes(tmp_path, monkeypatch, capsys):
     assert "standard error: 0.4000." in (tmp_path / "one" / "fp8_parity.md").read_text()
 
 
-def test_training_that_fails_is_told(monkeypatch):
+def test_training_that_fails_is_reported(monkeypatch):
     monkeypatch.setattr(parity.subprocess, "run", lambda command: SimpleNamespace(returncode=3))
     with pytest.raises(SystemExit, match=r"training did not finish: smollm2-135m-da steps=1"):
         parity.train("smollm2-135m-da", "mntp", ["steps=1"])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="needs peft")
-def test_errors_of_products_on_a_decoder_of_its_own():
+def test_errors_of_matmuls_on_a_small_decoder():
     from l2v.model.load import inner_model, load_model
     from l2v.model.packed import PackedDecoder
     from l2v.recipe import Base
@@ -146,7 +146,7 @@ def test_errors_of_products_on_a_decoder_of_its_own():
     tokenizer = SimpleNamespace(
         embedded=lambda texts, _: ([[3, 7, 11, 2 + len(t)] for t in texts], [0] * len(texts), 0)
     )
-    found = product_errors(SimpleNamespace(model=model, tokenizer=tokenizer), ["en", "to", "tre"])
+    found = matmul_errors(SimpleNamespace(model=model, tokenizer=tokenizer), ["en", "to", "tre"])
     assert set(found) == {f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")}
     for errors in found.values():
         assert set(errors) == set(COLUMNS) and 0.02 < errors["weights"] < 0.03

@@ -2,8 +2,8 @@ import json
 
 import torch
 
-from benchmarks import fused_layer as benchmark
 from benchmarks.harness import Ceilings
+from benchmarks.kernels import fused_layer as benchmark
 
 
 def test_smoke_run_is_labelled_and_complete(tmp_path, capsys):

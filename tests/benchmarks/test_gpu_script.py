@@ -58,7 +58,7 @@ def test_the_long_parts_are_asked_for(run, monkeypatch):
     monkeypatch.setenv("WORK", "/some/weights")
     code, steps, done = run("train_step", "encode")
     assert (code, steps) == (0, ["train_step", "encode"])
-    assert "-m benchmarks.train_step --minutes 8.5" in done.stdout and "--llm2vec /some/packages" in done.stdout
+    assert "-m benchmarks.train_step.bench --minutes 8.5" in done.stdout and "--llm2vec /some/packages" in done.stdout
     assert done.stdout.count("--work /some/weights") == 2
     monkeypatch.delenv("LLM2VEC")
     assert "--llm2vec" not in run("train_step")[2].stdout

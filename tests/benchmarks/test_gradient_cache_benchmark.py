@@ -4,9 +4,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import gradient_cache as benchmark
-from benchmarks import gradient_cache_step
-from benchmarks.gradient_cache_step import NEEDED, SHAPES, Setting, memory_on_cpu
+from benchmarks.gradient_cache import bench as benchmark
+from benchmarks.gradient_cache import step as gradient_cache_step
+from benchmarks.gradient_cache.step import NEEDED, SHAPES, Setting, memory_on_cpu
 from benchmarks.harness import Result, Unavailable
 
 installed = all(importlib.util.find_spec(name) for name in NEEDED)
@@ -122,8 +122,8 @@ def test_one_sentence_where_the_training_libraries_are_missing(monkeypatch, caps
 
 @pytest.mark.parametrize("name", ["attention", "contrastive", "gradient_cache"])
 def test_the_command_finds_every_benchmark(name, capsys):
-    from l2v.bench_cli import main
+    from l2v.commands.bench import main
 
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
-    assert stopped.value.code == 0 and f"benchmarks.{name}" in capsys.readouterr().out
+    assert stopped.value.code == 0 and f"l2v bench {name}" in capsys.readouterr().out

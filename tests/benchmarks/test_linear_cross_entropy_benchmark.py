@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
-from benchmarks import linear_cross_entropy as benchmark
 from benchmarks.harness import Ceilings, Result, Unavailable
-from benchmarks.linear_cross_entropy import PROVIDERS, STEP, Workload
+from benchmarks.kernels import linear_cross_entropy as benchmark
+from benchmarks.kernels.linear_cross_entropy import PROVIDERS, STEP, Workload
 
 CPU = torch.device("cpu")
 TINY = Workload(9, 50, 16, CPU, torch.float32)
@@ -20,10 +20,10 @@ def test_smoke_run_is_labelled_and_complete(tmp_path, capsys):
     assert {x["verdict"] for x in data["targets"]} == {"not measured"} and "| not measured |" in page
     assert len(data["results"]) == 2 * (len(PROVIDERS) + 1)
     assert all((x["median"] is None) == bool(x["skipped"]) for x in data["results"])
-    assert {x["provider"] for x in data["results"] if x["median"]} >= {"l2v", "torch_logits", "bare_products"}
+    assert {x["provider"] for x in data["results"] if x["median"]} >= {"l2v", "torch_logits", "bare_matmuls"}
 
 
-def test_a_shape_of_ones_own(capsys):
+def test_a_given_shape(capsys):
     assert benchmark.main(["--device", "cpu", "--shape", "5", "40", "8"]) == 0
     assert "| 5 x 40 x 8 | forward+backward | l2v |" in capsys.readouterr().out
 
@@ -55,7 +55,7 @@ def test_a_wrong_provider_is_not_timed_and_a_full_memory_is_a_result(monkeypatch
     monkeypatch.setattr(benchmark, "PROVIDERS", (PROVIDERS[0], wrong, large))
     monkeypatch.setattr(benchmark, "PEERS", ("wrong", "large"))
     results = {x.provider: x for x in benchmark.run(TINY, Ceilings(1e9, 1e9), seconds=0.001)}
-    assert results["l2v"].median and results["bare_products"].median
+    assert results["l2v"].median and results["bare_matmuls"].median
     assert "wrong gradient: relative error 1.0" in results["wrong"].skipped and results["wrong"].median is None
     assert results["large"].skipped == "out of memory"
     assert "out of memory" in benchmark.comparison(list(results.values()))

@@ -7,17 +7,17 @@ from typing import ClassVar
 import pytest
 import torch
 
-from benchmarks import train_step as benchmark
-from benchmarks import train_step_report as report
-from benchmarks import train_step_runs as runs_module
-from benchmarks import train_step_work as work_module
 from benchmarks.harness import Unavailable
-from benchmarks.train_step_peers import PROVIDERS
-from benchmarks.train_step_record import Recorder, Setting, Spec
-from benchmarks.train_step_record import run as run_peer
-from benchmarks.train_step_report import Run
-from benchmarks.train_step_runs import Runner
-from benchmarks.train_step_work import MODELS, Lengths, Words, Work, Workload, texts, write_base
+from benchmarks.train_step import bench as benchmark
+from benchmarks.train_step import report
+from benchmarks.train_step import runs as runs_module
+from benchmarks.train_step import work as work_module
+from benchmarks.train_step.peers import PROVIDERS
+from benchmarks.train_step.record import Recorder, Setting, Spec
+from benchmarks.train_step.record import run as run_peer
+from benchmarks.train_step.report import Run
+from benchmarks.train_step.runs import Runner
+from benchmarks.train_step.work import MODELS, Lengths, Words, Work, Workload, texts, write_base
 
 CPU = torch.device("cpu")
 SHAPE = MODELS["mini"].shape | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -44,8 +44,12 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def runner(base, run_here, monkeypatch):
-    """A Runner whose training program runs inside this process."""
-    monkeypatch.setattr(runs_module, "_finish", lambda command, *_: (run_here(*command[3:]), ""))
+    """A Runner whose training program runs inside this process, in float32 as the peers do."""
+
+    def finish(command, *_):
+        return run_here(command[3], "base.precision=fp32", *command[4:]), ""
+
+    monkeypatch.setattr(runs_module, "_finish", finish)
     return Runner(Work(TINY, base), CPU, benchmark.rungs(TINY), None)
 
 
@@ -100,7 +104,7 @@ def test_all_do_the_same_work(runner, workload, tmp_path):
     assert not report.other_work(Run(workload, "sentence_transformers", 0, rows=rows), ours, workload)
 
 
-def test_the_reference_and_liger_say_why_not(runner, tmp_path, monkeypatch):
+def test_llm2vec_and_liger_say_why_not(runner, tmp_path, monkeypatch):
     (run,) = runner.run("mntp", "llm2vec", 0, None)
     assert run.skipped == "no environment with llm2vec was named (--llm2vec)"
     with pytest.raises(Unavailable, match=r"not installed|need a GPU"):
@@ -111,7 +115,7 @@ def test_the_reference_and_liger_say_why_not(runner, tmp_path, monkeypatch):
     assert run.skipped == "fp8 needs a GPU" and not run.timed and not run.lasting
 
 
-def test_the_reference_has_an_environment_of_its_own(base, monkeypatch, tmp_path):
+def test_llm2vec_has_its_own_environment(base, monkeypatch, tmp_path):
     seen = {}
 
     def finish(command, environment, limit, watch=None):
@@ -270,7 +274,7 @@ def fake(monkeypatch):
     return FakeRunner
 
 
-def test_results_are_kept_and_a_second_call_goes_on(fake, tmp_path, capsys):
+def test_results_are_kept_and_a_second_call_resumes(fake, tmp_path, capsys):
     command = ["--quick", "--device", "cpu", "--workloads", "mntp", "--rounds", "2", "--out", str(tmp_path)]
     assert benchmark.main([*command, "--providers", "l2v,liger,llm2vec"]) == 0
     first = list(fake.asked)
@@ -282,7 +286,7 @@ def test_results_are_kept_and_a_second_call_goes_on(fake, tmp_path, capsys):
     assert (tmp_path / "train_step_mini.png").stat().st_size > 1000
     fake.asked.clear()
     assert benchmark.main([*command, "--providers", "l2v,liger,llm2vec"]) == 0
-    # What ran is not run again, nor what had no room; what was missing may be there by now.
+    # What ran is not run again, nor what had no room; what was missing may be installed by now.
     assert fake.asked == [("mntp", "llm2vec", 0), ("mntp", "llm2vec", 1)]
     fake.asked.clear()
     assert benchmark.main([*command, "--providers", "l2v", "--fresh"]) == 0
@@ -313,7 +317,7 @@ def spec(tmp_path, **changes):
     return Spec(**values | changes)
 
 
-def test_the_recorder_stops_when_told_and_keeps_what_it_has(tmp_path):
+def test_the_recorder_stops_at_its_limits_and_keeps_what_it_has(tmp_path):
     recorder = Recorder(spec(tmp_path))
     recorder.start()
     assert [recorder.step(1, 1, 0.0) for _ in range(5)] == [True] * 4 + [False]
@@ -364,12 +368,12 @@ time.sleep(0.5)
     assert first is None and second == pytest.approx(0.3, abs=0.1) and third == pytest.approx(0.6, abs=0.1)
 
 
-def test_a_peer_tells_its_parent_why_not(tmp_path):
+def test_a_peer_records_why_it_cannot_run(tmp_path):
     file = tmp_path / "spec.json"
     file.write_text(json.dumps(spec(tmp_path, provider="sentence_transformers").__dict__))
     run_peer([str(file)], PROVIDERS)
-    (told,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
-    assert told["skipped"] == "sentence-transformers has no masked next-token prediction"
+    (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert row["skipped"] == "sentence-transformers has no masked next-token prediction"
 
 
 def test_the_models_are_what_they_are_called():
@@ -381,8 +385,8 @@ def test_the_models_are_what_they_are_called():
 
 @pytest.mark.parametrize("name", ["train_step", "encode"])
 def test_the_command_finds_it(name, capsys):
-    from l2v.bench_cli import main
+    from l2v.commands.bench import main
 
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"])
-    assert stopped.value.code == 0 and f"benchmarks.{name}" in capsys.readouterr().out
+    assert stopped.value.code == 0 and f"l2v bench {name}" in capsys.readouterr().out

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from l2v.data.build.config import load_config
-from l2v.data.build.run import Run
+from l2v.data.corpus.config import load_config
+from l2v.data.corpus.run import Run
 
 FILES = Path(__file__).with_name("build_files")
 WHO = ("hunden", "katten", "min nabo", "en gammel fisker", "den lille pige", "læreren", "vores postbud", "en træt kok")

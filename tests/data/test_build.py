@@ -11,11 +11,11 @@ import pytest
 from build_cases import configure, danish, files, make, rows, source, write_lines
 from helpers import training_environment
 
-from benchmarks.data_build_corpus import Corpus, judge
-from l2v.data.build import near
-from l2v.data.build.config import Near
-from l2v.data.build.grams import word_hashes
-from l2v.data.build.run import Run
+from benchmarks.data.corpus import Corpus, judge
+from l2v.data.corpus import near
+from l2v.data.corpus.config import Near
+from l2v.data.corpus.grams import word_hashes
+from l2v.data.corpus.run import Run
 from l2v.data.sources import open_rows
 from l2v.errors import UserError
 from l2v.recipe import Source
@@ -75,7 +75,18 @@ def test_the_size_of_a_chunk_changes_no_row(corpus, built, tmp_path, chunk):
 
 
 def command(config, out) -> list[str]:
-    return [sys.executable, "-m", "l2v.cli", "data", "build", str(config), "--out", str(out), "--workers", "2"]
+    return [
+        sys.executable,
+        "-m",
+        "l2v.commands.main",
+        "data",
+        "build",
+        str(config),
+        "--out",
+        str(out),
+        "--workers",
+        "2",
+    ]
 
 
 def killed(config, out, at: int) -> None:
@@ -110,7 +121,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("at", ["gather", "find", "plan", "write", "make"])
 def test_a_stop_between_the_steps_loses_nothing(corpus, built, tmp_path, monkeypatch, at):
-    from l2v.data.build import duplicates, report, shards
+    from l2v.data.corpus import duplicates, report, shards
 
     module = {"gather": duplicates, "find": duplicates, "plan": shards, "write": shards, "make": report}[at]
     real, calls = getattr(module, at), []

@@ -4,8 +4,8 @@ import pytest
 import yaml
 from build_cases import FILES, configure, danish, rows, source, write_lines
 
-from l2v import cli
-from l2v.data.build.config import Build, config_folder, load_config
+from l2v.commands import main as cli
+from l2v.data.corpus.config import Build, config_folder, load_config
 from l2v.errors import RecipeError
 from l2v.recipe.load import to_dict
 

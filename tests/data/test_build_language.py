@@ -2,8 +2,8 @@ import collections
 import json
 from pathlib import Path
 
-from l2v.data.build.config import Language
-from l2v.data.build.language import CODES, Detector
+from l2v.data.corpus.config import Language
+from l2v.data.corpus.language import CODES, Detector
 
 HERE = Path(__file__).parent
 SAMPLE = Path(__file__).resolve().parents[2] / "l2v" / "data" / "sample_da"

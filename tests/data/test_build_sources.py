@@ -7,7 +7,7 @@ import datasets
 import pytest
 from build_cases import FILES, configure, danish, make, rows, source, write_lines
 
-from l2v.data.build import markup
+from l2v.data.corpus import markup
 from l2v.errors import UserError
 
 PARAGRAPHS = [

@@ -3,8 +3,11 @@ import sys
 
 import pytest
 
-from l2v.data import check, check_rules
-from l2v.data.check import SHIPPED, check_folder, main
+from l2v.commands.data_check import main
+from l2v.data import check
+from l2v.data.check import rules as check_rules
+from l2v.data.check.folder import SHIPPED
+from l2v.data.check.report import check_folder
 from l2v.errors import UserError
 
 FILES = ("passages.jsonl", "questions.jsonl", "sts.jsonl", "bitext_en.jsonl")

@@ -227,7 +227,8 @@ def test_an_empty_folder_is_no_source(tmp_path):
 
 
 def test_an_unknown_suffix(write):
-    assert "unknown file type '.csv'; use .jsonl, .parquet or .txt" in refused(write("a.csv", "text\nhej\n"))
+    known = "use .csv, .tsv, .jsonl, .parquet or .txt"
+    assert f"unknown file type '.docx'; {known}" in refused(write("a.docx", "text\nhej\n"))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])

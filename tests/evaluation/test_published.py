@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from l2v.commands.eval import main
 from l2v.errors import UserError
-from l2v.eval_cli import main
 from l2v.evaluation.published import POSTER_PRINTED, published, size_text
 from l2v.evaluation.seb import SEB_DA
 

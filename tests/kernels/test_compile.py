@@ -9,9 +9,9 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("no Triton on this platform", allow_module_level=True)
 
-from benchmarks import resources_info_nce
-from benchmarks.aot import SHARED_LIMIT, Usage, available, build
-from benchmarks.resources import HEAD_DIMS, Case, main
+from benchmarks.kernels import resources_info_nce
+from benchmarks.kernels.aot import SHARED_LIMIT, Usage, available, build
+from benchmarks.kernels.resources_attention import HEAD_DIMS, Case, main
 
 pytestmark = pytest.mark.skipif(not available(), reason="this Triton bundles no NVIDIA tools")
 

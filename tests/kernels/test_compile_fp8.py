@@ -7,7 +7,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("no Triton on this platform", allow_module_level=True)
 
-from benchmarks.aot import SHARED_LIMIT, available, build
+from benchmarks.kernels.aot import SHARED_LIMIT, available, build
 
 pytestmark = pytest.mark.skipif(not available(), reason="this Triton bundles no NVIDIA tools")
 

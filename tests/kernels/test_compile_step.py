@@ -9,7 +9,7 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("no Triton on this platform", allow_module_level=True)
 
-from benchmarks.aot import SHARED_LIMIT, available, build
+from benchmarks.kernels.aot import SHARED_LIMIT, available, build
 from l2v_kernels.rms_norm import kernel as rms_norm
 from l2v_kernels.segment_pool import kernel as segment_pool
 from l2v_kernels.swiglu import kernel as swiglu

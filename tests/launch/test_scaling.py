@@ -5,8 +5,8 @@ import json
 import pytest
 from helpers import ROOT
 
-from benchmarks.scaling import markdown
-from l2v import plan
+from benchmarks.communication.scaling import markdown
+from l2v.commands import plan
 
 
 def planned(capsys, *arguments):

@@ -53,7 +53,7 @@ def measured(recipe, setting: str) -> list[list]:
     folder.mkdir()
     config = folder / "zero.json"
     config.write_text(json.dumps({"zero_optimization": zero}))
-    program = [sys.executable, str(ROOT / "benchmarks" / "count_bytes.py"), str(folder / "bytes")]
+    program = [sys.executable, str(ROOT / "benchmarks" / "communication" / "count_bytes.py"), str(folder / "bytes")]
     arguments = [str(recipe), f"out={folder / 'run'}", f"zero.config={config}"]
     environment = training_environment() | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world)}
     finish([

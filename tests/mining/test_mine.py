@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from l2v import Encoder, cli
+from l2v import Encoder
+from l2v.commands import main as cli
 from l2v.data.sources import open_rows
 from l2v.mining import mine as module
 from l2v.mining import vectors as vectors_module

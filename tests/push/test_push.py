@@ -16,7 +16,8 @@ from hub import Hub
 from huggingface_hub import ModelCard, constants
 from made_run import make_run, merged, write_results
 
-from l2v import Encoder, cli
+from l2v import Encoder
+from l2v.commands import main as cli
 from l2v.errors import UserError
 from l2v.evaluation.seb import BY_NAME
 from l2v.push.licence import Licence, find_licence
@@ -114,7 +115,8 @@ def test_the_card_says_what_the_files_say(run, tmp_path, capsys):
     assert str(run.parent) not in text
 
 
-def test_adapters_alone_give_the_same_vectors(run, hub, tmp_path, monkeypatch, sentences):
+def test_adapters_alone_give_the_same_vectors(run, hub, tmp_path, monkeypatch, auto_precision):
+    """On either kind of processor: the card leaves the precision to the machine, so the run is encoded in that too."""
     assert cli.main(["push", str(run), "mig/adaptere", "--adapter-only", *KNOWN]) == 0
     for name, data in hub.repos["model", "mig/adaptere"].items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +131,9 @@ def test_adapters_alone_give_the_same_vectors(run, hub, tmp_path, monkeypatch, s
     space = {}
     exec(code.replace('"nogen/lille"', repr(base)), space)  # the card's own words, with the base that is here
     texts = ["Hvor ligger Skagen?", "Skagen er Danmarks nordligste by."]
-    np.testing.assert_allclose(space["vectors"], Encoder.from_pretrained(run).encode(texts), atol=1e-6)
+    ours = Encoder.from_pretrained(run, precision="auto")
+    np.testing.assert_allclose(space["vectors"], ours.encode(texts), atol=1e-6)
+    assert space["encoder"].model.decoder.dtype == ours.model.decoder.dtype == auto_precision
     assert isinstance(space["encoder"].tokenizer.template, Template)
 
 
@@ -168,7 +172,7 @@ def test_a_data_set_arrives_whole_through_the_environment(dataset, hub, tmp_path
         "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",
         "PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}",
     }  # fmt: skip
-    command = [sys.executable, "-m", "l2v.cli", "push", str(dataset), "mig/prove-data"]
+    command = [sys.executable, "-m", "l2v.commands.main", "push", str(dataset), "mig/prove-data"]
     done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     arrived = hub.repos["dataset", "mig/prove-data"]

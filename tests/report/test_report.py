@@ -9,7 +9,7 @@ import pytest
 import yaml
 from made_run import make_run, write_results
 
-from l2v import cli
+from l2v.commands import main as cli
 from l2v.evaluation.published import published
 from l2v.evaluation.seb import SEB_DA
 

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from l2v import cli
+from l2v.commands import main as cli
 from l2v.data.sources import open_rows
 from l2v.recipe import Source
 from l2v.recipe.tasks import find_task

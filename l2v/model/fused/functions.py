@@ -9,6 +9,7 @@ it is read anyway.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -81,7 +82,7 @@ class ProjectHeads(torch.autograd.Function):
         linears = group.linears()
         qkv_TN, kept = lora.forward(x_TE, linears, _adapters(group, matrices), call.noise)
         q, k, v = (part.unflatten(1, (-1, spec.head_dim)) for part in qkv_TN.split(linears.sizes, 1))
-        before = ()
+        before: tuple[torch.Tensor, ...] = ()
         if spec.head_norms is None:
             for heads in (q, k):
                 rotate(heads, call.cos_TD, call.sin_TD, out=heads)
@@ -129,7 +130,7 @@ class ProjectHeads(torch.autograd.Function):
         return dx_TE, (dx_TE if ctx.has_delta else None), None, *_flat(found)
 
 
-def _norm_heads(heads_THD: torch.Tensor, norm: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def _norm_heads(heads_THD: torch.Tensor, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Normalised heads, contiguous [T, H, D], and rstd [T, H]."""
     _, y_THD, rstd_TH = rms_norm.forward(heads_THD, norm.weight, norm.variance_epsilon)
     return y_THD, rstd_TH
@@ -144,7 +145,10 @@ def _share(kept: lora.Kept, adapters: tuple[Adapter, ...]) -> swiglu.GateUpLora 
     """What SwiGLU adds to the frozen product of gate and up; None where there is nothing, or the product has it already."""
     if not _added_in_swiglu(adapters):
         return None
-    pairs = {a.part: (kept.xa_TR[:, at], a.b_NR) for a, at in zip(adapters, rank_slices(adapters), strict=True)}
+    assert kept.xa_TR is not None  # there are adapters
+    pairs: dict[int, tuple[Any, Any]] = {
+        a.part: (kept.xa_TR[:, at], a.b_NR) for a, at in zip(adapters, rank_slices(adapters), strict=True)
+    }
     none = (None, None)
     return swiglu.GateUpLora(*pairs.get(0, none), *pairs.get(1, none))
 

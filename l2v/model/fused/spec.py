@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft.tuners.lora import Linear as LoraModule
@@ -26,7 +26,10 @@ class Unsupported(Exception):
     """A layer that runs on the plain path; the message says why."""
 
 
-def base_of(module: nn.Module) -> nn.Module:
+# Modules of transformers and PEFT are read by name, and nn.Module types every attribute as Tensor | Module: hence Any.
+
+
+def base_of(module: nn.Module) -> Any:
     """The frozen linear, below LoRA or bare."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
@@ -53,7 +56,7 @@ class Group:
     optimizer changes adapters in place.
     """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: list[Any]) -> None:
         self.modules = modules
         self.quantized: Quantized | None = None
 
@@ -85,7 +88,7 @@ class Group:
 class LayerSpec:
     """One decoder layer, read from its module."""
 
-    module: nn.Module
+    module: Any
     qkv: Group
     o: Group
     gate_up: Group
@@ -97,7 +100,7 @@ class LayerSpec:
     """transformers' sliding_window"""
 
     @classmethod
-    def of(cls, layer: nn.Module) -> LayerSpec:
+    def of(cls, layer: Any) -> LayerSpec:
         """Errors: Unsupported, with the reason."""
         reason = obstacle(layer)
         if reason:
@@ -126,7 +129,7 @@ class LayerSpec:
         return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
 
     @property
-    def linears(self) -> list[nn.Module]:
+    def linears(self) -> list[Any]:
         """All seven."""
         return [m for group in (self.qkv, self.o, self.gate_up, self.down) for m in group.modules]
 
@@ -144,7 +147,7 @@ def _family(layer: nn.Module) -> str | None:
     return name if name and type(layer).__module__.startswith(f"transformers.models.{name}.") else None
 
 
-def obstacle(layer: nn.Module) -> str | None:
+def obstacle(layer: Any) -> str | None:
     """Why this layer runs on the plain path, as the rest of a sentence; None where it can be fused."""
     if _family(layer) is None:
         known = ", ".join(name.title() for name in FAMILIES.values())
@@ -171,7 +174,7 @@ def obstacle(layer: nn.Module) -> str | None:
     return f"LoRA sits on {others[0]}, and the fused layer knows it on linears" if others else None
 
 
-def _linear_obstacle(name: str, module: nn.Module) -> str | None:
+def _linear_obstacle(name: str, module: Any) -> str | None:
     base = base_of(module)
     if type(base) is not nn.Linear:
         return f"{name} is a {type(base).__name__}, and the fused layer knows nn.Linear"

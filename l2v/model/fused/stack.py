@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -31,7 +31,7 @@ class FusedStack:
 
     def __init__(self, decoder: nn.Module, recompute: Recompute = "cheap") -> None:
         """Errors: Unsupported where a layer is not of a known family, or adapted in a way that is not known."""
-        inner = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
+        inner: Any = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
         self.inner, self.recompute = inner, recompute
         self.gathered = False
         self.specs = [LayerSpec.of(layer) for layer in inner.layers]
@@ -103,7 +103,7 @@ class _Run:
         self.cos_TD, self.sin_TD = cos_TD, sin_TD
 
 
-def _final_norm(norm: nn.Module, residual_TE, delta_TE, weights_T, cu_seqlens):
+def _final_norm(norm: Any, residual_TE, delta_TE, weights_T, cu_seqlens):
     weight_E, eps = norm.weight, norm.variance_epsilon
     if weights_T is not None:
         with span("pooling"):
@@ -114,7 +114,7 @@ def _final_norm(norm: nn.Module, residual_TE, delta_TE, weights_T, cu_seqlens):
     return rms_norm(residual_TE, weight_E, eps, residual_TE=delta_TE)[1]
 
 
-def _give(module: nn.Module, fused_forward) -> None:
+def _give(module: Any, fused_forward) -> None:
     """Let a module run the fused forward when called with `fused=`, and its own otherwise."""
     own = type(module).forward
 

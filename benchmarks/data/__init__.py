@@ -1,0 +1,1 @@
+"""The data build on synthetic documents."""

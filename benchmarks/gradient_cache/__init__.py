@@ -1,0 +1,1 @@
+"""A contrastive step with and without the gradient cache."""

@@ -1,0 +1,1 @@
+"""The full training step against other programs."""

@@ -1,0 +1,37 @@
+"""`l2v bench NAME [--quick]`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+
+from l2v.errors import RecipeError, UserError
+
+BENCHMARKS = {
+    "attention": "kernels.attention",
+    "contrastive": "kernels.contrastive",
+    "linear_cross_entropy": "kernels.linear_cross_entropy",
+    "step_ops": "kernels.step_ops",
+    "fused_layer": "kernels.fused_layer",
+    "fp8": "fp8.kernels",
+    "fp8_parity": "fp8.parity",
+    "gradient_cache": "gradient_cache.bench",
+    "train_step": "train_step.bench",
+    "encode": "encode",
+    "data_build": "data.build",
+    "kills": "faults.kills",
+}
+"""What the command calls a benchmark: its module in a checkout's benchmarks/ folder."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a benchmark of a checkout's benchmarks/ folder; what it writes on a CPU says that it is a CPU's."""
+    argv = list(argv or ())
+    if not argv or argv[0] not in BENCHMARKS:
+        raise RecipeError(f"l2v bench needs one of: {', '.join(BENCHMARKS)}; for example: l2v bench attention --quick")
+    if importlib.util.find_spec("benchmarks") is None:
+        raise UserError(
+            "the benchmarks are part of a checkout, not of the wheel: run this from a clone of the repository"
+        )
+    return importlib.import_module(f"benchmarks.{BENCHMARKS[argv[0]]}").main(argv[1:]) or 0

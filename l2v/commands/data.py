@@ -1,0 +1,18 @@
+"""`l2v data TOOL ...`: build a data set from raw text, check one, mine hard negatives, make queries."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+
+from l2v.errors import RecipeError
+
+TOOLS = ("build", "check", "mine", "synthesize")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatch to a tool for data sets."""
+    argv = list(argv or ())
+    if not argv or argv[0] not in TOOLS:
+        raise RecipeError(f"l2v data needs one of: {', '.join(TOOLS)}; for example: l2v data build wiki-da")
+    return importlib.import_module(f"l2v.commands.data_{argv[0]}").main(argv[1:])

@@ -1,0 +1,62 @@
+"""`l2v data mine ENCODER PAIRS --out FILE`: hard negatives."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from l2v.errors import RecipeError
+from l2v.mining.arguments import add_source
+from l2v.mining.mine import MOST, mine_negatives
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Mine hard negatives: candidates by an encoder and BM25, without those that may be answers themselves."""
+    args = _parser().parse_intermixed_args(argv)
+    _check(args)
+    mine_negatives(args)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not 1 <= args.number <= MOST:
+        raise RecipeError(f"--number is {args.number}; mine 1 to {MOST} negatives a row")
+    if args.depth < args.number:
+        raise RecipeError(f"--depth is {args.depth}; look at no fewer candidates than negatives ({args.number})")
+    if args.relative is not None and not 0 < args.relative <= 1:
+        raise RecipeError(f"--relative is {args.relative}; use a share of the positive's score, above 0 up to 1")
+    if args.absolute is not None and not 0 <= args.absolute < 2:
+        raise RecipeError(f"--absolute is {args.absolute}; use a distance to the positive's score, 0 up to 2")
+    if args.faiss and "encoder" not in args.by:
+        raise RecipeError("--faiss searches the encoder's vectors; add `encoder` to --by, or leave it out")
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="l2v data mine", description=main.__doc__)
+    p.add_argument("encoder", help="a run, a stage of it, an export or a base")
+    p.add_argument("data", help="pairs: sample:da/train, a CSV, JSONL or Parquet file, or hub:NAME")
+    p.add_argument(
+        "--out", required=True, help=".jsonl or .parquet; a table and a picture of the scores stand beside it"
+    )
+    p.add_argument("--number", type=int, default=4, help=f"negatives a row, 1 to {MOST} (default: 4)")
+    p.add_argument(
+        "--by", nargs="+", choices=("encoder", "bm25"), default=["encoder", "bm25"],
+        help="who finds candidates (default: both, taken in turn)",
+    )  # fmt: skip
+    p.add_argument("--depth", type=int, default=50, help="candidates of each finder (default: 50)")
+    p.add_argument(
+        "--relative", type=lambda t: None if t == "none" else float(t), default=0.95, metavar="SHARE",
+        help="no negative scores above this share of its positive's score (default: 0.95; none for no such limit)",
+    )  # fmt: skip
+    p.add_argument("--absolute", type=float, metavar="M", help="no negative scores above its positive's score less M")
+    p.add_argument(
+        "--cross-encoder", metavar="NAME", help="judge candidates by this sentence-transformers cross-encoder"
+    )
+    p.add_argument(
+        "--corpus", metavar="FILE", help="more documents that may become negatives (CSV, JSONL, Parquet or text)"
+    )
+    p.add_argument("--corpus-column", default="text", metavar="TEXT", help="their column (default: text)")
+    p.add_argument("--faiss", metavar="FACTORY", help='search a FAISS index instead, for example "IVF1024,Flat"')
+    p.add_argument("--cache", metavar="DIR", help="keep vectors there, for other minings of the same texts")
+    add_source(p, pairs=True)
+    return p

@@ -1,0 +1,38 @@
+"""`l2v doctor`: what this machine has, what runs on it and why the rest does not, and how fast it is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from l2v.doctor import hardware, software
+from l2v.doctor.report import Report, render, tree
+
+PROBES = (
+    hardware.machine, hardware.devices, software.versions, software.kernels, software.backends, software.files
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Look the machine over, for a bug report or before a long run. Exit code 0 if training can run, else 1."""
+    p = argparse.ArgumentParser(prog="l2v doctor", description=main.__doc__)
+    p.add_argument("--json", action="store_true", help="the same as JSON")
+    p.add_argument(
+        "--seconds", type=float, default=10.0, metavar="S",
+        help="for the calibration, whose rates later runs are measured against (default 10; 0 measures nothing)",
+    )  # fmt: skip
+    args = p.parse_args(argv)
+    report = Report()
+    for probe in PROBES:
+        report.add(probe.__name__, probe)
+    if args.seconds > 0 and not args.json and sys.stderr.isatty():
+        print(f"calibrating for {args.seconds:g} seconds ...", file=sys.stderr)
+    report.add("calibration", lambda report: hardware.calibration(report, args.seconds))
+    if args.json:
+        print(json.dumps(tree(report), indent=1, ensure_ascii=False))
+    else:
+        print(render(report, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    return 1 if report.problems else 0

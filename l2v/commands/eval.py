@@ -1,0 +1,95 @@
+"""`l2v eval RUN|MODEL...`: scores on the Danish SEB tasks, on any task of mteb, on files; the published table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from l2v.errors import RecipeError, UserError
+
+POOLINGS = ("mean", "weighted_mean", "last", "first")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Score encoders; results are kept beside the run, and the same command goes on where it stopped."""
+    args = _parser().parse_intermixed_args(argv)
+    needs_mteb()
+    if args.published:
+        return _published(args)
+    if not args.models and not args.baselines:
+        raise RecipeError("name a run, a stage of it, a model or --baselines (or --published for the published table)")
+    for key in ("processes", "batch_tokens", "length"):
+        if (value := getattr(args, key)) is not None and value < 1:
+            raise RecipeError(f"--{key.replace('_', '-')} is {value}; use 1 or more")
+    from l2v.evaluation.score import evaluate
+
+    return evaluate(args, list(argv) if argv is not None else None)
+
+
+def needs_mteb() -> None:
+    """UserError with the way out where the extra is not installed."""
+    try:
+        import mteb  # noqa: F401
+    except ImportError:
+        raise UserError("evaluation needs mteb: pip install 'l2v[eval,export]'") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="l2v eval", description=main.__doc__)
+    p.add_argument("models", nargs="*", metavar="RUN|MODEL", help="runs, stages (runs/NAME/STAGE), exports or bases")
+    p.add_argument(
+        "--benchmark", action="append", metavar="NAME",
+        help="seb-da (default: the 12 Danish tasks of SEB), scandinavian, a task or benchmark of mteb, local:FOLDER, "
+        "local:MANIFEST.yaml or local:sample; may be given again",
+    )  # fmt: skip
+    p.add_argument("--data", metavar="FOLDER", help="where the files of a local manifest are (default: beside it)")
+    p.add_argument(
+        "--stages", action="store_true", help="of each run: the base causal and bidirectional, then every stage"
+    )
+    p.add_argument(
+        "--ablations", nargs="?", const="attention,pooling", metavar="WHAT",
+        help="attention, pooling or both (default): each model with causal and bidirectional attention, and with "
+        "mean, weighted_mean and last pooling",
+    )  # fmt: skip
+    p.add_argument("--baselines", metavar="NAMES", help="tfidf, minilm, or sentence-transformers models, by commas")
+    p.add_argument(
+        "--prompts", default="en", help="en (default), da, mteb (its own alone), off, or a YAML file by task"
+    )
+    p.add_argument("--adapter", action="append", default=[], help="a further adapter on each model, merged in order")
+    p.add_argument("--pooling", choices=POOLINGS, help="instead of the run's")
+    p.add_argument("--length", type=int, help="tokens of a text (default: the run's, or 512)")
+    p.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="of the weights (default: the run's)")
+    p.add_argument(
+        "--normalize", action="store_true", help="vectors of length 1 (matters to classification and clusters)"
+    )
+    p.add_argument("--batch-tokens", type=int, default=16384, help="tokens in one forward (default: 16384)")
+    p.add_argument("--processes", type=int, help="encoding processes (default: one for each GPU)")
+    p.add_argument("--trust-remote-code", action="store_true", help="let a model from the hub bring its own code")
+    p.add_argument("--out", metavar="FOLDER", help="where results go (default: RUN/eval, or eval-results)")
+    p.add_argument("--again", action="store_true", help="compute what is kept anew")
+    p.add_argument(
+        "--published", action="store_true", help="the table of published models, means recomputed from cells"
+    )
+    p.add_argument("--results", metavar="PATH", help="wheel or folder of seb 0.13.11 (default: the installed package)")
+    return p
+
+
+def _published(args: argparse.Namespace) -> int:
+    from l2v.evaluation import published
+
+    rows = published.published(args.results)
+    table = published.markdown(rows)
+    Console(soft_wrap=True).print(Markdown(table) if os.isatty(1) else table, markup=False, highlight=False)
+    if args.out:
+        folder = Path(args.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "published.md").write_text(table, encoding="utf-8")
+        text = json.dumps(published.as_json(rows), indent=1, ensure_ascii=False)
+        (folder / "published.json").write_text(text + "\n", encoding="utf-8")
+    return 0

@@ -1,0 +1,73 @@
+"""The command `l2v`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from l2v import __version__
+from l2v.errors import UserError
+
+COMMANDS = {
+    "train": ("l2v.commands.train", "train the stages of a recipe under DeepSpeed"),
+    "plan": ("l2v.commands.plan", "memory and time that a recipe will take, before anything is downloaded"),
+    "tune": ("l2v.commands.tune", "find the fastest micro-batch and recompute on this machine"),
+    "doctor": ("l2v.commands.doctor", "what runs on this machine, why the rest does not, and how fast it is"),
+    "quickstart": ("l2v.commands.quickstart", "the whole recipe on the embedded model and Danish sample"),
+    "eval": ("l2v.commands.eval", "score encoders: SEB's Danish tasks, any task of mteb, your own files"),
+    "report": ("l2v.commands.report", "one HTML page about runs: curves, scores, speed, lineage, data"),
+    "search": ("l2v.commands.search", "semantic search with a trained encoder"),
+    "bench": ("l2v.commands.bench", "microbenchmarks of the kernels (in a checkout)"),
+    "data": ("l2v.commands.data", "build a data set from raw text, check one, mine hard negatives, make queries"),
+    "export": ("l2v.commands.export", "write a merged encoder for transformers and sentence-transformers"),
+    "push": ("l2v.commands.push", "publish an encoder, its adapters or a data set on the Hub, with a card"),
+    "recipes": ("l2v.commands.recipes", "list the recipes that come with l2v, or print one"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Dispatch to a subcommand; a user's mistake is one sentence and an exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in ("-V", "--version"):
+        print(f"l2v {__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: l2v COMMAND ...\n")
+        for name, (_, text) in COMMANDS.items():
+            print(f"  {name:<12}{text}")
+        print("\nl2v COMMAND --help tells more.")
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"l2v: unknown command '{argv[0]}'; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    quiet_libraries(bars=argv[0] == "push")
+    try:
+        return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
+    except UserError as error:
+        print(f"l2v: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("l2v: stopped", file=sys.stderr)
+        return 1
+
+
+def quiet_libraries(bars: bool = False) -> None:
+    """Leave the screen to this program: no bars and advice from libraries unless the user asked for them.
+
+    bars: the command leaves its progress to huggingface_hub.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not bars:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not any(Path("/dev").glob("nvidia*")):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found none
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""`l2v plan RECIPE`: what a recipe needs and how long it takes, before anything is downloaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+from l2v.errors import UserError
+from l2v.plan.estimate import plan_stage
+from l2v.plan.gpus import SHEETS, device_and_dtype
+from l2v.plan.report import remedies, render, tree
+from l2v.plan.shapes import shape_of
+from l2v.recipe.load import load_recipe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Memory of each GPU, tokens a second and hours of each stage, predicted. Exit code 0 if every stage fits, 1 if one
+    does not."""
+    args = parser().parse_intermixed_args(argv)
+    try:
+        recipe = load_recipe(args.recipe, args.overrides, args.stage)
+        if args.gpus < 1 or args.per_node < 1:
+            raise UserError("--gpus and --per-node are at least 1")
+        if not args.network > 0:
+            raise UserError("--network is in Gb/s and above 0")
+        gpu, dtype = device_and_dtype(args.gpu, recipe)
+        gpu = replace(gpu, network=args.network / 8 * 1e9)
+        shape, source = shape_of(recipe.base)
+        names = [args.stage] if args.stage else recipe.order()
+        plans = [plan_stage(recipe, name, gpu, dtype, args.gpus, args.per_node) for name in names]
+    except UserError as error:
+        print(f"l2v: {error}", file=sys.stderr)
+        return error.exit_code
+    facts = {
+        "recipe": recipe.name, "base": recipe.base.model, "model_type": shape.model_type, "shape_from": source,
+        "gpu": gpu.key, "gpus": args.gpus, "per_node": args.per_node, "network_gbps": args.network, "rates": gpu.source,
+        "dtype": str(dtype).removeprefix("torch."), "zero_stage": recipe.zero.stage,
+    }  # fmt: skip
+    if args.json:
+        print(json.dumps(tree(facts, plans), indent=1, ensure_ascii=False))
+    else:
+        render(facts, gpu, plans)
+    failed = [plan for plan in plans if not plan.memory.fits]
+    for plan in failed:
+        print(f"l2v: {remedies(plan, recipe, gpu)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `l2v plan`."""
+    p = argparse.ArgumentParser(prog="l2v plan", description=main.__doc__)
+    p.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with l2v")
+    p.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. stages.mntp.micro_tokens=8192"
+    )
+    p.add_argument("--stage", help="only this stage; bare keys then belong to it")
+    p.add_argument("--gpu", help=f"{', '.join(SHEETS)}, or here (default): the device of this machine")
+    p.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all (default 1)")
+    p.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs that share a fast link (default 8)")
+    p.add_argument(
+        "--network",
+        type=float,
+        default=400,
+        metavar="GBPS",
+        help="Gb/s of a node to the others, all its ports (default 400)",
+    )
+    p.add_argument("--json", action="store_true", help="the same as JSON")
+    return p

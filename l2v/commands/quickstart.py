@@ -1,0 +1,22 @@
+"""`l2v quickstart`: the whole recipe on the embedded default, scored on held-out questions."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from l2v.quickstart import run_quickstart
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, evaluate, export, search; everything is below `runs/smollm2-135m-da` (or out=...)."""
+    p = argparse.ArgumentParser(prog="l2v quickstart", description=main.__doc__)
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, e.g. stages.mntp.steps=20")
+    p.add_argument("--share", type=float, help="share of the recipe's steps to train (default: by the machine's speed)")
+    p.add_argument(
+        "--questions", type=int, metavar="N", help="score only N of the held-out questions, against their own passages"
+    )
+    p.add_argument("--fresh", action="store_true", help="train again, even if the run exists")
+    args = p.parse_intermixed_args(argv)
+    run_quickstart(args.overrides, share=args.share, count=args.questions, fresh=args.fresh)
+    return 0

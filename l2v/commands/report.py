@@ -1,0 +1,48 @@
+"""`l2v report RUN...`: one page that says what runs learned, from what, how fast, and where they stand."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+from l2v import __version__
+from l2v.errors import RecipeError
+from l2v.report import tables
+from l2v.report.page import write
+from l2v.report.sections import section
+from l2v.runs.facts import read_run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write a self-contained HTML page, and the same as Markdown. What is not there yet is a sentence in it."""
+    p = argparse.ArgumentParser(prog="l2v report", description=main.__doc__)
+    p.add_argument("runs", nargs="+", metavar="RUN", help="folders that 'l2v train' wrote")
+    p.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html); the Markdown lies beside it")
+    p.add_argument("--no-map", action="store_true", help="leave out the map of embeddings, which encodes texts")
+    p.add_argument("--map", metavar="FILE", help="texts of the map (default: the passages of the Danish sample)")
+    p.add_argument("--text", default="text", help="the field of --map that holds the text (default: text)")
+    p.add_argument("--label", help="the field of --map that holds the topic")
+    args = p.parse_intermixed_args(argv)
+    if bool(args.map) != bool(args.label):
+        raise RecipeError("--map FILE and --label COLUMN go together: the texts, and the field that holds their topic")
+    runs = [read_run(Path(run)) for run in args.runs]
+    out = Path(args.out) if args.out else runs[0].folder / "report.html"
+    if out.suffix != ".html":
+        raise RecipeError(f"--out {out}: the page is a .html file")
+    seb, missing = tables.seb_table(runs)
+    sections = [section(run, args) for run in runs]
+    title = "Report: " + ", ".join(run.name for run in runs)
+    date = datetime.date.today().isoformat()
+    facts = {
+        "title": title,
+        "version": __version__,
+        "date": date,
+        "seb": seb,
+        "seb_missing": missing,
+        "sections": sections,
+    }
+    for file in write(facts, out):
+        print(file)
+    return 0

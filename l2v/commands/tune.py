@@ -1,0 +1,59 @@
+"""`l2v tune RECIPE`: the fastest settings on this machine, measured by training itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from l2v import __version__
+from l2v.errors import UserError
+from l2v.recipe.load import load_recipe
+from l2v.tuning.apply import place, read_tuned, tuned_file
+from l2v.tuning.search import tune_stage
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `l2v tune`."""
+    p = argparse.ArgumentParser(prog="l2v tune", description=__doc__.split("\n")[0])
+    p.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with l2v")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="as for l2v train")
+    p.add_argument("--stage", help="tune only this stage")
+    p.add_argument(
+        "--minutes", type=float, default=30, help="time for each stage; a run that has begun ends (default: 30)"
+    )
+    p.add_argument("--steps", type=int, default=4, help="steps that are timed in a run (default: 4)")
+    p.add_argument("--gpus", "--processes", dest="processes", type=int, help="as for l2v train")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Tune the stages of a recipe and write what was found beside it."""
+    args = parser().parse_intermixed_args(argv)
+    if args.steps < 2 or args.minutes < 0:
+        raise UserError("--steps must be at least 2, for the first one starts the clock, and --minutes not negative")
+    recipe = load_recipe(args.recipe, args.overrides, args.stage)
+    file = tuned_file(args.recipe)
+    names = [args.stage] if args.stage else recipe.order()
+    # Read before anything runs: a place that cannot be written is no news after an hour.
+    if not os.access(file.parent, os.W_OK):
+        raise UserError(
+            f"{file} cannot be written: copy the recipe to a folder of yours (l2v recipes NAME > mine.yaml)"
+        )
+    here = place(args.processes or max(1, torch.cuda.device_count()))
+    before = read_tuned(args.recipe) or {}
+    stages = before.get("stages", {}) if before.get("place") == here else {}
+    with tempfile.TemporaryDirectory(prefix="l2v-tune-", ignore_cleanup_errors=True) as folder:
+        for name in names:
+            stages[name] = tune_stage(recipe, name, args, Path(folder), 60 * args.minutes)
+            found = {"l2v": __version__, "place": here, "stages": stages}
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            partial.replace(file)
+    print(f"written: {file}; l2v train takes it up on this machine")
+    return 0

@@ -1,0 +1,1 @@
+"""Check a set of passages and questions: duplicates, leaks, spelling, balance."""

@@ -1,0 +1,108 @@
+"""Which column holds what: common English and Danish names, used where a recipe leaves a column at its default.
+
+A column that a recipe names always wins. A guess is made only where the default's own name is in no row, and it is said.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from l2v.recipe.source import Source
+
+# The first name that a file has is taken, so what can only be a query stands before what may be one (a title).
+QUERIES = (
+    "query", "anchor", "question", "sentence1", "search", "spørgsmål", "forespørgsel", "søgning", "søgetekst", "sætning1",
+    "title", "heading", "headline", "titel", "overskrift", "emne",
+)  # fmt: skip
+POSITIVES = (
+    "positive", "passage", "answer", "sentence2", "response", "positiv", "svar", "sætning2", "document", "dokument",
+    "text", "tekst", "afsnit", "body", "brødtekst", "content", "indhold", "description", "beskrivelse", "abstract",
+    "summary", "resumé",
+)  # fmt: skip
+TEXTS = (
+    "text", "tekst", "sentence", "sætning", "content", "indhold", "body", "brødtekst", "document", "dokument", "passage",
+    "afsnit", "paragraph", "description", "beskrivelse",
+)  # fmt: skip
+NEGATIVES = (
+    "negatives", "negative", "hard_negatives", "hard_negative", "neg", "negativ", "negativer", "forkert", "forkert_svar",
+)  # fmt: skip
+LOOKED_FOR = {"text": (*TEXTS, *POSITIVES), "query": QUERIES, "positive": POSITIVES, "negatives": NEGATIVES}
+DEFAULTS = {f.name: f.default for f in fields(Source)}
+_LETTERS = str.maketrans({"æ": "ae", "ø": "oe", "å": "aa", "é": "e"})
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A source with its columns settled; `guessed` are those that stand under another name than the default: key to column."""
+
+    source: Source
+    guessed: dict[str, str]
+
+    def note(self) -> str | None:
+        """What a user should know of it, None where nothing was guessed."""
+        if not self.guessed:
+            return None
+        chosen = ", ".join(f"{key}: {column}" for key, column in self.guessed.items())
+        return f"{self.source.path}: columns taken by their names: {chosen}; name others in the recipe's source"
+
+
+def settle(source: Source, names: Sequence[str], kind: str) -> Choice:
+    """The source with each column that is at its default and in none of `names` replaced by one of a common name.
+
+    kind: documents, sentences or pairs. `names` are the file's columns.
+    """
+    keys = ("query", "positive", "negatives") if kind == "pairs" else ("text",)
+    chosen: dict[str, str] = {}
+    for key in keys:
+        current = getattr(source, key)
+        if current != DEFAULTS[key] or current in names:
+            continue
+        taken = {chosen.get(other, getattr(source, other)) for other in keys if other != key}
+        column = guess(key, [name for name in names if name not in taken])
+        if column is not None:
+            chosen[key] = column
+    return Choice(replace(source, **chosen), chosen)
+
+
+def guess(key: str, names: Sequence[str]) -> str | None:
+    """The column of `names` for a key (text, query, positive, negatives); None where no name is known.
+
+    Upper and lower case, spaces, `-` and `_` make no difference, nor does ae, oe, aa for æ, ø, å. For negatives it may be a
+    pattern, `negative_*`, which stands for numbered columns.
+    """
+    plain = {_plain(name): name for name in reversed(names)}  # of two that look alike the first is taken
+    for wanted in LOOKED_FOR[key]:
+        if _plain(wanted) in plain:
+            return plain[_plain(wanted)]
+    if key == "negatives":
+        for name in names:
+            match = re.fullmatch(r"(.*?)\d+", name)
+            if match and _plain(match[1]) in map(_plain, NEGATIVES):
+                return f"{match[1]}*"
+    return None
+
+
+def numbered(pattern: str, names: Iterable[str]) -> list[str]:
+    """The columns of `negative_*`: negative_1, negative_2, ... in the order of their numbers; another name is itself."""
+    if not pattern.endswith("*"):
+        return [pattern]
+    prefix = pattern[:-1]
+    found = {name: name[len(prefix) :] for name in names if name.startswith(prefix)}
+    return sorted((name for name, number in found.items() if number.isdecimal()), key=lambda name: int(found[name]))
+
+
+def absent(where: str, column: str, names: Iterable[object]) -> str:
+    """The sentence for a column that is not found, with those that are and the nearest of them."""
+    known = [str(name) for name in names]
+    close = difflib.get_close_matches(_plain(column), {_plain(name): name for name in known}, n=1, cutoff=0.6)
+    hint = next((f"; did you mean '{name}'?" for name in known if close and _plain(name) == close[0]), "")
+    return f"{where}: the field '{column}' is absent; found {', '.join(known) or 'nothing'}{hint}"
+
+
+def _plain(name: str) -> str:
+    composed = unicodedata.normalize("NFKC", name).casefold()  # macOS writes å as two characters
+    return re.sub(r"[\s_\-]+", "", composed.translate(_LETTERS))

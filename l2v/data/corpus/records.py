@@ -1,0 +1,172 @@
+"""A raw record to rows: parse, find the columns, take markup away, clean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from l2v.data import danish
+from l2v.data.corpus import clean, markup
+from l2v.data.corpus.config import Build, Input
+from l2v.data.corpus.debian import Index, stanza
+from l2v.data.corpus.tally import Tally
+from l2v.data.text import parse
+from l2v.errors import UserError
+
+Row = dict[str, Any]
+
+
+class Dropped(Exception):
+    """This record gives no row: the reason, and a sentence or the text for the report."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(reason)
+        self.reason, self.text = reason, text
+
+
+class Parser:
+    """Rows of a source's records. Pure: what a record gives depends on nothing but the record."""
+
+    def __init__(self, config: Build, source: Input) -> None:
+        self.config, self.source = config, source
+        self.pairs = config.kind == "pairs"
+        self.index = None
+        if source.format == "debian":
+            self.index = Index(source.packages, source.english, config.folder)
+
+    def rows(self, number: int, where: str, payload: Any, tally: Tally) -> Iterator[Row]:
+        """The rows of the record with that number in its source; what is dropped or mended is told to `tally`."""
+        tally.records += 1
+        try:
+            columns = self._columns(where, payload, tally)
+            row = self._named(columns, where, number, tally)
+        except Dropped as why:
+            tally.drop(why.reason, where, why.text)
+            return
+        if self.config.kind != "sentences":
+            tally.made += 1
+            yield row
+            return
+        for place, sentence in enumerate(danish.sentences(row["text"])):
+            tally.made += 1
+            yield row | {"id": f"{row['id']}#{place}", "text": sentence}
+
+    def _columns(self, where: str, payload: Any, tally: Tally) -> dict[str, Any]:
+        source = self.source
+        if isinstance(payload, dict):
+            if None in payload:
+                raise Dropped("malformed", f"{where}: more fields than the header names")
+            values = {k: self._mended(v, where, tally) if isinstance(v, str) else v for k, v in payload.items()}
+            return self._page(values) if source.format == "mediawiki" else values
+        text = self._decoded(payload, where, tally)
+        if self.index is not None:
+            try:
+                return self.index.row(stanza(text), source.take, self.config.kind)
+            except (KeyError, ValueError) as error:
+                said = f"the field {error} is absent" if isinstance(error, KeyError) else str(error)
+                raise Dropped("malformed", f"{where}: {said}") from None
+        if source.format == "jsonl":
+            try:
+                return parse(text, where)
+            except UserError as error:
+                raise Dropped("malformed", str(error)) from None
+        return {"text": text}
+
+    def _page(self, page: dict[str, Any]) -> dict[str, Any]:
+        title = page.get("title", "")
+        if page.get("ns", "0") != "0":
+            raise Dropped("namespace", title)
+        if "redirect" in page:
+            raise Dropped("redirect", f"{title} → {page['redirect']}")
+        return {"id": page.get("id", title), "document": title, "text": page.get("text", "")}
+
+    def _decoded(self, data: bytes | str, where: str, tally: Tally) -> str:
+        if isinstance(data, str):
+            return data
+        try:
+            text, other = clean.decode(data, self.source.encoding)
+        except UnicodeDecodeError as error:
+            raise Dropped("encoding", f"{where}: {error.reason} at byte {error.start}") from None
+        if other:
+            tally.change("re-decoded", where, text)
+        return text
+
+    def _mended(self, text: str, where: str, tally: Tally) -> str:
+        try:
+            data = text.encode("utf-8", "surrogateescape")  # bytes of a CSV file that were not UTF-8
+        except UnicodeEncodeError:
+            raise Dropped("encoding", f"{where}: half a surrogate pair") from None
+        return self._decoded(data, where, tally) if any("\udc80" <= c <= "\udcff" for c in text) else text
+
+    def _named(self, columns: dict[str, Any], where: str, number: int, tally: Tally) -> Row:
+        source = self.source
+        wanted = ("query", "positive") if self.pairs else ("text",)
+        title = columns.get("title")
+        document = self._value(columns, "document") or (title if isinstance(title, str) else None)
+        if not self.pairs and source.markup == "wiki40b":
+            document = document or markup.wiki40b_title(str(self._value(columns, "text") or ""))
+        row: Row = {
+            "id": f"{source.source}/{self._value(columns, 'id') or number}",
+            "source": source.source,
+            "licence": source.licence,
+            "document": document or f"{source.source}/{number}",
+            "section": self._value(columns, "section") or "",
+        }
+        group = self._value(columns, "group")
+        # a group that is named holds over sources: the same package in two files stays on one side of a split
+        row["group"] = group or (f"{source.source}/{document}" if document else row["document"])
+        for key in wanted:
+            value = self._value(columns, key)
+            if value is None:
+                name = source.columns.get(key, key)
+                if name not in columns:
+                    found = ", ".join(map(str, columns)) or "nothing"
+                    raise Dropped("malformed", f"{where}: the field '{name}' is absent; found {found}")
+                value = ""
+            row[key] = self._clean(value, where, tally)
+        if not self.pairs:
+            if not row["text"]:
+                raise Dropped("empty", str(document or where))
+            return row
+        row["negatives"] = self._negatives(columns, row["positive"], where, tally)
+        for key in ("instruction", "document_instruction"):
+            row[key] = getattr(source, key) or self._value(columns, key) or None
+        return row
+
+    def _value(self, columns: dict[str, Any], key: str) -> Any:
+        name = self.source.columns.get(key, key)
+        value = columns.get(name)
+        if key == "negatives" or value is None:
+            return value
+        if isinstance(value, (int, float)) and key not in ("text", "query", "positive"):
+            return str(value)
+        if not isinstance(value, str):
+            raise Dropped("malformed", f"the field '{name}' is text; found {type(value).__name__}")
+        return value
+
+    def _clean(self, value: str, where: str, tally: Tally) -> str:
+        text, mended = clean.mojibake(value)
+        if mended:
+            tally.change("mojibake", where, text)
+        how = "wikitext" if self.source.format == "mediawiki" else self.source.markup
+        if how != "plain":
+            paragraphs = (markup.wikitext if how == "wikitext" else markup.wiki40b)(text)
+            done = clean.normal("\n".join(paragraphs))
+        else:
+            done = clean.normal(text)
+        if self.pairs:
+            done = " ".join(done.split("\n"))
+        if done != value and not mended:
+            tally.change("cleaned", where, done)
+        return done
+
+    def _negatives(self, columns: dict[str, Any], positive: str, where: str, tally: Tally) -> list[str]:
+        value = self._value(columns, "negatives") or []
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(n, str) for n in value):
+            raise Dropped("malformed", f"{where}: negatives are a text or a list of texts")
+        texts = [clean.normal(n).replace("\n", " ") for n in value]
+        kept = [n for n in dict.fromkeys(texts) if n and n != positive]
+        if len(kept) < len(texts):
+            tally.change("negatives", where, positive)
+        return kept

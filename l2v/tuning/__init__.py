@@ -1,0 +1,1 @@
+"""The fastest micro-batch, recompute, backend and kernels of a stage: search them, and apply what was found."""
