@@ -65,7 +65,10 @@ def settle(source: Source, names: Sequence[str], kind: str) -> Choice:
         column = guess(key, [name for name in names if name not in taken])
         if column is not None:
             chosen[key] = column
-    return Choice(replace(source, **chosen), chosen)
+    settled = replace(source)
+    for key, column in chosen.items():
+        setattr(settled, key, column)
+    return Choice(settled, chosen)
 
 
 def guess(key: str, names: Sequence[str]) -> str | None:
