@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from l2v.recipe.source import Source
 
@@ -65,10 +66,8 @@ def settle(source: Source, names: Sequence[str], kind: str) -> Choice:
         column = guess(key, [name for name in names if name not in taken])
         if column is not None:
             chosen[key] = column
-    settled = replace(source)
-    for key, column in chosen.items():
-        setattr(settled, key, column)
-    return Choice(settled, chosen)
+    changes: dict[str, Any] = {**chosen}
+    return Choice(replace(source, **changes), chosen)
 
 
 def guess(key: str, names: Sequence[str]) -> str | None:

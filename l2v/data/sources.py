@@ -170,7 +170,8 @@ def _columns(source: Source, features: datasets.Features) -> dict[str, Any]:
 
 
 def _read_lines(path: str, shown: str, source: dict[str, Any], kind: Kind, stamp: str) -> Iterator[dict[str, Any]]:
-    wanted, seen = _optional(source, kind), dict[str, None]()
+    wanted = _optional(source, kind)
+    seen: dict[str, None] = {}
     for where, row in raw.read_rows(Path(path), shown):
         if wanted:
             seen |= dict.fromkeys(row)
