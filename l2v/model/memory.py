@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from l2v.model.fused import Recompute
-from l2v_kernels.linear_cross_entropy.autograd import rows_of_a_chunk
+from l2v_kernels.linear_cross_entropy.op import rows_per_chunk
 
 SLACK = 0.05  # of free memory, left to the allocator: it rounds blocks up and cannot join those that lie apart
 LOGITS = {True: 768 << 20, False: 128 << 20}
@@ -185,7 +185,7 @@ def mntp_tail(shape: LayerShape, tokens: int, labels: int, vocabulary: int, *, k
     """The last sum and its norm; the labelled rows and their gradient, and the logits of as many as the workspace holds."""
     b, E = shape.itemsize, shape.hidden
     apart = b if b < 4 else 0
-    rows = rows_of_a_chunk(max(labels, 1), vocabulary * (4 + apart), LOGITS[kernels])
+    rows = rows_per_chunk(max(labels, 1), vocabulary * (4 + apart), LOGITS[kernels])
     work = tokens * E * b + 2 * labels * E * b + rows * vocabulary * (4 + apart)
     return TailMemory(kept=tokens * E * b, work=work)
 

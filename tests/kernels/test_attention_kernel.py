@@ -1,4 +1,4 @@
-"""The Triton kernels of packed attention under the interpreter, in fp32 and fp16 (it gets bf16 products wrong)."""
+"""The Triton kernels of packed attention under the interpreter, in fp32 and fp16 (it gets bf16 matmuls wrong)."""
 
 import os
 

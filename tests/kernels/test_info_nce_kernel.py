@@ -1,4 +1,4 @@
-"""The Triton kernels of InfoNCE under the interpreter, in fp32 and fp16 (it gets bf16 products wrong)."""
+"""The Triton kernels of InfoNCE under the interpreter, in fp32 and fp16 (it gets bf16 matmuls wrong)."""
 
 import os
 
@@ -34,7 +34,7 @@ def run(path, tensors, targets, chosen, workspace=1 << 20):
         return inner
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths.Chunked, "least_rows", 4)
+        patch.setattr(paths.Chunked, "min_rows", 4)
         patch.setattr(engine, "choose", lambda *_: PATHS[path]())
         patch.setattr(torch, "empty", poisoned(empty))
         patch.setattr(torch, "empty_like", poisoned(empty_like))

@@ -52,8 +52,8 @@ class Rounded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        q, scale = quantize_rows(dy.flatten(0, -2), ctx.weight.scale_N)
-        dx = (q.float() * scale[:, None]) @ ctx.weight.rows_NK.float()
+        q, scale = quantize_rows(dy.flatten(0, -2), ctx.weight.scale_O)
+        dx = (q.float() * scale[:, None]) @ ctx.weight.rows_OE.float()
         return dx.unflatten(0, dy.shape[:-1]).to(dy.dtype), None
 
 
@@ -149,9 +149,9 @@ def test_weights_are_two_bytes_in_all_and_the_full_ones_are_gone():
 
 def test_a_cast_changes_no_bit():
     held, x = fp8(dtype=torch.bfloat16).fused.specs[0].qkv.quantized, torch.randn(5, 48).bfloat16()
-    want = held.linears().product(x)
+    want = held.linears().matmul(x)
     for dtype in (torch.bfloat16, torch.float32):
-        assert torch.equal(held.to(dtype).linears().product(x), want)
+        assert torch.equal(held.to(dtype).linears().matmul(x), want)
 
 
 def test_what_does_not_know_of_fp8_gets_no_number():
@@ -210,10 +210,10 @@ def test_where_fp8_is_refused(monkeypatch):
         UserError, match=r"fp8 cannot run here: there is no GPU, .* sm_89; use base.base_precision: same"
     ):
         check_base_precision(base(base_precision="fp8"), CPU, torch.bfloat16)
-    monkeypatch.setattr("l2v_kernels.fp8.product._cuda_obstacle", lambda _: "NVIDIA A100 is sm_80, and FP8 needs sm_89")
+    monkeypatch.setattr("l2v_kernels.fp8.matmul._cuda_obstacle", lambda _: "NVIDIA A100 is sm_80, and FP8 needs sm_89")
     with pytest.raises(UserError, match=r"cannot run here: NVIDIA A100 is sm_80, .*; use base.base_precision: same"):
         check_base_precision(base(base_precision="fp8"), torch.device("cuda", 0), torch.bfloat16)
-    monkeypatch.setattr("l2v_kernels.fp8.product._cuda_obstacle", lambda _: None)
+    monkeypatch.setattr("l2v_kernels.fp8.matmul._cuda_obstacle", lambda _: None)
     with pytest.raises(UserError, match=r"fp8 multiplies into bf16, and base.precision is fp32; use bf16, or"):
         check_base_precision(base(base_precision="fp8", precision="fp32"), torch.device("cuda", 0), torch.float32)
     check_base_precision(base(base_precision="fp8"), torch.device("cuda", 0), torch.bfloat16)

@@ -9,7 +9,7 @@ HEAD_DIMS = (64, 96, 128, 256)
 
 
 def kept(seed, length, head, stream, dropout_p):
-    """bool [L, L] from the definition of the noise's address."""
+    """bool [t, t] from the definition of the mask's Philox key."""
     rows = torch.arange(length)
     data = keep_bytes(torch.as_tensor(seed).expand(length), rows, length, stream, head << 8 | DOMAIN_ATTENTION)
     return data >= threshold(dropout_p)

@@ -10,14 +10,16 @@ from l2v.model.memory import LayerShape, kept_for_backward
 from l2v.model.packed import PackedDecoder
 from l2v.recipe import LLAMA_LINEARS, Base, Lora
 from l2v_kernels.dispatch import triton_everywhere
-from l2v_kernels.lora_linear.kernel import DOWN
+from l2v_kernels.lora_linear.kernel_down import DOWN_CONFIG
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 8, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1,
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 64,
 }  # fmt: skip
 
-DOWN[2] = DOWN[2] | {"BLOCK_E": 2048}  # the interpreter takes its time by the tile, and tiles save nothing
+DOWN_CONFIG[2] = DOWN_CONFIG[2] | {
+    "BLOCK_E": 2048
+}  # the interpreter takes its time by the tile, and tiles save nothing
 whole = load_model(Base("fake", init="random", config=CONFIG), head=False, dtype=torch.float16)
 decoder = add_lora(inner_model(whole), Lora(), base_name="fake", seed=0)
 model = PackedDecoder(decoder, attention_dropout=0.3).train()

@@ -13,7 +13,7 @@ from l2v.model.fused.functions import Call, GatedMlp, GroupLinear, ProjectHeads
 from l2v.model.fused.spec import LayerSpec, base_of
 from l2v_kernels import attention, rms_norm, segment_pool
 from l2v_kernels.integrations.transformers import PackedAttention
-from l2v_kernels.lora_linear import Noise, lay_together
+from l2v_kernels.lora_linear import InputDropout, stack_weights
 from l2v_kernels.spans import span
 
 Recompute = Literal["none", "cheap", "layer"]
@@ -48,7 +48,7 @@ class FusedStack:
         ZeRO-3, which owns the storage of parameters."""
         for spec in self.specs:
             for group in (spec.qkv, spec.gate_up):
-                lay_together([base_of(m) for m in group.modules])
+                stack_weights([base_of(m) for m in group.modules])
 
     def __call__(
         self,
@@ -83,7 +83,7 @@ class FusedStack:
         return self._layer_once(spec, residual_TE, delta_TE, run)
 
     def _layer_once(self, spec: LayerSpec, residual_TE, delta_TE, run):
-        noise = Noise(spec.dropout(), run.seeds_T, run.rows_T)
+        noise = InputDropout(spec.dropout(), run.seeds_T, run.rows_T)
         call = Call(spec, noise, run.cos_TD, run.sin_TD, keep_all=self.recompute == "none")
         sum_TE, q, k, v = ProjectHeads.apply(residual_TE, delta_TE, call, *spec.qkv.matrices())
         packed, training = run.packed, spec.module.self_attn.training

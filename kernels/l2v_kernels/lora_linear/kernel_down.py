@@ -1,6 +1,6 @@
-"""The adapters' share of a LoRA linear as Triton kernels. Bound by memory: both read x once for all adapters on it.
+"""dropout(x) A^T and its gradients as Triton kernels. Bound by memory: both read x once for all adapters on it.
 
-Dropout is made from addresses where x is read, in the forward and again in the backward, and never written.
+Dropout masks are computed where x is read, in the forward and again in the backward, and never written.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from l2v_kernels.philox_kernel import random_bytes
 
 _DOMAIN = tl.constexpr(DOMAIN_DROPOUT)
 
-DOWN = {2: {"BLOCK_T": 32, "BLOCK_E": 64, "num_warps": 4, "num_stages": 3}}
-"""By bytes an element. Of 16k tokens 512 programs, so that loads of some run under the arithmetic of others."""
-DOWN[4] = {"BLOCK_T": 32, "BLOCK_E": 32, "num_warps": 4, "num_stages": 3}
-BACKWARD = {2: {"BLOCK_T": 32, "BLOCK_E": 64, "num_warps": 8, "num_stages": 2}}
-BACKWARD[4] = {"BLOCK_T": 32, "BLOCK_E": 32, "num_warps": 8, "num_stages": 2}
-PROGRAMS = 1024
-"""The backward splits the tokens until there are as many; the splits' sums of dA are added afterwards, in order."""
+DOWN_CONFIG = {2: {"BLOCK_T": 32, "BLOCK_E": 64, "num_warps": 4, "num_stages": 3}}
+"""By bytes an element. 16k tokens are 512 programs, so loads of some overlap with the arithmetic of others."""
+DOWN_CONFIG[4] = {"BLOCK_T": 32, "BLOCK_E": 32, "num_warps": 4, "num_stages": 3}
+DOWN_BACKWARD_CONFIG = {2: {"BLOCK_T": 32, "BLOCK_E": 64, "num_warps": 8, "num_stages": 2}}
+DOWN_BACKWARD_CONFIG[4] = {"BLOCK_T": 32, "BLOCK_E": 32, "num_warps": 8, "num_stages": 2}
+DOWN_BACKWARD_PROGRAMS = 1024
+"""The backward splits the tokens into about this many programs; the splits' partial sums of dA are added afterwards, in order."""
 
 
 @triton.jit
 def _kept(x, seed, row, first_block, stream, drop_below, DROPOUT: tl.constexpr, BLOCKS: tl.constexpr):
-    """x where it is kept, 0 elsewhere, and the mask."""
+    """(x where it is kept and 0 elsewhere, the mask)."""
     if DROPOUT:
         keep = random_bytes(seed, row, first_block, stream.to(tl.int32), _DOMAIN, BLOCKS) >= drop_below
     else:
@@ -75,9 +75,9 @@ def lora_down_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """xa[:, adapter] = factor * where(keep, x, 0) A^T for up to three adapters (RANK 0: not there).
+    """xa[:, adapter] = factor * where(keep, x, 0) A^T for up to three adapters (RANK 0: no such adapter).
 
-    Program i does token block i over the whole width.
+    Program i computes token block i over the whole width.
     """
     RANKS: tl.constexpr = RANK_0 + RANK_1 + RANK_2
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -185,9 +185,9 @@ def lora_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """dx [T, E] and dA, fp32 [split, R, E], of up to three adapters, with each mask made once for both. ADD_DX: dx is added to.
+    """dx [T, E] and dA, fp32 [J, R, E], of up to three adapters; each mask is computed once for both. ADD_DX: adds to dx.
 
-    Program (i, j) does column block i of the tokens of split j. dxa carries the factors already.
+    Program (i, j) computes column block i of the tokens of split j. dxa has the factors in it already.
     """
     RANKS: tl.constexpr = RANK_0 + RANK_1 + RANK_2
     split = tl.program_id(1)

@@ -1,18 +1,18 @@
-"""The autograd function: rows of logits at a time, and the gradient made while they are there."""
+"""The autograd function: a chunk of logits at a time, and the gradient computed while the chunk exists."""
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from l2v_kernels.dispatch import takes_triton
-from l2v_kernels.info_nce.products import dots
 from l2v_kernels.linear_cross_entropy import reference
+from l2v_kernels.matmul import matmul_nt
 
-TILE = 128
-"""Rows of a library product's tile: chunks are whole ones where more than one fits."""
+TILE_ROWS = 128
+"""Rows of a GEMM library's tile: chunks are whole tiles where at least one fits."""
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(sum of the losses, number of hits). Kept for the backward: the gradient of hidden [L, E], and nothing else."""
+    """(sum of the losses, number of hits). Kept for the backward: only the gradient of hidden [L, E]."""
 
     @staticmethod
     def forward(ctx, hidden_LE, weight_VE, bias_V, labels_L, workspace):
@@ -39,41 +39,41 @@ def in_chunks(
     *,
     gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Losses [L], hits bool [L], and with `gradient` that of the losses' sum [L, E] in hidden's dtype."""
+    """(losses [L], hits bool [L], gradient of the losses' sum [L, E] in hidden's dtype, or None without `gradient`)."""
     (L, E), V = hidden_LE.shape, len(weight_VE)
     dtype = hidden_LE.dtype
     wide, triton = torch.promote_types(dtype, torch.float32), takes_triton(hidden_LE)
     losses_L = hidden_LE.new_empty(L, dtype=wide)
     hits_L = hidden_LE.new_empty(L, dtype=torch.bool)
     gradient_LE = hidden_LE.new_empty(L, E) if gradient else None
-    # The kernel writes softmax - onehot over the logits where both are fp32. It needs no second buffer to read logits from.
+    # Where both are fp32, softmax - onehot overwrites the logits, and one buffer is enough.
     apart = wide != dtype and (gradient or not triton)
-    rows = rows_of_a_chunk(L, V * (wide.itemsize + (dtype.itemsize if apart else 0)), workspace)
-    logits_RV = hidden_LE.new_empty(rows, V, dtype=wide)
-    narrow_RV = hidden_LE.new_empty(rows, V) if apart else logits_RV
+    rows = rows_per_chunk(L, V * (wide.itemsize + (dtype.itemsize if apart else 0)), workspace)
+    logits_rV = hidden_LE.new_empty(rows, V, dtype=wide)
+    narrow_rV = hidden_LE.new_empty(rows, V) if apart else logits_rV
     if triton:
         from l2v_kernels.linear_cross_entropy.kernel import launch
-    # Autocast would round fp32 hidden states on their way into the products.
+    # Autocast would round fp32 hidden states on their way into the matmuls.
     with torch.autocast(hidden_LE.device.type, enabled=False):
         for begin in range(0, L, rows):
             at = slice(begin, min(begin + rows, L))
-            logits, narrow = logits_RV[: at.stop - begin], narrow_RV[: at.stop - begin]
+            logits, narrow = logits_rV[: at.stop - begin], narrow_rV[: at.stop - begin]
             narrow = narrow if apart else logits
             if triton:
-                dots(hidden_LE[at], weight_VE, logits)
+                matmul_nt(hidden_LE[at], weight_VE, logits)
                 launch(logits, bias_V, labels_L[at], losses_L[at], hits_L[at], narrow if gradient else None)
             else:
-                reference.make_logits(hidden_LE[at], weight_VE, bias_V, logits, narrow)
-                reference.look(logits, labels_L[at], losses_L[at], hits_L[at], narrow, gradient)
-            if gradient:
+                reference.write_logits(hidden_LE[at], weight_VE, bias_V, logits, narrow)
+                reference.softmax_stats(logits, labels_L[at], losses_L[at], hits_L[at], narrow, gradient)
+            if gradient_LE is not None:
                 torch.mm(narrow, weight_VE, out=gradient_LE[at])
     return losses_L, hits_L, gradient_LE
 
 
-def rows_of_a_chunk(L: int, bytes_a_row: int, workspace: int) -> int:
-    """How many rows to take at a time: as many as fit, in chunks of one size, of whole tiles where those fit."""
-    most = max(1, workspace // bytes_a_row)
-    tile = TILE if most >= TILE else 1
+def rows_per_chunk(L: int, row_bytes: int, workspace: int) -> int:
+    """Rows a chunk of L: as many as fit the workspace, in chunks of one size, of whole tiles where those fit."""
+    most = max(1, workspace // row_bytes)
+    tile = TILE_ROWS if most >= TILE_ROWS else 1
     most -= most % tile
     chunks = max(1, -(-L // most))
     even = -(-L // chunks)

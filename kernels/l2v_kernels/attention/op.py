@@ -1,4 +1,4 @@
-"""The autograd function of packed attention on the Triton kernels. The reference differentiates itself."""
+"""The autograd function of packed attention on the Triton kernels. Autograd differentiates the reference by itself."""
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -8,7 +8,7 @@ from l2v_kernels.attention.tables import TokenTables
 
 
 class FusedAttention(torch.autograd.Function):
-    """o [T, H, D] and lse fp32 [H, T]. Kept for the backward: q, k, v, o and lse, so memory linear in tokens."""
+    """o [T, H, D] and lse fp32 [H, T]. Kept for the backward: q, k, v, o and lse, so memory is linear in tokens."""
 
     @staticmethod
     def forward(
@@ -20,7 +20,7 @@ class FusedAttention(torch.autograd.Function):
         seeds_S: torch.Tensor | None,
         settings: Settings,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Imported here: the package works where Triton is not installed.
+        # Imported here: the package works without Triton.
         from l2v_kernels.attention import launch
 
         o_THD, lse_HT = launch.forward(q_THD, k_TKD, v_TKD, tables, seeds_S, settings)
@@ -34,6 +34,6 @@ class FusedAttention(torch.autograd.Function):
     def backward(ctx, do_THD: torch.Tensor, _):
         from l2v_kernels.attention import launch
 
-        *tensors, seeds_S = ctx.saved_tensors
-        gradients = launch.backward(do_THD, *tensors, ctx.tables, seeds_S, ctx.settings)
+        q_THD, k_TKD, v_TKD, o_THD, lse_HT, seeds_S = ctx.saved_tensors
+        gradients = launch.backward(do_THD, q_THD, k_TKD, v_TKD, o_THD, lse_HT, ctx.tables, seeds_S, ctx.settings)
         return *gradients, None, None, None
