@@ -338,7 +338,7 @@ def test_bad_input(name):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_row_that_is_not_finite_is_named(which, bad):
+def test_a_row_with_nan_or_inf_is_named(which, bad):
     tensors = [Q.clone(), C.clone()]
     tensors[which][2, 5] = bad
     name = ("queries", "candidates")[which]
