@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup quickstart test test-all lint types wheel-test clean
+.PHONY: setup quickstart test test-all lint types docs wheel-test clean
 
 setup: $(READY)
 
@@ -34,6 +34,14 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+
+# The site, into build/site; a broken link or a name that does not exist stops it.
+docs: $(VENV)/.docs-ready
+	$(BIN)/python docs/site/build.py $(ARGS)
+
+$(VENV)/.docs-ready: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[docs]'
+	@touch $@
 
 wheel-test: $(READY)
 	bash tests/wheel.sh $(BIN)/python

@@ -7,14 +7,13 @@ The path of a GPU is traced unless a test says otherwise: the launching code of 
 import functools
 import importlib
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
-from memory_trace import FakeStep, fake_ranks
+from support.forked import KERNELS, output_of
+from support.memory_trace import FakeStep, fake_ranks
+from support.processes import ROOT
 
 from l2v.model.memory import ExecutionMode, LayerShape, activation_bytes, kept_for_backward
 from l2v.objectives.contrastive import Groups
@@ -95,10 +94,8 @@ def test_the_interpreted_kernels_save_the_same():
     """The layer of Llama-3-8B with real weights and real kernels, 16 tokens, dropout on."""
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).parent / "plan_kept_interpreted.py"
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == ["none", "cheap", "layer"]
+    script = ROOT / "tests" / "support" / "plan_kept_interpreted.py"
+    assert output_of([str(script)], environment, KERNELS).split() == ["none", "cheap", "layer"]
 
 
 def mntp(**changes) -> Mntp:

@@ -272,8 +272,12 @@ class Training:
         """Raises Interrupted where a signal asked any rank to stop before the last step."""
         if not result.agreed.stop or step + 1 == self.job.stage.steps:
             return
-        # Only one rank knows what reached the disk.
-        if failed := on_first_rank(lambda: (self.saver.wait(), self.saver.failed)[1]):
+
+        def failure() -> str | None:
+            self.saver.wait()
+            return self.saver.failed
+
+        if failed := on_first_rank(failure):  # only one rank knows what reached the disk
             raise Interrupted(f"stopped after step {step + 1}, but {failed}")
         raise Interrupted(f"stopped after step {step + 1}; the same command continues from there")
 

@@ -50,7 +50,7 @@ def mntp_step(
         loss, found = _guarded(
             guard,
             functools.partial(forward_backward, micro, last, world),
-            lambda last=last: forward_backward(filler(device), last, 0.0),
+            functools.partial(lambda last: forward_backward(filler(device), last, 0.0), last),
         )
         loss_sum += loss
         hits += found
@@ -149,7 +149,7 @@ class GradientCache:
         loss, gradient_SE = self._loss(cache_SE, groups)
         del cache_SE
         *parts, part_SE = gradient_SE.split(sizes)
-        self._backward(lambda kept_SE=kept_SE: kept_SE, part_SE, last=last and not parts)
+        self._backward(functools.partial(lambda vectors_SE: vectors_SE, kept_SE), part_SE, last=last and not parts)
         del kept_SE
         for at, (micro, part_SE) in enumerate(zip(micros[:-1], parts, strict=True)):
             encode_again = functools.partial(self._vectors, micro)

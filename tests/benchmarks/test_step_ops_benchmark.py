@@ -79,8 +79,8 @@ def test_the_numbers_of_the_docs():
         for direction in ("forward", "backward"):
             assert found.pop(f"{op} {direction}") == w.bytes(direction == "backward")
             total += w.bytes(direction == "backward") * {"rms_norm": 2, "swiglu": 1, "segment_pool": 0}[op]
-    # Two norms made again, and a product.
-    assert found == {"rms_norm made again": 2 * 4096 * 2}
+    # Two norms recomputed, and a SwiGLU output.
+    assert found == {"rms_norm recomputed": 2 * 4096 * 2}
     total += 2 * 2 * 4096 * 2 + 3 * 14336 * 2
     assert f"that is {total / 4300:.0f} ns a token and layer" in text
     assert f"{total / 4.3e12 * 16384 * 32 * 1e3:.0f} ms of a step" in text

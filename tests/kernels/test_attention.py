@@ -1,10 +1,10 @@
 import pytest
 import torch
-from attention_cases import HEAD_DIMS, assert_close_to_exact, layouts, plain, settings
-from attention_cases import inputs as random_inputs
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from support.attention_cases import HEAD_DIMS, assert_close_to_exact, layouts, plain, settings
+from support.attention_cases import inputs as random_inputs
 
 from l2v_kernels import AttentionPlan, attention
 from l2v_kernels.attention.tables import TokenTables

@@ -4,10 +4,10 @@ import os
 
 import pytest
 import torch
-from attention_cases import HEAD_DIMS, assert_close_to_exact, inputs, kept, layouts, settings
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from support.attention_cases import HEAD_DIMS, assert_close_to_exact, inputs, kept, layouts, settings
 
 pytest.importorskip("triton")
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from attention_cases import plain
+from support.attention_cases import plain
 
 from l2v_kernels import attention_padded
 

@@ -2,7 +2,7 @@ import importlib.util
 
 import pytest
 import torch
-from step_cases import poisoned
+from support.step_cases import poisoned
 
 from l2v_kernels.dispatch import triton_everywhere
 from l2v_kernels.fp8 import Fp8Linears, Fp8Weight, matmul, obstacle, quantize_rows

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from info_nce_cases import VARIANTS, assert_close, options, ours, plain, problem
+from support.info_nce_cases import VARIANTS, assert_close, options, ours, plain, problem
 
 from l2v_kernels import info_nce
 from l2v_kernels.info_nce.paths import OnCpu

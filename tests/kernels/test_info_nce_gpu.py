@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from info_nce_cases import VARIANTS, assert_close, ours, problem
+from support.info_nce_cases import VARIANTS, assert_close, ours, problem
 
 from l2v_kernels import info_nce
 

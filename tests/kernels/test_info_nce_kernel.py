@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from info_nce_cases import VARIANTS, assert_close, options, ours, problem
+from support.info_nce_cases import VARIANTS, assert_close, options, ours, problem
 
 pytest.importorskip("triton")
 

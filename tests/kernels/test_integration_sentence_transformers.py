@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import free_port
+from support.processes import free_port
 
 pytest.importorskip("sentence_transformers")
 

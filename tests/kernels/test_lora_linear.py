@@ -2,7 +2,7 @@ import importlib.util
 
 import pytest
 import torch
-from step_cases import poisoned
+from support.step_cases import poisoned
 
 from l2v_kernels import dropout
 from l2v_kernels.dispatch import triton_everywhere

@@ -2,7 +2,7 @@ import importlib.util
 
 import pytest
 import torch
-from step_cases import bytes_saved, check_rms_norm, plain_rms_norm, poisoned
+from support.step_cases import bytes_saved, check_rms_norm, plain_rms_norm, poisoned
 
 from l2v_kernels.dispatch import triton_everywhere
 from l2v_kernels.rms_norm import op, rms_norm

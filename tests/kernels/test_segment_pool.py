@@ -2,7 +2,7 @@ import importlib.util
 
 import pytest
 import torch
-from step_cases import bytes_saved, check_segment_pool, gradients, plain_pool, poisoned
+from support.step_cases import bytes_saved, check_segment_pool, gradients, plain_pool, poisoned
 
 from l2v.batch import Segment, pack
 from l2v.model.pooling import pool

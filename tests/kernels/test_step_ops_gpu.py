@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from step_cases import check_rms_norm, check_segment_pool, check_swiglu
+from support.step_cases import check_rms_norm, check_segment_pool, check_swiglu
 
 from l2v_kernels.rms_norm import op, rms_norm
 from l2v_kernels.segment_pool import segment_pool

@@ -2,7 +2,7 @@ import importlib.util
 
 import pytest
 import torch
-from step_cases import bytes_saved, check_swiglu, plain_swiglu, poisoned
+from support.step_cases import bytes_saved, check_swiglu, plain_swiglu, poisoned
 
 from l2v_kernels.dispatch import triton_everywhere
 from l2v_kernels.swiglu import op, swiglu

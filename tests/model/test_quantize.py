@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from fused_cases import FAMILIES, SHAPE, batch, build, distance, gradients
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.fused_cases import FAMILIES, SHAPE, batch, build, distance, gradients
 from torch import nn
 
 from l2v.errors import RecipeError, UserError

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import free_port
+from support.processes import free_port
 
 from l2v.data.collate import collate
 from l2v.data.open import open_examples

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from helpers import finish, start_ranks
+from support.processes import finish, start_ranks
 
 CHANGES = {"steps": 12, "keep": 9, "save_every": 4, "from": "base", "batch": 6, "micro_tokens": 128}
 SOFT = {"scale": 3, "lr": 1e-3}  # a loss near zero would be all rounding

@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import finish, start_ranks, training_environment
 from safetensors.torch import load_file
+from support.forked import start
+from support.processes import ROOT, finish, start_ranks, training_environment
 
 from l2v.training import checkpoint
 from l2v.training.watchdog import EXIT_FAULT
 
-FAULTY = Path(__file__).with_name("faulty_rank.py")
+FAULTY = ROOT / "tests" / "support" / "faulty_rank.py"
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
@@ -32,13 +33,12 @@ def start_faulty(arguments: list, *, rank: int, fault: str, at: int, world: int 
     """`world` ranks of which one meets a fault at a step."""
     shared = training_environment() | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world)} | environment
     return [
-        subprocess.Popen(
-            [sys.executable, *([str(FAULTY), fault, str(at)] if r == rank else ["-m", "l2v.train"]), *map(str, arguments)],
-            env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start(
+            [*([str(FAULTY), fault, str(at)] if r == rank else ["-m", "l2v.train"]), *map(str, arguments)],
+            shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
         )
         for r in range(world)
-    ]  # fmt: skip
+    ]
 
 
 def wait_for(condition, processes, seconds: float = 200) -> None:

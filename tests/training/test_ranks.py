@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import finish, start_ranks
 from safetensors.torch import load_file
+from support.processes import finish, start_ranks
 
 from l2v.training import checkpoint
 

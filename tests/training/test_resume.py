@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import finish, start_ranks
+from support.processes import finish, start_ranks
 
 STAGES = ("mntp", "simcse", "supervised")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import finish, start_ranks
+from support.processes import finish, start_ranks
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 

@@ -12,7 +12,7 @@ import yaml
 from l2v.data.corpus.config import load_config
 from l2v.data.corpus.run import Run
 
-FILES = Path(__file__).with_name("build_files")
+FILES = Path(__file__).resolve().parents[1] / "data" / "build_files"
 WHO = ("hunden", "katten", "min nabo", "en gammel fisker", "den lille pige", "læreren", "vores postbud", "en træt kok")
 DOES = ("løber gennem", "drømmer om", "maler billeder af", "skriver breve om", "cykler forbi", "synger sange om")
 WHAT = (

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from helpers import free_port
+from support.processes import free_port
 
 HOSTS = {"node-a": "127.0.0.2", "node-b": "127.0.0.3"}
 SSHD = shutil.which("sshd", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/local/sbin"]))
