@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,12 +177,13 @@ def evaluate(
     results = [score("TF-IDF (characters)", tfidf_scores(queries, texts), relevant)]
     length = recipe.stages["supervised"].length
     encoders: dict[str, Encoder] = {}
-    base = {"length": length, "precision": recipe.base.precision, "template": recipe.base.template}
-    for name, make in {
-        "untrained, causal": lambda: Encoder.from_pretrained(recipe.base.model, attention="causal", **base),
-        "untrained, bidirectional": lambda: Encoder.from_pretrained(recipe.base.model, **base),
-        **{s: (lambda s=s: Encoder.from_pretrained(run / s, length=length)) for s in recipe.order()},
-    }.items():
+    base: dict[str, Any] = {"length": length, "precision": recipe.base.precision, "template": recipe.base.template}
+    makers: dict[str, Callable[[], Encoder]] = {
+        "untrained, causal": partial(Encoder.from_pretrained, recipe.base.model, attention="causal", **base),
+        "untrained, bidirectional": partial(Encoder.from_pretrained, recipe.base.model, **base),
+        **{stage: partial(Encoder.from_pretrained, run / stage, length=length) for stage in recipe.order()},
+    }
+    for name, make in makers.items():
         encoder = make()
         console.print(f"evaluating {name}", style="dim")
         queries_NE = encoder.encode(queries, show_progress=True)
@@ -199,7 +202,7 @@ def summarize(
     rows = []
     for result in results:
         by_kind = {f"ndcg_{kind}": float(result.ndcg[kinds == kind].mean()) for kind in KINDS}
-        rows.append({"name": result.name} | result.summary() | by_kind)
+        rows.append({"name": result.name, **result.summary(), **by_kind})
     by_name = {r.name: r for r in results}
     against = []
     for better, worse in (("simcse", "mntp"), ("supervised", "mntp"), ("supervised", "simcse")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +12,14 @@ from l2v.encoder import Encoder
 from l2v.recipe import Source
 
 
-def read_corpus(file: str | None, column: str, log: Callable[[str], None] = print) -> list[str]:
+def read_corpus(file: str | None, column: str, notes: list[str] | None = None) -> list[str]:
     """The texts of a file (`column`: the field that holds the text), or the passages of the Danish sample.
 
-    Empty texts are skipped. log: is called with what was guessed of the file.
+    Empty texts are skipped. `notes` takes a sentence if the column was guessed by its name.
     """
     if file is None:
         return [passage.text for passage in sample.passages().values()]
-    notes: list[str] = []
-    texts = list(open_rows([Source(path=file, text=column, skip_empty=True)], "documents", notes)["text"])
-    for note in notes:
-        log(note)
-    return texts
+    return list(open_rows([Source(path=file, text=column, skip_empty=True)], "documents", notes)["text"])
 
 
 def nearest(run: str, query: str, texts: list[str], *, instruction: str | None, top: int) -> list[tuple[float, str]]:

@@ -95,21 +95,25 @@ def _timeout(args: argparse.Namespace) -> float:
 def parser() -> argparse.ArgumentParser:
     """The arguments of the training program."""
     p = argparse.ArgumentParser(
-        prog="l2v train", description="Train the stages of a recipe, in order, under DeepSpeed."
+        prog="l2v train",
+        description="Train the stages of a recipe, in order, under DeepSpeed; the same command continues a stopped run.",
+        epilog="examples:\n  l2v train llama3-8b-da\n  l2v train llama3-8b-da --stage mntp steps=2000",
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=98),
     )
-    p.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with l2v")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. stages.mntp.steps=100")
-    p.add_argument("--stage", help="train only this stage; bare keys then belong to it")
-    p.add_argument("--fresh", action="store_true", help="forget what was trained of these stages before and start anew")
+    p.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that comes with l2v")
     p.add_argument(
-        "--gpus", "--processes", dest="processes", type=int, help="processes on this machine (default: every GPU, or 1)"
+        "overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the recipe, for example stages.mntp.steps=100"
+    )
+    p.add_argument("--stage", metavar="NAME", help="train only this stage; bare keys then belong to it")
+    p.add_argument(
+        "--fresh", action="store_true", help="discard what was trained of these stages and start from scratch"
     )
     p.add_argument(
-        "--restarts",
-        type=int,
-        default=0,
-        metavar="N",
-        help="start again after a fault, up to N times",
+        "--gpus", "--processes", dest="processes", type=int, metavar="N",
+        help="processes on this machine (default: every GPU, or 1)",
+    )  # fmt: skip
+    p.add_argument(
+        "--restarts", type=int, default=0, metavar="N", help="start again after a fault, up to N times (default: 0)"
     )
     p.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     return p

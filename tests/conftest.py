@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, free_port, training_environment
+from support.processes import ROOT, free_port, training_environment
 
 # An installed distribution is on the path by itself; a bare checkout is not.
 for folder in (ROOT, ROOT / "kernels"):
@@ -27,6 +27,7 @@ def pytest_collection_modifyitems(items):
     long = (
         "training",
         "test_bad_input.py",
+        "test_compile.py",
         "test_attention_kernel.py",
         "test_info_nce_kernel.py",
         "test_plan_memory.py",

@@ -257,7 +257,7 @@ def wait_for_rows(metrics: Path, rows: int, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(recipe, run_cli, cli_environment, tmp_path):
+def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(recipe, run_here, cli_environment, tmp_path):
     path, run = recipe(**{"stages.mntp.steps": 150}), tmp_path / "run" / "mntp"
     log = tmp_path / "log.txt"
     with open(log, "w") as output:
@@ -275,10 +275,10 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(recipe, run_cli,
     assert code == 1, output
     saved = checkpoint.newest(run / "checkpoints")
     assert saved is not None and 3 <= saved.step < 150
-    assert f"l2v: stopped after step {saved.step}; the same command goes on from there" in output
+    assert f"l2v: stopped after step {saved.step}; the same command continues from there" in output
     assert "Traceback" not in output
     assert not (run / "adapter").exists() and not list(run.rglob("*.partial"))
-    assert f"mntp: going on after step {saved.step}" in run_cli(path, "--stage", "mntp").stdout
+    assert f"mntp: continues after step {saved.step}" in run_here(path, "--stage", "mntp")
     rows = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, 151))
     assert (run / "adapter/adapter_model.safetensors").is_file()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, training_environment
+from support.processes import ROOT, training_environment
 
 from l2v.commands import doctor
 from l2v.doctor import hardware, software

@@ -7,23 +7,22 @@ The path of a GPU is traced unless a test says otherwise: the launching code of 
 import functools
 import importlib
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
-from memory_trace import FakeStep, fake_ranks
+from support.forked import KERNELS, output_of
+from support.memory_trace import FakeStep, fake_ranks
+from support.processes import ROOT
 
-from l2v.model.memory import LayerShape, Way, activation_bytes, kept_for_backward
+from l2v.model.memory import ExecutionMode, LayerShape, activation_bytes, kept_for_backward
 from l2v.objectives.contrastive import Groups
 from l2v.objectives.mntp import mntp_loss_of_hidden
 from l2v.plan.gpus import named
 from l2v.plan.memory import Model, memory_of, weights
 from l2v.recipe import LLAMA_LINEARS, Base, Lora, Mntp, Recipe, Simcse, Source, Supervised, Zero
-from l2v.training.memory import end_of, engine_bytes, largest_micro, way_of
-from l2v.training.steps import contrastive_step, mntp_step
+from l2v.training.memory import engine_bytes, execution_mode, largest_micro, tail_memory
+from l2v.training.steps import StepCounts, contrastive_step, mntp_step
 
 LLAMA_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 2,
@@ -46,8 +45,8 @@ def groups():
         importlib.reload(module)
 
 
-def table(step: FakeStep, recompute: str, way: Way) -> int:
-    return sum(kept_for_backward(step.shape(), recompute, way).values())
+def table(step: FakeStep, recompute: str, mode: ExecutionMode) -> int:
+    return sum(kept_for_backward(step.shape(), recompute, mode).values())
 
 
 @pytest.mark.parametrize("recompute", ["none", "cheap", "layer"])
@@ -65,7 +64,7 @@ def test_a_layer_keeps_what_the_table_says(config, dtype, lora, dropped, recompu
     """Exactly, byte for byte, at the sizes of Llama-3-8B."""
     step = FakeStep(config, dtype, head=False, lora=lora, attention_dropout=dropped)
     batch = step.batch([512, 30, 1, 200])
-    assert step.kept_by_layer(batch, recompute) == [batch.tokens * table(step, recompute, Way())] * 2
+    assert step.kept_by_layer(batch, recompute) == [batch.tokens * table(step, recompute, ExecutionMode())] * 2
 
 
 @pytest.mark.parametrize(
@@ -76,29 +75,27 @@ def test_without_kernels_masks_and_attention_are_kept(dtype, layers, dropped):
     """The references of a CPU, on segments of one length."""
     step = FakeStep(SMALL, dtype, kernels=False, head=False, layers=layers, attention_dropout=dropped)
     batch = step.batch([24, 24])
-    way = Way(fused=layers == "fused", kernels=False, attention_dropout=dropped > 0, length=24)
-    assert step.kept_by_layer(batch, "none")[1:] == [batch.tokens * table(step, "none", way)]
+    mode = ExecutionMode(fused=layers == "fused", kernels=False, attention_dropout=dropped > 0, length=24)
+    assert step.kept_by_layer(batch, "none")[1:] == [batch.tokens * table(step, "none", mode)]
     if layers == "fused":
-        assert step.kept_by_layer(batch, "cheap")[1:] == [batch.tokens * table(step, "cheap", way)]
+        assert step.kept_by_layer(batch, "cheap")[1:] == [batch.tokens * table(step, "cheap", mode)]
 
 
 def test_plain_layers_on_kernels():
     step = FakeStep(LLAMA_8B, BF16, head=False, layers="plain")
     batch = step.batch([100, 28])
     # The first layer keeps no gradient's way to its input, which is frozen: one norm and its dropout less.
-    assert step.kept_by_layer(batch, "none")[1:] == [batch.tokens * table(step, "none", Way(fused=False))]
+    assert step.kept_by_layer(batch, "none")[1:] == [batch.tokens * table(step, "none", ExecutionMode(fused=False))]
     step = FakeStep(QWEN3_8B, BF16, head=False, layers="plain")
-    assert step.kept_by_layer(step.batch([64]), "none")[1:] == [64 * table(step, "none", Way(fused=False))]
+    assert step.kept_by_layer(step.batch([64]), "none")[1:] == [64 * table(step, "none", ExecutionMode(fused=False))]
 
 
 def test_the_interpreted_kernels_save_the_same():
     """The layer of Llama-3-8B with real weights and real kernels, 16 tokens, dropout on."""
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).parent / "plan_kept_interpreted.py"
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == ["none", "cheap", "layer"]
+    script = ROOT / "tests" / "support" / "plan_kept_interpreted.py"
+    assert output_of([str(script)], environment, KERNELS).split() == ["none", "cheap", "layer"]
 
 
 def mntp(**changes) -> Mntp:
@@ -171,7 +168,7 @@ def test_peak_of_a_contrastive_step(monkeypatch, stage, recompute):
         engine.train()
         for _ in range(2):
             live.peak = live.now
-            contrastive_step(engine, [micros], stage, [128 * (columns - 1)], 128, torch.device("cpu"))
+            contrastive_step(engine, [micros], stage, StepCounts([128 * (columns - 1)], [128]))
             engine.step()
     found = planned(step, stage, 1, 1, micros[0].tokens, 128)
     assert abs(found.tensors / live.peak - 1) < 0.1, (found, live.peak)
@@ -188,9 +185,9 @@ def test_peak_of_forward_and_backward_on_a_cpu(dtype, recompute):
         before = live.now
         loss, _ = step.model(batch, "loss", functools.partial(mntp_loss_of_hidden, count=1.0))
         loss.backward()
-    way = way_of(stage, fused=True, kernels=False)
-    end = end_of(stage, step.shape(), SMALL["vocab_size"], 256, 1, kernels=False)
-    assert abs(activation_bytes(step.shape(), recompute, 256, way, end) / (live.peak - before) - 1) < 0.1
+    mode = execution_mode(stage, fused=True, kernels=False)
+    end = tail_memory(stage, step.shape(), SMALL["vocab_size"], 256, 1, kernels=False)
+    assert abs(activation_bytes(step.shape(), recompute, 256, mode, end) / (live.peak - before) - 1) < 0.1
 
 
 def test_engine_bytes_by_hand():

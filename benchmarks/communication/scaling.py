@@ -19,17 +19,17 @@ from l2v.plan.estimate import StagePlan, plan_stage
 from l2v.plan.gpus import device_and_dtype
 from l2v.recipe.load import load_recipe
 
-PER_NODE = 8
-SHOWN = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
+GPUS_PER_NODE = 8
+GPUS_SHOWN = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def predict(name: str, gpu: str) -> dict[str, Any]:
     """By ZeRO stage and stage of the recipe: collectives on 8 and 64 GPUs, and efficiencies."""
-    found: dict[str, Any] = {"recipe": name, "gpu": gpu, "per_node": PER_NODE, "zero": {}}
+    found: dict[str, Any] = {"recipe": name, "gpu": gpu, "per_node": GPUS_PER_NODE, "zero": {}}
     for zero in (0, 1, 2, 3):
         recipe = load_recipe(name, [f"zero.config=zero{zero}"])
         sheet, dtype = device_and_dtype(gpu, recipe)
-        plans = [plan_stage(recipe, stage, sheet, dtype, PER_NODE, PER_NODE) for stage in recipe.order()]
+        plans = [plan_stage(recipe, stage, sheet, dtype, GPUS_PER_NODE, GPUS_PER_NODE) for stage in recipe.order()]
         found["zero"][str(zero)] = {plan.name: _facts(plan) for plan in plans}
     return found
 
@@ -45,7 +45,7 @@ def _facts(plan: StagePlan) -> dict[str, Any]:
                 "collective": each.op,
                 "bytes": each.bytes,
                 "times": each.times,
-                "sent": each.sent(PER_NODE),
+                "sent": each.sent(GPUS_PER_NODE),
             }
             for each in plan.exchanged
         ],
@@ -70,12 +70,12 @@ def markdown(found: dict[str, Any]) -> str:
         ("Speed of one GPU that each keeps, the batch growing with them:", "grown"),
         ("The same with the recipe's batch, shared out among more and more:", "fixed"),
     ):
-        lines += ["", title, "", f"| | {' | '.join(f'{n:,}' for n in SHOWN)} |", "|-|" + "-:|" * len(SHOWN)]
+        lines += ["", title, "", f"| | {' | '.join(f'{n:,}' for n in GPUS_SHOWN)} |", "|-|" + "-:|" * len(GPUS_SHOWN)]
         for stage in stages:
             for zero, of in found["zero"].items():
                 rows = {row["gpus"]: row[key] for row in of[stage]["scaling"]}
                 batch = f" (batch {of[stage]['batch']:,})" if key == "fixed" else ""
-                lines.append(f"| {stage}{batch}, ZeRO {zero} | {' | '.join(f'{rows[n]:.0%}' for n in SHOWN)} |")
+                lines.append(f"| {stage}{batch}, ZeRO {zero} | {' | '.join(f'{rows[n]:.0%}' for n in GPUS_SHOWN)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -29,7 +29,7 @@ from l2v.data.corpus.config import Language
 
 MAX_MEMORY_GROWTH = 1.35
 """How much more memory ten times as many documents may take."""
-WHY = {
+REASONS = {
     "leak": "leaks",
     "copy": "next to a copy that was kept",
     "language": "refused by the language filter (random words are hard to detect), which refuses each again when asked alone",
@@ -155,7 +155,7 @@ def page(rows: list[dict], same: bool, facts: dict) -> str:
             f"{'the same bytes' if same else 'OTHER BYTES'} in every file.\n",
             f"Of {big['documents']:,}: leaks found {gone['leak']:,} of {planted['leak']:,}; exact copies found "
             f"{gone['copy']:,} of {planted['copy']:,}; documents of all kinds that were dropped: "
-            + ", ".join(f"{count:,} {WHY[why]}" for why, count in sorted(big["gone"].items()))
+            + ", ".join(f"{count:,} {REASONS[why]}" for why, count in sorted(big["gone"].items()))
             + f"; {big['gone'].get('lost', 0):,} without a reason.\n",
             f"Near copies, threshold {SETTINGS['near']['threshold']}, {SETTINGS['near']['permutations']} permutations:\n",
             markdown(["similarity", "planted", "found", "share"], near),

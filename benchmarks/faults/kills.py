@@ -34,7 +34,7 @@ from benchmarks.command import Benchmark
 from benchmarks.harness import device_facts, free_port
 from benchmarks.pages import write
 
-STEPS, EVERY = 40, 2
+STEPS, SAVE_EVERY = 40, 2
 STAGES = ("mntp", "simcse", "supervised")
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -44,7 +44,7 @@ def recipe(folder: Path) -> Path:
     common = {
         "data": "sample:da/train",
         "steps": STEPS,
-        "save_every": EVERY,
+        "save_every": SAVE_EVERY,
         "length": 32,
         "micro_tokens": 512,
         "lr": 1e-3,
@@ -121,7 +121,7 @@ def newest_step(stage: Path) -> int:
     """By this package's own search, in silence."""
     from l2v.training.checkpoint import newest
 
-    found = newest(stage / "checkpoints", tell=None)
+    found = newest(stage / "checkpoints", log=None)
     return found.step if found else 0
 
 
@@ -136,7 +136,7 @@ def strike(job: Job, stage: Path, step: int, inside: bool, draw: random.Random) 
         if not inside and lines(stage / "metrics.jsonl") >= step:
             time.sleep(draw.uniform(0, 0.06))
             break
-        if inside and lines(stage / "metrics.jsonl") >= step - EVERY and list(folder.glob(".step-*.partial")):
+        if inside and lines(stage / "metrics.jsonl") >= step - SAVE_EVERY and list(folder.glob(".step-*.partial")):
             time.sleep(draw.uniform(0, 0.001))
             break
         time.sleep(0.0003 if inside else 0.005)
@@ -183,7 +183,7 @@ def damages(run: Path, count: int, draw: random.Random, work: Path) -> dict[str,
         from l2v.training.checkpoint import newest
 
         heard: list[str] = []
-        found = newest(work, tell=heard.append)
+        found = newest(work, log=heard.append)
         before = int(saved[-2].name.split("-")[1])
         row[0] += found is not None and found.step == before and len(heard) == 1 and saved[-1].name in heard[0]
     return table
@@ -202,7 +202,14 @@ def run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="l2v-kills-") as name:
         rows, table = campaign(context, Path(name), options, draw)
     facts = device_facts(torch.device("cpu"))
-    data = {"facts": facts, "seed": options.seed, "steps": STEPS, "save_every": EVERY, "runs": rows, "damages": table}
+    data = {
+        "facts": facts,
+        "seed": options.seed,
+        "steps": STEPS,
+        "save_every": SAVE_EVERY,
+        "runs": rows,
+        "damages": table,
+    }
     text = page(data)
     print(text)
     if options.out:

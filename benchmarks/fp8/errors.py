@@ -64,7 +64,7 @@ def _errors(weight_NK: torch.Tensor, x_TK: torch.Tensor, dy_TN: torch.Tensor) ->
     x_TK, dy_TN = x_TK.float(), dy_TN.float()
     y_TN, dx_TK = x_TK @ weight_NK.t(), dy_TN @ weight_NK
     ours = Fp8Weight.of([weight_NK])
-    w_NK, scale_N = ours.dequantized(), ours.scale_N
+    w_NK, scale_N = ours.dequantized(), ours.scale_O
     exact_NK, exact_N = _to_largest(weight_NK)
     folded = _dequantized(*quantize_rows(dy_TN, scale_N))
     folded_exact, row_T = _to_largest(dy_TN * exact_N)
@@ -73,9 +73,9 @@ def _errors(weight_NK: torch.Tensor, x_TK: torch.Tensor, dy_TN: torch.Tensor) ->
         "inputs": _distance(_dequantized(*quantize_rows(x_TK)), x_TK),
         "product": _distance(_dequantized(*quantize_rows(x_TK)) @ w_NK.t(), y_TN),
         "product_exact_scales": _distance(_dequantized(*_to_largest(x_TK)) @ _dequantized(exact_NK, exact_N).t(), y_TN),
-        "gradient": _distance(folded @ ours.rows_NK.float(), dx_TK),
+        "gradient": _distance(folded @ ours.rows_OE.float(), dx_TK),
         "gradient_exact_scales": _distance(_dequantized(folded_exact, row_T) @ exact_NK.float(), dx_TK),
-        "gradient_e5m2": _distance(_dequantized(*_to_e5m2(dy_TN * scale_N)) @ ours.rows_NK.float(), dx_TK),
+        "gradient_e5m2": _distance(_dequantized(*_to_e5m2(dy_TN * scale_N)) @ ours.rows_OE.float(), dx_TK),
     }
 
 

@@ -25,7 +25,7 @@ from benchmarks.harness import (
 )
 from benchmarks.pages import Panel, headline, table, tflops_panels
 from l2v_kernels.fp8 import Fp8Linears, Fp8Weight, obstacle, quantize_rows
-from l2v_kernels.fp8.product import scaled_product
+from l2v_kernels.fp8.matmul import scaled_matmul
 from l2v_kernels.fp8.reference import quantize_rows_reference
 
 TOKENS = 16384
@@ -92,17 +92,17 @@ def matmuls(w: Workload) -> dict[str, Callable]:
     weight = Fp8Weight.of([own.bfloat16()])
     linears, plain = Fp8Linears(weight, [len(own)], emulate=emulate), own.bfloat16()
     forward = w.direction == "forward"
-    rows, scale_N = (weight.rows_NK, weight.scale_N) if forward else (weight.columns_KN, None)
+    rows, scale_N = (weight.rows_OE, weight.scale_O) if forward else (weight.columns_EO, None)
 
     def apart(quantise):
         def go(x):
-            q, scale = quantise(x, None if forward else weight.scale_N)
-            return scaled_product(q, scale, rows, scale_N, None, x.dtype, emulate=emulate)
+            q, scale = quantise(x, None if forward else weight.scale_O)
+            return scaled_matmul(q, scale, rows, scale_N, None, x.dtype, emulate=emulate)
 
         return go
 
     found = {
-        "l2v": linears.product if forward else linears.gradient,
+        "l2v": linears.matmul if forward else linears.input_gradient,
         "eager quantise": apart(quantize_rows_reference),
         "bf16": (lambda x: x @ plain.t()) if forward else (lambda x: x @ plain),
     }
@@ -117,8 +117,8 @@ def _alone(rows, scale_N, weight, *, forward: bool, emulate: bool) -> Callable:
 
     def go(x):
         if x.data_ptr() not in kept:
-            kept[x.data_ptr()] = quantize_rows(x, None if forward else weight.scale_N)
-        return scaled_product(*kept[x.data_ptr()], rows, scale_N, None, torch.bfloat16, emulate=emulate)
+            kept[x.data_ptr()] = quantize_rows(x, None if forward else weight.scale_O)
+        return scaled_matmul(*kept[x.data_ptr()], rows, scale_N, None, torch.bfloat16, emulate=emulate)
 
     return go
 

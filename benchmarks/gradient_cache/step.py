@@ -121,13 +121,13 @@ class TrainingStep:
 
     def prepare(self, setting: Setting) -> Callable[[], None]:
         """A callable that runs one optimizer step; its data is made here."""
-        from l2v.training.steps import contrastive_step
+        from l2v.training.steps import StepCounts, contrastive_step
 
         unit = [self._micro(at, setting.examples) for at in range(setting.micros)]
 
         def step() -> None:
             self.packed.set_recompute("layer" if setting.recompute else "none")
-            contrastive_step(self.engine, [unit], self.stage, [setting.batch], setting.batch, self.device)
+            contrastive_step(self.engine, [unit], self.stage, StepCounts([setting.batch], [setting.batch]))
             self.engine.step()
 
         return step

@@ -29,8 +29,8 @@ from l2v_kernels import info_nce
 
 WIDTHS = (384, 1024, 4096)
 ROWS = (512, 1024, 4096, 8192, 16384, 65536)
-HARD = 8
-"""Candidates a query where each has seven hard negatives."""
+CANDIDATES_PER_QUERY = 8
+"""Where each query has seven hard negatives."""
 QUICK = (
     (512, 512, 384), (8192, 8192, 4096), (65536, 65536, 4096), (65536, 65536, 384), (16384, 16384, 1024),
     (1024, 8192, 1024), (1024, 1024, 1024),
@@ -43,10 +43,12 @@ MAX_FLOPS = 3e14
 def workloads(device: torch.device, quick: bool) -> list[Workload]:
     """From a batch of 512 to 65,536 on a GPU, a few rows on a CPU."""
     if device.type != "cuda":
-        return [Workload(*sizes, device, torch.float32) for sizes in ((48, 48, 64), (16, 16 * HARD, 64))]
+        return [
+            Workload(*sizes, device, torch.float32) for sizes in ((48, 48, 64), (16, 16 * CANDIDATES_PER_QUERY, 64))
+        ]
     sizes = QUICK
     if not quick:
-        sizes = [(n, n * per, e) for e in WIDTHS for per in (1, HARD) for n in ROWS]
+        sizes = [(n, n * per, e) for e in WIDTHS for per in (1, CANDIDATES_PER_QUERY) for n in ROWS]
     found = [Workload(*each, device, torch.bfloat16) for each in sizes]
     return [w for w in found if w.flops <= MAX_FLOPS]
 

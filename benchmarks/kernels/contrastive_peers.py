@@ -41,7 +41,7 @@ class Workload:
         """Three where the scores are computed once: all of them, or those of enough rows with all candidates, fit the op's
         default workspace. Else four."""
         rows = WORKSPACE * 3 // 4 // ((4 + self.itemsize) * self.m)
-        return 3 if rows >= min(self.n, Chunked.least_rows) else 4
+        return 3 if rows >= min(self.n, Chunked.min_rows) else 4
 
     @property
     def flops(self) -> float:

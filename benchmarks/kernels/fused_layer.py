@@ -92,7 +92,7 @@ def model_of(variant: Variant, config: dict, device: torch.device, dtype: torch.
     inner.embed_tokens.register_forward_hook(lambda _m, _i, out: out.requires_grad_())
     model.set_recompute(variant.recompute)
     if model.fused is not None:
-        model.fused.lay_together()
+        model.fused.stack_weights()
     if variant.compiled:
         for layer in inner.layers:
             layer.compile(dynamic=False)

@@ -66,12 +66,12 @@ class Case:
         """The tensor-core instruction this build must have; None where it has no matmul, or an exact one."""
         if not self.kernel.startswith("fused") or self.dtype == "fp32":
             return None
-        return "HMMA" if self.config.block_r < 64 else MATRIX_INSTRUCTION[self.arch]
+        return "HMMA" if self.config.block_rows < 64 else MATRIX_INSTRUCTION[self.arch]
 
     def build(self, disassemble: bool = True) -> Usage:
         """Raises: whatever Triton or ptxas raise."""
         kernel, config = KERNELS[self.kernel], self.config
-        meta = config.meta(products=self.kernel.startswith("fused"))
+        meta = config.meta(fused=self.kernel.startswith("fused"))
         num_warps, num_stages = meta.pop("num_warps"), meta.pop("num_stages")
         constants = self.flags | meta
         constants |= {"P": self.prefixes, "PREFIXES": 1 << (self.prefixes - 1).bit_length(), "GROUP": GROUP}
@@ -96,7 +96,7 @@ def rows(options: argparse.Namespace) -> Iterator[tuple[tuple, Case]]:
     ):
         case = Case(kernel, arch, chosen, prefixes)
         config = case.config
-        tile = f"{config.block_r} x {config.block_c}" + (f" x {config.block_k}" if config.block_k else "")
+        tile = f"{config.block_rows} x {config.block_columns}" + (f" x {config.block_e}" if config.block_e else "")
         yield (kernel, chosen, prefixes, arch, tile, config.num_warps, config.num_stages), case
 
 

@@ -1,6 +1,6 @@
-"""Kernels for making text encoders of decoder models: PyTorch references and Triton paths of each op.
+"""Kernels for turning decoder models into text encoders: each op as a PyTorch reference and as Triton kernels.
 
-The core needs torch (and Triton on CUDA) only. `integrations` is imported on request, never from here.
+The core needs only torch, and Triton on CUDA. `integrations` is imported on request, never from here.
 """
 
 from l2v_kernels.attention import AttentionPlan, attention, attention_padded

@@ -1,10 +1,10 @@
-"""Counter-based random numbers: every number is a pure function of its address, so noise survives repacking.
+"""Counter-based random numbers: each is a pure function of its key and counter, so repacking changes no mask.
 
 Philox4x32 with 7 rounds (Salmon, Moraes, Dror, Shaw: "Parallel Random Numbers: As Easy as 1, 2, 3", SC
 2011), the fewest rounds of it that pass BigCrush. Bit-identical with `tl.philox(..., n_rounds=7)`.
 
-An address: the key is a segment's 64-bit seed, the counter is (column // 16, row, stream, domain). One call
-gives 16 bytes, one for each of 16 consecutive columns.
+The key is a segment's 64-bit seed, the counter is (column // 16, row, stream, domain). One call gives 16 bytes, one for
+each of 16 consecutive columns.
 """
 
 import sys
@@ -16,17 +16,17 @@ COLUMNS_PER_CALL = 16
 
 DOMAIN_DROPOUT = 0
 DOMAIN_ATTENTION = 1
-"""Attention uses `head << 8 | DOMAIN_ATTENTION`, so that every query head has a mask of its own."""
+"""Attention uses `head << 8 | DOMAIN_ATTENTION`, so that every query head has its own mask."""
 DOMAIN_MASKING = 2
 
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIER_A, _MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
 _WEYL_A, _WEYL_B = 0x9E3779B9, 0xBB67AE85
 
-# Below torch's grain of 32,768 elements an op stays on the calling thread, and the temporaries (192 KB each)
-# in its L2 cache. Measured on 2 cores: 1.2 ns a byte, 1.5 at two thirds of this size, 2 at a third. Larger
-# chunks on two threads reach 0.6, but they meet at a barrier after each of some 80 short ops: with other
-# work on the cores a byte then took up to 260.
+# Below torch's grain size of 32,768 elements an op stays on the calling thread, and its temporaries (192 KB each) in that
+# core's L2 cache. Measured on 2 cores: 1.2 ns a byte, 1.5 at two thirds of this size, 2 at a third. Larger chunks on two
+# threads reach 0.6, but the threads synchronise after each of about 80 short ops: with other work on the cores a byte then
+# took up to 260 ns.
 _CALLS_ON_CPU = 24576
 _CALLS_ON_DEVICE = 1 << 24
 
@@ -41,26 +41,40 @@ def philox4x32(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Four random 32-bit words for each key and counter.
 
-    Args: integers or int64 tensors of shapes that broadcast together; only the low 32 bits of each count.
-    Returns: four int64 tensors of the broadcast shape, each holding values of 0 .. 2**32 - 1.
-    Source: Random123, philox4x32-7.
+    Args:
+        key_lo, key_hi, c0, c1, c2, c3: integers or int64 tensors whose shapes broadcast together; only the low 32 bits of
+            each count.
+
+    Returns:
+        Four int64 tensors of the broadcast shape, with values from 0 to 2**32 - 1.
+
+    Source: Random123, philox4x32-7 (Salmon et al. 2011).
     """
     device = next((x.device for x in (key_lo, key_hi, c0, c1, c2, c3) if isinstance(x, torch.Tensor)), None)
     words = _words32((key_lo, key_hi, c0, c1, c2, c3), device)
     shape = torch.broadcast_shapes(*(word.shape for word in words))
-    return tuple((word & _MASK32).expand(shape) for word in _philox_loose(*words))
+    w0, w1, w2, w3 = ((word & _MASK32).expand(shape) for word in _philox_loose(*words))
+    return w0, w1, w2, w3
 
 
 def keep_bytes(
     seeds: torch.Tensor, rows: torch.Tensor, n_columns: int, stream: int, domain: torch.Tensor | int
 ) -> torch.Tensor:
-    """Random bytes: element (r, column) depends on seeds[r], rows[r], column, stream and domain[r] alone.
+    """Random bytes: the byte at (i, column) depends on seeds[i], rows[i], column, stream and domain[i] alone.
 
-    Args: seeds int64 [...R] (all 64 bits count), rows integer [...R], domain an integer or an integer tensor
-        [...R]; the three broadcast together. n_columns >= 0, 0 <= stream < 2**32.
-    Returns: uint8 [...R, n_columns], not contiguous unless n_columns is a multiple of 16. Column j is byte
-        j % 4 (lowest first) of word (j % 16) // 4 of the call with c0 = j // 16.
-    Errors: ValueError for a negative or too large stream or n_columns.
+    Args:
+        seeds: int64 [...], all 64 bits count.
+        rows: integers [...]; seeds, rows and domain broadcast together.
+        n_columns: how many bytes for each seed and row, at least 0.
+        stream: from 0 to 2**32 - 1.
+        domain: an integer, or integers [...].
+
+    Returns:
+        uint8 [..., n_columns], not contiguous unless n_columns is a multiple of 16. Column j is byte j % 4 (lowest first)
+        of word (j % 16) // 4 of the call with c0 = j // 16.
+
+    Raises:
+        ValueError: stream or n_columns is out of range.
     """
     if not 0 <= stream <= _MASK32 or n_columns < 0:
         raise ValueError(f"stream must fit 32 bits and n_columns must not be negative, got {stream=}, {n_columns=}")
@@ -72,17 +86,17 @@ def keep_bytes(
     if n_rows == 0 or n_calls == 0:
         return torch.empty((*shape, n_columns), dtype=torch.uint8, device=device)
 
-    seeds_R = seeds.expand(shape).reshape(n_rows)
-    rows_R = rows.expand(shape).reshape(n_rows)
-    domain_R = domain.expand(shape).reshape(n_rows) if domain.ndim else domain.expand(n_rows)
-    block_C1 = torch.arange(n_calls, device=device).unsqueeze(1)
+    flat_seeds = seeds.expand(shape).reshape(n_rows)
+    flat_rows = rows.expand(shape).reshape(n_rows)
+    flat_domain = domain.expand(shape).reshape(n_rows) if domain.ndim else domain.expand(n_rows)
+    blocks = torch.arange(n_calls, device=device).unsqueeze(1)
     out = torch.empty((n_rows, n_calls, 4), dtype=torch.int32, device=device)
     step = max(1, (_CALLS_ON_CPU if device.type == "cpu" else _CALLS_ON_DEVICE) // n_calls)
     for start in range(0, n_rows, step):
         part = slice(start, start + step)
-        seed = seeds_R[part]
-        # Blocks lead and rows trail: a row's key, counter and domain then broadcast along contiguous memory.
-        words = _philox_loose(*_words32((seed, seed >> 32, block_C1, rows_R[part], stream, domain_R[part]), device))
+        seed = flat_seeds[part]
+        # Blocks come first and rows last: a row's key, counter and domain then broadcast along contiguous memory.
+        words = _philox_loose(*_words32((seed, seed >> 32, blocks, flat_rows[part], stream, flat_domain[part]), device))
         for i, word in enumerate(words):
             out[part, :, i] = word.t()
     if sys.byteorder != "little":
@@ -91,11 +105,13 @@ def keep_bytes(
 
 
 def threshold(p: float) -> int:
-    """The drop probability p in steps of 1/256: an element is kept if its byte is >= this number.
+    """The drop probability p in steps of 1/256: an element is kept if its byte is at least this number.
 
     The kept fraction is (256 - threshold) / 256 and survivors are scaled by its inverse, so the expectation
     is exact for the probability used: p = 0.05 becomes 13/256 = 0.0508, p = 0.3 becomes 77/256 = 0.3008.
-    Errors: ValueError unless 0 <= p and p rounds to less than one.
+
+    Raises:
+        ValueError: p is negative, or rounds to 1.
     """
     value = round(p * 256) if 0 <= p < 1 else 256
     if value == 256:
@@ -104,7 +120,7 @@ def threshold(p: float) -> int:
 
 
 def keep_scale(p: float) -> float:
-    """The factor for survivors, 256 / (256 - threshold(p)). Errors: as `threshold`."""
+    """The factor of what is kept, 256 / (256 - threshold(p)). Raises as `threshold` does."""
     return 256 / (256 - threshold(p))
 
 

@@ -10,11 +10,11 @@ _ROUNDS = tl.constexpr(ROUNDS)
 
 @triton.jit
 def random_bytes(seed, row, first_block, stream, domain, n_blocks: tl.constexpr):
-    """int32 [R, 16 * n_blocks] in 0 .. 255: `philox.keep_bytes` from column 16 * first_block on.
+    """int32 [rows, 16 * n_blocks] in 0 .. 255: `philox.keep_bytes` from column 16 * first_block on.
 
-    seed int64 [R, 1], row int32 [R, 1], first_block and domain int32 or [R, 1], stream int32. One philox call
-    serves 16 columns. Threads exchange words (1 byte a column) to match the layout of what the mask is for; bytes
-    are cut afterwards.
+    seed int64 [rows, 1], row int32 [rows, 1], first_block and domain int32 or [rows, 1], stream int32. One Philox call
+    serves 16 columns. Threads exchange words (1 byte a column) to match the layout of what the mask is for, and split
+    them into bytes afterwards.
     """
     rows: tl.constexpr = row.shape[0]
     block = first_block + tl.arange(0, n_blocks)[None, :]

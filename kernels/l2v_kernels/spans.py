@@ -1,6 +1,6 @@
-"""Spans: which kind of work an operation belongs to, for a profiler. Where nobody records, one costs a look at a flag.
+"""Spans: which kind of work an operation belongs to, for a profiler. While nothing records, a span costs the test of a flag.
 
-A launch belongs to the innermost span around it. The backward of an op that autograd runs belongs to the span of its forward.
+A launch belongs to the innermost span around it. The backward that autograd runs belongs to the span of its forward.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ _nothing = contextlib.nullcontext()
 
 
 def span(kind: str) -> contextlib.AbstractContextManager:
-    """What runs inside is of this kind: `torch.profiler.record_function("l2v::KIND")` while `recording()`."""
+    """Marks what runs inside as this kind of work: `torch.profiler.record_function("l2v::KIND")` while `recording()`."""
     return torch.profiler.record_function(PREFIX + kind) if _recording else _nothing
 
 
 def spanned(kind: str) -> Callable[[Callable], Callable]:
-    """A function whose every call is a span."""
+    """Decorator: each call of the function is a span of this kind."""
 
     def wrap(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -38,7 +38,7 @@ def spanned(kind: str) -> Callable[[Callable], Callable]:
 
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
-    """Spans reach the profiler, in all threads: the backward runs in one of its own."""
+    """Inside, spans reach the profiler, in all threads: autograd runs the backward in another one."""
     global _recording
     before, _recording = _recording, True
     try:

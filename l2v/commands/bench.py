@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 from collections.abc import Sequence
 
+from l2v.commands.parser import new_parser
 from l2v.errors import RecipeError, UserError
 
 BENCHMARKS = {
@@ -28,6 +30,9 @@ BENCHMARKS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark of a checkout's benchmarks/ folder; what it writes on a CPU says that it is a CPU's."""
     argv = list(argv or ())
+    if argv[:1] in (["-h"], ["--help"]):
+        parser().print_help()
+        return 0
     if not argv or argv[0] not in BENCHMARKS:
         raise RecipeError(f"l2v bench needs one of: {', '.join(BENCHMARKS)}; for example: l2v bench attention --quick")
     if importlib.util.find_spec("benchmarks") is None:
@@ -35,3 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             "the benchmarks are part of a checkout, not of the wheel: run this from a clone of the repository"
         )
     return importlib.import_module(f"benchmarks.{BENCHMARKS[argv[0]]}").main(argv[1:]) or 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `l2v bench`; a benchmark has more of its own."""
+    p = new_parser(
+        "bench", "Run a benchmark of a checkout; results name the device they were measured on.", "attention --quick"
+    )
+    p.add_argument("name", metavar="NAME", choices=BENCHMARKS, help=", ".join(BENCHMARKS))
+    p.add_argument(
+        "--quick", action="store_true", help="small shapes, a minute or two; `l2v bench NAME --help` lists more"
+    )
+    return p

@@ -5,14 +5,24 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 
+from l2v.commands.parser import dispatcher_help
 from l2v.errors import RecipeError
 
-TOOLS = ("build", "check", "mine", "synthesize")
+TOOLS = {
+    "build": "build a data set from raw text",
+    "check": "check a set of passages and questions",
+    "mine": "mine hard negatives for pairs",
+    "synthesize": "let a language model write queries for passages",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatch to a tool for data sets."""
     argv = list(argv or ())
+    if argv[:1] in (["-h"], ["--help"]):
+        does = "Make, check and extend training data."
+        print(dispatcher_help("data", does, "tool", TOOLS, ["build wiki-da", "check my-folder"]))
+        return 0
     if not argv or argv[0] not in TOOLS:
         raise RecipeError(f"l2v data needs one of: {', '.join(TOOLS)}; for example: l2v data build wiki-da")
     return importlib.import_module(f"l2v.commands.data_{argv[0]}").main(argv[1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from l2v.commands.parser import new_parser
 from l2v.errors import RecipeError
 from l2v.mining.arguments import add_source
 from l2v.mining.mine import MOST, mine_negatives
@@ -12,7 +13,7 @@ from l2v.mining.mine import MOST, mine_negatives
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Mine hard negatives: candidates by an encoder and BM25, without those that may be answers themselves."""
-    args = _parser().parse_intermixed_args(argv)
+    args = parser().parse_intermixed_args(argv)
     _check(args)
     mine_negatives(args)
     return 0
@@ -31,32 +32,39 @@ def _check(args: argparse.Namespace) -> None:
         raise RecipeError("--faiss searches the encoder's vectors; add `encoder` to --by, or leave it out")
 
 
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="l2v data mine", description=main.__doc__)
-    p.add_argument("encoder", help="a run, a stage of it, an export or a base")
-    p.add_argument("data", help="pairs: sample:da/train, a CSV, JSONL or Parquet file, or hub:NAME")
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `l2v data mine`."""
+    p = new_parser(
+        "data mine", "Mine hard negatives with an encoder and BM25, without candidates that may be answers themselves.",
+        "runs/NAME/supervised pairs.jsonl --out mined.jsonl --task question-da",
+    )  # fmt: skip
+    p.add_argument("encoder", metavar="MODEL", help="a run, a stage of it, an export or a base")
+    p.add_argument("data", metavar="PAIRS", help="sample:da/train, a CSV, JSONL or Parquet file, or hub:NAME")
     p.add_argument(
-        "--out", required=True, help=".jsonl or .parquet; a table and a picture of the scores stand beside it"
+        "--out",
+        required=True,
+        metavar="FILE",
+        help=".jsonl or .parquet; a table and a picture of the scores lie next to it",
     )
-    p.add_argument("--number", type=int, default=4, help=f"negatives a row, 1 to {MOST} (default: 4)")
+    p.add_argument("--number", type=int, default=4, metavar="N", help=f"negatives a row, 1 to {MOST} (default: 4)")
     p.add_argument(
         "--by", nargs="+", choices=("encoder", "bm25"), default=["encoder", "bm25"],
         help="who finds candidates (default: both, taken in turn)",
     )  # fmt: skip
-    p.add_argument("--depth", type=int, default=50, help="candidates of each finder (default: 50)")
+    p.add_argument("--depth", type=int, default=50, metavar="N", help="candidates of each finder (default: 50)")
     p.add_argument(
         "--relative", type=lambda t: None if t == "none" else float(t), default=0.95, metavar="SHARE",
-        help="no negative scores above this share of its positive's score (default: 0.95; none for no such limit)",
+        help="no negative scores above this share of its positive's score, or none for no such limit (default: 0.95)",
     )  # fmt: skip
-    p.add_argument("--absolute", type=float, metavar="M", help="no negative scores above its positive's score less M")
+    p.add_argument("--absolute", type=float, metavar="X", help="no negative scores above its positive's score less X")
     p.add_argument(
         "--cross-encoder", metavar="NAME", help="judge candidates by this sentence-transformers cross-encoder"
     )
     p.add_argument(
         "--corpus", metavar="FILE", help="more documents that may become negatives (CSV, JSONL, Parquet or text)"
     )
-    p.add_argument("--corpus-column", default="text", metavar="TEXT", help="their column (default: text)")
+    p.add_argument("--corpus-column", default="text", metavar="COLUMN", help="their column (default: text)")
     p.add_argument("--faiss", metavar="FACTORY", help='search a FAISS index instead, for example "IVF1024,Flat"')
-    p.add_argument("--cache", metavar="DIR", help="keep vectors there, for other minings of the same texts")
+    p.add_argument("--cache", metavar="FOLDER", help="keep vectors there, for other minings of the same texts")
     add_source(p, pairs=True)
     return p

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from l2v.commands.parser import new_parser
 from l2v.doctor import hardware, software
 from l2v.doctor.report import Report, render, tree
 
@@ -18,13 +19,7 @@ PROBES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Look the machine over, for a bug report or before a long run. Exit code 0 if training can run, else 1."""
-    p = argparse.ArgumentParser(prog="l2v doctor", description=main.__doc__)
-    p.add_argument("--json", action="store_true", help="the same as JSON")
-    p.add_argument(
-        "--seconds", type=float, default=10.0, metavar="S",
-        help="for the calibration, whose rates later runs are measured against (default 10; 0 measures nothing)",
-    )  # fmt: skip
-    args = p.parse_args(argv)
+    args = parser().parse_args(argv)
     report = Report()
     for probe in PROBES:
         report.add(probe.__name__, probe)
@@ -36,3 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(render(report, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     return 1 if report.problems else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `l2v doctor`."""
+    p = new_parser(
+        "doctor", "Show what runs on this machine, why the rest does not, and how fast it is; exit code 1 if training cannot.",
+        "--seconds 0",
+    )  # fmt: skip
+    p.add_argument("--json", action="store_true", help="the same as JSON")
+    p.add_argument(
+        "--seconds", type=float, default=10.0, metavar="SECONDS",
+        help="time for the calibration, whose rates later runs are compared with; 0 measures nothing (default: 10)",
+    )  # fmt: skip
+    return p

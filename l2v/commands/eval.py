@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
+from l2v.commands.parser import new_parser
 from l2v.errors import RecipeError, UserError
 
 POOLINGS = ("mean", "weighted_mean", "last", "first")
@@ -18,7 +19,7 @@ POOLINGS = ("mean", "weighted_mean", "last", "first")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Score encoders; results are kept beside the run, and the same command goes on where it stopped."""
-    args = _parser().parse_intermixed_args(argv)
+    args = parser().parse_intermixed_args(argv)
     needs_mteb()
     if args.published:
         return _published(args)
@@ -40,39 +41,54 @@ def needs_mteb() -> None:
         raise UserError("evaluation needs mteb: pip install 'l2v[eval,export]'") from None
 
 
-def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="l2v eval", description=main.__doc__)
-    p.add_argument("models", nargs="*", metavar="RUN|MODEL", help="runs, stages (runs/NAME/STAGE), exports or bases")
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `l2v eval`."""
+    p = new_parser(
+        "eval", "Score encoders on SEB's Danish tasks, any task of mteb, or your own files; results are kept.",
+        "runs/llama3-8b-da --stages --baselines tfidf", "runs/mine --benchmark local:my-folder", "--published",
+    )  # fmt: skip
+    p.add_argument("models", nargs="*", metavar="MODEL", help="runs, stages (runs/NAME/STAGE), exports or bases")
     p.add_argument(
         "--benchmark", action="append", metavar="NAME",
-        help="seb-da (default: the 12 Danish tasks of SEB), scandinavian, a task or benchmark of mteb, local:FOLDER, "
-        "local:MANIFEST.yaml or local:sample; may be given again",
+        help="seb-da (the 12 Danish tasks of SEB), scandinavian, a task or benchmark of mteb, local:FOLDER, "
+        "local:MANIFEST.yaml or local:sample; may be repeated (default: seb-da)",
     )  # fmt: skip
-    p.add_argument("--data", metavar="FOLDER", help="where the files of a local manifest are (default: beside it)")
+    p.add_argument("--data", metavar="FOLDER", help="where the files of a local manifest are (default: next to it)")
     p.add_argument(
         "--stages", action="store_true", help="of each run: the base causal and bidirectional, then every stage"
     )
     p.add_argument(
         "--ablations", nargs="?", const="attention,pooling", metavar="WHAT",
-        help="attention, pooling or both (default): each model with causal and bidirectional attention, and with "
-        "mean, weighted_mean and last pooling",
+        help="attention, pooling or both: each model with causal and bidirectional attention, and with mean, "
+        "weighted_mean and last pooling (default: both)",
     )  # fmt: skip
     p.add_argument("--baselines", metavar="NAMES", help="tfidf, minilm, or sentence-transformers models, by commas")
     p.add_argument(
-        "--prompts", default="en", help="en (default), da, mteb (its own alone), off, or a YAML file by task"
+        "--prompts",
+        default="en",
+        metavar="WHICH",
+        help="en, da, mteb (only its own), off, or a YAML file by task (default: en)",
     )
-    p.add_argument("--adapter", action="append", default=[], help="a further adapter on each model, merged in order")
-    p.add_argument("--pooling", choices=POOLINGS, help="instead of the run's")
-    p.add_argument("--length", type=int, help="tokens of a text (default: the run's, or 512)")
+    p.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a further adapter on each model, merged in order",
+    )
+    p.add_argument("--pooling", choices=POOLINGS, help="another pooling than the run's")
+    p.add_argument("--length", type=int, metavar="N", help="tokens of a text (default: the run's, or 512)")
     p.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="of the weights (default: the run's)")
     p.add_argument(
         "--normalize", action="store_true", help="vectors of length 1 (matters to classification and clusters)"
     )
-    p.add_argument("--batch-tokens", type=int, default=16384, help="tokens in one forward (default: 16384)")
-    p.add_argument("--processes", type=int, help="encoding processes (default: one for each GPU)")
+    p.add_argument(
+        "--batch-tokens", type=int, default=16384, metavar="N", help="tokens in one forward (default: 16384)"
+    )
+    p.add_argument("--processes", type=int, metavar="N", help="encoding processes (default: one for each GPU)")
     p.add_argument("--trust-remote-code", action="store_true", help="let a model from the hub bring its own code")
     p.add_argument("--out", metavar="FOLDER", help="where results go (default: RUN/eval, or eval-results)")
-    p.add_argument("--again", action="store_true", help="compute what is kept anew")
+    p.add_argument("--again", action="store_true", help="compute again what is kept")
     p.add_argument(
         "--published", action="store_true", help="the table of published models, means recomputed from cells"
     )

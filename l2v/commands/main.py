@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from l2v import __version__
+from l2v.commands.parser import dispatcher_help
 from l2v.errors import UserError
 
 COMMANDS = {
+    "init": ("l2v.commands.init", "write a commented recipe for your own data"),
     "train": ("l2v.commands.train", "train the stages of a recipe under DeepSpeed"),
     "plan": ("l2v.commands.plan", "memory and time that a recipe will take, before anything is downloaded"),
     "tune": ("l2v.commands.tune", "find the fastest micro-batch and recompute on this machine"),
@@ -26,6 +28,7 @@ COMMANDS = {
     "export": ("l2v.commands.export", "write a merged encoder for transformers and sentence-transformers"),
     "push": ("l2v.commands.push", "publish an encoder, its adapters or a data set on the Hub, with a card"),
     "recipes": ("l2v.commands.recipes", "list the recipes that come with l2v, or print one"),
+    "completion": ("l2v.commands.completion", "print the script that completes l2v in bash or zsh"),
 }
 
 
@@ -36,10 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"l2v {__version__}")
         return 0
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: l2v COMMAND ...\n")
-        for name, (_, text) in COMMANDS.items():
-            print(f"  {name:<12}{text}")
-        print("\nl2v COMMAND --help tells more.")
+        print(help_text())
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
         print(f"l2v: unknown command '{argv[0]}'; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
@@ -53,6 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("l2v: stopped", file=sys.stderr)
         return 1
+
+
+def help_text() -> str:
+    """What `l2v --help` prints."""
+    commands = {name: text for name, (_, text) in COMMANDS.items()}
+    options = {"-h, --help": "show this help message and exit", "-V, --version": "show the version and exit"}
+    does = "Turn decoder language models into text encoders, first of all for Danish."
+    return dispatcher_help("", does, "command", commands, ["quickstart", "train llama3-8b-da"], options)
 
 
 def quiet_libraries(bars: bool = False) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from l2v.commands.parser import new_parser
 from l2v.errors import UserError
 from l2v.plan.estimate import plan_stage
 from l2v.plan.gpus import SHEETS, device_and_dtype
@@ -51,21 +52,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of `l2v plan`."""
-    p = argparse.ArgumentParser(prog="l2v plan", description=main.__doc__)
-    p.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with l2v")
+    p = new_parser(
+        "plan", "Predict memory, tokens a second and hours of each stage before anything is downloaded.",
+        "llama3-8b-da --gpu h200 --gpus 16",
+    )  # fmt: skip
+    p.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that comes with l2v")
     p.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="dotted overrides, e.g. stages.mntp.micro_tokens=8192"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="dotted keys of the recipe, for example stages.mntp.micro_tokens=8192",
     )
-    p.add_argument("--stage", help="only this stage; bare keys then belong to it")
-    p.add_argument("--gpu", help=f"{', '.join(SHEETS)}, or here (default): the device of this machine")
-    p.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in all (default 1)")
-    p.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs that share a fast link (default 8)")
+    p.add_argument("--stage", metavar="NAME", help="only this stage; bare keys then belong to it")
     p.add_argument(
-        "--network",
-        type=float,
-        default=400,
-        metavar="GBPS",
-        help="Gb/s of a node to the others, all its ports (default 400)",
+        "--gpu", metavar="NAME", help=f"{', '.join(SHEETS)}, or here: the device of this machine (default: here)"
+    )
+    p.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in total (default: 1)")
+    p.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs that share a fast link (default: 8)")
+    p.add_argument(
+        "--network", type=float, default=400, metavar="GBPS", help="Gb/s between nodes, all ports of one (default: 400)"
     )
     p.add_argument("--json", action="store_true", help="the same as JSON")
     return p

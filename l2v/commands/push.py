@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from l2v.commands.parser import new_parser
 from l2v.errors import UserError
 from l2v.push import prepare
 from l2v.push.licence import Licence, front_matter
@@ -18,20 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     The token is the hub's own: HF_TOKEN, or what 'hf auth login' keeps.
     """
-    p = argparse.ArgumentParser(prog="l2v push", description=main.__doc__)
-    p.add_argument("source", metavar="RUN|EXPORT|DATASET", help="a run, a stage of it, an export, or a built data set")
-    p.add_argument(
-        "repo", metavar="REPO", nargs="?", help="name on the hub, USER/NAME (default: the run's or data set's name)"
-    )
-    p.add_argument("--private", action="store_true", help="make a repository that only you see")
-    p.add_argument("--dry-run", metavar="FOLDER", help="write the folder, say what would be sent, send nothing")
-    p.add_argument("--adapter-only", action="store_true", help="the LoRA adapters instead of a merged encoder")
-    p.add_argument(
-        "--license", metavar="ID", help="the base's licence, as the hub calls it (default: what its card says)"
-    )
-    p.add_argument("--base-model", metavar="NAME", help="the base's name on the hub, where the run names a folder")
-    p.add_argument("--results", metavar="FILE", help="scores of the card (default: RUN/eval/results.json)")
-    args = p.parse_intermixed_args(argv)
+    args = parser().parse_intermixed_args(argv)
     source = find(Path(args.source), Path(args.results) if args.results else None)
     if args.adapter_only and not (isinstance(source, Model) and not source.export):
         raise UserError(f"{args.source}: --adapter-only goes with a run or a stage of it")
@@ -44,3 +32,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             prepare.copy(source.folder, prepare.model_files(source.folder), empty_folder(Path(args.dry_run)))
         return send(Path(args.dry_run or source.folder), prepare.model_files(source.folder), repo, "model", args)
     return push_model(source, args)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `l2v push`."""
+    p = new_parser(
+        "push", "Publish an encoder, its adapters or a data set on the Hugging Face Hub, with a card.",
+        "runs/llama3-8b-da me/Llama-3-dansk --dry-run ready", "ready me/Llama-3-dansk --private",
+    )  # fmt: skip
+    p.add_argument("source", metavar="SOURCE", help="a run, a stage of it, an export, or a built data set")
+    p.add_argument(
+        "repo", metavar="REPO", nargs="?", help="name on the hub, USER/NAME (default: the run's or data set's name)"
+    )
+    p.add_argument("--private", action="store_true", help="make a repository that only you see")
+    p.add_argument("--dry-run", metavar="FOLDER", help="write the folder, say what would be sent, send nothing")
+    p.add_argument("--adapter-only", action="store_true", help="the LoRA adapters instead of a merged encoder")
+    p.add_argument(
+        "--license", metavar="ID", help="the base's licence, as the hub calls it (default: what its card says)"
+    )
+    p.add_argument("--base-model", metavar="NAME", help="the base's name on the hub, where the run names a folder")
+    p.add_argument("--results", metavar="FILE", help="scores of the card (default: RUN/eval/results.json)")
+    return p

@@ -5,18 +5,34 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from l2v.commands.parser import new_parser
 from l2v.quickstart import run_quickstart
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, export, search; everything is below `runs/smollm2-135m-da` (or out=...)."""
-    p = argparse.ArgumentParser(prog="l2v quickstart", description=main.__doc__)
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="recipe overrides, e.g. stages.mntp.steps=20")
-    p.add_argument("--share", type=float, help="share of the recipe's steps to train (default: by the machine's speed)")
+    args = parser().parse_intermixed_args(argv)
+    run_quickstart(args.overrides, share=args.share, count=args.questions, fresh=args.fresh)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `l2v quickstart`."""
+    p = new_parser(
+        "quickstart", "Train, score, export and search a small Danish encoder, all below runs/smollm2-135m-da.",
+        "--share 0.1 --questions 42", "out=my/folder",
+    )  # fmt: skip
+    p.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the recipe, for example stages.mntp.steps=20"
+    )
+    p.add_argument(
+        "--share",
+        type=float,
+        metavar="SHARE",
+        help="share of the recipe's steps to train (default: by the machine's speed)",
+    )
     p.add_argument(
         "--questions", type=int, metavar="N", help="score only N of the held-out questions, against their own passages"
     )
     p.add_argument("--fresh", action="store_true", help="train again, even if the run exists")
-    args = p.parse_intermixed_args(argv)
-    run_quickstart(args.overrides, share=args.share, count=args.questions, fresh=args.fresh)
-    return 0
+    return p

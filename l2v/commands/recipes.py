@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import yaml
 
+from l2v.commands.parser import new_parser
 from l2v.errors import RecipeError
 from l2v.recipe.extends import extended
 from l2v.recipe.load import load_recipe, to_dict
@@ -16,12 +17,7 @@ from l2v.recipe.shipped import find_recipe, recipe_folder
 
 def main(argv: Sequence[str] | None = None) -> int:
     """List the recipes that come with l2v, or print one as a start for your own."""
-    p = argparse.ArgumentParser(prog="l2v recipes", description=main.__doc__)
-    p.add_argument("name", nargs="?", help="print this one, or a YAML file")
-    p.add_argument(
-        "--resolved", action="store_true", help="print every key, with what the recipe extends and all defaults"
-    )
-    args = p.parse_args(argv)
+    args = parser().parse_args(argv)
     if args.resolved and not args.name:
         raise RecipeError("--resolved needs the name of a recipe, or a YAML file")
     if args.resolved:
@@ -38,3 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             recipe = load_recipe(str(path))
             print(f"{path.stem:<28}{recipe.base.model}: {', '.join(recipe.order())}")
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `l2v recipes`."""
+    p = new_parser(
+        "recipes",
+        "List the recipes that come with l2v, or print one as a start for your own.",
+        "llama3-8b-da > mine.yaml",
+        "mine.yaml --resolved",
+    )
+    p.add_argument("name", nargs="?", metavar="RECIPE", help="print this one, or a YAML file")
+    p.add_argument(
+        "--resolved", action="store_true", help="print every key, with what the recipe extends and all defaults"
+    )
+    return p

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from l2v import __version__
+from l2v.commands.parser import new_parser
 from l2v.errors import RecipeError
 from l2v.report import tables
 from l2v.report.page import write
@@ -17,14 +18,7 @@ from l2v.runs.facts import read_run
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a self-contained HTML page, and the same as Markdown. What is not there yet is a sentence in it."""
-    p = argparse.ArgumentParser(prog="l2v report", description=main.__doc__)
-    p.add_argument("runs", nargs="+", metavar="RUN", help="folders that 'l2v train' wrote")
-    p.add_argument("--out", metavar="FILE", help="the page (default: RUN/report.html); the Markdown lies beside it")
-    p.add_argument("--no-map", action="store_true", help="leave out the map of embeddings, which encodes texts")
-    p.add_argument("--map", metavar="FILE", help="texts of the map (default: the passages of the Danish sample)")
-    p.add_argument("--text", default="text", help="the field of --map that holds the text (default: text)")
-    p.add_argument("--label", help="the field of --map that holds the topic")
-    args = p.parse_intermixed_args(argv)
+    args = parser().parse_intermixed_args(argv)
     if bool(args.map) != bool(args.label):
         raise RecipeError("--map FILE and --label COLUMN go together: the texts, and the field that holds their topic")
     runs = [read_run(Path(run)) for run in args.runs]
@@ -46,3 +40,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for file in write(facts, out):
         print(file)
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `l2v report`."""
+    p = new_parser(
+        "report", "Write one HTML page about runs, and the same as Markdown: curves, scores, speed, lineage, data.",
+        "runs/llama3-8b-da", "runs/one runs/two --out both.html --no-map",
+    )  # fmt: skip
+    p.add_argument("runs", nargs="+", metavar="RUN", help="folders that 'l2v train' wrote")
+    p.add_argument("--out", metavar="FILE", help="the page; the Markdown lies next to it (default: RUN/report.html)")
+    p.add_argument("--no-map", action="store_true", help="without the map of embeddings, which encodes texts")
+    p.add_argument("--map", metavar="FILE", help="texts of the map (default: the passages of the Danish sample)")
+    p.add_argument(
+        "--text", default="text", metavar="COLUMN", help="the field of --map that holds the text (default: text)"
+    )
+    p.add_argument("--label", metavar="COLUMN", help="the field of --map that holds the topic")
+    return p

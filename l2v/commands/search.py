@@ -8,30 +8,45 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from l2v.commands.parser import new_parser
 from l2v.errors import UserError
 from l2v.search import nearest, read_corpus
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Find the texts that lie nearest to a query; vectors of a corpus are kept next to the run for the next search."""
-    p = argparse.ArgumentParser(prog="l2v search", description=main.__doc__)
-    p.add_argument("run", help="a run, a stage of it, an export or a base")
-    p.add_argument("query", help="what to look for")
-    p.add_argument(
-        "--texts", help="CSV, JSONL, Parquet or text file to search (default: the passages of the Danish sample)"
-    )
-    p.add_argument(
-        "--column", default="text", help="the field that holds the text (default: text, or a common name like it)"
-    )
-    p.add_argument("--instruction", help="instruction that stands before the query")
-    p.add_argument("--top", type=int, default=3, help="how many to show (default: 3)")
-    args = p.parse_intermixed_args(argv)
+    args = parser().parse_intermixed_args(argv)
     if not args.query.strip():
         raise UserError("the query is empty; say what to look for")
     if args.top < 1:
         raise UserError(f"--top is {args.top}; show at least 1")
-    texts = read_corpus(args.texts, args.column, log=lambda note: print(note, file=sys.stderr))
+    notes: list[str] = []
+    texts = read_corpus(args.texts, args.column, notes)
+    for note in notes:
+        print(note, file=sys.stderr)
     console = Console(soft_wrap=True)
     for score, text in nearest(args.run, args.query, texts, instruction=args.instruction, top=args.top):
         console.print(f"{score:.3f}  {text}", highlight=False, markup=False)
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `l2v search`."""
+    p = new_parser(
+        "search", "Find the texts that lie nearest to a query; the vectors of a corpus are kept next to the run.",
+        'runs/smollm2-135m-da "hvordan slipper jeg af med lus"', 'my-encoder "feriedage" --texts texts.txt --top 5',
+    )  # fmt: skip
+    p.add_argument("run", metavar="MODEL", help="a run, a stage of it, an export or a base")
+    p.add_argument("query", metavar="QUERY", help="what to look for")
+    p.add_argument(
+        "--texts",
+        metavar="FILE",
+        help="CSV, JSONL, Parquet or text file to search (default: the passages of the Danish sample)",
+    )
+    p.add_argument(
+        "--column", default="text", metavar="COLUMN",
+        help="the field that holds the text (default: text, or a common name like it)",
+    )  # fmt: skip
+    p.add_argument("--instruction", metavar="TEXT", help="instruction that stands before the query")
+    p.add_argument("--top", type=int, default=3, metavar="N", help="how many to show (default: 3)")
+    return p

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from l2v import __version__
+from l2v.commands.parser import new_parser
 from l2v.errors import UserError
 from l2v.recipe.load import load_recipe
 from l2v.tuning.apply import place, read_tuned, tuned_file
@@ -20,15 +21,22 @@ from l2v.tuning.search import tune_stage
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of `l2v tune`."""
-    p = argparse.ArgumentParser(prog="l2v tune", description=__doc__.split("\n")[0])
-    p.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with l2v")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="as for l2v train")
-    p.add_argument("--stage", help="tune only this stage")
+    p = new_parser(
+        "tune", "Find the fastest micro-batch and recompute on this machine, measured by training itself.",
+        "llama3-8b-da --minutes 10",
+    )  # fmt: skip
+    p.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a recipe that comes with l2v")
+    p.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the recipe, as for l2v train")
+    p.add_argument("--stage", metavar="NAME", help="tune only this stage; bare keys then belong to it")
     p.add_argument(
-        "--minutes", type=float, default=30, help="time for each stage; a run that has begun ends (default: 30)"
-    )
-    p.add_argument("--steps", type=int, default=4, help="steps that are timed in a run (default: 4)")
-    p.add_argument("--gpus", "--processes", dest="processes", type=int, help="as for l2v train")
+        "--minutes", type=float, default=30, metavar="MINUTES",
+        help="time for each stage; a run that has begun ends (default: 30)",
+    )  # fmt: skip
+    p.add_argument("--steps", type=int, default=4, metavar="N", help="steps that are timed in a run (default: 4)")
+    p.add_argument(
+        "--gpus", "--processes", dest="processes", type=int, metavar="N",
+        help="processes on this machine (default: every GPU, or 1)",
+    )  # fmt: skip
     return p
 
 

@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from l2v.recipe.source import Source
 
@@ -47,7 +48,7 @@ class Choice:
         if not self.guessed:
             return None
         chosen = ", ".join(f"{key}: {column}" for key, column in self.guessed.items())
-        return f"{self.source.path}: columns taken by their names: {chosen}; name others in the recipe's source"
+        return f"{self.source.path}: columns taken by their names: {chosen} (a column that is named wins)"
 
 
 def settle(source: Source, names: Sequence[str], kind: str) -> Choice:
@@ -65,7 +66,8 @@ def settle(source: Source, names: Sequence[str], kind: str) -> Choice:
         column = guess(key, [name for name in names if name not in taken])
         if column is not None:
             chosen[key] = column
-    return Choice(replace(source, **chosen), chosen)
+    changes: dict[str, Any] = {**chosen}
+    return Choice(replace(source, **changes), chosen)
 
 
 def guess(key: str, names: Sequence[str]) -> str | None:

@@ -8,7 +8,7 @@ carry `group` as well: a 63-bit key of its value, -1 for none.
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +60,13 @@ def together(parts: list[datasets.Dataset], sources: list[Source]) -> datasets.D
     if len(rows) == 0:
         raise UserError(f"{', '.join(s.path for s in sources)}: the data set is empty; it needs at least one row")
     return rows
+
+
+def scan(source: Source, kind: Kind) -> Iterator[list[dict[str, Any]]]:
+    """What each row of one file becomes, in order, nothing kept: an empty list for a row with an empty text."""
+    rules = _columns(replace(source, skip_empty=True), PAIRS if kind == "pairs" else TEXTS)
+    for where, row in raw.read_rows(Path(source.path).expanduser(), source.path):
+        yield normalise(row, rules, kind, where)
 
 
 def _joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
@@ -128,7 +135,7 @@ def _optional(source: dict[str, Any], kind: Kind) -> list[str]:
     return named + [source[key] for key in ("instruction", "document_instruction") if source[key]]
 
 
-def _unmet(wanted: list[str], names: Sequence[str]) -> list[str]:
+def _unmet(wanted: list[str], names: Collection[str]) -> list[str]:
     return [column for column in wanted if not any(name in names for name in numbered(column, names))]
 
 
@@ -162,7 +169,8 @@ def _columns(source: Source, features: datasets.Features) -> dict[str, Any]:
 
 
 def _read_lines(path: str, shown: str, source: dict[str, Any], kind: Kind, stamp: str) -> Iterator[dict[str, Any]]:
-    wanted, seen, count = _optional(source, kind), dict.fromkeys(()), 0
+    wanted, count = _optional(source, kind), 0
+    seen: dict[str, None] = {}
     for where, row in raw.read_rows(Path(path), shown):
         count += 1
         if wanted:

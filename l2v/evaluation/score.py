@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,11 +45,13 @@ def evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
     processes = args.processes or max(1, torch.cuda.device_count())
     makers: list[tuple[str, str, Callable[[], Any]]] = []  # name of the row, what it is made from, how
     for name in filter(None, (args.baselines or "").split(",")):
-        makers.append((name, name, lambda name=name: baseline(name)))
+        makers.append((name, name, functools.partial(baseline, name)))
     for name, spec in specs(args):
-        options = {"normalize": args.normalize, "batch_tokens": args.batch_tokens, "processes": processes}
-        make = lambda n=name, s=spec, o=options: MtebEncoder(s, n, prompts=prompts, **o)  # noqa: E731
-        makers.append((name, spec.source, make))
+        load = functools.partial(
+            MtebEncoder, spec, name, prompts=prompts, normalize=args.normalize, batch_tokens=args.batch_tokens,
+            processes=processes,
+        )  # fmt: skip
+        makers.append((name, spec.source, load))
     tasks = [task.metadata.name for task in selected.tasks]
     facts = {
         "command": shlex.join(["l2v", "eval", *argv]) if argv is not None else None,
@@ -92,8 +95,9 @@ def evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
 def _folder(models: Sequence[str]) -> Path:
     """Beside the first model where it is a folder that is ours, else in the working directory."""
     first = Path(models[0]) if models else None
-    ours = first is not None and (is_stage(first) or bool(stage_folders(first)))
-    return first / "eval" if ours else Path("eval-results")
+    if first is not None and (is_stage(first) or stage_folders(first)):
+        return first / "eval"
+    return Path("eval-results")
 
 
 def specs(args: argparse.Namespace) -> list[tuple[str, Any]]:
@@ -136,7 +140,7 @@ def _stages(run: str) -> list[tuple[str, str, dict[str, Any]]]:
         recipes[trained[-1]].stages[trained[-1]].length
     )  # one length for all rows, or they would read different texts
     raw = [(RAW[attention], last, {"base_only": True, "attention": attention}) for attention in ATTENTIONS]
-    stages = [(name, str(Path(run) / name), {}) for name in trained]
+    stages: list[tuple[str, str, dict[str, Any]]] = [(name, str(Path(run) / name), {}) for name in trained]
     return [(name, source, {"length": length} | more) for name, source, more in raw + stages]
 
 

@@ -28,9 +28,13 @@ def add_source(parser: argparse.ArgumentParser, *, pairs: bool) -> None:
     """Options for the keys of `l2v.recipe.source.Source`."""
     group = parser.add_argument_group("reading the data, as the keys of a recipe's `data` do")
     for key, text in (TEXTS | PAIRS if pairs else TEXTS | {"text": "column of the text (default: text)"}).items():
-        group.add_argument(f"--{key.replace('_', '-')}", metavar="TEXT", help=text)
-    group.add_argument("--skip-empty", action="store_true", help="leave out rows with an empty text")
-    group.add_argument("--limit", type=int, help="read at most so many rows")
+        group.add_argument(f"--{key.replace('_', '-')}", metavar=_metavar(text), help=text)
+    group.add_argument("--skip-empty", action="store_true", help="skip rows with an empty text")
+    group.add_argument("--limit", type=int, metavar="N", help="read at most N rows")
+
+
+def _metavar(text: str) -> str:
+    return {"column": "COLUMN", "instruction": "TEXT"}.get(text.split()[0], "NAME")
 
 
 def source_of(path: str, args: argparse.Namespace) -> Source:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from l2v.model.fused import Recompute
-from l2v_kernels.linear_cross_entropy.autograd import rows_of_a_chunk
+from l2v_kernels.linear_cross_entropy.op import rows_per_chunk
 
 SLACK = 0.05  # of free memory, left to the allocator: it rounds blocks up and cannot join those that lie apart
 LOGITS = {True: 768 << 20, False: 128 << 20}
@@ -96,7 +96,7 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
-class Way:
+class ExecutionMode:
     """How layers run, as far as memory sees it: fused, and with Triton's kernels or the references of a CPU.
 
     dropout: LoRA's, whose masks the references keep. attention_dropout: with it the references keep attention's weights,
@@ -110,11 +110,11 @@ class Way:
     length: int = 0
 
 
-FUSED = Way()
+FUSED = ExecutionMode()
 
 
 @dataclass(frozen=True)
-class End:
+class TailMemory:
     """Bytes at the end of a forward: kept for the loss's own backward, and needed only there; and what an engine takes while
     a backward runs."""
 
@@ -123,7 +123,7 @@ class End:
     backward: int = 0
 
 
-def kept_for_backward(shape: LayerShape, recompute: Recompute, way: Way = FUSED) -> dict[str, int]:
+def kept_for_backward(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FUSED) -> dict[str, int]:
     """Bytes a token that one layer keeps for its backward, by tensor. What all layers share (rotation, seeds) is not in it.
 
     Plain layers know no `cheap`: they keep everything, or their input.
@@ -131,39 +131,39 @@ def kept_for_backward(shape: LayerShape, recompute: Recompute, way: Way = FUSED)
     b, E, F = shape.itemsize, shape.hidden, shape.ffn
     if recompute == "layer":
         return {"layer input": E * b}
-    kept = {"residual sums": 2 * E * b} if way.fused else {"norm inputs, fp32": 2 * E * 4}
-    kept |= {"norm statistics": 2 * 4} | _attention(shape, way)
-    kept |= {"gate and up": 2 * F * b} if way.fused else {"gate, SiLU, up": 3 * F * b}
+    kept = {"residual sums": 2 * E * b} if mode.fused else {"norm inputs, fp32": 2 * E * 4}
+    kept |= {"norm statistics": 2 * 4} | _attention(shape, mode)
+    kept |= {"gate and up": 2 * F * b} if mode.fused else {"gate, SiLU, up": 3 * F * b}
     if shape.adapted:
         kept["LoRA, x A"] = len(shape.adapted) * shape.rank * b
-    if way.fused and recompute == "none":
+    if mode.fused and recompute == "none":
         kept |= {"norm outputs": 2 * E * b, "SwiGLU product": F * b}
     inputs = sum(shape.inputs[name] for name in shape.adapted)
-    if not way.fused:
+    if not mode.fused:
         kept["LoRA, inputs"] = inputs * b  # each adapter's own, as its dropout made it
-    if way.dropout and not way.kernels and inputs:
+    if mode.dropout and not mode.kernels and inputs:
         kept["LoRA, masks"] = inputs
     return kept
 
 
-def _attention(shape: LayerShape, way: Way) -> dict[str, int]:
+def _attention(shape: LayerShape, mode: ExecutionMode) -> dict[str, int]:
     b, q, kv = shape.itemsize, shape.queries, shape.keys
     kept = {"q, k, v": (q + 2 * kv) * b, "attention output": q * b, "attention statistics": shape.heads * 4}
     if shape.head_norms:
-        kept["rotated q, k" if way.fused else "head norm inputs, fp32"] = (q + kv) * (b if way.fused else 4)
+        kept["rotated q, k" if mode.fused else "head norm inputs, fp32"] = (q + kv) * (b if mode.fused else 4)
         kept["head norm statistics"] = (shape.heads + shape.kv_heads) * 4
-    if way.kernels:
+    if mode.kernels:
         return kept
     # The output in the order of tokens is kept by the linear layer that reads it, if that keeps its input as it is.
-    own = q * b if way.fused else 0
-    if way.attention_dropout:  # spelled out in fp32: weights before and after dropout, and the mask
+    own = q * b if mode.fused else 0
+    if mode.attention_dropout:  # spelled out in fp32: weights before and after dropout, and the mask
         del kept["attention statistics"]
-        weights = {"attention weights": shape.heads * way.length * (4 + 4 + 1)}
+        weights = {"attention weights": shape.heads * mode.length * (4 + 4 + 1)}
         return kept | {"q, k, v": (q + 2 * kv) * 4, "attention output": own} | weights
     return kept | {"attention output": q * b + own}
 
 
-def work_bytes(shape: LayerShape, recompute: Recompute, way: Way = FUSED) -> int:
+def work_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FUSED) -> int:
     """Bytes a token at the widest point of one layer's backward, beside what all layers keep.
 
     That is in the MLP: the gradients of the SwiGLU product, of gate and up, and of the output; with recompute: layer also
@@ -171,28 +171,28 @@ def work_bytes(shape: LayerShape, recompute: Recompute, way: Way = FUSED) -> int
     """
     b, E, F = shape.itemsize, shape.hidden, shape.ffn
     work = (3 * F + E) * b
-    if way.fused and not way.kernels:  # the references compute in fp32, in two buffers, from sums with LoRA's share
+    if mode.fused and not mode.kernels:  # the references compute in fp32, in two buffers, from sums with LoRA's share
         summed = b < 4 or not {"gate_proj", "up_proj"}.isdisjoint(shape.adapted)
         work += 2 * F * 4 + (2 * F * 4 if summed else 0)
-    elif not way.fused:  # or in an fp32 norm
+    elif not mode.fused:  # or in an fp32 norm
         work = max(work, 5 * E * 4 + E * b)
     if recompute == "layer":
-        work += sum(kept_for_backward(shape, "cheap", way).values()) - (E * b if way.fused else 0)
+        work += sum(kept_for_backward(shape, "cheap", mode).values()) - (E * b if mode.fused else 0)
     return work
 
 
-def end_of_mntp(shape: LayerShape, tokens: int, labels: int, vocabulary: int, *, kernels: bool = True) -> End:
+def mntp_tail(shape: LayerShape, tokens: int, labels: int, vocabulary: int, *, kernels: bool = True) -> TailMemory:
     """The last sum and its norm; the labelled rows and their gradient, and the logits of as many as the workspace holds."""
     b, E = shape.itemsize, shape.hidden
     apart = b if b < 4 else 0
-    rows = rows_of_a_chunk(max(labels, 1), vocabulary * (4 + apart), LOGITS[kernels])
+    rows = rows_per_chunk(max(labels, 1), vocabulary * (4 + apart), LOGITS[kernels])
     work = tokens * E * b + 2 * labels * E * b + rows * vocabulary * (4 + apart)
-    return End(kept=tokens * E * b, work=work)
+    return TailMemory(kept=tokens * E * b, work=work)
 
 
-def end_of_contrastive(
+def contrastive_tail(
     shape: LayerShape, tokens: int, *, rows: int, candidates: int, queries: int, ranks: int = 1, prefixes: int = 1
-) -> End:
+) -> TailMemory:
     """The last sum, which is pooled; embeddings of a unit's `rows` texts with their gradient, fp32; and the loss.
 
     candidates, queries: of this rank's unit. ranks: whose candidates meet here (1 with `negatives: micro`).
@@ -204,25 +204,27 @@ def end_of_contrastive(
     # Rows taken out of the cache, those of other ranks, and gradients of all of them, of which one more copy is summed up.
     sides = (queries + candidates + (everyone if ranks > 1 else 0)) * E * 4
     loss = sides + 2 * (queries + everyone) * E * 4 + scores
-    return End(kept=tokens * E * b, work=cache + loss)
+    return TailMemory(kept=tokens * E * b, work=cache + loss)
 
 
 def activation_bytes(
-    shape: LayerShape, recompute: Recompute, tokens: int, way: Way = FUSED, end: End | None = None
+    shape: LayerShape, recompute: Recompute, tokens: int, mode: ExecutionMode = FUSED, end: TailMemory | None = None
 ) -> int:
     """The most that forward and backward of `tokens` tokens need beside weights and optimizer.
 
     Either at the end of the forward, or in the backward of the last layer, when all others still keep everything.
     """
-    end = end or End(kept=tokens * shape.hidden * shape.itemsize)
-    kept = tokens * shape.layers * sum(kept_for_backward(shape, recompute, way).values())
-    return kept + max(end.kept + end.work, tokens * work_bytes(shape, recompute, way) + end.backward)
+    end = end or TailMemory(kept=tokens * shape.hidden * shape.itemsize)
+    kept = tokens * shape.layers * sum(kept_for_backward(shape, recompute, mode).values())
+    return kept + max(end.kept + end.work, tokens * work_bytes(shape, recompute, mode) + end.backward)
 
 
-def choose_recompute(shape: LayerShape, tokens: int, free: int, way: Way = FUSED, end: End | None = None) -> Recompute:
+def choose_recompute(
+    shape: LayerShape, tokens: int, free: int, mode: ExecutionMode = FUSED, end: TailMemory | None = None
+) -> Recompute:
     """The least recomputing that fits `free` bytes with a little to spare; `layer` where nothing does."""
     for how in ("none", "cheap"):
-        if activation_bytes(shape, how, tokens, way, end) <= (1 - SLACK) * free:
+        if activation_bytes(shape, how, tokens, mode, end) <= (1 - SLACK) * free:
             return how
     return "layer"
 

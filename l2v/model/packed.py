@@ -21,7 +21,7 @@ from l2v_kernels.integrations.transformers import PackedAttention
 class PackedDecoder(nn.Module):
     """A decoder (plain, or with LoRA) over packed sequences.
 
-    Layers of the Llama family run fused, all others as transformers has them; `plain_because` then says why (None where
+    Layers of the Llama family run fused, all others as transformers has them; `unfused_reason` then says why (None where
     they are fused, or plain was asked for).
     `forward(batch, want)` gives hidden_TE (model dtype), vectors_SE (float32) or logits_LV (model dtype, labelled
     positions only); `forward(batch, "loss", loss)` gives loss(head, hidden_LE, labels_L), without logits in memory if the
@@ -50,7 +50,7 @@ class PackedDecoder(nn.Module):
         self.attention_dropout = attention_dropout
         self.noise: NoiseState = address_dropout(decoder)
         self.fused: FusedStack | None = None
-        self.plain_because: str | None = None
+        self.unfused_reason: str | None = None
         if layers != "plain":
             try:
                 self.fused = FusedStack(decoder)
@@ -59,7 +59,7 @@ class PackedDecoder(nn.Module):
                     raise RecipeError(
                         f"base.layers: fused does not fit this model: {reason}; use base.layers: auto"
                     ) from None
-                self.plain_because = str(reason)
+                self.unfused_reason = str(reason)
 
     def as_units(self) -> list[nn.Module]:
         """Prepare for an engine that gathers parameters when a module runs (ZeRO-3): the modules whose forward uses those

@@ -69,7 +69,7 @@ def check_fused(base: Base, model: PackedDecoder) -> None:
     Errors: RecipeError for a decoder that they do not know.
     """
     if base.base_precision == "fp8" and model.fused is None:
-        raise RecipeError(f"base.base_precision: fp8 needs fused layers, and {model.plain_because}; {SAME}")
+        raise RecipeError(f"base.base_precision: fp8 needs fused layers, and {model.unfused_reason}; {SAME}")
 
 
 def notice(base: Base) -> str | None:
@@ -96,9 +96,9 @@ class Fp8Group(nn.Module):
     def __init__(self, weight: Fp8Weight, sizes: list[int], bias_N: torch.Tensor | None, *, emulate: bool) -> None:
         super().__init__()
         self.sizes, self.emulate = sizes, emulate
-        self.register_buffer("rows_NK", weight.rows_NK.view(torch.uint8), persistent=False)
-        self.register_buffer("columns_KN", weight.columns_KN.view(torch.uint8), persistent=False)
-        self.register_buffer("scale_N", weight.scale_N, persistent=False)
+        self.register_buffer("rows_NK", weight.rows_OE.view(torch.uint8), persistent=False)
+        self.register_buffer("columns_KN", weight.columns_EO.view(torch.uint8), persistent=False)
+        self.register_buffer("scale_N", weight.scale_O, persistent=False)
         self.register_buffer("bias_N", bias_N, persistent=False)
 
     def linears(self) -> Fp8Linears:
@@ -136,7 +136,7 @@ def _quantize_group(group: Group, where: str, *, emulate: bool) -> Fp8Group:
             f"base.base_precision: fp8 needs weights whose sides are multiples of {ALIGN}, and {where} has {shapes}; {SAME}"
         )
     weight = Fp8Weight.of([w.detach() for w in weights])
-    if not weight.scale_N.isfinite().all():
+    if not weight.scale_O.isfinite().all():
         raise UserError(f"base.base_precision: fp8: the weights of {where} hold infinity or NaN; the base is damaged")
     bias_N = None
     if any(b.bias is not None for b in bases):

@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from l2v.model.fused import Recompute
-from l2v.model.memory import SLACK, LayerShape, Way, activation_bytes, choose_recompute, kept_for_backward, work_bytes
+from l2v.model.memory import (
+    SLACK,
+    ExecutionMode,
+    LayerShape,
+    activation_bytes,
+    choose_recompute,
+    kept_for_backward,
+    work_bytes,
+)
 from l2v.plan.gpus import CONTEXT, Gpu
 from l2v.recipe import Mntp, Recipe, Stage
 from l2v.training.engine import deepspeed_config
-from l2v.training.memory import LIVE, bucket_in_backward, end_of, engine_bytes, way_of
+from l2v.training.memory import LIVE, bucket_in_backward, engine_bytes, execution_mode, tail_memory
 
 STEP = 256
 """Micro-batches are looked for in multiples of so many tokens."""
@@ -25,7 +33,7 @@ class Model:
     vocabulary: int
     tied: bool
     fused: bool
-    plain_because: str | None
+    unfused_reason: str | None
     base_precision: str
 
     @property
@@ -100,27 +108,27 @@ def memory_of(
     standing |= {name: bytes_ for name, bytes_ in engine.items() if not (bucket and name == "gradient bucket")}
     standing |= {"CUDA and NCCL": CONTEXT if kernels else 0}
     free = gpu.capacity(world) - sum(standing.values())
-    way = way_of(stage, fused=model.fused, kernels=kernels)
-    way = Way(way.fused, way.kernels, way.dropout, way.attention_dropout, int(length))
+    mode = execution_mode(stage, fused=model.fused, kernels=kernels)
+    mode = ExecutionMode(mode.fused, mode.kernels, mode.dropout, mode.attention_dropout, int(length))
 
     def end(count: int):
-        return end_of(stage, shape, model.vocabulary, count, world, kernels=kernels, bucket=bucket)
+        return tail_memory(stage, shape, model.vocabulary, count, world, kernels=kernels, bucket=bucket)
 
     asked = stage.recompute
     if asked == "auto":
         # Plain layers are not looked at when a run starts: they keep everything unless they are told otherwise.
-        asked = choose_recompute(shape, tokens, free, way, end(tokens)) if model.fused else "none"
+        asked = choose_recompute(shape, tokens, free, mode, end(tokens)) if model.fused else "none"
     elif asked == "cheap" and not model.fused:
         asked = "none"
-    moving = _moving(shape, asked, tokens, way, end(tokens))
-    found = {how: _largest(shape, how, free, way, end) for how in HOW if model.fused or how != "cheap"}
+    moving = _moving(shape, asked, tokens, mode, end(tokens))
+    found = {how: _largest(shape, how, free, mode, end) for how in HOW if model.fused or how != "cheap"}
     return Memory(tokens, asked, standing, moving, gpu.capacity(world), found)
 
 
-def _moving(shape: LayerShape, how: Recompute, tokens: int, way: Way, end) -> dict[str, int]:
-    kept = tokens * shape.layers * sum(kept_for_backward(shape, how, way).values())
-    total = activation_bytes(shape, how, tokens, way, end)
-    inner = tokens * work_bytes(shape, how, way)
+def _moving(shape: LayerShape, how: Recompute, tokens: int, mode: ExecutionMode, end) -> dict[str, int]:
+    kept = tokens * shape.layers * sum(kept_for_backward(shape, how, mode).values())
+    total = activation_bytes(shape, how, tokens, mode, end)
+    inner = tokens * work_bytes(shape, how, mode)
     if inner + end.backward >= end.kept + end.work:
         peak = {"a layer's backward": inner, "gradient bucket": end.backward}
     else:
@@ -128,11 +136,11 @@ def _moving(shape: LayerShape, how: Recompute, tokens: int, way: Way, end) -> di
     return {"kept for the backward": kept} | peak | {"allocator": int(total * (1 / (1 - SLACK) - 1))}
 
 
-def _largest(shape: LayerShape, how: Recompute, free: int, way: Way, end) -> int:
+def _largest(shape: LayerShape, how: Recompute, free: int, mode: ExecutionMode, end) -> int:
     """By bisection, in multiples of STEP; 0 if not even one fits."""
 
     def fits(count: int) -> bool:
-        return activation_bytes(shape, how, count * STEP, way, end(count * STEP)) <= (1 - SLACK) * free
+        return activation_bytes(shape, how, count * STEP, mode, end(count * STEP)) <= (1 - SLACK) * free
 
     low, high = 0, MOST // STEP
     while low < high:

@@ -42,7 +42,7 @@ def _stage(plan: StagePlan) -> dict[str, Any]:
     return {
         "objective": plan.stage.objective,
         "steps": plan.stage.steps,
-        "layers": "fused" if plan.model.fused else f"plain: {plan.model.plain_because}",
+        "layers": "fused" if plan.model.fused else f"plain: {plan.model.unfused_reason}",
         "lengths": "of the data" if plan.lengths.real else "the longest that the stage allows",
         "memory": {
             "fits": memory.fits,
@@ -193,7 +193,7 @@ def _notes(facts: dict[str, Any], plans: Sequence[StagePlan]) -> list[str]:
         notes.append(
             f"{', '.join(assumed)}: every text is taken to be as long as `length` allows; the data was not read"
         )
-    if because := plans[0].model.plain_because:
+    if because := plans[0].model.unfused_reason:
         notes.append(f"plain layers, slower than fused ones: {because}; their numbers are rougher")
     if any(plan.scaling for plan in plans):
         notes.append(

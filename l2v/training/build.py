@@ -15,7 +15,14 @@ from l2v.model.quantize import check_base_precision, check_fused, to_fp8, to_nf4
 from l2v.recipe import Mntp, Recipe, Simcse, Stage
 from l2v.runs.claim import merged_adapters
 from l2v.training.engine import deepspeed_config
-from l2v.training.memory import bucket_in_backward, end_of, engine_bytes, largest_micro, way_of, yet_to_come
+from l2v.training.memory import (
+    bucket_in_backward,
+    engine_bytes,
+    execution_mode,
+    largest_micro,
+    not_yet_allocated,
+    tail_memory,
+)
 from l2v.training.ranks import ranks_here
 
 
@@ -63,7 +70,7 @@ def place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: torc
     if recipe.base.base_precision == "fp8":
         to_fp8(model.fused, model.decoder)
     elif recipe.zero.stage < 3:
-        model.fused.lay_together()
+        model.fused.stack_weights()
     where = device()
     shape = LayerShape.of(
         model.fused.inner.config, rank=stage.lora.r, targets=tuple(stage.lora.targets), itemsize=dtype.itemsize
@@ -72,16 +79,16 @@ def place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: torc
     sizes = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters() if p.requires_grad]
     config = deepspeed_config(stage, recipe.zero, dtype, sum(sizes))
     engine = engine_bytes(sum(sizes), config, dtype.itemsize, world, max(sizes), gpu=kernels)
-    free = free_bytes(where, max(1, ranks_here())) - yet_to_come(engine, recipe.zero.stage)
-    tokens, way = largest_micro(stage, world, longest), way_of(stage, fused=True, kernels=kernels)
+    free = free_bytes(where, max(1, ranks_here())) - not_yet_allocated(engine, recipe.zero.stage)
+    tokens, mode = largest_micro(stage, world, longest), execution_mode(stage, fused=True, kernels=kernels)
     vocabulary = model.fused.inner.config.get_text_config().vocab_size
     bucket = bucket_in_backward(engine, recipe.zero.stage)
-    end = end_of(stage, shape, vocabulary, tokens, world, kernels=kernels, bucket=bucket)
+    end = tail_memory(stage, shape, vocabulary, tokens, world, kernels=kernels, bucket=bucket)
     chosen = stage.recompute
     if chosen == "auto":
-        chosen = choose_recompute(shape, tokens, free, way, end)
+        chosen = choose_recompute(shape, tokens, free, mode, end)
     model.set_recompute(chosen)
-    needs = activation_bytes(shape, chosen, tokens, way, end)
+    needs = activation_bytes(shape, chosen, tokens, mode, end)
     return (
         f"fused layers, recompute {chosen}: {tokens:,} tokens need up to {needs / 2**30:.1f} GiB of "
         f"{free / 2**30:.1f} GiB free"

@@ -36,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("not enough memory" in text or "allocate memory" in text)
 
 
-class Guard:
+class OutOfMemoryGuard:
     """Keeps a rank in step with the others after it ran out of memory.
 
     The others wait for its part of the collectives, so it goes on through the step with one-token batches that carry no loss;

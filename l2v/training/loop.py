@@ -1,9 +1,8 @@
-"""The loop: three objectives, one way through. Plan a step, collate, backward, update, write metrics, save."""
+"""The loop: three objectives, one way through. `train` reads like the list of what a step does; `Training` does it."""
 
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +16,17 @@ from l2v.data.sampler import StepPlan
 from l2v.errors import UserError
 from l2v.recipe import Contrastive, Stage, Tracking
 from l2v.training import checkpoint
-from l2v.training.ahead import Ahead
+from l2v.training.agreement import Agreement, StopRequest
 from l2v.training.engine import read_state, write_state
-from l2v.training.faults import Guard, discard, gradient_norm
-from l2v.training.finite import Skips, is_broken
+from l2v.training.faults import OutOfMemoryGuard, discard, gradient_norm
 from l2v.training.metrics import Metrics, Progress
+from l2v.training.prefetch import BatchPrefetcher
 from l2v.training.profile import Profile
 from l2v.training.ranks import on_every_rank, on_first_rank
-from l2v.training.saver import Log, Saver
-from l2v.training.steps import contrastive_step, mntp_step
-from l2v.training.throughput import Throughput, peak_memory, told
+from l2v.training.saver import Saver
+from l2v.training.skips import BrokenStep, Skips, is_broken
+from l2v.training.steps import StepCounts, contrastive_step, mntp_step
+from l2v.training.throughput import Throughput, peak_memory, summary
 from l2v.training.watchdog import Watchdog
 from l2v_kernels.spans import span
 
@@ -55,6 +55,48 @@ class Job:
     evaluate: Evaluate | None = None
 
 
+@dataclass
+class StepResult:
+    """One step: its plan, this rank's shares of loss and accuracy, what the ranks agreed on, the gradient norm before
+    clipping (None where DeepSpeed knows it after the update), and whether the update was applied."""
+
+    plan: StepPlan
+    shares: dict[str, torch.Tensor]
+    agreed: Agreement
+    norm: float | torch.Tensor | None
+    applied: bool = False
+
+
+def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, torch.Tensor]:
+    """Run a stage to its last step; returns the state that `read_state` gives (fp32 weights and moments).
+
+    Raises:
+        Interrupted: a signal asked for a stop; a checkpoint is written.
+        OutOfMemory: memory ran out where a step cannot be repeated.
+        UserError: too many steps in a row could not be applied, or data, disk or an example do not work.
+    """
+    training = Training(engine, job, resume)
+    try:
+        with training.batches, training.stop:
+            training.before_first_step()
+            for step in range(training.start, job.stage.steps):
+                with training.profile.step(step + 1):
+                    training.set_learning_rate(step)
+                    result = training.forward_and_backward(step)
+                    training.update_or_skip(step, result)
+                    training.log_step(step, result)
+                error = training.error_after(step, result)
+                training.save_if_due(step, result, error)
+                if error:
+                    raise error
+                training.stop_if_asked(step, result)
+                training.evaluate_if_due(step)
+            job.watchdog.at(None)
+    finally:
+        training.close()
+    return training.final_state()
+
+
 def learning_rate(stage: Stage, step: int, steps_per_epoch: int) -> float:
     """The rate of update `step` (from 0): linear warm-up, then linear decay to 0 at `decay_steps`.
 
@@ -72,227 +114,200 @@ def learning_rate(stage: Stage, step: int, steps_per_epoch: int) -> float:
     return stage.lr * max(0.0, (end - step) / max(1, end - stage.warmup))
 
 
-def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, torch.Tensor]:
-    """Run a stage to its last step; returns the state that `read_state` gives (fp32 weights and moments)."""
-    stage, rank, world = job.stage, dist.get_rank(), dist.get_world_size()
-    start = resume.step if resume else 0
-    ahead = Ahead(job, rank, world)  # before anything is written: it refuses examples that fit no micro-batch
-    if resume:
-        write_state(engine, job.parameters, resume.tensors, resume.step - resume.facts.get("skipped", 0))
-    seen = resume.facts["tokens"] if resume else 0
-    bar = Progress(stage.steps, start, job.name, active=rank == 0)
+class Training:
+    """A stage in training: its batches, metrics, checkpoints and signals, and the parts of a step in the order they run.
 
-    def tell(text: str) -> None:
-        bar.note(f"{job.name}: {text}")
+    Every method that communicates is a collective call: all ranks make it.
+    """
 
-    metrics = on_every_rank(
-        lambda: Metrics(job.folder, job.tracking, name=job.name, active=rank == 0, resumed_at=start, log=tell)
-    )
-    stop = _StopFlag()
-    saver = Saver(job.folder / "checkpoints", keep=stage.keep, active=rank == 0, log=tell)
-    watch = job.watchdog
-    watch.last_words.append(saver.wait)
-    engine.train()
-    log = _Log(job, metrics, bar, engine, seen)
-    profile = Profile(
-        engine.module, job.folder / "profile", active=job.profile and rank == 0, start=start, steps=stage.steps,
-        device=engine.device, aside=log.speed.paused, log=bar.note,
-    )  # fmt: skip
-    saved_at, skips = start, Skips.of(resume)
-    try:
-        with ahead, stop:
-            if start < stage.steps:
-                on_every_rank(lambda: ahead.check(start))
-            if job.evaluate and start == 0:
-                with log.speed.paused():
-                    _evaluate(engine, job, metrics, 0)
-            for step in range(start, stage.steps):
-                with profile.step(step + 1):
-                    rate = learning_rate(stage, step, ahead.sampler.steps_per_epoch)
-                    for group in engine.optimizer.param_groups:
-                        group["lr"] = rate
-                    plan, shares, flags, norm = _whole_step(engine, job, ahead, step, stop, bar, tell)
-                    if flags.broken:
-                        with span("optimizer"):
-                            discard(engine)
-                    else:
-                        watch.at(f"step {step + 1}: update")
-                        with span("optimizer"):
-                            engine.step()
-                    applied = not flags.broken and engine.was_step_applied()
-                    norm = (engine.get_global_grad_norm() if norm is None else norm) if applied else None
-                    seen += int(job.examples.lengths[plan.examples].sum())
-                    skips.count(applied)
-                    ahead.note(step, plan)
-                    log.step(step + 1, plan.epoch, shares, rate, norm, seen, skips)
-                done = step + 1
-                if not applied:
-                    bad = shares.get("not_finite_S"), shares["loss"]
-                    ending = skips.say(done, stage, ahead.units, *bad, tell, job.folder)
-                else:
-                    ending = None
-                ending = ending or ahead.trouble(flags)
-                last = done == stage.steps
-                if last or flags.stop or ending or (stage.save_every and done % stage.save_every == 0):
-                    watch.at(f"step {done}: checkpoint")
-                    with log.speed.paused():
-                        _save(engine, job, saver, done, seen, skips)
-                    saved_at = done
-                saver.poll()
-                if ending:
-                    raise ending
-                if flags.stop and not last:
-                    raise Interrupted(_stopped(saver, done))
-                if job.evaluate and (last or (stage.eval_every and done % stage.eval_every == 0)):
-                    with log.speed.paused():
-                        _evaluate(engine, job, metrics, done)
-            watch.at(None)
-    finally:
-        watch.pause()
-        saver.close()
-        watch.last_words.clear()
-        profile.close()
-        bar.close()
-        metrics.close()
-    if saved_at == start and start == stage.steps and resume:
-        return resume.tensors
-    return read_state(engine, job.parameters)
-
-
-def _whole_step(engine, job: Job, ahead: Ahead, step: int, stop: _StopFlag, bar: Progress, tell: Log):
-    """Forward and backward of a step, again in smaller micro-batches where memory ran out on any rank."""
-    while True:
-        job.watchdog.at(f"step {step + 1}: data")
-        plan, units = ahead.take(step)
-        guard = Guard(engine)
-        job.watchdog.at(f"step {step + 1}: forward and backward")
-        shares = _backward(engine, job, plan, units, bar, guard)
-        job.watchdog.at(f"step {step + 1}: agreement of ranks")
-        broken = is_broken(shares["loss"], shares.get("not_finite_S"))
-        if (norm := gradient_norm(engine)) is not None:
-            broken = broken | ~norm.isfinite()
-        flags = stop.agreed(broken, guard.happened, ahead.failed(step + 1))
-        if not flags.memory:
-            return plan, shares, flags, norm
-        discard(engine)
-        ahead.shrink(step)
-        tell(
-            f"WARNING: out of memory at step {step + 1}; all ranks take the step back and go on with micro_tokens "
-            f"{ahead.micro_tokens}, which changes nothing that is learned"
+    def __init__(self, engine, job: Job, resume: checkpoint.Checkpoint | None) -> None:
+        self.engine, self.job, self.resume, self.rank = engine, job, resume, dist.get_rank()
+        self.start = resume.step if resume else 0
+        # Before anything is written: it refuses examples that fit no micro-batch.
+        self.batches = BatchPrefetcher(job, self.rank, dist.get_world_size())
+        if resume:
+            write_state(engine, job.parameters, resume.tensors, resume.step - resume.facts.get("skipped", 0))
+        self.tokens = resume.facts["tokens"] if resume else 0
+        self.skips = Skips.of(resume)
+        self.stop = StopRequest()
+        active = self.rank == 0
+        self.bar = Progress(job.stage.steps, self.start, job.name, active=active)
+        self.metrics = on_every_rank(
+            lambda: Metrics(job.folder, job.tracking, name=job.name, active=active, resumed_at=self.start, log=self.log)
         )
-
-
-def _backward(engine, job: Job, plan: StepPlan, units, bar: Progress, guard: Guard) -> dict[str, torch.Tensor]:
-    if not isinstance(job.stage, Contrastive):
-        return mntp_step(engine, units, engine.device, guard)
-    shares = [[i for unit in rank_units for i in unit.examples] for rank_units in plan.units]
-    counts = [int((job.examples.segments[share] - 1).sum()) for share in shares]
-    queries = [len(share) for share in shares]
-    return contrastive_step(
-        engine, units, job.stage, counts, sum(queries), engine.device, progress=bar.within, query_counts=queries,
-        guard=guard,
-    )  # fmt: skip
-
-
-def _evaluate(engine, job: Job, metrics: Metrics, step: int) -> None:
-    job.watchdog.at(None)  # as long as it takes
-    engine.eval()
-    with torch.no_grad():
-        metrics.write(step, job.evaluate(step))
-    engine.train()
-
-
-def _save(engine, job: Job, saver: Saver, step: int, tokens: int, skips: Skips) -> None:
-    """A collective call: every rank gives its part, rank 0 writes beside the training."""
-    tensors = read_state(engine, job.parameters)
-    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if broken:  # the same on every rank: the state is whole on each
-        raise UserError(
-            f"after step {step} {len(broken)} adapter tensors hold values that are not finite ({broken[0]}); no checkpoint was "
-            "written of that, the one before is whole: lower lr or use base.precision: fp32, then start anew from there"
-        )
-    saver.submit(checkpoint.Checkpoint(step, tensors, job.facts | {"tokens": tokens} | skips.facts()))
-
-
-def _stopped(saver: Saver, done: int) -> str:
-    """What a run that was asked to stop says; a collective call, since only one rank knows what reached the disk."""
-    failed = on_first_rank(lambda: (saver.wait(), saver.failed)[1])
-    if failed:
-        return f"stopped after step {done}, but {failed}"
-    return f"stopped after step {done}; the same command goes on from there"
-
-
-class _Log:
-    """Turns device scalars into rows: read once every `log_every` steps, so that the device is not kept waiting."""
-
-    def __init__(self, job: Job, metrics: Metrics, bar: Progress, engine, seen: int) -> None:
-        self.job, self.metrics, self.bar, self.device = job, metrics, bar, engine.device
+        self.saver = Saver(job.folder / "checkpoints", keep=job.stage.keep, active=active, log=self.log)
+        job.watchdog.last_words.append(self.saver.wait)
+        engine.train()
         dtype = next(iter(job.parameters.values())).dtype  # adapters have that of the base
-        self.speed = Throughput(engine.module.decoder, engine.device, dtype, world=dist.get_world_size(), tokens=seen)
+        self.speed = Throughput(
+            engine.module.decoder, engine.device, dtype, world=dist.get_world_size(), tokens=self.tokens
+        )
+        self.profile = Profile(
+            engine.module, job.folder / "profile", active=job.profile and active, start=self.start, steps=job.stage.steps,
+            device=engine.device, aside=self.speed.paused, log=self.bar.note,
+        )  # fmt: skip
 
-    def step(
-        self, step: int, epoch: float, shares: dict[str, torch.Tensor], rate: float, norm: float | torch.Tensor | None,
-        seen: int, skips: Skips,
-    ) -> None:  # fmt: skip
+    def log(self, text: str) -> None:
+        """A line above the progress bar, on the first rank."""
+        self.bar.note(f"{self.job.name}: {text}")
+
+    def before_first_step(self) -> None:
+        """Check on every rank that the first step's data can be read; measure the held-out loss before training."""
+        if self.start < self.job.stage.steps:
+            on_every_rank(lambda: self.batches.check(self.start))
+        if self.start == 0:
+            self._evaluate(0)
+
+    def set_learning_rate(self, step: int) -> None:
+        """The rate of this step, in every parameter group of the optimizer."""
+        self.rate = learning_rate(self.job.stage, step, self.batches.sampler.steps_per_epoch)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.rate
+
+    def forward_and_backward(self, step: int) -> StepResult:
+        """Gradients of a step, and what the ranks agree on; repeated in smaller micro-batches where memory ran out."""
+        watch = self.job.watchdog
+        while True:
+            watch.at(f"step {step + 1}: data")
+            plan, units = self.batches.get(step)
+            guard = OutOfMemoryGuard(self.engine)
+            watch.at(f"step {step + 1}: forward and backward")
+            shares = self._gradients(plan, units, guard)
+            watch.at(f"step {step + 1}: agreement of ranks")
+            broken = is_broken(shares["loss"], shares.get("nonfinite_S"))
+            if (norm := gradient_norm(self.engine)) is not None:
+                broken = broken | ~norm.isfinite()
+            agreed = self.stop.agree(broken, memory=guard.happened, data=self.batches.failed(step + 1))
+            if not agreed.memory:
+                return StepResult(plan, shares, agreed, norm)
+            discard(self.engine)
+            self.batches.shrink(step)
+            self.log(
+                f"WARNING: out of memory at step {step + 1}; all ranks repeat the step with micro_tokens "
+                f"{self.batches.micro_tokens}, which changes nothing that is learned"
+            )
+
+    def _gradients(self, plan: StepPlan, units, guard: OutOfMemoryGuard) -> dict[str, torch.Tensor]:
+        stage, engine = self.job.stage, self.engine
+        if not isinstance(stage, Contrastive):
+            return mntp_step(engine, units, engine.device, guard)
+        examples = [[i for unit in rank_units for i in unit.examples] for rank_units in plan.units]
+        candidates = [int((self.job.examples.segments[own] - 1).sum()) for own in examples]
+        counts = StepCounts(candidates=candidates, queries=[len(own) for own in examples])
+        return contrastive_step(engine, units, stage, counts, progress=self.bar.within, guard=guard)
+
+    def update_or_skip(self, step: int, result: StepResult) -> None:
+        """Apply the gradients, or drop them all where a value is NaN or Inf; count tokens and skipped steps."""
+        with span("optimizer"):
+            if result.agreed.broken:
+                discard(self.engine)
+            else:
+                self.job.watchdog.at(f"step {step + 1}: update")
+                self.engine.step()
+        result.applied = not result.agreed.broken and self.engine.was_step_applied()
+        if not result.applied:
+            result.norm = None
+        elif result.norm is None:
+            result.norm = self.engine.get_global_grad_norm()
+        self.tokens += int(self.job.examples.lengths[result.plan.examples].sum())
+        self.skips.count(result.applied)
+        self.batches.audit(step, result.plan)
+
+    def log_step(self, step: int, result: StepResult) -> None:
+        """A row of metrics. Device scalars are read once every `log_every` steps, so that the device is not kept waiting."""
         self.bar.step()
-        if step % self.job.stage.log_every and step != self.job.stage.steps:
+        done, stage = step + 1, self.job.stage
+        if done % stage.log_every and done != stage.steps:
             return
-        shares = {key: value for key, value in shares.items() if value.dim() == 0}
+        device = self.engine.device
+        shares = {key: value for key, value in result.shares.items() if value.dim() == 0}
         values = torch.stack([value.float() for value in shares.values()])
         dist.all_reduce(values)
-        memory = torch.tensor(float(peak_memory(self.device)), device=self.device)
+        memory = torch.tensor(float(peak_memory(device)), device=device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         row = {key: value if math.isfinite(value) else None for key, value in zip(shares, values.tolist(), strict=True)}
         row |= {
-            "epoch": round(epoch, 4),
-            "learning_rate": rate,
-            "gradient_norm": float(norm) if norm is not None else None,
-            "tokens": seen,
+            "epoch": round(result.plan.epoch, 4),
+            "learning_rate": self.rate,
+            "gradient_norm": float(result.norm) if result.norm is not None else None,
+            "tokens": self.tokens,
         }
-        if skips.total:
-            row["skipped_steps"] = skips.total
-        row |= self.speed.row(seen) | {"peak_memory_gib": round(memory.item() / 2**30, 2)}
-        self.metrics.write(step, row)
-        self.bar.say(told(row))
+        if self.skips.total:
+            row["skipped_steps"] = self.skips.total
+        row |= self.speed.row(self.tokens) | {"peak_memory_gib": round(memory.item() / 2**30, 2)}
+        self.metrics.write(done, row)
+        self.bar.status(summary(row))
 
+    def error_after(self, step: int, result: StepResult) -> UserError | None:
+        """What ends training after this step: too many skipped steps in a row, or data of the next one that cannot be read."""
+        error = None
+        if not result.applied:
+            broken = BrokenStep(step + 1, self.batches.units, result.shares["loss"], result.shares.get("nonfinite_S"))
+            error = self.skips.report(broken, limit=self.job.stage.skip_limit, folder=self.job.folder, log=self.log)
+        return error or self.batches.error_on_any_rank(result.agreed)
 
-@dataclass
-class _Flags:
-    """What the ranks agreed on at a step's end: stop after it, it is broken, memory ran out, the next one's data fail."""
+    def save_if_due(self, step: int, result: StepResult, error: UserError | None) -> None:
+        """A checkpoint after the last step, at every `save_every`, and before training ends for another reason."""
+        done, stage = step + 1, self.job.stage
+        due = stage.save_every and done % stage.save_every == 0
+        if due or done == stage.steps or result.agreed.stop or error:
+            self.job.watchdog.at(f"step {done}: checkpoint")
+            with self.speed.paused():
+                self._save(done)
+        self.saver.poll()
 
-    stop: bool
-    broken: bool
-    memory: bool
-    data: bool
+    def _save(self, done: int) -> None:
+        """Every rank gives its part; rank 0 writes while training continues."""
+        tensors = read_state(self.engine, self.job.parameters)
+        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+        if broken:  # the same on every rank: the state is whole on each
+            raise UserError(
+                f"after step {done} {len(broken)} adapter tensors hold NaN or Inf ({broken[0]}); no checkpoint was written of "
+                "that, the one before is whole: lower lr or use base.precision: fp32, then start again from there"
+            )
+        facts = self.job.facts | {"tokens": self.tokens} | self.skips.facts()
+        self.saver.submit(checkpoint.Checkpoint(done, tensors, facts))
 
+    def stop_if_asked(self, step: int, result: StepResult) -> None:
+        """Raises Interrupted where a signal asked any rank to stop before the last step."""
+        if not result.agreed.stop or step + 1 == self.job.stage.steps:
+            return
 
-class _StopFlag:
-    """SIGINT, SIGTERM and SIGUSR1 ask for a stop after the current step; all ranks decide together."""
+        def failure() -> str | None:
+            self.saver.wait()
+            return self.saver.failed
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        if failed := on_first_rank(failure):  # only one rank knows what reached the disk
+            raise Interrupted(f"stopped after step {step + 1}, but {failed}")
+        raise Interrupted(f"stopped after step {step + 1}; the same command continues from there")
 
-    def __init__(self) -> None:
-        self.asked = False
+    def evaluate_if_due(self, step: int) -> None:
+        """Held-out metrics after the last step and at every `eval_every`."""
+        done, stage = step + 1, self.job.stage
+        if done == stage.steps or (stage.eval_every and done % stage.eval_every == 0):
+            self._evaluate(done)
 
-    def __enter__(self):
-        self.old = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
-        return self
+    def _evaluate(self, step: int) -> None:
+        if self.job.evaluate is None:
+            return
+        self.job.watchdog.at(None)  # as long as it takes
+        with self.speed.paused():
+            self.engine.eval()
+            with torch.no_grad():
+                self.metrics.write(step, self.job.evaluate(step))
+            self.engine.train()
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
+    def final_state(self) -> dict[str, torch.Tensor]:
+        """The state after the last step; of a run that had no step left, that of its checkpoint."""
+        if self.resume and self.start == self.job.stage.steps:
+            return self.resume.tensors
+        return read_state(self.engine, self.job.parameters)
 
-    def _ask(self, *_) -> None:
-        self.asked = True
-
-    def agreed(self, broken: torch.Tensor, memory: bool, data: bool) -> _Flags:
-        """What any rank says, the same on all. broken: a device bool, whether this rank's step is.
-
-        The step's one wait for the device, and one small collective; before the update, so that a broken step has none.
-        """
-        mine = torch.tensor([self.asked, memory, data], device=broken.device)
-        flags = torch.cat([mine, broken[None]]).float()
-        if dist.get_world_size() > 1:
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        asked, memory, data, broken = flags.bool().tolist()
-        return _Flags(asked, broken, memory, data)
+    def close(self) -> None:
+        """Finish what is being written; called however training ends."""
+        self.job.watchdog.pause()
+        self.saver.close()
+        self.job.watchdog.last_words.clear()
+        self.profile.close()
+        self.bar.close()
+        self.metrics.close()

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from l2v.model.memory import End, LayerShape, Way, end_of_contrastive, end_of_mntp
+from l2v.model.memory import ExecutionMode, LayerShape, TailMemory, contrastive_tail, mntp_tail
 from l2v.recipe import Contrastive, Mntp, Simcse, Stage, Supervised
 
 LIVE = 1_000_000_000
@@ -54,7 +54,7 @@ def bucket_in_backward(found: Mapping[str, int], stage: int) -> int:
     return found.get("gradient bucket", 0) if stage < 3 else 0
 
 
-def yet_to_come(found: Mapping[str, int], stage: int) -> int:
+def not_yet_allocated(found: Mapping[str, int], stage: int) -> int:
     """Of `engine_bytes`, what the engine has not allocated before its first step and then keeps."""
     late = {0: ("gradients",), 3: ("Adam's moments",)}.get(stage, ("gradients", "Adam's moments"))
     return sum(found[name] for name in late)
@@ -72,25 +72,25 @@ def largest_micro(stage: Stage, world: int, longest: int) -> int:
     return min(stage.micro_tokens, examples * longest)
 
 
-def way_of(stage: Stage, *, fused: bool, kernels: bool) -> Way:
+def execution_mode(stage: Stage, *, fused: bool, kernels: bool) -> ExecutionMode:
     """How a stage's layers run."""
     dropped = isinstance(stage, Simcse) and stage.attention_dropout > 0
-    return Way(fused, kernels, stage.lora.dropout > 0, dropped, stage.length)
+    return ExecutionMode(fused, kernels, stage.lora.dropout > 0, dropped, stage.length)
 
 
-def end_of(
+def tail_memory(
     stage: Stage, shape: LayerShape, vocabulary: int, tokens: int, world: int, *, kernels: bool = True, bucket: int = 0
-) -> End:
+) -> TailMemory:
     """What stands at the end of a forward of `tokens` tokens. bucket: of gradients, in the backward."""
     if isinstance(stage, Mntp):
         # One standard deviation and more above the mean: labels are drawn.
         labels = math.ceil(tokens * stage.mask_probability + 4 * math.sqrt(tokens))
-        return replace(end_of_mntp(shape, tokens, min(labels, tokens), vocabulary, kernels=kernels), backward=bucket)
+        return replace(mntp_tail(shape, tokens, min(labels, tokens), vocabulary, kernels=kernels), backward=bucket)
     assert isinstance(stage, Contrastive)
     columns = columns_of(stage)
     local = stage.group if stage.group is not None else math.ceil(stage.batch / world)
     everyone = 1 if stage.negatives == "micro" else world
-    found = end_of_contrastive(
+    found = contrastive_tail(
         shape, tokens, rows=local * columns, candidates=local * (columns - 1), queries=local, ranks=everyone,
         prefixes=len(stage.matryoshka or [0]),
     )  # fmt: skip

@@ -82,14 +82,14 @@ class Progress:
             total=total, initial=initial, desc=name, unit="step", disable=not active, dynamic_ncols=live,
             mininterval=0.2 if live else 10.0, smoothing=0.1,
         )  # fmt: skip
-        self.every, self.told, self.text = self.bar.mininterval if active else math.inf, time.monotonic(), ""
+        self.every, self.shown, self.text = self.bar.mininterval if active else math.inf, time.monotonic(), ""
 
     def within(self, number: int, done: int, of: int) -> None:
         """`done` of `of` micro-batches of pass `number` are through: 1 encodes, 2 goes backward."""
         now = time.monotonic()
-        if now - self.told < self.every or of < 2:
+        if now - self.shown < self.every or of < 2:
             return
-        self.told = now
+        self.shown = now
         parts = filter(None, (f"{('encode', 'backward')[number - 1]} {done}/{of}", self.text))
         self.bar.set_postfix_str(", ".join(parts))
 
@@ -97,10 +97,10 @@ class Progress:
         """One more step is done."""
         self.bar.set_postfix_str(self.text, refresh=False)
         self.bar.update(1)
-        self.told = time.monotonic()
+        self.shown = time.monotonic()
 
-    def say(self, text: str) -> None:
-        """What stands behind the bar from now on."""
+    def status(self, text: str) -> None:
+        """The text after the bar from now on."""
         self.text = text
         self.bar.set_postfix_str(text, refresh=False)
 

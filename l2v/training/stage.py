@@ -76,8 +76,8 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdo
     dtype, seed = dtype_of(recipe.base.precision), recipe.stage_seed(name)
     model, lineage = on_every_rank(functools.partial(build, recipe, name, dtype=dtype, seed=seed))
     agree({"the base and its adapters": lineage})
-    if model.plain_because and recipe.base.backend == "l2v":
-        log(f"plain layers, slower than fused ones: {model.plain_because}")
+    if model.unfused_reason and recipe.base.backend == "l2v":
+        log(f"plain layers, slower than fused ones: {model.unfused_reason}")
     if banner := notice(recipe.base):
         log(banner)
     parameters = {n.removeprefix("decoder."): p for n, p in trainable(model).items()}

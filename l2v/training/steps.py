@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from l2v.batch import PackedBatch
 from l2v.objectives.contrastive import Groups, contrastive_loss
 from l2v.objectives.mntp import mntp_loss_of_hidden
 from l2v.recipe import Contrastive
-from l2v.training.faults import Guard, OutOfMemory, filler, is_out_of_memory
+from l2v.training.faults import OutOfMemory, OutOfMemoryGuard, filler, is_out_of_memory
 from l2v_kernels.spans import span
 
 Micros = Sequence[PackedBatch]
@@ -25,13 +26,12 @@ Progress = Callable[[int, int, int], None]
 
 
 def mntp_step(
-    engine, units: Sequence[Micros], device: torch.device, guard: Guard | None = None
+    engine, units: Sequence[Micros], device: torch.device, guard: OutOfMemoryGuard | None = None
 ) -> dict[str, torch.Tensor]:
     """Backward through all micro-batches; returns this rank's share of the mean loss and accuracy (device scalars).
 
     guard: keeps the rank in step if memory runs out; then what is returned means nothing.
     """
-    run = guard.run if guard else _plainly
     micros = [micro for unit in units for micro in unit]
     world = dist.get_world_size()
     count = torch.tensor(float(sum(len(m.labels_L) for m in micros)), device=device)
@@ -47,9 +47,10 @@ def mntp_step(
 
     for at, micro in enumerate(micros):
         last = at == len(micros) - 1
-        loss, found = run(
+        loss, found = _guarded(
+            guard,
             functools.partial(forward_backward, micro, last, world),
-            lambda last=last: forward_backward(filler(device), last, 0.0),
+            functools.partial(lambda last: forward_backward(filler(device), last, 0.0), last),
         )
         loss_sum += loss
         hits += found
@@ -71,100 +72,137 @@ def loss_options(stage: Contrastive) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class StepCounts:
+    """Candidates and queries of every rank in a step, from the plan."""
+
+    candidates: Sequence[int]
+    queries: Sequence[int]
+
+    @property
+    def total(self) -> int:
+        """Queries of all ranks."""
+        return sum(self.queries)
+
+
 def contrastive_step(
     engine,
     units: Sequence[Micros],
     stage: Contrastive,
-    counts: Sequence[int],
-    total: int,
-    device: torch.device,
+    counts: StepCounts,
+    *,
     progress: Progress | None = None,
-    query_counts: Sequence[int] | None = None,
-    guard: Guard | None = None,
+    guard: OutOfMemoryGuard | None = None,
 ) -> dict[str, torch.Tensor]:
     """Backward of the contrastive loss over micro-batches and ranks, exact by a gradient cache.
 
-    A unit is a set of examples whose embeddings meet in one loss. All its micro-batches are encoded without graph, but for
-    the last, which keeps its own; the loss is taken once over all embeddings (with `negatives: global`, of all ranks);
-    the last micro-batch goes backward, and the others are encoded again, this time with graph, and carry their part of the
-    gradient on (Gao et al. 2021, arXiv 2101.06983). Noise has an address, so both passes see the same masks. Memory: one
-    micro-batch's activations and a unit's embeddings, fp32 [S, E], with their gradient. A micro-batch is copied to the
-    device in either pass (17 bytes a token, nothing beside encoding it); to keep them there would grow with the batch.
+    A unit is a set of examples whose embeddings meet in one loss (with `negatives: global`, those of all ranks).
 
-    units: of this rank; all ranks have equally many, of equally many micro-batches. counts, query_counts: candidates and
-    queries of every rank, from the plan (for negatives: global; query_counts by default [total], one rank's). total:
-    queries of all ranks. progress: called with (pass 1 or 2, micro-batches done in it, micro-batches of the step).
-    guard: keeps the rank in step if memory runs out; then what is returned means nothing.
-    Returns loss: this rank's share of the mean loss (device scalar), and not_finite_S: bool, for every segment of the units
-    in order, whether its embedding holds a NaN or an infinity. Nothing waits for the device.
+    units: of this rank; all ranks have equally many, of equally many micro-batches. progress: called with (pass 1 or 2,
+    micro-batches done in it, micro-batches of the step). guard: keeps the rank in step if memory runs out; then what is
+    returned means nothing.
+    Returns loss: this rank's share of the mean loss (device scalar), and nonfinite_S: bool, for every segment of the units
+    in order, whether its embedding holds NaN or Inf. Nothing waits for the device.
     """
-    world, rank = dist.get_world_size(), dist.get_rank()
-    everyone = {}
+    cache = GradientCache(engine, stage, sum(map(len, units)), progress=progress, guard=guard)
+    world = dist.get_world_size()
+    everyone: dict[str, Any] = {}
     if stage.negatives == "global" and world > 1:
-        everyone = {"counts": counts, "query_counts": query_counts or [total], "rank": rank}
-    options, of = loss_options(stage), sum(map(len, units))
-    loss_sum, not_finite, done = torch.zeros((), device=device), [], [0, 0]
-
-    def tell(number: int) -> None:
-        done[number - 1] += 1
-        if progress:
-            progress(number, done[number - 1], of)
-
-    run = guard.run if guard else _plainly
-    width = engine.module.decoder.config.get_text_config().hidden_size
-
-    def encode(micro: PackedBatch) -> torch.Tensor:
-        vectors_SE = run(
-            lambda: engine(micro.to(device), "vectors"),
-            lambda: torch.zeros(len(micro.lengths), width, device=device),
-        )
-        not_finite.append(~vectors_SE.detach().isfinite().all(-1))
-        tell(1)
-        return vectors_SE
-
-    def backward(vectors_SE: torch.Tensor, gradient_SE: torch.Tensor | None, last: bool) -> None:
-        loss = vectors_SE.sum() * 0 if gradient_SE is None else (vectors_SE * gradient_SE).sum() * world
-        _backward(engine, loss, last=last)
-
-    def backward_of(vectors: Callable[[], torch.Tensor], part_SE: torch.Tensor, last: bool) -> None:
-        run(
-            lambda: backward(vectors(), part_SE, last),
-            lambda: backward(engine(filler(device), "vectors"), None, last),
-        )
-        tell(2)
-
+        everyone = {"counts": counts.candidates, "query_counts": counts.queries, "rank": dist.get_rank()}
+    loss_sum = torch.zeros((), device=engine.device)
     for at, micros in enumerate(units):
-        last_unit = at == len(units) - 1
         labels = (torch.cat([getattr(m, n) for m in micros]) for n in ("columns_S", "text_keys_S", "groups_S"))
-        groups = Groups.from_columns(*labels, total=total, **everyone).to(device)
+        groups = Groups.from_columns(*labels, total=counts.total, **everyone).to(engine.device)
+        loss_sum += cache.unit(micros, groups, last=at == len(units) - 1)
+    return {"loss": loss_sum, "nonfinite_S": torch.cat(cache.nonfinite)}
+
+
+class GradientCache:
+    """Gradients of a contrastive batch in the memory of one micro-batch (Gao et al. 2021, arXiv 2101.06983).
+
+    All micro-batches of a unit are encoded without graph, but for the last, which keeps its own; the loss is taken once over
+    all embeddings; the last micro-batch goes backward, and the others are encoded again, this time with graph, and pass on
+    their part of the gradient. Dropout is keyed by text, layer and position, so both passes see the same masks. Memory: one
+    micro-batch's activations and a unit's embeddings, fp32 [S, E], with their gradient. A micro-batch is copied to the
+    device in either pass (17 bytes a token, nothing next to encoding it); to keep them there would grow with the batch.
+    """
+
+    def __init__(
+        self, engine, stage: Contrastive, micros: int, *, progress: Progress | None, guard: OutOfMemoryGuard | None
+    ) -> None:
+        """micros: micro-batches of the step."""
+        self.engine, self.device, self.guard = engine, engine.device, guard
+        self.options = loss_options(stage)
+        self.progress, self.micros, self.done = progress, micros, [0, 0]
+        self.world = dist.get_world_size()
+        self.width = engine.module.decoder.config.get_text_config().hidden_size
+        self.nonfinite: list[torch.Tensor] = []
+
+    def unit(self, micros: Micros, groups: Groups, *, last: bool) -> torch.Tensor:
+        """Backward of one unit; returns its loss. last: its last backward ends the step's accumulation of gradients."""
         with torch.no_grad():
-            first = [encode(micro) for micro in micros[:-1]]
-        kept_SE = encode(micros[-1])
+            first = [self._encode(micro) for micro in micros[:-1]]
+        kept_SE = self._encode(micros[-1])
         sizes = [len(micro.lengths) for micro in micros]
         cache_SE = torch.cat([*first, kept_SE.detach()]).requires_grad_()
         del first
-        with span("loss"):
-            try:
-                loss = contrastive_loss(cache_SE, groups, **options)
-                (gradient_SE,) = torch.autograd.grad(loss, cache_SE)
-            except (RuntimeError, MemoryError) as error:
-                # Embeddings of all ranks meet here, in collectives that cannot be taken up halfway.
-                if guard is None or not is_out_of_memory(error):
-                    raise
-                raise OutOfMemory(str(error).splitlines()[0]) from None
+        loss, gradient_SE = self._loss(cache_SE, groups)
         del cache_SE
         *parts, part_SE = gradient_SE.split(sizes)
-        backward_of(lambda kept_SE=kept_SE: kept_SE, part_SE, last_unit and not parts)
+        self._backward(functools.partial(lambda vectors_SE: vectors_SE, kept_SE), part_SE, last=last and not parts)
         del kept_SE
-        for i, (micro, part_SE) in enumerate(zip(micros[:-1], parts, strict=True)):
-            again = functools.partial(lambda micro: engine(micro.to(device), "vectors"), micro)
-            backward_of(again, part_SE, last_unit and i == len(parts) - 1)
-        loss_sum += loss.detach()
-    return {"loss": loss_sum, "not_finite_S": torch.cat(not_finite)}
+        for at, (micro, part_SE) in enumerate(zip(micros[:-1], parts, strict=True)):
+            encode_again = functools.partial(self._vectors, micro)
+            self._backward(encode_again, part_SE, last=last and at == len(parts) - 1)
+        return loss.detach()
+
+    def _vectors(self, micro: PackedBatch) -> torch.Tensor:
+        return self.engine(micro.to(self.device), "vectors")
+
+    def _encode(self, micro: PackedBatch) -> torch.Tensor:
+        """Embeddings of a micro-batch, fp32 [S, E]; zeros once memory ran out."""
+        vectors_SE = _guarded(
+            self.guard,
+            lambda: self._vectors(micro),
+            lambda: torch.zeros(len(micro.lengths), self.width, device=self.device),
+        )
+        self.nonfinite.append(~vectors_SE.detach().isfinite().all(-1))
+        self._count(1)
+        return vectors_SE
+
+    def _loss(self, cache_SE: torch.Tensor, groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss over all embeddings of a unit, and its gradient of them."""
+        with span("loss"):
+            try:
+                loss = contrastive_loss(cache_SE, groups, **self.options)
+                (gradient_SE,) = torch.autograd.grad(loss, cache_SE)
+            except (RuntimeError, MemoryError) as error:
+                # Embeddings of all ranks meet here, in collectives that cannot be resumed halfway.
+                if self.guard is None or not is_out_of_memory(error):
+                    raise
+                raise OutOfMemory(str(error).splitlines()[0]) from None
+        return loss, gradient_SE
+
+    def _backward(self, vectors: Callable[[], torch.Tensor], gradient_SE: torch.Tensor, *, last: bool) -> None:
+        """Pass a micro-batch's part of the gradient through its graph; a batch without loss once memory ran out."""
+
+        def work() -> None:
+            _backward(self.engine, (vectors() * gradient_SE).sum() * self.world, last=last)
+
+        def instead() -> None:
+            _backward(self.engine, self._vectors(filler(self.device)).sum() * 0, last=last)
+
+        _guarded(self.guard, work, instead)
+        self._count(2)
+
+    def _count(self, number: int) -> None:
+        self.done[number - 1] += 1
+        if self.progress:
+            self.progress(number, self.done[number - 1], self.micros)
 
 
-def _plainly(work: Callable[[], Any], instead: Callable[[], Any]) -> Any:
-    return work()
+def _guarded(guard: OutOfMemoryGuard | None, work: Callable[[], Any], instead: Callable[[], Any]) -> Any:
+    return guard.run(work, instead) if guard else work()
 
 
 def _backward(engine, loss: torch.Tensor, *, last: bool) -> None:

@@ -97,9 +97,9 @@ class Throughput:
         return {"tokens_per_second": round(rate, 1)} | {key: round(rate * x, 4) for key, x in self.shares.items()}
 
 
-def told(row: dict[str, Any]) -> str:
+def summary(row: dict[str, Any]) -> str:
     """A row of metrics as the progress bar has it: `loss 2.1034, 21,034 tokens/s, MFU 75%`."""
-    loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+    loss = "NaN or Inf" if row["loss"] is None else f"{row['loss']:.4f}"
     text = f"loss {loss}, {row['tokens_per_second']:,.0f} tokens/s"
     if "mfu" in row:
         return f"{text}, MFU {row['mfu']:.0%}"

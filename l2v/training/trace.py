@@ -37,7 +37,7 @@ FRAMES = (
     ("optimizer", r"^Optimizer\.|AccumulateGrad$"),
     ("attention", r"scaled_dot_product|_flash_attention|_efficient_attention|^FusedAttention"),
     ("norm", r"^RmsNorm|^aten::(_fused_)?rms_norm$|layer_norm$"),
-    ("lora", r"^LoraLinear|^AddressedDropout"),
+    ("lora", r"^LoraLinear|^PhiloxDropout"),
     ("rope", r"^Rotary(Backward)?$"),
     ("swiglu", r"^SwiGlu"),
     ("head", r"^LinearCrossEntropy"),
@@ -47,7 +47,7 @@ FRAMES = (
 NAMES = (
     ("attention", r"flash|fmha|attention|^(query|key)_gradient_kernel$"),
     ("lora", r"^lora_\w+_kernel$|^dropout_kernel$"),
-    ("head", r"^look_kernel$"),
+    ("head", r"^softmax_stats_kernel$"),
     ("loss", r"^(fused_)?(statistics|coefficients)_kernel$|^(norms|finish)_kernel$|softmax|nll_loss"),
     ("optimizer", r"multi_tensor_apply|[Aa]dam|_foreach_"),
     ("rope", r"^rope_kernel$"),

@@ -118,12 +118,3 @@ def test_one_sentence_where_the_training_libraries_are_missing(monkeypatch, caps
     assert benchmark.main(["--device", "cpu"]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "needs peft, deepspeed" in said and "PYTHONPATH" in said
-
-
-@pytest.mark.parametrize("name", ["attention", "contrastive", "gradient_cache"])
-def test_the_command_finds_every_benchmark(name, capsys):
-    from l2v.commands.bench import main
-
-    with pytest.raises(SystemExit) as stopped:
-        main([name, "--help"])
-    assert stopped.value.code == 0 and f"l2v bench {name}" in capsys.readouterr().out

@@ -381,12 +381,3 @@ def test_the_models_are_what_they_are_called():
     assert (big.shape["hidden_size"], big.shape["num_hidden_layers"], big.shape["vocab_size"]) == (4096, 32, 128256)
     assert big.workloads["mntp"].batch * big.workloads["mntp"].length == 16384
     assert MODELS["smollm2"].shape is None and not MODELS["smollm2"].checkpointing
-
-
-@pytest.mark.parametrize("name", ["train_step", "encode"])
-def test_the_command_finds_it(name, capsys):
-    from l2v.commands.bench import main
-
-    with pytest.raises(SystemExit) as stopped:
-        main([name, "--help"])
-    assert stopped.value.code == 0 and f"l2v bench {name}" in capsys.readouterr().out

@@ -8,8 +8,8 @@ from collections import defaultdict
 
 import psutil
 import pytest
-from build_cases import configure, danish, files, make, rows, source, write_lines
-from helpers import training_environment
+from support.build_cases import configure, danish, files, make, rows, source, write_lines
+from support.processes import training_environment
 
 from benchmarks.data.corpus import Corpus, judge
 from l2v.data.corpus import near

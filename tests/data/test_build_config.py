@@ -2,7 +2,7 @@ import re
 
 import pytest
 import yaml
-from build_cases import FILES, configure, danish, rows, source, write_lines
+from support.build_cases import FILES, configure, danish, rows, source, write_lines
 
 from l2v.commands import main as cli
 from l2v.data.corpus.config import Build, config_folder, load_config

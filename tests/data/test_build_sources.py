@@ -5,7 +5,7 @@ import lzma
 
 import datasets
 import pytest
-from build_cases import FILES, configure, danish, make, rows, source, write_lines
+from support.build_cases import FILES, configure, danish, make, rows, source, write_lines
 
 from l2v.data.corpus import markup
 from l2v.errors import UserError

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from l2v import Encoder
-from l2v.commands.eval import _parser
+from l2v.commands.eval import parser
 from l2v.commands.main import main
 from l2v.evaluation.model import EncoderSpec, MtebEncoder
 from l2v.evaluation.score import specs
@@ -77,7 +77,7 @@ def test_a_table_by_stage_and_by_ablation(run, mini, capsys):
 
 def test_rows_of_ablations(run):
     def rows(*arguments):
-        found = specs(_parser().parse_args([str(run), *arguments]))
+        found = specs(parser().parse_args([str(run), *arguments]))
         return {name: (spec.identity()["attention"], spec.identity()["pooling"]) for name, spec in found}
 
     name = f"{run.parent.name}/run"

@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from support.processes import ROOT
 
 from l2v.commands.eval import main
 from l2v.errors import UserError

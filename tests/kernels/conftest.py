@@ -1,14 +1,14 @@
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.forked import KERNELS, output_of
 
-KERNELS = Path(__file__).resolve().parents[2] / "kernels"
+PACKAGE = Path(__file__).resolve().parents[2] / "kernels"
 # An installed distribution puts l2v_kernels on the path itself; a bare checkout does not.
-for folder in (KERNELS, KERNELS.parent):
+for folder in (PACKAGE, PACKAGE.parent):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
@@ -43,10 +43,8 @@ def run_interpreted():
     """
 
     def run(path):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
-        result = subprocess.run(
-            command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout + result.stderr
+        command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]
+        said = output_of(command, os.environ | {"TRITON_INTERPRET": "1"}, KERNELS)
+        assert "skipped" not in said, said
 
     return run

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from attention_cases import HEAD_DIMS, assert_close_to_exact, layouts, plain, settings
-from attention_cases import inputs as random_inputs
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from support.attention_cases import HEAD_DIMS, assert_close_to_exact, layouts, plain, settings
+from support.attention_cases import inputs as random_inputs
 
 from l2v_kernels import AttentionPlan, attention
 from l2v_kernels.attention.tables import TokenTables
@@ -130,7 +130,7 @@ def test_plan_groups_equal_lengths():
     plan = AttentionPlan.from_cu_seqlens(torch.tensor([0, 2, 2, 5, 7], dtype=torch.int32))
     assert plan.lengths == (2, 0, 3, 2) and plan.n_tokens == 7 and plan.n_segments == 4
     assert [group.length for group in plan.groups] == [2, 3]
-    assert plan.groups[0].tokens_nL.tolist() == [[0, 1], [5, 6]] and plan.groups[0].segments_n.tolist() == [
+    assert plan.groups[0].tokens_st.tolist() == [[0, 1], [5, 6]] and plan.groups[0].segments_s.tolist() == [
         0,
         3,
     ]
@@ -212,20 +212,20 @@ def test_token_tables():
     assert tables.start_T.tolist() == [0] * 2 + [2] * 18 + [20] * 3
     assert tables.end_T.tolist() == [2] * 2 + [20] * 18 + [23] * 3
     assert tables.first_block_T.tolist() == [0] * 2 + [1] * 18 + [3] * 3
-    assert tables.block_first_B.tolist() == [0, 2, 18, 20, 23]
-    assert tables.block_end_B.tolist() == [2, 20, 20, 23, 23]
+    assert tables.block_first_X.tolist() == [0, 2, 18, 20, 23]
+    assert tables.block_end_X.tolist() == [2, 20, 20, 23, 23]
 
 
 def test_plan_on_device_does_not_look_at_values(monkeypatch):
     bounds = torch.tensor([0, 5, 3, 9])
     plan = AttentionPlan.on_device(bounds, 9)
     assert (plan.n_segments, plan.n_tokens) == (3, 9) and plan.tables.n_tokens == 9
-    with pytest.raises(ValueError, match="never fall"):
+    with pytest.raises(ValueError, match="never decrease"):
         _ = plan.lengths
     with pytest.raises(ValueError, match="pack of 9"):
         _ = AttentionPlan.on_device(torch.tensor([0, 5]), 9).groups
     monkeypatch.setenv("L2V_CHECK", "1")
-    with pytest.raises(ValueError, match="never fall"):
+    with pytest.raises(ValueError, match="never decrease"):
         AttentionPlan.on_device(bounds, 9)
     with pytest.raises(ValueError, match="pack of 9"):
         AttentionPlan.on_device(torch.tensor([0, 5]), 9)

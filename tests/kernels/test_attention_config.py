@@ -4,7 +4,8 @@ import json
 import pytest
 import torch
 
-from l2v_kernels.attention.config import ARCHITECTURES, Config, architecture, candidates, default, is_short
+from l2v_kernels.attention.config import ARCHITECTURES, Config, candidates, default, is_short
+from l2v_kernels.launching import architecture
 
 pytest.importorskip("triton")
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from attention_cases import HEAD_DIMS, assert_close_to_exact, inputs, kept, layouts
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from support.attention_cases import HEAD_DIMS, assert_close_to_exact, inputs, kept, layouts
 
 from l2v_kernels import AttentionPlan, attention, attention_padded, rope
 from l2v_kernels.rope.reference import rope_reference

@@ -1,13 +1,13 @@
-"""The Triton kernels of packed attention under the interpreter, in fp32 and fp16 (it gets bf16 products wrong)."""
+"""The Triton kernels of packed attention under the interpreter, in fp32 and fp16 (it gets bf16 matmuls wrong)."""
 
 import os
 
 import pytest
 import torch
-from attention_cases import HEAD_DIMS, assert_close_to_exact, inputs, kept, layouts, settings
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from support.attention_cases import HEAD_DIMS, assert_close_to_exact, inputs, kept, layouts, settings
 
 pytest.importorskip("triton")
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from attention_cases import plain
+from support.attention_cases import plain
 
 from l2v_kernels import attention_padded
 
@@ -39,19 +39,19 @@ def test_equals_plain_attention_on_the_tokens(mask, dtype, chosen):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_mask_BS": torch.ones(2, 1, 6, 6, dtype=torch.bool)}, r"attention_mask .*\(2, 1, 6, 6\)"),
-        ({"attention_mask_BS": torch.ones(2, 6)}, "attention_mask"),
-        ({"attention_mask_BS": torch.ones(6, 2, dtype=torch.bool)}, "attention_mask"),
-        ({"q_BHSD": torch.zeros(2, 6, 16)}, r"q \[B, H, S, D\]"),
-        ({"k_BKSD": torch.zeros(2, 2, 5, 16)}, r"k \(2, 2, 5, 16\)"),
+        ({"attention_mask_Bt": torch.ones(2, 1, 6, 6, dtype=torch.bool)}, r"attention_mask .*\(2, 1, 6, 6\)"),
+        ({"attention_mask_Bt": torch.ones(2, 6)}, "attention_mask"),
+        ({"attention_mask_Bt": torch.ones(6, 2, dtype=torch.bool)}, "attention_mask"),
+        ({"q_BHtD": torch.zeros(2, 6, 16)}, r"q \[B, H, t, D\]"),
+        ({"k_BKtD": torch.zeros(2, 2, 5, 16)}, r"k \(2, 2, 5, 16\)"),
         ({"seeds_B": torch.zeros(3, dtype=torch.int64)}, "seeds_B"),
         ({"dropout_p": 0.3}, "seeds_S"),
     ],
 )
 def test_bad_input(change, message):
     kv = torch.zeros(2, 2, 6, 16)
-    good = {"q_BHSD": torch.zeros(2, 4, 6, 16), "k_BKSD": kv, "v_BKSD": kv}
-    good["attention_mask_BS"] = torch.ones(2, 6, dtype=torch.bool)
+    good = {"q_BHtD": torch.zeros(2, 4, 6, 16), "k_BKtD": kv, "v_BKtD": kv}
+    good["attention_mask_Bt"] = torch.ones(2, 6, dtype=torch.bool)
     attention_padded(**good)
     with pytest.raises(ValueError, match=message):
         attention_padded(**{**good, **change})

@@ -39,7 +39,7 @@ def test_rope(capability, dtype):
     signature = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
     names = ("n_rows", "stride_xt", "stride_xh", "stride_yt", "stride_yh", "stride_cos", "stride_sin")
     signature |= dict.fromkeys(names, "i32")
-    constants = {"HEADS": 32, "HALF": 64, "BLOCK_HALF": 64, "INVERSE": False, "BLOCK_R": CONFIG["BLOCK_R"]}
+    constants = {"HEADS": 32, "HALF": 64, "BLOCK_HALF": 64, "INVERSE": False, "BLOCK_ROWS": CONFIG["BLOCK_ROWS"]}
     used = build(rope_kernel, signature, constants, capability, CONFIG["num_warps"], disassemble=False)
     assert not used.problems(capability)
     assert "ld.global.v4.b32" in used.ptx and "st.global.v4.b32" in used.ptx

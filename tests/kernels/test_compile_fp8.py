@@ -19,11 +19,11 @@ def used_by(width, dtype, capability, *, factors):
     from l2v_kernels.fp8 import kernel
 
     types = {"x_ptr": f"*{dtype}", "factors_ptr": "*fp32", "q_ptr": "*fp8e4nv", "scale_ptr": "*fp32"}
-    if width <= kernel.WIDEST:
+    if width <= kernel.MAX_WIDTH:
         function, config = kernel.rows_kernel, dict(kernel.config(width))
         constants = {"WIDTH": width}
     else:
-        function, config, constants = kernel.wide_rows_kernel, dict(kernel.WIDE), {}
+        function, config, constants = kernel.wide_rows_kernel, dict(kernel.WIDE_CONFIG), {}
     warps = config.pop("num_warps")
     signature = {p.name: types.get(p.name, "i32") for p in function.params if not p.is_constexpr}
     return build(function, signature, constants | config | {"FACTORS": factors}, capability, warps, disassemble=False)

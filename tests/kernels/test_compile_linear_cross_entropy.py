@@ -8,7 +8,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("no Triton on this platform", allow_module_level=True)
 
 from benchmarks.kernels.aot import SHARED_LIMIT, available, build
-from l2v_kernels.linear_cross_entropy.kernel import CONFIG, look_kernel
+from l2v_kernels.linear_cross_entropy.kernel import CONFIG, softmax_stats_kernel
 
 pytestmark = pytest.mark.skipif(not available(), reason="this Triton bundles no NVIDIA tools")
 
@@ -18,7 +18,7 @@ POINTERS = {"logits_ptr": "*fp32", "labels_ptr": "*i64", "losses_ptr": "*fp32", 
 def usage(capability, dtype, *, bias, gradient):
     signature = POINTERS | {"bias_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "n_columns": "i32"}
     constants = {"BIAS": bias, "GRADIENT": gradient, "BLOCK": CONFIG["BLOCK"]}
-    return build(look_kernel, signature, constants, capability, CONFIG["num_warps"], disassemble=False)
+    return build(softmax_stats_kernel, signature, constants, capability, CONFIG["num_warps"], disassemble=False)
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)

@@ -15,10 +15,14 @@ POINTERS = ("x_ptr", "a_ptr", "xa_ptr", "dxa_ptr", "dx_ptr")
 
 
 def used_by(kernel_name, dtype, capability, *, ranks=(16, 16, 16), dropout=True, want_dx=True, add_dx=False):
-    from l2v_kernels.lora_linear import kernel
+    from l2v_kernels.lora_linear import kernel_down
 
-    function = getattr(kernel, f"lora_{kernel_name}_kernel")
-    config = dict((kernel.DOWN if kernel_name == "down" else kernel.BACKWARD)[2 if dtype == "bf16" else 4])
+    function = getattr(kernel_down, f"lora_{kernel_name}_kernel")
+    config = dict(
+        (kernel_down.DOWN_CONFIG if kernel_name == "down" else kernel_down.DOWN_BACKWARD_CONFIG)[
+            2 if dtype == "bf16" else 4
+        ]
+    )
     warps, stages = config.pop("num_warps"), config.pop("num_stages")
     constants = {f"RANK_{i}": rank for i, rank in enumerate(ranks)} | config
     constants |= {"BLOCK_R": max(16, max(ranks)), "DROPOUT": dropout, "PRECISION": "ieee"}
@@ -64,13 +68,13 @@ def test_gradients_on_top_of_frozen_ones(capability):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("rank", [7, 16, 32])
 def test_gradients_of_outputs(rank, dtype, capability):
-    from l2v_kernels.lora_linear import up_kernel
+    from l2v_kernels.lora_linear import kernel_up
 
     block_r = 32 if rank > 16 else 16
-    config = dict(up_kernel.UP_BACKWARD[2 if dtype == "bf16" else 4, block_r])
+    config = dict(kernel_up.UP_BACKWARD_CONFIG[2 if dtype == "bf16" else 4, block_r])
     warps, stages = config.pop("num_warps"), config.pop("num_stages")
     types = dict.fromkeys(("dy_ptr", "b_ptr", "xa_ptr"), f"*{dtype}") | {"dxa_ptr": "*fp32", "db_ptr": "*fp32"}
-    function = up_kernel.lora_up_backward_kernel
+    function = kernel_up.lora_up_backward_kernel
     signature = {p.name: types.get(p.name, "i32") for p in function.params if not p.is_constexpr}
     constants = config | {"RANK": rank, "BLOCK_R": block_r, "PRECISION": "ieee"}
     used = build(function, signature, constants, capability, warps, stages, disassemble=dtype == "bf16")
@@ -80,11 +84,11 @@ def test_gradients_of_outputs(rank, dtype, capability):
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
 def test_ordered_sum(capability):
-    from l2v_kernels.lora_linear import up_kernel
+    from l2v_kernels.lora_linear import kernel_up
 
-    config = dict(up_kernel.ORDERED_SUM)
+    config = dict(kernel_up.ORDERED_SUM_CONFIG)
     types = {"parts_ptr": "*fp32", "out_ptr": "*bf16", "factor": "fp32"}
-    function = up_kernel.ordered_sum_kernel
+    function = kernel_up.ordered_sum_kernel
     signature = {p.name: types.get(p.name, "i32") for p in function.params if not p.is_constexpr}
     warps = config.pop("num_warps")
     used = build(function, signature, config | {"WIDTH": 16}, capability, warps, disassemble=False)

@@ -102,7 +102,7 @@ def test_swiglu_with_lora(ranks, dtype, arch):
 def test_segment_pool(dtype, arch):
     check_segment_pool(4096, dtype, arch, norm=True)
     constants = {"NORM": True, "WIDTH": 4096, "PIECE": segment_pool.PIECE}
-    check(segment_pool.combine_kernel, constants, segment_pool.COMBINE, dtype, arch, wide=["ld"])
+    check(segment_pool.combine_kernel, constants, segment_pool.COMBINE_CONFIG, dtype, arch, wide=["ld"])
 
 
 if os.environ.get("L2V_SLOW") == "1":

@@ -2,12 +2,12 @@ import importlib.util
 
 import pytest
 import torch
-from step_cases import poisoned
+from support.step_cases import poisoned
 
 from l2v_kernels.dispatch import triton_everywhere
-from l2v_kernels.fp8 import Fp8Linears, Fp8Weight, obstacle, product, quantize_rows
-from l2v_kernels.fp8.reference import power_of_two, scaled_product_reference
-from l2v_kernels.lora_linear import Adapter, Linears, Noise, functional, lora_linear
+from l2v_kernels.fp8 import Fp8Linears, Fp8Weight, matmul, obstacle, quantize_rows
+from l2v_kernels.fp8.reference import power_of_two, scaled_matmul_reference
+from l2v_kernels.lora_linear import Adapter, InputDropout, Linears, lora_linear, op
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 E4M3 = torch.float8_e4m3fn
@@ -88,7 +88,7 @@ def test_rows_of_zeros():
 
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
 def test_what_is_not_finite_is_not_made_finite(bad):
-    """The other rows do not notice; a product of the row is NaN in every column."""
+    """The other rows are not affected; a matmul of the row is NaN in every column."""
     x = rows(5, 32)
     want = quantize_rows(x)
     x[2, 7] = bad
@@ -97,7 +97,7 @@ def test_what_is_not_finite_is_not_made_finite(bad):
     assert same_bytes(q[others], want[0][others]) and torch.equal(scale[others], want[1][others])
     assert scale[2].isnan() and not q[2].float().any()
     linears = Fp8Linears(Fp8Weight.of([torch.randn(16, 32)]), [16], emulate=True)
-    assert linears.product(x).isfinite().all(1).equal(others)
+    assert linears.matmul(x).isfinite().all(1).equal(others)
 
 
 def test_factors_are_exact():
@@ -114,20 +114,20 @@ def test_few_numbers(shape):
 
 
 def weights(dtype=torch.bfloat16, width=48, seed=1):
-    """Rows of very different size, as the scales are there for."""
+    """Rows of very different size, which is what the scales are for."""
     torch.manual_seed(seed)
     return [(torch.randn(n, width) * torch.randn(n, 1).exp() * width**-0.5).to(dtype) for n in SIZES]
 
 
 def test_a_weight_is_its_rows_twice():
     found = Fp8Weight.of(weights())
-    assert found.rows_NK.shape == (64, 48) and found.columns_KN.shape == (48, 64)
-    assert found.rows_NK.is_contiguous() and found.columns_KN.is_contiguous()
-    assert same_bytes(found.columns_KN, found.rows_NK.view(torch.uint8).t().contiguous().view(E4M3))
+    assert found.rows_OE.shape == (64, 48) and found.columns_EO.shape == (48, 64)
+    assert found.rows_OE.is_contiguous() and found.columns_EO.is_contiguous()
+    assert same_bytes(found.columns_EO, found.rows_OE.view(torch.uint8).t().contiguous().view(E4M3))
     whole, values = torch.cat(weights()).float(), found.dequantized()
     assert torch.equal(values, values.bfloat16().float())  # bf16 holds them exactly
     assert 0.02 < ((values - whole).norm() / whole.norm()).item() < 0.03
-    assert found.scale_N.shape == (64,)
+    assert found.scale_O.shape == (64,)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,9 +143,9 @@ def test_products_are_those_of_the_rounded_numbers(dtype, bias):
         q, scale = quantize_rows(z, factors)
         return q.double() * scale.double()[:, None]
 
-    y, dx = linears.product(x), linears.gradient(dy)
+    y, dx = linears.matmul(x), linears.input_gradient(dy)
     want_y = rounded(x) @ exact_W.t() + (0 if bias_N is None else bias_N.double())
-    want_dx = rounded(dy, weight.scale_N) @ weight.rows_NK.double()
+    want_dx = rounded(dy, weight.scale_O) @ weight.rows_OE.double()
     for got, want in ((y, want_y), (dx, want_dx)):
         assert got.dtype == dtype and got.shape == want.shape
         bar = (torch.finfo(dtype).eps / 2 + 1e-6) * want.abs().max()
@@ -159,22 +159,22 @@ def test_products_are_those_of_the_rounded_numbers(dtype, bias):
 
 
 def test_torch_multiplies_the_same():
-    """The oracle: torch's own scaled product, with our rows and scales."""
+    """The oracle: torch's own scaled matmul, with our rows and scales."""
     weight = Fp8Weight.of(weights())
     q, scale = quantize_rows(torch.randn(37, 48).bfloat16())
     bias = torch.randn(64).bfloat16()
     try:
         want = torch._scaled_mm(
             q,
-            weight.rows_NK.t(),
+            weight.rows_OE.t(),
             scale_a=scale[:, None],
-            scale_b=weight.scale_N[None],
+            scale_b=weight.scale_O[None],
             bias=bias,
             out_dtype=torch.float32,
         )
     except (RuntimeError, NotImplementedError, ValueError) as error:
         pytest.skip(f"this torch multiplies no FP8 on a CPU: {error}")
-    got = scaled_product_reference(q, scale, weight.rows_NK, weight.scale_N, bias, torch.float32)
+    got = scaled_matmul_reference(q, scale, weight.rows_OE, weight.scale_O, bias, torch.float32)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -189,8 +189,8 @@ class Rounded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        q, scale = quantize_rows(dy.float(), ctx.weight.scale_N)
-        return (q.double() * scale.double()[:, None]) @ ctx.weight.rows_NK.double(), None
+        q, scale = quantize_rows(dy.float(), ctx.weight.scale_O)
+        return (q.double() * scale.double()[:, None]) @ ctx.weight.rows_OE.double(), None
 
 
 def problem(dtype, ranks=(3, 4, 5), p=0.3, tokens=21, width=48):
@@ -207,27 +207,27 @@ def problem(dtype, ranks=(3, 4, 5), p=0.3, tokens=21, width=48):
         for part, r in enumerate(ranks)
         if r is not None
     )
-    return x, adapters, Noise(p, torch.arange(tokens) // 10 * 2**35, torch.arange(tokens) % 10)
+    return x, adapters, InputDropout(p, torch.arange(tokens) // 10 * 2**35, torch.arange(tokens) % 10)
 
 
 def gradients(y, x, adapters, dy):
-    return torch.autograd.grad(y, [x, *(m for a in adapters for m in (a.a_RE, a.b_NR))], dy)
+    return torch.autograd.grad(y, [x, *(m for a in adapters for m in (a.a_RE, a.b_OR))], dy)
 
 
 def with_lora(dtype, ranks, p, tokens=21):
     """What `lora_linear` gives on FP8 linears, forward and gradients, and what it must give, in float64."""
-    x, adapters, noise = problem(dtype, ranks, p, tokens)
+    x, adapters, keys = problem(dtype, ranks, p, tokens)
     weight = Fp8Weight.of(weights())
     dy = torch.randn(tokens, 64).to(dtype)
-    y = lora_linear(x, Fp8Linears(weight, SIZES, emulate=True), adapters, noise)
+    y = lora_linear(x, Fp8Linears(weight, SIZES, emulate=True), adapters, keys)
     found = [y, *gradients(y, x, adapters, dy)]
     exact_x = x.detach().double().requires_grad_()
     exact = tuple(
-        Adapter(a.part, *(m.detach().double().requires_grad_() for m in (a.a_RE, a.b_NR)), a.scaling, a.stream)
+        Adapter(a.part, *(m.detach().double().requires_grad_() for m in (a.a_RE, a.b_OR)), a.scaling, a.stream)
         for a in adapters
     )
     nothing = Linears([torch.zeros(n, 48, dtype=torch.float64) for n in SIZES], [None] * 3)
-    want = Rounded.apply(exact_x, weight) + lora_linear(exact_x, nothing, exact, noise)
+    want = Rounded.apply(exact_x, weight) + lora_linear(exact_x, nothing, exact, keys)
     return found, [want, *gradients(want, exact_x, exact, dy.double())]
 
 
@@ -250,13 +250,13 @@ def test_few_tokens(tokens):
 
 def test_a_token_sees_no_other():
     """Forward and backward: a token with a number a thousand times as large changes its own row alone."""
-    x, adapters, noise = problem(torch.float32)
+    x, adapters, keys = problem(torch.float32)
     linears = Fp8Linears(Fp8Weight.of(weights()), SIZES, emulate=True)
     dy, other, other_dy = torch.randn(21, 64), x.detach().clone(), None
     other[5, 3] = 1000.0
     other_dy = dy.clone()
     other_dy[5, 3] = 1000.0
-    y, z = lora_linear(x, linears, adapters, noise), lora_linear(other.requires_grad_(), linears, adapters, noise)
+    y, z = lora_linear(x, linears, adapters, keys), lora_linear(other.requires_grad_(), linears, adapters, keys)
     pairs = ((y, z), (gradients(y, x, adapters, dy)[0], gradients(z, other, adapters, other_dy)[0]))
     for a, b in pairs:
         same = (a == b).all(1)
@@ -264,12 +264,12 @@ def test_a_token_sees_no_other():
 
 
 def test_kept_bytes():
-    """As bf16 keeps: x, which is there anyway, xa and the masks. Nothing in 8 bits survives the forward."""
-    x, adapters, noise = problem(torch.bfloat16)
+    """As with bf16: x, which exists anyway, xa and the masks. Nothing in 8 bits survives the forward."""
+    x, adapters, keys = problem(torch.bfloat16)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        lora_linear(x, Fp8Linears(Fp8Weight.of(weights()), SIZES, emulate=True), adapters, noise)
-    known = {x.data_ptr(), *(m.data_ptr() for a in adapters for m in (a.a_RE, a.b_NR))}
+        lora_linear(x, Fp8Linears(Fp8Weight.of(weights()), SIZES, emulate=True), adapters, keys)
+    known = {x.data_ptr(), *(m.data_ptr() for a in adapters for m in (a.a_RE, a.b_OR))}
     own = [t for t in saved if t.data_ptr() not in known]
     assert sum(t.numel() * t.element_size() for t in own) == 21 * (3 + 4 + 5) * 2 + 3 * 21 * 48
 
@@ -277,7 +277,7 @@ def test_kept_bytes():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: quantize_rows(torch.ones(3)), r"needs x \[T, K\] in fp32, fp16 or bf16, got torch.float32 \(3,\)"),
+        (lambda: quantize_rows(torch.ones(3)), r"needs x \[T, E\] in fp32, fp16 or bf16, got torch.float32 \(3,\)"),
         (lambda: quantize_rows(torch.ones(3, 4).double()), "got torch.float64"),
         (lambda: quantize_rows(torch.ones(3, 4), torch.ones(3)), r"factors must be fp32 \[4\] on cpu"),
         (lambda: quantize_rows(torch.ones(3, 4), torch.ones(4).half()), "got torch.float16"),
@@ -295,11 +295,11 @@ def gpu(monkeypatch, name, capability, cuda="12.9"):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    product._cuda_obstacle.cache_clear()
+    matmul._cuda_obstacle.cache_clear()
     try:
         return obstacle(torch.device("cuda", 0))
     finally:
-        product._cuda_obstacle.cache_clear()
+        matmul._cuda_obstacle.cache_clear()
 
 
 def test_where_there_is_no_fp8(monkeypatch):
@@ -311,7 +311,7 @@ def test_where_there_is_no_fp8(monkeypatch):
     for name, capability in (("NVIDIA L40S", (8, 9)), ("NVIDIA H200", (9, 0)), ("NVIDIA B200", (10, 0))):
         assert gpu(monkeypatch, name, capability) is None
     with pytest.raises(
-        ValueError, match=r"an FP8 product cannot run here: there is no GPU, and FP8 needs one from sm_89"
+        ValueError, match=r"an FP8 matmul cannot run here: there is no GPU, and FP8 needs one from sm_89"
     ):
         Fp8Linears(Fp8Weight.of(weights()), SIZES)
 
@@ -321,8 +321,8 @@ def test_what_the_tensor_cores_do_not_take(monkeypatch):
     with pytest.raises(ValueError, match=r"sides that are multiples of 16, got \(64, 40\)"):
         Fp8Linears(Fp8Weight.of(weights(width=40)), SIZES)
     linears = Fp8Linears(Fp8Weight.of(weights()), SIZES)
-    with pytest.raises(ValueError, match=r"takes and gives bf16, got torch.float32 \(2, 48\)"):
-        linears.product(torch.ones(2, 48))
+    with pytest.raises(ValueError, match=r"takes and returns bf16, got torch.float32 \(2, 48\)"):
+        linears.matmul(torch.ones(2, 48))
 
 
 @needs_triton
@@ -377,14 +377,14 @@ def test_interpreted_more_adapters_than_a_kernel_takes():
     torch.manual_seed(0)
     x, sizes = torch.randn(9, 32), (16,) * 5
     adapters = tuple(Adapter(i, torch.randn(2, 32), torch.randn(16, 2), 1.0, i) for i in range(5))
-    dy, noise = torch.randn(9, 80), Noise()
+    dy, keys = torch.randn(9, 80), InputDropout()
     blank = [torch.randn(16, 32) for _ in sizes]
     found = []
     for linears in (Linears(blank, [None] * 5), Fp8Linears(Fp8Weight.of(blank), sizes, emulate=True)):
         for context in (triton_everywhere, torch.no_grad):
             with context():
-                y, kept = functional.forward(x, linears, adapters, noise)
-                back = functional.backward(dy, x, kept, linears, adapters, noise)
+                y, kept = op.forward(x, linears, adapters, keys)
+                back = op.backward(dy, x, kept, linears, adapters, keys)
             found.append([y, back.dx_TE, *back.da, *back.db])
     for kernels, reference in (found[:2], found[2:]):
         for got, want in zip(kernels, reference, strict=True):

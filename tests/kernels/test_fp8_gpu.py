@@ -5,9 +5,9 @@ import torch
 from test_fp8 import SIZES, hard_rows, problem, rows, same_bytes
 
 from l2v_kernels.fp8 import Fp8Linears, Fp8Weight, obstacle, quantize_rows
-from l2v_kernels.fp8.product import scaled_product
+from l2v_kernels.fp8.matmul import scaled_matmul
 from l2v_kernels.fp8.reference import power_of_two, quantize_rows_reference
-from l2v_kernels.lora_linear import Adapter, Noise, lora_linear
+from l2v_kernels.lora_linear import Adapter, InputDropout, lora_linear
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -54,11 +54,11 @@ def weight_of(N, K):
 @pytest.mark.parametrize("T", [1, 17, 1000])
 @pytest.mark.parametrize(("N", "K"), LLAMA)
 def test_tensor_cores_against_the_emulation(N, K, T):
-    """Forward and gradient of every product of a Llama-3-8B layer: one rounding to bf16 apart, of sums of fp32 in two orders."""
+    """Forward and gradient of every matmul of a Llama-3-8B layer: one rounding to bf16 apart, of sums of fp32 in two orders."""
     weight = weight_of(N, K)
     x, dy = (torch.randn(T, n, device="cuda").bfloat16() for n in (K, N))
     found, emulated = (Fp8Linears(weight, [N], emulate=e) for e in (False, True))
-    for got, want in ((found.product(x), emulated.product(x)), (found.gradient(dy), emulated.gradient(dy))):
+    for got, want in ((found.matmul(x), emulated.matmul(x)), (found.input_gradient(dy), emulated.input_gradient(dy))):
         assert got.dtype == torch.bfloat16 and got.shape == want.shape
         # Half a unit in the last place each, and what fp32 sums of the tensor cores lose to those of the vector units.
         bar = torch.finfo(torch.bfloat16).eps * want.float().abs() + 1e-3 * want.float().abs().max()
@@ -70,7 +70,7 @@ def test_the_bias_is_added_before_rounding():
     bias = torch.randn(64, device="cuda").bfloat16()
     q, scale = quantize_rows(x)
     got, want = (
-        scaled_product(q, scale, weight.rows_NK, weight.scale_N, bias, torch.bfloat16, emulate=e) for e in (False, True)
+        scaled_matmul(q, scale, weight.rows_OE, weight.scale_O, bias, torch.bfloat16, emulate=e) for e in (False, True)
     )
     torch.testing.assert_close(got, want, rtol=8e-3, atol=1e-3)
 
@@ -79,27 +79,27 @@ def test_a_token_sees_no_other():
     weight = weight_of(4096, 4096)
     x = torch.randn(64, 4096, device="cuda").bfloat16()
     linears = Fp8Linears(weight, [4096])
-    want, want_dx = linears.product(x), linears.gradient(x)
+    want, want_dx = linears.matmul(x), linears.input_gradient(x)
     x[5] *= 1000
-    for got, before in ((linears.product(x), want), (linears.gradient(x), want_dx)):
+    for got, before in ((linears.matmul(x), want), (linears.input_gradient(x), want_dx)):
         same = (got == before).all(1)
         assert not same[5] and same[:5].all() and same[6:].all()
 
 
 def test_lora_on_tensor_cores_and_on_the_emulation_without_a_host_sync():
-    x, adapters, noise = problem(torch.bfloat16, tokens=300)
+    x, adapters, keys = problem(torch.bfloat16, tokens=300)
     weight = Fp8Weight.of([torch.randn(n, 48, device="cuda").bfloat16() for n in SIZES])
-    noise = Noise(noise.p, noise.seeds_T.cuda(), noise.rows_T.cuda())
+    keys = InputDropout(keys.p, keys.seeds_T.cuda(), keys.rows_T.cuda())
     dy = torch.randn(300, 64, device="cuda").bfloat16()
 
     def run(emulate):
         leaf = x.detach().cuda().requires_grad_()
         on = [
-            Adapter(a.part, *(m.detach().cuda().requires_grad_() for m in (a.a_RE, a.b_NR)), a.scaling, a.stream)
+            Adapter(a.part, *(m.detach().cuda().requires_grad_() for m in (a.a_RE, a.b_OR)), a.scaling, a.stream)
             for a in adapters
         ]
-        y = lora_linear(leaf, Fp8Linears(weight, SIZES, emulate=emulate), on, noise)
-        leaves = [leaf, *(m for a in on for m in (a.a_RE, a.b_NR))]
+        y = lora_linear(leaf, Fp8Linears(weight, SIZES, emulate=emulate), on, keys)
+        leaves = [leaf, *(m for a in on for m in (a.a_RE, a.b_OR))]
         return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
     first = run(False)  # compiles

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from info_nce_cases import VARIANTS, assert_close, options, ours, plain, problem
+from support.info_nce_cases import VARIANTS, assert_close, options, ours, plain, problem
 
 from l2v_kernels import info_nce
 from l2v_kernels.info_nce.paths import OnCpu
@@ -207,12 +207,12 @@ def test_layouts_autocast_and_single_gradients():
 
 WAYS = {"kept": 1 << 29, "one pass": 60_000, "two passes": 9_000}
 """Workspaces that make 100 queries and 120 candidates go each way: scores wait for the backward; gradients are made while
-the scores are there; scores are made twice."""
+the scores exist; scores are computed twice."""
 
 
 @pytest.mark.parametrize("variant", ["plain", "gte", "matryoshka", "hard negatives of their own"])
 def test_three_ways_to_the_gradient(variant, monkeypatch):
-    monkeypatch.setattr(OnCpu, "least_rows", 8)
+    monkeypatch.setattr(OnCpu, "min_rows", 8)
     tensors, targets, chosen = problem(100, 120, 17, **VARIANTS[variant])
     want = plain(tensors, targets, chosen)
     for way, workspace in WAYS.items():
@@ -221,7 +221,7 @@ def test_three_ways_to_the_gradient(variant, monkeypatch):
         run, made = loss.grad_fn.run, loss.grad_fn.made
         assert (run.kept is not None, made is not None) == (way == "kept", way == "one pass"), way
         first = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
-        second = torch.autograd.grad(loss, leaves)  # gradients that were made are spent, and made anew
+        second = torch.autograd.grad(loss, leaves)  # the gradients of the forward are spent, and recomputed
         for x, y, z in zip(first, second, want[1:3], strict=True):
             assert (x.double() - 3 * z).abs().max() <= 3e-5 * z.abs().max(), way
             assert (y.double() - z).abs().max() <= 1e-5 * z.abs().max(), way
@@ -235,7 +235,7 @@ def test_fp16_waits_for_the_loss_scale(monkeypatch):
     """Its gradients are too small for fp16 until the incoming one has scaled them: they are never made in the forward."""
     tensors, targets, chosen = problem(100, 120, 17, dtype=torch.float16)
     leaves = [x.clone().requires_grad_() for x in tensors]
-    monkeypatch.setattr(OnCpu, "least_rows", 8)
+    monkeypatch.setattr(OnCpu, "min_rows", 8)
     loss = info_nce(*leaves, targets, workspace=WAYS["one pass"], **chosen)
     assert loss.grad_fn.made is None and loss.grad_fn.run.kept is None
     (loss * 65536).backward()
@@ -343,7 +343,7 @@ def test_a_row_that_is_not_finite_is_named(which, bad):
     tensors[which][2, 5] = bad
     name = ("queries", "candidates")[which]
     with pytest.raises(
-        ValueError, match=rf"{name}: row 2 is not finite \({bad} at 5\), 1 of {len(tensors[which])} rows"
+        ValueError, match=rf"{name}: row 2 holds NaN or Inf \({bad} at 5\); rows affected: 1 of {len(tensors[which])}"
     ):
         info_nce(*tensors, T, scale=20)
 

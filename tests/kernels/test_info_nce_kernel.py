@@ -1,4 +1,4 @@
-"""The Triton kernels of InfoNCE under the interpreter, in fp32 and fp16 (it gets bf16 products wrong)."""
+"""The Triton kernels of InfoNCE under the interpreter, in fp32 and fp16 (it gets bf16 matmuls wrong)."""
 
 import os
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from info_nce_cases import VARIANTS, assert_close, options, ours, problem
+from support.info_nce_cases import VARIANTS, assert_close, options, ours, problem
 
 pytest.importorskip("triton")
 
@@ -34,7 +34,7 @@ def run(path, tensors, targets, chosen, workspace=1 << 20):
         return inner
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paths.Chunked, "least_rows", 4)
+        patch.setattr(paths.Chunked, "min_rows", 4)
         patch.setattr(engine, "choose", lambda *_: PATHS[path]())
         patch.setattr(torch, "empty", poisoned(empty))
         patch.setattr(torch, "empty_like", poisoned(empty_like))

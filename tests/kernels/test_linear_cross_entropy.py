@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2v_kernels import linear_cross_entropy
 from l2v_kernels.dispatch import triton_everywhere
-from l2v_kernels.linear_cross_entropy.autograd import rows_of_a_chunk
+from l2v_kernels.linear_cross_entropy.op import rows_per_chunk
 from l2v_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
@@ -98,8 +98,8 @@ def test_chunks_are_put_together(rows, dtype):
         (300, 1, 299, 256),
     ],
 )
-def test_rows_of_a_chunk(L, bytes_a_row, workspace, rows):
-    assert rows_of_a_chunk(L, bytes_a_row, workspace) == rows
+def test_rows_per_chunk(L, bytes_a_row, workspace, rows):
+    assert rows_per_chunk(L, bytes_a_row, workspace) == rows
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -191,14 +191,14 @@ def test_all_logits_are_never_in_memory(dtype):
 
 
 def test_without_a_gradient_there_is_one_product(monkeypatch):
-    given, products, mm = problem(6, 40, 8), [], torch.mm
-    monkeypatch.setattr(torch, "mm", lambda *a, **k: (products.append(1), mm(*a, **k))[1])
+    given, matmuls, mm = problem(6, 40, 8), [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *a, **k: (matmuls.append(1), mm(*a, **k))[1])
     want = ours(given)
-    assert len(products) == 2
+    assert len(matmuls) == 2
     loss, hits = linear_cross_entropy(*given[:3], count=1)
     with torch.no_grad():
         same, _ = linear_cross_entropy(given[0].clone().requires_grad_(), *given[1:3], count=1)
-    assert len(products) == 4 and not loss.requires_grad and not same.requires_grad
+    assert len(matmuls) == 4 and not loss.requires_grad and not same.requires_grad
     assert torch.equal(loss, want[0]) and torch.equal(same, want[0]) and torch.equal(hits, want[1])
 
 

@@ -2,10 +2,10 @@ import importlib.util
 
 import pytest
 import torch
-from step_cases import bytes_saved, check_rms_norm, plain_rms_norm, poisoned
+from support.step_cases import bytes_saved, check_rms_norm, plain_rms_norm, poisoned
 
 from l2v_kernels.dispatch import triton_everywhere
-from l2v_kernels.rms_norm import functional, rms_norm
+from l2v_kernels.rms_norm import op, rms_norm
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 SHAPES = [(1, 64), (5, 575), (7, 128), (2, 4096), (5, 3, 64), (2, 8, 128), (0, 8), (3, 0, 8), (4, 3)]
@@ -52,23 +52,23 @@ def test_gradients_only_where_wanted(which):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_rounds_once_and_gives_the_same_bits_again(dtype):
     x, delta, weight = torch.randn(9, 100).to(dtype), torch.randn(9, 100).to(dtype), torch.randn(100).to(dtype)
-    total, y, rstd = functional.forward(x, weight, 1e-6, delta)
+    total, y, rstd = op.forward(x, weight, 1e-6, delta)
     assert torch.equal(total, x + delta) and rstd.dtype == torch.float32 and rstd.shape == (9,)
     exact = plain_rms_norm()(total.double(), weight.double())
     assert ((y.double() - exact).abs() <= (0.505 * torch.finfo(dtype).eps + 5e-7) * exact.abs() + 1e-7).all()
-    assert torch.equal(functional.normalize(total, rstd, weight), y)
-    same, _, _ = functional.forward(x, weight, 1e-6)
+    assert torch.equal(op.normalize(total, rstd, weight), y)
+    same, _, _ = op.forward(x, weight, 1e-6)
     assert same is x
 
 
 def test_backward_into_what_is_there():
     """A slice of a wider buffer, and the incoming gradients themselves."""
     dy, total, dsum, weight = torch.randn(5, 3, 16), torch.randn(5, 3, 16), torch.randn(5, 3, 16), torch.randn(16)
-    rstd = functional.forward(total, weight, 1e-6)[2]
-    want = functional.backward(dy, total, rstd, weight, dsum)
+    rstd = op.forward(total, weight, 1e-6)[2]
+    want = op.backward(dy, total, rstd, weight, dsum)
     buffer = torch.full((5, 4, 16), float("nan"))
     for out in (buffer[:, :3], dy.clone(), dsum.clone()):
-        assert functional.backward(dy, total, rstd, weight, dsum, out) is out and torch.equal(out, want)
+        assert op.backward(dy, total, rstd, weight, dsum, out) is out and torch.equal(out, want)
     assert buffer[:, 3].isnan().all()
 
 
@@ -134,17 +134,17 @@ def test_interpreted_bits_again_and_in_place(shape, dtype):
     x, delta, dy, dsum = (torch.randn(shape).to(dtype) for _ in range(4))
     weight = torch.randn(shape[-1]).to(dtype)
     with triton_everywhere(), poisoned():
-        total, y, rstd = functional.forward(x, weight, 1e-6, delta)
-        assert torch.equal(total, x + delta) and torch.equal(functional.normalize(total, rstd, weight), y)
-        assert functional.forward(x, weight, 1e-6)[0] is x
-        want = functional.backward(dy, total, rstd, weight, dsum)
+        total, y, rstd = op.forward(x, weight, 1e-6, delta)
+        assert torch.equal(total, x + delta) and torch.equal(op.normalize(total, rstd, weight), y)
+        assert op.forward(x, weight, 1e-6)[0] is x
+        want = op.backward(dy, total, rstd, weight, dsum)
         buffer = torch.full((shape[0], 2 * shape[1], *shape[2:]), float("nan"), dtype=dtype)
         for out in (buffer[:, : shape[1]], dy.clone(), dsum.clone()):
             given = {"dy_TE": dy, "dsum_TE": dsum, "out": out}
             if out.data_ptr() != buffer.data_ptr():
                 name = "dy_TE" if torch.equal(out, dy) else "dsum_TE"
                 given[name] = out
-            assert functional.backward(sum_TE=total, rstd_T=rstd, weight_E=weight, **given) is out
+            assert op.backward(sum_TE=total, rstd_T=rstd, weight_E=weight, **given) is out
             assert torch.equal(out, want)
         assert buffer[:, shape[1] :].isnan().all()
 
@@ -155,21 +155,21 @@ def test_interpreted_strided_rows():
     for x in (wide[:, 1:3, 8:24], wide[:, :, ::5], wide.transpose(0, 2)[:16].transpose(0, 2), wide[:, 0, 8:24]):
         delta, dy = torch.randn(x.shape), torch.ones(()).expand(x.shape)
         with triton_everywhere(), poisoned():
-            ours = functional.forward(x, weight, 1e-6, delta)
-            found = functional.backward(dy, x, ours[2], weight), functional.weight_gradient(dy, x, ours[2])
-        torch.testing.assert_close(ours, functional.forward(x, weight, 1e-6, delta))
-        torch.testing.assert_close(found[0], functional.backward(dy, x, ours[2], weight))
-        torch.testing.assert_close(found[1], functional.weight_gradient(dy, x, ours[2]))
+            ours = op.forward(x, weight, 1e-6, delta)
+            found = op.backward(dy, x, ours[2], weight), op.weight_gradient(dy, x, ours[2])
+        torch.testing.assert_close(ours, op.forward(x, weight, 1e-6, delta))
+        torch.testing.assert_close(found[0], op.backward(dy, x, ours[2], weight))
+        torch.testing.assert_close(found[1], op.weight_gradient(dy, x, ours[2]))
 
 
 def test_interpreted_weight_gradient_of_many_rows(monkeypatch):
     """Several programs along the rows, the last with a remainder."""
     from l2v_kernels.rms_norm import kernel
 
-    monkeypatch.setattr(kernel, "PROGRAMS", 6)
+    monkeypatch.setattr(kernel, "MAX_WEIGHT_PROGRAMS", 6)
     for T, E in ((331, 130), (64, 256), (65, 256)):
         dy, total, rstd = torch.randn(T, E), torch.randn(T, E), torch.rand(T)
         with triton_everywhere(), poisoned():
-            found = functional.weight_gradient(dy, total, rstd)
-        exact = functional.weight_gradient(dy.double(), total.double(), rstd.double())
+            found = op.weight_gradient(dy, total, rstd)
+        exact = op.weight_gradient(dy.double(), total.double(), rstd.double())
         assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()

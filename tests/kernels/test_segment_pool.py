@@ -2,13 +2,13 @@ import importlib.util
 
 import pytest
 import torch
-from step_cases import bytes_saved, check_segment_pool, gradients, plain_pool, poisoned
+from support.step_cases import bytes_saved, check_segment_pool, gradients, plain_pool, poisoned
 
 from l2v.batch import Segment, pack
 from l2v.model.pooling import pool
 from l2v_kernels.dispatch import triton_everywhere
 from l2v_kernels.rms_norm import rms_norm
-from l2v_kernels.segment_pool import functional, segment_pool
+from l2v_kernels.segment_pool import op, segment_pool
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 LENGTHS = {
@@ -162,12 +162,10 @@ def test_interpreted_strided_states():
     norm_weight, dvectors = torch.randn(60)[::3], torch.ones(()).expand(3, 20)
     for x in (wide[:, 8:28], wide[:, ::3]):
         with triton_everywhere(), poisoned():
-            vectors, rstd, totals = functional.forward(x, weights, cu, norm_weight, 1e-6)
-            dx = functional.backward(dvectors, x, weights, cu, norm_weight, rstd, totals, x.dtype)
+            vectors, rstd, totals = op.forward(x, weights, cu, norm_weight, 1e-6)
+            dx = op.backward(dvectors, x, weights, cu, norm_weight, rstd, totals, x.dtype)
         torch.testing.assert_close(vectors, plain_pool(weights, [3, 42, 5])(x, norm_weight))
-        torch.testing.assert_close(
-            dx, functional.backward(dvectors, x, weights, cu, norm_weight, rstd, totals, x.dtype)
-        )
+        torch.testing.assert_close(dx, op.backward(dvectors, x, weights, cu, norm_weight, rstd, totals, x.dtype))
 
 
 @pytest.mark.parametrize("cu", [[0, 90, 20, 50], [-5, 3, 400], [40, 45, 50], [50, 0], [0, -3, 0, 50]])
@@ -179,7 +177,7 @@ def test_interpreted_wrong_bounds_never_leave_the_pack(cu):
     weights[50:100] = 1
     cu = torch.tensor(cu)
     with triton_everywhere():
-        vectors, rstd, totals = functional.forward(around[50:100], weights[50:100], cu, torch.ones(8), 1e-6)
+        vectors, rstd, totals = op.forward(around[50:100], weights[50:100], cu, torch.ones(8), 1e-6)
         assert not vectors.isnan().any() and not totals.isnan().any()
         from l2v_kernels.segment_pool.kernel import launch_backward
 

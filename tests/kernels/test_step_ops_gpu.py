@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from step_cases import check_rms_norm, check_segment_pool, check_swiglu
+from support.step_cases import check_rms_norm, check_segment_pool, check_swiglu
 
-from l2v_kernels.rms_norm import functional, rms_norm
+from l2v_kernels.rms_norm import op, rms_norm
 from l2v_kernels.segment_pool import segment_pool
-from l2v_kernels.swiglu import functional as swiglu_functional
+from l2v_kernels.swiglu import op as swiglu_op
 from l2v_kernels.swiglu import swiglu
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -38,8 +38,8 @@ def test_segment_pool(lengths, E, norm, dtype):
 def test_the_norm_gives_the_same_bits_again(dtype):
     x, delta = (torch.randn(513, 4096, device="cuda", dtype=dtype) for _ in range(2))
     weight = torch.randn(4096, device="cuda", dtype=dtype)
-    total, y, rstd = functional.forward(x, weight, 1e-6, delta)
-    assert torch.equal(total, x + delta) and torch.equal(functional.normalize(total, rstd, weight), y)
+    total, y, rstd = op.forward(x, weight, 1e-6, delta)
+    assert torch.equal(total, x + delta) and torch.equal(op.normalize(total, rstd, weight), y)
 
 
 def test_no_host_sync_and_the_same_bits_twice():
@@ -70,18 +70,18 @@ def test_more_than_two_to_the_31_elements():
     assert gate_up.numel() > 2**31
     gate_up[-3:] = torch.randn(3, 2 * F, device="cuda", dtype=torch.bfloat16)
     last = gate_up[-3:].clone()
-    product = swiglu_functional.forward(gate_up)
-    assert torch.equal(product[-3:], swiglu_functional.forward(last)) and not product[:-3].any()
+    product = swiglu_op.forward(gate_up)
+    assert torch.equal(product[-3:], swiglu_op.forward(last)) and not product[:-3].any()
     dproduct = product.fill_(1)
-    want = swiglu_functional.backward(dproduct[-3:], last)
-    assert torch.equal(swiglu_functional.backward(dproduct, gate_up, gate_up)[-3:], want)
+    want = swiglu_op.backward(dproduct[-3:], last)
+    assert torch.equal(swiglu_op.backward(dproduct, gate_up, gate_up)[-3:], want)
     # The same memory as rows of a norm and of a pool; the last token is a segment of its own.
     x, weight = gate_up.view(-1, 4096), torch.ones(4096, device="cuda")
-    total, y, rstd = functional.forward(x, weight, 1e-6)
-    alone = functional.forward(x[-3:].clone(), weight, 1e-6)
+    total, y, rstd = op.forward(x, weight, 1e-6)
+    alone = op.forward(x[-3:].clone(), weight, 1e-6)
     assert torch.equal(y[-3:], alone[1])
-    dx = functional.backward(y, total, rstd, weight, out=y)
-    assert torch.equal(dx[-3:], functional.backward(alone[1], *alone[::2], weight))
+    dx = op.backward(y, total, rstd, weight, out=y)
+    assert torch.equal(dx[-3:], op.backward(alone[1], *alone[::2], weight))
     weights = torch.ones(len(x), device="cuda")
     cu = torch.tensor([0, len(x) - 1, len(x)], device="cuda")
     vectors = segment_pool(x, weights, cu, weight)

@@ -2,11 +2,11 @@ import importlib.util
 
 import pytest
 import torch
-from step_cases import bytes_saved, check_swiglu, plain_swiglu, poisoned
+from support.step_cases import bytes_saved, check_swiglu, plain_swiglu, poisoned
 
 from l2v_kernels.dispatch import triton_everywhere
-from l2v_kernels.swiglu import functional, swiglu
-from l2v_kernels.swiglu.functional import GateUpLora
+from l2v_kernels.swiglu import op, swiglu
+from l2v_kernels.swiglu.op import GateUpLora
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 SHAPES = [(1, 1), (5, 33), (9, 1024), (3, 1100), (0, 8), (4, 0)]
@@ -51,8 +51,8 @@ def test_gates_far_from_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_in_place(dtype):
     dproduct, gate_up = torch.randn(5, 7).to(dtype), torch.randn(5, 14).to(dtype)
-    want = functional.backward(dproduct, gate_up)
-    assert functional.backward(dproduct, gate_up, gate_up) is gate_up and torch.equal(gate_up, want)
+    want = op.backward(dproduct, gate_up)
+    assert op.backward(dproduct, gate_up, gate_up) is gate_up and torch.equal(gate_up, want)
 
 
 def test_keeps_its_input_alone():
@@ -93,19 +93,19 @@ def check_lora(T, F, ranks, dtype):
     gate_up, dproduct, lora = lora_problem(T, F, ranks, dtype)
     before = gate_up.clone()
     with poisoned():
-        found = functional.forward(gate_up, lora), functional.backward(dproduct, gate_up, lora=lora)
+        found = op.forward(gate_up, lora), op.backward(dproduct, gate_up, lora=lora)
     assert torch.equal(gate_up, before)
     leaf = with_share(gate_up.double(), lora).requires_grad_()
     product = plain_swiglu(leaf)
     want = product.detach(), torch.autograd.grad(product, leaf, dproduct.double())[0]
     rounded = with_share(gate_up, lora)
-    plain = functional.forward(rounded), functional.backward(dproduct, rounded)
+    plain = op.forward(rounded), op.backward(dproduct, rounded)
     for got, same_dtype, exact in zip(found, plain, want, strict=True):
         assert got.shape == exact.shape and got.dtype == dtype
         if got.numel():
             error, allowed = ((v.double() - exact).abs().max() for v in (got, same_dtype))
             assert error <= allowed + (torch.finfo(dtype).eps / 2 + 2e-6) * exact.abs().max()
-    assert functional.backward(dproduct, gate_up, gate_up, lora) is gate_up and torch.equal(gate_up, found[1])
+    assert op.backward(dproduct, gate_up, gate_up, lora) is gate_up and torch.equal(gate_up, found[1])
 
 
 LORA_SHAPES = [
@@ -148,14 +148,14 @@ def test_interpreted_layouts_and_in_place(dtype):
     across = torch.full((40, 6), float("nan"), dtype=dtype)
     plain = torch.randn(6, 40).to(dtype)
     dproduct = torch.randn(20, 6).to(dtype).t()
-    want = functional.backward(dproduct, plain), functional.forward(plain)
+    want = op.backward(dproduct, plain), op.forward(plain)
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 1e-3}
     for gate_up in (plain.clone(), buffer[:, 8:48], across.t()):
         gate_up.copy_(plain)
         with triton_everywhere(), poisoned():
-            torch.testing.assert_close(functional.forward(gate_up), want[1], **tolerance)
-            apart = functional.backward(dproduct, gate_up)
-            assert functional.backward(dproduct, gate_up, gate_up) is gate_up
+            torch.testing.assert_close(op.forward(gate_up), want[1], **tolerance)
+            apart = op.backward(dproduct, gate_up)
+            assert op.backward(dproduct, gate_up, gate_up) is gate_up
         torch.testing.assert_close(apart, want[0], **tolerance)
         assert torch.equal(apart, gate_up)
     assert buffer[:, :8].isnan().all() and buffer[:, 48:].isnan().all()

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT, finish, free_port, training_environment
 from safetensors.torch import load_file
-from two_hosts import HOSTS, missing, two_hosts
+from support.processes import ROOT, finish, free_port, training_environment
+from support.two_hosts import HOSTS, missing, two_hosts
 
 DOCUMENT = (ROOT / "docs" / "multi-node.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", DOCUMENT, flags=re.DOTALL)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import ROOT
+from support.processes import ROOT
 
 from benchmarks.communication.scaling import markdown
 from l2v.commands import plan

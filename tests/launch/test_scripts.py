@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT
+from support.processes import ROOT
 
 SCRIPTS = [ROOT / "launch" / "multi_node.sh", ROOT / "launch" / "slurm" / "train.sbatch"]
 # Stands where the launcher stands: says what it was told, logs for two ranks, and ends as it is told to.

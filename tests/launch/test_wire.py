@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import ROOT, finish, training_environment
+from support.processes import ROOT, finish, training_environment
 
 from l2v.plan import gpus, wire
 from l2v.plan.estimate import model_of

@@ -4,15 +4,15 @@ import json
 
 import pytest
 import torch
-from helpers import finish, start_ranks
 from safetensors.torch import load_file
+from support.processes import finish, start_ranks
 
 from l2v.errors import RecipeError
 from l2v.recipe.load import load_recipe
-from l2v.recipe.zero import shipped_folder
+from l2v.recipe.shipped import shipped_folder
 from l2v.training.engine import deepspeed_config
 
-NAMES = sorted(path.stem for path in shipped_folder().glob("*.json"))
+NAMES = sorted(path.stem for path in shipped_folder("deepspeed").glob("*.json"))
 
 
 def test_there_is_one_for_every_stage_and_offload():
@@ -101,7 +101,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 def test_each_trains_the_same_adapter(adapter, expected, name, tmp_path):
     config = name
     if name.startswith("zero3"):  # the tiny weights would all count as too small to be sharded
-        tree = json.loads((shipped_folder() / f"{name}.json").read_text())
+        tree = json.loads((shipped_folder("deepspeed") / f"{name}.json").read_text())
         tree["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         config = str(tmp_path / "sharded.json")
         (tmp_path / "sharded.json").write_text(json.dumps(tree))

@@ -2,16 +2,14 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from fused_cases import FAMILIES, batch, build, distance, gradients
-from helpers import ROOT
 from peft import PeftModel
 from safetensors import safe_open
+from support.forked import KERNELS, output_of
+from support.fused_cases import FAMILIES, batch, build, distance, gradients
+from support.processes import ROOT
 from transformers import AutoModel
 
 from l2v.errors import RecipeError
@@ -43,7 +41,7 @@ def test_fused_equals_plain(family, together, recompute, plain):
     want_hidden, want = plain(family)
     model = build(family, "fused", recompute=recompute, **NOISY)
     if together:
-        model.fused.lay_together()
+        model.fused.stack_weights()
     hidden, found = gradients(model)
     assert (hidden - want_hidden).abs().max() <= 1e-5 * want_hidden.abs().max()
     assert distance(found, want) <= 1e-5
@@ -129,12 +127,10 @@ def test_the_decoders_own_forward_still_works():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 def test_on_the_kernels_in_the_interpreter():
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests" / "model")))
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    script = Path(__file__).parent / "fused_interpreted.py"
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("gradient") == 3 + 3 + 4
+    script = ROOT / "tests" / "support" / "fused_interpreted.py"
+    assert output_of([str(script)], environment, KERNELS).count("gradient") == 3 + 3 + 4
 
 
 def train_a_little(model):
@@ -151,7 +147,7 @@ def test_files_are_those_of_plain_layers(tmp_path):
     them, merged or not."""
     model = build("llama", "fused", lora=LORA)
     before = {k: p.detach().clone() for k, p in model.decoder.named_parameters() if not p.requires_grad}
-    model.fused.lay_together()
+    model.fused.stack_weights()
     train_a_little(model.train())
     after = dict(model.decoder.named_parameters())
     assert all(torch.equal(after[k], v) and after[k].is_contiguous() for k, v in before.items())
@@ -203,12 +199,12 @@ def test_what_is_not_known_runs_plain_or_is_refused(change, says):
 
     change = dict(change)
     family, shape, backend = change.get("family", "llama"), change.get("shape", {}), change.get("backend", "l2v")
-    from fused_cases import SHAPE
+    from support.fused_cases import SHAPE
 
     base = Base(model=family, init="random", config=SHAPE | {"model_type": family} | shape, backend=backend)
     decoder = inner_model(load_model(base, head=False, dtype=torch.float32))
     model = PackedDecoder(decoder, backend=backend)
-    assert model.fused is None and says in model.plain_because
+    assert model.fused is None and says in model.unfused_reason
     with pytest.raises(RecipeError, match=r"base.layers: fused does not fit this model: .*; use base.layers: auto"):
         PackedDecoder(decoder, backend=backend, layers="fused")
 

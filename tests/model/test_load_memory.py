@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import torch
-from helpers import training_environment
+from support.processes import training_environment
 
 LOAD = """
 import json, re, sys, torch

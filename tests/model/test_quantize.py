@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
-from fused_cases import FAMILIES, SHAPE, batch, build, distance, gradients
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.fused_cases import FAMILIES, SHAPE, batch, build, distance, gradients
 from torch import nn
 
 from l2v.errors import RecipeError, UserError
@@ -52,8 +52,8 @@ class Rounded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        q, scale = quantize_rows(dy.flatten(0, -2), ctx.weight.scale_N)
-        dx = (q.float() * scale[:, None]) @ ctx.weight.rows_NK.float()
+        q, scale = quantize_rows(dy.flatten(0, -2), ctx.weight.scale_O)
+        dx = (q.float() * scale[:, None]) @ ctx.weight.rows_OE.float()
         return dx.unflatten(0, dy.shape[:-1]).to(dy.dtype), None
 
 
@@ -149,9 +149,9 @@ def test_weights_are_two_bytes_in_all_and_the_full_ones_are_gone():
 
 def test_a_cast_changes_no_bit():
     held, x = fp8(dtype=torch.bfloat16).fused.specs[0].qkv.quantized, torch.randn(5, 48).bfloat16()
-    want = held.linears().product(x)
+    want = held.linears().matmul(x)
     for dtype in (torch.bfloat16, torch.float32):
-        assert torch.equal(held.to(dtype).linears().product(x), want)
+        assert torch.equal(held.to(dtype).linears().matmul(x), want)
 
 
 def test_what_does_not_know_of_fp8_gets_no_number():
@@ -210,10 +210,10 @@ def test_where_fp8_is_refused(monkeypatch):
         UserError, match=r"fp8 cannot run here: there is no GPU, .* sm_89; use base.base_precision: same"
     ):
         check_base_precision(base(base_precision="fp8"), CPU, torch.bfloat16)
-    monkeypatch.setattr("l2v_kernels.fp8.product._cuda_obstacle", lambda _: "NVIDIA A100 is sm_80, and FP8 needs sm_89")
+    monkeypatch.setattr("l2v_kernels.fp8.matmul._cuda_obstacle", lambda _: "NVIDIA A100 is sm_80, and FP8 needs sm_89")
     with pytest.raises(UserError, match=r"cannot run here: NVIDIA A100 is sm_80, .*; use base.base_precision: same"):
         check_base_precision(base(base_precision="fp8"), torch.device("cuda", 0), torch.bfloat16)
-    monkeypatch.setattr("l2v_kernels.fp8.product._cuda_obstacle", lambda _: None)
+    monkeypatch.setattr("l2v_kernels.fp8.matmul._cuda_obstacle", lambda _: None)
     with pytest.raises(UserError, match=r"fp8 multiplies into bf16, and base.precision is fp32; use bf16, or"):
         check_base_precision(base(base_precision="fp8", precision="fp32"), torch.device("cuda", 0), torch.float32)
     check_base_precision(base(base_precision="fp8"), torch.device("cuda", 0), torch.bfloat16)
@@ -335,7 +335,7 @@ def nf4(family="llama", dtype=torch.float32, lora=LORA):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_nf4_is_the_plain_model_with_rounded_weights(family):
     small, full = nf4(family)
-    assert small.fused is None and "q_proj is a Linear4bit, and the fused layer knows nn.Linear" in small.plain_because
+    assert small.fused is None and "q_proj is a Linear4bit, and the fused layer knows nn.Linear" in small.unfused_reason
     hidden, found = gradients(small)
     want_hidden, want = gradients(full)
     assert relative(hidden, want_hidden) <= 1e-5 and distance(found, want) <= 1e-5

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import free_port
+from support.processes import free_port, run_ranks
 
 from l2v.objectives.contrastive import Groups, contrastive_loss
 from l2v.objectives.gather import gather_labels, gather_rows
@@ -130,7 +130,7 @@ def found(tmp_path_factory):
     def run(world: int) -> list[dict]:
         if world not in ready:
             folder = tmp_path_factory.mktemp(f"ranks{world}")
-            torch.multiprocessing.spawn(work, (world, free_port(), str(folder)), nprocs=world)
+            run_ranks(work, (world, free_port(), str(folder)), world)
             ready[world] = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
         return ready[world]
 

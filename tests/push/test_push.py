@@ -12,9 +12,10 @@ import huggingface_hub
 import numpy as np
 import pytest
 import yaml
-from hub import Hub
 from huggingface_hub import ModelCard, constants
-from made_run import make_run, merged, write_results
+from support.build_cases import configure, danish, make, source, write_lines
+from support.hub import Hub
+from support.made_run import make_run, merged, write_results
 
 from l2v import Encoder
 from l2v.commands import main as cli
@@ -154,11 +155,6 @@ def test_an_export_goes_with_a_card_of_its_run(run, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
-    try:
-        from build_cases import configure, danish, make, source, write_lines
-    finally:
-        sys.path.pop(0)
     folder = tmp_path_factory.mktemp("build")
     write_lines(folder / "a.jsonl", [{"text": danish(i)} for i in range(60)])
     make(configure(folder, "documents", [source("a.jsonl", origin="skrevet til prøven")]), folder / "out")

@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from l2v import recipes_cli
+from l2v.commands import recipes
 from l2v.errors import RecipeError
 from l2v.recipe import Mntp, Source, Supervised
 from l2v.recipe.load import from_dict, load_recipe, to_dict
@@ -214,13 +214,13 @@ def test_what_was_tuned_lies_next_to_the_child(tmp_path):
 
 @pytest.mark.parametrize("name", ["ai-sweden-llama3-8b-da", "llama3-8b-en"])
 def test_recipes_prints_the_file_says_what_it_extends_and_prints_all(name, capsys, tmp_path):
-    assert recipes_cli.main([name]) == 0
+    assert recipes.main([name]) == 0
     shown = capsys.readouterr()
     assert (
         shown.out == (recipe_folder() / f"{name}.yaml").read_text(encoding="utf-8") and "extends: llama3" in shown.out
     )
     assert shown.err == f"{name} extends llama3-8b-da; --resolved prints all keys\n"
-    assert recipes_cli.main([name, "--resolved"]) == 0
+    assert recipes.main([name, "--resolved"]) == 0
     out = capsys.readouterr().out
     assert "extends" not in out and yaml.safe_load(out)["stages"]["mntp"]["batch"] == 32
     alone = tmp_path / "alone.yaml"

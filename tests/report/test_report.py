@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import yaml
-from made_run import make_run, write_results
+from support.made_run import make_run, write_results
 
 from l2v.commands import main as cli
 from l2v.evaluation.published import published

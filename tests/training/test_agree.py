@@ -4,9 +4,8 @@ import json
 import os
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
-from helpers import free_port
+from support.processes import free_port, run_ranks
 
 from l2v.errors import RecipeError, UserError
 from l2v.training.ranks import agree, first_on_node, on_every_rank, on_first_rank
@@ -45,7 +44,7 @@ def together(rank: int, world: int, port: int, folder: str) -> None:
 
 
 def test_three_ranks_together(tmp_path):
-    torch.multiprocessing.spawn(together, (3, free_port(), str(tmp_path)), nprocs=3)
+    run_ranks(together, (3, free_port(), str(tmp_path)), 3)
     mend = "; all ranks need the same recipe, command line, data and run folder"
     for rank in range(3):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import free_port
+from support.processes import free_port
 
 from l2v.data.collate import collate
 from l2v.data.open import open_examples
@@ -16,7 +16,7 @@ from l2v.data.tokens import TextTokenizer, load_tokenizer
 from l2v.recipe.load import load_recipe
 from l2v.training.build import build
 from l2v.training.engine import deepspeed_config, initialize, start_distributed
-from l2v.training.steps import contrastive_step
+from l2v.training.steps import StepCounts, contrastive_step
 
 MICRO, WHOLE = 104, 8192
 
@@ -66,9 +66,9 @@ def step(tiny_recipe, tmp_path):
         counts = [int(sum((micro.columns_S > 0).sum() for unit in units for micro in unit))]
         engine.train()
         shares = contrastive_step(
-            engine, units, stage, counts, stage.batch, engine.device, progress=lambda *call: told.append(call)
+            engine, units, stage, StepCounts(counts, [stage.batch]), progress=lambda *call: told.append(call)
         )
-        assert shares["not_finite_S"].tolist() == [False] * sum(len(m.lengths) for unit in units for m in unit)
+        assert shares["nonfinite_S"].tolist() == [False] * sum(len(m.lengths) for unit in units for m in unit)
         parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
         gradients = {key: safe_get_full_grad(p).double() for key, p in parameters.items()}
         engine.destroy()

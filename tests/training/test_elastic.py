@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from helpers import finish, start_ranks
+from support.processes import finish, start_ranks
 
 CHANGES = {"steps": 12, "keep": 9, "save_every": 4, "from": "base", "batch": 6, "micro_tokens": 128}
 SOFT = {"scale": 3, "lr": 1e-3}  # a loss near zero would be all rounding
@@ -29,7 +29,7 @@ def test_four_ranks_then_two_then_three(tmp_path, tiny_recipe, monkeypatch, stag
         ranks = start_ranks([[recipe, "--stage", stage, f"zero.stage={zero}"]] * world)
         said = finish(ranks)[0]
         if at:
-            assert f"going on after step {4 * at}" in said
+            assert f"continues after step {4 * at}" in said
         if at < 2:
             for newer in range(4 * (at + 2), 13, 4):
                 (run / f"checkpoints/step-{newer:06d}").rename(tmp_path / f"gone-{at}-{newer}")

@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import finish, start_ranks, training_environment
 from safetensors.torch import load_file
+from support.forked import start
+from support.processes import ROOT, finish, start_ranks, training_environment
 
 from l2v.training import checkpoint
 from l2v.training.watchdog import EXIT_FAULT
 
-FAULTY = Path(__file__).with_name("faulty_rank.py")
+FAULTY = ROOT / "tests" / "support" / "faulty_rank.py"
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
@@ -32,13 +33,12 @@ def start_faulty(arguments: list, *, rank: int, fault: str, at: int, world: int 
     """`world` ranks of which one meets a fault at a step."""
     shared = training_environment() | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(world)} | environment
     return [
-        subprocess.Popen(
-            [sys.executable, *([str(FAULTY), fault, str(at)] if r == rank else ["-m", "l2v.train"]), *map(str, arguments)],
-            env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start(
+            [*([str(FAULTY), fault, str(at)] if r == rank else ["-m", "l2v.train"]), *map(str, arguments)],
+            shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
         )
         for r in range(world)
-    ]  # fmt: skip
+    ]
 
 
 def wait_for(condition, processes, seconds: float = 200) -> None:
@@ -109,7 +109,7 @@ def test_data_that_cannot_be_read_end_the_run_after_a_checkpoint(tmp_path, tiny_
         r"l2v: the examples of the next step cannot be read on rank 1 on \S+: OSError: .*Input/output error", said[0]
     )
     assert checkpoint.newest(tmp_path / "run/mntp/checkpoints").step == 2
-    assert "going on after step 2" in finish(start_ranks([[recipe, "--stage", "mntp"]] * 2))[0]
+    assert "continues after step 2" in finish(start_ranks([[recipe, "--stage", "mntp"]] * 2))[0]
     assert [row["step"] for row in rows(tmp_path / "run/mntp")] == [1, 2, 3, 4]
 
 
@@ -161,7 +161,7 @@ def test_under_zero_3_the_job_starts_again_with_a_smaller_budget(tmp_path, tiny_
     )
     assert "rank 1 on" in said[0] and "out of memory" in said[0] and "micro_tokens 8192" in said[0], said[0]
     assert json.loads((run / "budget.json").read_text()) == {"micro_tokens": 8192}
-    assert "going on after step 2" in finish(start_ranks([[recipe, "--stage", "mntp"]] * 2))[0]
+    assert "continues after step 2" in finish(start_ranks([[recipe, "--stage", "mntp"]] * 2))[0]
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
 
 
@@ -179,7 +179,7 @@ def test_restarts_go_on_to_the_same_bits(tmp_path, tiny_recipe, run_cli, cli_env
     rank.kill()
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0, said
-    assert "restart 1 of 1" in said and "mntp: going on after step" in said
+    assert "restart 1 of 1" in said and "mntp: continues after step" in said
     assert (run / ADAPTER).read_bytes() == (tmp_path / "whole/mntp" / ADAPTER).read_bytes()
 
 
@@ -210,7 +210,7 @@ def test_a_full_disk_costs_no_training(tmp_path, tiny_recipe, run_here):
         said = {int(n) for n in re.findall(r"step (\d+) is saved", output)}
         assert max(said) == saved.step, "what was reported as saved is there"
         subprocess.run(["mount", "-o", "remount,size=20m", small], check=True)
-        assert f"going on after step {saved.step}" in run_here(recipe, "--stage", "mntp", f"out={run}")
+        assert f"continues after step {saved.step}" in run_here(recipe, "--stage", "mntp", f"out={run}")
         assert (run / "mntp" / ADAPTER).read_bytes() == (tmp_path / "whole/mntp" / ADAPTER).read_bytes()
     finally:
         subprocess.run(["umount", "-l", small])

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import finish, start_ranks
+from support.processes import finish, start_ranks
 from torch import nn
 
 from l2v.training.frozen import frozen_checksum

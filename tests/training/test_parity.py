@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import finish, start_ranks, training_environment
 from safetensors.torch import load_file
+from support.processes import finish, start_ranks, training_environment
 
 STAGES = ("mntp", "simcse", "supervised", "options")
 STEPS = 20
@@ -116,23 +116,23 @@ def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     "setting", [*list(SETTINGS)[1:], *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_every_setting_equals_one_rank(runs, setting, stage):
-    one, two = runs("one"), runs(setting)
+    one, several = runs("one"), runs(setting)
     # After the first update Adam's first moment is 0.1 of the (clipped) gradient, so it shows the gradient of step 1.
-    g1, g2 = (flat(part(state(run, stage, 1), "exp_avg")) for run in (one, two))
-    assert g1.abs().max() > 0
-    assert (g1 - g2).abs().max() <= 1e-5 * g1.abs().max()
+    gradient_one, gradient_several = (flat(part(state(run, stage, 1), "exp_avg")) for run in (one, several))
+    assert gradient_one.abs().max() > 0
+    assert (gradient_one - gradient_several).abs().max() <= 1e-5 * gradient_one.abs().max()
     # Clipping and Adam both forgive a gradient that is too long by a factor; its norm does not.
-    n1, n2 = (column(run, stage, "gradient_norm") for run in (one, two))
-    torch.testing.assert_close(n1, n2, rtol=1e-4, atol=0)
-    l1, l2 = column(one, stage), column(two, stage)
-    assert len(l1) == len(n1) == STEPS
-    torch.testing.assert_close(l1, l2, rtol=1e-5, atol=0)
-    start_, end1 = (part(state(one, stage, step), "weight") for step in (1, STEPS))
-    end2 = part(state(two, stage, STEPS), "weight")
-    a = [k for k in start_ if "lora_A" in k]
-    moved1 = torch.cat([(end1[k] - start_[k]).flatten() for k in a])
-    moved2 = torch.cat([(end2[k] - start_[k]).flatten() for k in a])
-    assert (moved1 - moved2).norm() <= 1e-3 * moved1.norm()
+    norms_one, norms_several = (column(run, stage, "gradient_norm") for run in (one, several))
+    torch.testing.assert_close(norms_one, norms_several, rtol=1e-4, atol=0)
+    losses_one, losses_several = column(one, stage), column(several, stage)
+    assert len(losses_one) == len(norms_one) == STEPS
+    torch.testing.assert_close(losses_one, losses_several, rtol=1e-5, atol=0)
+    first, last_one = (part(state(one, stage, step), "weight") for step in (1, STEPS))
+    last_several = part(state(several, stage, STEPS), "weight")
+    names = [name for name in first if "lora_A" in name]
+    moved_one = torch.cat([(last_one[name] - first[name]).flatten() for name in names])
+    moved_several = torch.cat([(last_several[name] - first[name]).flatten() for name in names])
+    assert (moved_one - moved_several).norm() <= 1e-3 * moved_one.norm()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -30,7 +30,7 @@ CUDA_NAMES = {
         "key_gradient_kernel",
     ],
     "lora": ["lora_down_kernel", "lora_backward_kernel", "dropout_kernel"],
-    "head": ["look_kernel"],
+    "head": ["softmax_stats_kernel"],
     "loss": ["fused_statistics_kernel", "coefficients_kernel", "norms_kernel", "finish_kernel"],
     "rope": ["rope_kernel"],
     "pooling": ["pool_kernel", "combine_kernel"],

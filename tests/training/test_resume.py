@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import finish, start_ranks
+from support.processes import finish, start_ranks
 
 STAGES = ("mntp", "simcse", "supervised")
 
@@ -33,7 +33,7 @@ def test_resume_is_bitwise(tmp_path, tiny_recipe, world, zero, precision):
     assert (broken / "mntp" / "adapter").is_dir() and not (broken / "simcse" / "adapter").is_dir()
 
     said = finish(start_ranks([[recipe, f"out={broken}"]] * world))[0]
-    assert "mntp: already trained" in said and "simcse: going on after step" in said
+    assert "mntp: already trained" in said and "simcse: continues after step" in said
     for stage in STAGES:
         file = Path(stage) / "adapter" / "adapter_model.safetensors"
         assert (whole / file).read_bytes() == (broken / file).read_bytes(), stage

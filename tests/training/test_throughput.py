@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import finish, start_ranks
+from support.processes import finish, start_ranks
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -15,7 +15,7 @@ from l2v.machine import Calibration, calibration_file, device_name
 from l2v.model.lora import add_lora
 from l2v.recipe import Lora
 from l2v.training import throughput
-from l2v.training.throughput import Throughput, linear_parameters, peak_memory, told
+from l2v.training.throughput import Throughput, linear_parameters, peak_memory, summary
 
 CPU = torch.device("cpu")
 ALONE = {"stages.simcse.from": "base", "stages.supervised.from": "base"}
@@ -122,9 +122,9 @@ def test_peak_memory_of_a_process_is_the_systems():
 
 def test_the_bar_tells_it():
     row = {"loss": 2.10341, "tokens_per_second": 21034.4}
-    assert told(row) == "loss 2.1034, 21,034 tokens/s"
-    assert told(row | {"mfu": 0.754, "mfu_peak": 0.6}) == "loss 2.1034, 21,034 tokens/s, MFU 75%"
-    assert told(row | {"mfu_peak": 0.6}) == "loss 2.1034, 21,034 tokens/s, MFU 60% of the peak"
+    assert summary(row) == "loss 2.1034, 21,034 tokens/s"
+    assert summary(row | {"mfu": 0.754, "mfu_peak": 0.6}) == "loss 2.1034, 21,034 tokens/s, MFU 75%"
+    assert summary(row | {"mfu_peak": 0.6}) == "loss 2.1034, 21,034 tokens/s, MFU 60% of the peak"
 
 
 def expected(stage: str, folder: Path, tokenizer: str, limit: int | None = None) -> int:

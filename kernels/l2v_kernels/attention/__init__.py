@@ -1,11 +1,11 @@
-"""Attention over packed segments, with grouped heads, windows, softcap and addressed dropout."""
+"""Attention over packed segments, with grouped heads, windows, softcap and counter-based (Philox) dropout."""
 
 import functools
 import warnings
 
 import torch
 
-from l2v_kernels.attention.autograd import FusedAttention
+from l2v_kernels.attention.op import FusedAttention
 from l2v_kernels.attention.padded import attention_padded
 from l2v_kernels.attention.plan import AttentionPlan
 from l2v_kernels.attention.reference import attention_reference
@@ -36,36 +36,41 @@ def attention(
     plan: AttentionPlan | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale * q k^T) v within each segment of a packed sequence; returns o_THD in q's dtype.
+    """softmax(scale * q k^T) v within each segment of a packed sequence.
 
     On CUDA the Triton kernels compute it, on the CPU the reference.
 
     Args:
-        q_THD, k_TKD, v_TKD: queries [T, H, D], keys and values [T, K, D] of one dtype, H a multiple of K: query head
-            h reads key head h // (H // K). On CUDA fp16, bf16 or fp32, and D a multiple of 8 up to 256; fp64 takes
-            the reference there too, and says so.
-        cu_seqlens: int32 or int64 [S + 1], segment s holds tokens cu_seqlens[s] .. cu_seqlens[s + 1]; empty ones are
-            fine.
-        scale: default D ** -0.5.
+        q_THD: queries [T, H, D], H a multiple of K: query head h reads key head h // (H // K). On CUDA fp16, bf16 or fp32,
+            and D a multiple of 8 up to 256; fp64 takes the reference there too, with a warning.
+        k_TKD: keys [T, K, D] in the same dtype.
+        v_TKD: values [T, K, D] in the same dtype.
+        cu_seqlens: int32 or int64 [S + 1], segment s holds tokens cu_seqlens[s] .. cu_seqlens[s + 1]; segments may be empty.
+        scale: of the scores; default D ** -0.5.
         dropout_p: drop probability of attention weights, rounded to 1/256 (see `philox.threshold`).
-        seeds_S: int64 [S], one seed per segment; needed with dropout_p > 0. Whether weight (h, i, j) of a segment is
-            dropped depends on its seed, `stream` (by convention the layer), h, i and j alone.
+        seeds_S: int64 [S], one seed a segment; needed with dropout_p > 0. Whether weight (h, i, j) of a segment is dropped
+            depends on its seed, `stream`, h, i and j alone.
+        stream: which dropout of the model this is, by convention the layer; 0 <= stream < 2**31.
         causal: attend to j <= i instead of to the whole segment.
         window: attend to |i - j| < window only.
         softcap: scores become softcap * tanh(scores / softcap) before the softmax (Gemma 2).
-        plan: `AttentionPlan` of these segments, built once a batch. Without it cu_seqlens is read where it is: on the
-            CPU it is checked, on CUDA nothing waits for its values, and wrong ones give NaN (see
+        plan: `AttentionPlan` of these segments, built once a batch. Without it cu_seqlens is read on its device: on the CPU
+            it is checked; on CUDA it is used without a host sync, and wrong values give NaN (see
             `AttentionPlan.on_device`).
-        return_lse: return (o_THD, lse_HT), lse fp32 (fp64 for fp64) the logarithm of the softmax's denominator. No
-            gradient flows through it.
-    Errors: ValueError on shapes, dtypes or settings outside the above, NotImplementedError for a device or a head
-        dimension that has no kernel; both give the shapes.
+        return_lse: also return the logarithm of the softmax's denominator.
+
+    Returns:
+        o [T, H, D] in q's dtype, differentiable once in q, k and v (as often as wanted by the reference); with return_lse
+        (o, lse), lse [H, T] fp32 (fp64 for fp64), through which no gradient flows.
+
+    Raises:
+        ValueError: shapes, dtypes or settings are outside the above; the message names the shapes.
+        NotImplementedError: there is no kernel for this device, dtype or head dimension.
+
+    Source: Dao et al. 2022 (FlashAttention, arXiv 2205.14135); running softmax of Milakov & Gimelshein 2018 (arXiv
+    1805.02867).
     """
-    if plan is None:
-        if cu_seqlens.is_cuda:
-            plan = AttentionPlan.on_device(cu_seqlens, q_THD.shape[0])
-        else:
-            plan = AttentionPlan.from_cu_seqlens(cu_seqlens, q_THD.device)
+    plan = _plan(cu_seqlens, q_THD) if plan is None else plan
     _check(q_THD, k_TKD, v_TKD, cu_seqlens, dropout_p, seeds_S, stream, window, softcap, plan)
     if scale is None:
         scale = q_THD.shape[-1] ** -0.5
@@ -77,8 +82,14 @@ def attention(
     return (o_THD, lse_HT) if return_lse else o_THD
 
 
+def _plan(cu_seqlens: torch.Tensor, q_THD: torch.Tensor) -> AttentionPlan:
+    if cu_seqlens.is_cuda:
+        return AttentionPlan.on_device(cu_seqlens, q_THD.shape[0])
+    return AttentionPlan.from_cu_seqlens(cu_seqlens, q_THD.device)
+
+
 def _takes_kernel(q_THD):
-    """Errors: NotImplementedError where there is neither a kernel nor a CPU."""
+    """Whether the kernels compute it. Raises NotImplementedError where there is neither a kernel nor a CPU."""
     on_cpu = not q_THD.is_cuda and q_THD.device.type == "cpu"
     if on_cpu and not takes_triton(q_THD):
         return False
@@ -86,7 +97,7 @@ def _takes_kernel(q_THD):
     if not (q_THD.is_cuda or on_cpu) or not has_triton():
         raise NotImplementedError(f"attention runs on the CPU, and on CUDA with Triton installed; got {where}")
     if q_THD.dtype == torch.float64:
-        _say_once("l2v_kernels.attention: fp64 has no kernel, taking the slow PyTorch reference")
+        _warn_once("l2v_kernels.attention: fp64 has no kernel and takes the slow PyTorch reference")
         return False
     if q_THD.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise NotImplementedError(f"the attention kernel takes fp32, fp16 and bf16, got {where}")
@@ -98,7 +109,7 @@ def _takes_kernel(q_THD):
 
 
 @functools.cache
-def _say_once(line: str) -> None:
+def _warn_once(line: str) -> None:
     warnings.warn(line, RuntimeWarning, stacklevel=4)
 
 

@@ -1,8 +1,8 @@
-"""Tile shapes and launch parameters: defaults per architecture, and where asked for a search.
+"""Tile shapes and launch parameters: defaults for each architecture, and the candidates of a search.
 
-Every entry is the first of a list of candidates, larger tiles first, that compiles without register spills and
-within shared memory, with and without dropout (tests/kernels/test_compile.py checks all of them). Which of
-those is fastest is for `L2V_AUTOTUNE=1` to find out, on the device.
+Every default is the first of a list of candidates, larger tiles first, that compiles without register spills and within
+shared memory, with and without dropout (tests/kernels/test_compile.py checks all of them). `L2V_AUTOTUNE=1` finds the
+fastest on the device.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Config:
     num_stages: int
 
     def meta(self) -> dict[str, int]:
-        """As a launch's keyword arguments."""
+        """As keyword arguments of a launch."""
         return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
@@ -109,8 +109,8 @@ _MASKED = {
     (100, "query"): ((64, 32, 4, 2), (64, 32, 4, 2)),
     (120, "forward"): ((64, 32, 4, 3), (64, 64, 4, 2)),
 }
-# fp32 products run on the ordinary cores, the same on every architecture. No tile was found with which the query
-# gradient of a head dimension above 128 does not spill.
+# fp32 matmuls run on the CUDA cores, the same on every architecture. Every tile tried for the query gradient of a head
+# dimension above 128 spills.
 _SINGLE = {
     "forward": {64: (32, 32, 4, 1), 128: (16, 16, 4, 1), 256: (16, 16, 4, 1)},
     "query": {64: (32, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
@@ -120,20 +120,13 @@ _SINGLE = {
 ARCHITECTURES = tuple(_HALF)
 
 
-def architecture(major: int, minor: int) -> int:
-    """Which defaults a compute capability takes. 8.6 and 8.9 have the small shared memory of 12.0."""
-    if major == 8:
-        return 80 if minor in (0, 7) else 120
-    return {9: 90, 10: 100, 11: 100}.get(major, 120)
-
-
 def is_short(mean_length: float, group: int) -> bool:
     """Whether a tile of 128 rows would mostly hold keys that a row may not see."""
     return mean_length < max(64, 256 // group)
 
 
 def default(kind: Kind, arch: int, head_dim: int, itemsize: int, short: bool) -> Config:
-    """The configuration taken without a search. arch is one of ARCHITECTURES, itemsize bytes an element."""
+    """The configuration without a search. arch: one of ARCHITECTURES; itemsize: bytes an element."""
     block_d = _padded(head_dim)
     if itemsize == 4:
         return Config(*_SINGLE[kind][block_d])
@@ -145,7 +138,7 @@ def default(kind: Kind, arch: int, head_dim: int, itemsize: int, short: bool) ->
 
 def candidates(kind: Kind, arch: int, head_dim: int, itemsize: int) -> list[Config]:
     """What a search tries: the defaults of all architectures and kinds of segments, this architecture's first, and
-    those with one pipeline stage more or less. Some may spill or not fit; those lose, or fail and are passed over."""
+    those with one pipeline stage more or less. Some may spill and lose, or not fit and be skipped."""
     block_d = _padded(head_dim)
     if itemsize == 4:
         shapes = [_SINGLE[kind][block_d], (16, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 16, 1)]

@@ -1,5 +1,5 @@
 """Packed attention, backward: two kernels, each of which owns what it writes, so there are no atomics and the bits do
-not change from run to run. The weights are made again from q, k and the forward's lse, dropout's mask from its address.
+not change from run to run. The weights are recomputed from q, k and the forward's lse, dropout's mask from its Philox key.
 
 With P the softmax, M the mask divided by the kept fraction, O = (P * M) V and delta = rowsum(dO * O):
     dV = (P * M)^T dO        dS = P * (M * (dO V^T) - delta)        dQ = scale dS K        dK = scale dS^T Q
@@ -19,7 +19,7 @@ from l2v_kernels.attention.kernel_common import (
     store_rows,
     visible,
 )
-from l2v_kernels.attention.kernel_forward import FREE
+from l2v_kernels.attention.kernel_forward import NOT_SPECIALIZED
 
 
 @triton.jit
@@ -58,15 +58,15 @@ def _query_step(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """dq [M, D] without `scale`, with the share of BLOCK_N keys added."""
+    """dq [BLOCK_M, BLOCK_D], without the factor `scale`, after BLOCK_N more keys."""
     token = key
     if MASKED:
         token = tl.minimum(tl.maximum(key, 0), n_tokens - 1)
     token = token.to(tl.int64)
     k = load_rows(k_base, token * stride_kt, HEAD_DIM, BLOCK_D)
     v = load_rows(v_base, token * stride_vt, HEAD_DIM, BLOCK_D)
-    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    scores, slope = log2_scores(products, scale_in, scale_out, SOFTCAP)
+    dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores, slope = log2_scores(dots, scale_in, scale_out, SOFTCAP)
     weights = tl.exp2(scores - lse2[:, None])
     if MASKED:
         see = visible(query[:, None], start[:, None], end[:, None], key[None, :], window, CAUSAL, WINDOW)
@@ -81,7 +81,7 @@ def _query_step(
     return tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=FREE)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def query_gradient_kernel(
     q_ptr,
     k_ptr,
@@ -143,7 +143,7 @@ def query_gradient_kernel(
     out_rows = query64 * stride_ot + head64 * stride_oh
     do = load_rows(do_ptr, query64 * stride_dot + head64 * stride_doh, HEAD_DIM, BLOCK_D)
     o = load_rows(o_ptr, out_rows, HEAD_DIM, BLOCK_D)
-    # delta is made here, where do is read anyway, and left for the other kernel: no pass of its own.
+    # delta is computed here, where do is read anyway, and written for the other kernel: no pass of its own.
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + head64 * n_tokens + query64, delta, mask=inside)
     lse2 = tl.load(lse_ptr + head64 * n_tokens + query64) * LOG2E
@@ -221,7 +221,7 @@ def _key_step(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """dk without `scale` and dv without the kept fraction, both [N, D], with the share of BLOCK_M rows added."""
+    """(dk without the factor `scale`, dv without that of dropout), both [BLOCK_N, BLOCK_D], after BLOCK_M more rows."""
     rows = tl.arange(0, BLOCK_M)
     query = first + rows // GROUP
     head = group * GROUP + rows % GROUP
@@ -234,8 +234,8 @@ def _key_step(
     lse2 = tl.load(lse_ptr + head64 * n_tokens + query64) * LOG2E
     delta = tl.load(delta_ptr + head64 * n_tokens + query64)
 
-    products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    scores, slope = log2_scores(products, scale_in, scale_out, SOFTCAP)
+    dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    scores, slope = log2_scores(dots, scale_in, scale_out, SOFTCAP)
     weights = tl.exp2(scores - lse2[None, :])
     if MASKED:
         see = (query[None, :] >= start[:, None]) & (query[None, :] < end[:, None])
@@ -248,7 +248,7 @@ def _key_step(
             segment, row_start = tl.load(segment_ptr + token), tl.load(start_ptr + token)
             row_block = tl.load(first_block_ptr + token)
         else:
-            # One segment: its numbers are those of the first row.
+            # A single segment: the first row's values hold for all rows.
             segment, row_start = tl.load(segment_ptr + first), tl.load(start_ptr + first)
             row_block = tl.load(first_block_ptr + first)
         seed = tl.load(seeds_ptr + segment)
@@ -263,7 +263,7 @@ def _key_step(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=FREE)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def key_gradient_kernel(
     q_ptr,
     k_ptr,
@@ -311,8 +311,10 @@ def key_gradient_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Writes dk and dv [T, K, D] (one set of strides). Program (i, j) owns BLOCK_N key positions of key head j and
-    adds up all query heads that read it, in a fixed order."""
+    """Writes dk and dv [T, K, D], both with the same strides.
+
+    Program (i, j) owns BLOCK_N key positions of key head j and adds up all query heads that read it, in a fixed order.
+    """
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     position = tl.program_id(0) * BLOCK_N
     key_head = tl.program_id(1)
@@ -330,8 +332,8 @@ def key_gradient_kernel(
     first_start = tl.load(start_ptr + first_key, mask=some, other=0)
     last_start = tl.load(start_ptr + last_key, mask=some, other=0)
     low, high = first_start, tl.load(end_ptr + last_key, mask=some, other=0)
-    # Who sees whom is symmetric in a segment: what a key needs to know of the rows is where its own segment lies. A
-    # key that is not there sees nothing. Rows pass by, keys stay: this keeps the mask out of the loop's registers.
+    # Visibility within a segment is symmetric, so a key only needs the bounds of its own segment. A key outside the pack
+    # sees nothing. The keys stay while rows pass: masking by the keys' bounds keeps the mask out of the loop's registers.
     start = tl.load(start_ptr + token, mask=inside, other=0)
     end = tl.load(end_ptr + token, mask=inside, other=0)
     if CAUSAL:
@@ -366,7 +368,7 @@ def key_gradient_kernel(
                 HEAD_DIM, BLOCK_D, GROUP, BLOCK_M, BLOCK_N,
                 CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, MASKED=True,
             )  # fmt: skip
-    key = key_tokens(position, n_tokens, n_blocks, block_first_ptr, block_end_ptr, BLOCK_N, DROPOUT, AGAIN=True)
+    key = key_tokens(position, n_tokens, n_blocks, block_first_ptr, block_end_ptr, BLOCK_N, DROPOUT, RELOAD=True)
     inside = (key >= 0) & (key < n_tokens)
     rows = key.to(tl.int64) * stride_dkt + head64 * stride_dkh
     store_rows(dk_ptr, rows, dk * scale, inside, HEAD_DIM, BLOCK_D)

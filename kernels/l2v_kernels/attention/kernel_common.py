@@ -1,9 +1,9 @@
-"""What the forward and the backward kernels of packed attention share. Shapes: M rows (query token, query head), N
-columns (key tokens), D head dimension.
+"""What the forward and the backward kernels of packed attention share. A tile has BLOCK_M rows (query token, query head)
+and BLOCK_N columns (key tokens).
 
-Rows: GROUP query heads that read one key head stand together in a tile, token by token: row r of a tile is token
-first + r // GROUP, head group * GROUP + r % GROUP. A tile of few tokens then still fills the tensor core, and reads
-its keys once for all of these heads.
+Rows: GROUP query heads that read one key head share a tile, token by token: row r of a tile is token first + r // GROUP,
+head group * GROUP + r % GROUP. A tile of few tokens then still fills the tensor core, and reads its keys once for all of
+these heads.
 """
 
 import triton
@@ -18,7 +18,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def load_rows(base, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[R, BLOCK_D] from base + offsets int64 [R] on; columns beyond HEAD_DIM are 0."""
+    """[rows, BLOCK_D] at base + offsets, int64 [rows]; columns beyond HEAD_DIM are 0."""
     columns = tl.arange(0, BLOCK_D)
     pointers = base + offsets[:, None] + columns[None, :]
     if HEAD_DIM == BLOCK_D:
@@ -30,7 +30,7 @@ def load_rows(base, offsets, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def store_rows(base, offsets, rows, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores rows [R, BLOCK_D] where inside [R], in the pointer's dtype."""
+    """Stores rows [rows, BLOCK_D] where inside [rows], in the pointer's dtype."""
     columns = tl.arange(0, BLOCK_D)
     pointers = base + offsets[:, None] + columns[None, :]
     mask = inside[:, None] & (columns < HEAD_DIM)[None, :]
@@ -46,19 +46,19 @@ def key_tokens(
     block_end_ptr,
     BLOCK_N: tl.constexpr,
     BLOCKED: tl.constexpr,
-    AGAIN: tl.constexpr = False,
+    RELOAD: tl.constexpr = False,
 ):
     """int32 [BLOCK_N]: the tokens at the key positions from `position` on, -1 where there is none.
 
-    A position is a token's place in the pack, or, BLOCKED, its place in the row of all key blocks of 16. AGAIN: read
-    the blocks anew, where the compiler would otherwise keep an earlier answer in registers over a whole loop.
+    A position is a token's place in the pack, or, BLOCKED, its place in the sequence of all key blocks of 16. RELOAD: load
+    the blocks again, where the compiler would otherwise keep an earlier load in registers over a whole loop.
     """
     offsets = tl.arange(0, BLOCK_N)
     if BLOCKED:
         block = position // 16 + offsets // 16
         known = block < n_blocks
-        token = tl.load(block_first_ptr + block, mask=known, other=n_tokens, volatile=AGAIN) + offsets % 16
-        end = tl.load(block_end_ptr + block, mask=known, other=0, volatile=AGAIN)
+        token = tl.load(block_first_ptr + block, mask=known, other=n_tokens, volatile=RELOAD) + offsets % 16
+        end = tl.load(block_end_ptr + block, mask=known, other=0, volatile=RELOAD)
         token = tl.where(token < end, token, -1)
     else:
         token = position + offsets
@@ -78,8 +78,10 @@ def key_range(
     WINDOW: tl.constexpr,
     BLOCKED: tl.constexpr,
 ):
-    """Which key positions the query tokens first .. last need: [low, high), of which whole tiles in [low, whole) are
-    seen by all of them. Returns also what to take from a position within those to get the token."""
+    """(low, whole, high, shift): the query tokens first .. last need the key positions [low, high).
+
+    All of them see the whole tiles in [low, whole), where position - shift is the token.
+    """
     start, end = tl.load(start_ptr + first), tl.load(end_ptr + last)
     last_start = tl.load(start_ptr + last)
     low, high, seen_by_all = start, end, end
@@ -93,7 +95,7 @@ def key_range(
         seen_by_all = low
     shift = 0
     if BLOCKED:
-        # Whole blocks only; the window's mask cuts off what is too much.
+        # Whole blocks only; the window's mask hides the excess.
         shift = tl.load(first_block_ptr + first) * 16 - start
         low = start + (low - start) // 16 * 16 + shift
         high = tl.load(first_block_ptr + last) * 16 + high - last_start
@@ -122,8 +124,11 @@ def visible(query, start, end, key, window, CAUSAL: tl.constexpr, WINDOW: tl.con
 
 @triton.jit
 def kept(seed, query, start, first_block, position, stream, head, drop_below, BLOCK_N: tl.constexpr):
-    """bool [M, BLOCK_N]: which weights dropout keeps. seed, query, start, first_block and head are [M] (seed, start
-    and first_block may be scalars); position is that of the first column, a multiple of 16 from the row's segment."""
+    """bool [BLOCK_M, BLOCK_N]: which weights dropout keeps.
+
+    seed, query, start, first_block and head are [BLOCK_M] (seed, start and first_block may be scalars); position is that of
+    the first column, a multiple of 16 from the start of the row's segment.
+    """
     row = (query - start)[:, None]
     block = tl.broadcast_to(position // 16 - first_block, query.shape)[:, None]
     seed = tl.broadcast_to(seed, query.shape)[:, None]
@@ -133,7 +138,7 @@ def kept(seed, query, start, first_block, position, stream, head, drop_below, BL
 
 @triton.jit
 def tanh(x):
-    """tanh to about one unit in the last place, without the cancellation of 1 - exp near 0."""
+    """tanh to about one unit in the last place; the series near 0 avoids the cancellation of 1 - exp."""
     magnitude = tl.abs(x)
     decay = tl.exp(-2.0 * magnitude)
     square = x * x
@@ -143,13 +148,13 @@ def tanh(x):
 
 
 @triton.jit
-def log2_scores(products, scale_in, scale_out, SOFTCAP: tl.constexpr):
-    """Scores times log2(e) of the products q k^T, and what the softcap does to their gradient.
+def log2_scores(dots, scale_in, scale_out, SOFTCAP: tl.constexpr):
+    """(scores times log2(e) of the dot products q k^T, the softcap's factor of their gradient).
 
-    Without softcap scale_in is scale * log2(e). With it scale_in is scale / softcap and scale_out is softcap *
-    log2(e); the second result is then 1 - tanh^2, and not used otherwise.
+    Without softcap scale_in is scale * log2(e), and the second result is not used. With it scale_in is scale / softcap,
+    scale_out is softcap * log2(e), and the second result is 1 - tanh^2.
     """
-    scores = products * scale_in
+    scores = dots * scale_in
     slope = scores
     if SOFTCAP:
         capped = tanh(scores)

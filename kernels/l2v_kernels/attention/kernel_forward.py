@@ -1,7 +1,6 @@
 """Packed attention, forward: one pass over the keys with a running softmax (Milakov and Gimelshein 2018; Dao 2022).
 
-Program (i, j) owns tile i of the pack, BLOCK_M // GROUP consecutive tokens of any segments, for the query heads of
-group j.
+Program (i, j) owns tile i of the pack, BLOCK_M // GROUP consecutive tokens of any segments, for the query heads of group j.
 """
 
 import triton
@@ -18,8 +17,8 @@ from l2v_kernels.attention.kernel_common import (
     visible,
 )
 
-FREE = ("n_tokens", "n_blocks", "window", "stream", "drop_below")
-"""Arguments whose values must not compile another kernel."""
+NOT_SPECIALIZED = ("n_tokens", "n_blocks", "window", "stream", "drop_below")
+"""Arguments whose values must not trigger another compilation."""
 
 
 @triton.jit
@@ -56,7 +55,7 @@ def _forward_step(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Takes BLOCK_N keys into acc [M, D], total [M] and peak [M]."""
+    """(acc [BLOCK_M, BLOCK_D], total [BLOCK_M], peak [BLOCK_M]) after BLOCK_N more keys."""
     token = key
     if MASKED:
         token = tl.minimum(tl.maximum(key, 0), n_tokens - 1)
@@ -66,7 +65,7 @@ def _forward_step(
     if MASKED:
         see = visible(query[:, None], start[:, None], end[:, None], key[None, :], window, CAUSAL, WINDOW)
         scores = tl.where(see, scores, float("-inf"))
-    # peak starts at a finite number, so a row that has seen no key of its own yet stays at total 0, not NaN.
+    # peak starts at a finite number, so a row that has seen no key of its segment yet stays at total 0, not NaN.
     new_peak = tl.maximum(peak, tl.max(scores, 1))
     weights = tl.exp2(scores - new_peak[:, None])
     decay = tl.exp2(peak - new_peak)
@@ -80,7 +79,7 @@ def _forward_step(
     return acc, total, new_peak
 
 
-@triton.jit(do_not_specialize=FREE)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def forward_kernel(
     q_ptr,
     k_ptr,

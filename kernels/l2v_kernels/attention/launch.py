@@ -1,4 +1,4 @@
-"""From tensors to launches. Imported only where Triton is."""
+"""Launchers of the attention kernels. Imported only where Triton is installed."""
 
 import torch
 import triton
@@ -9,6 +9,7 @@ from l2v_kernels.attention.kernel_forward import forward_kernel
 from l2v_kernels.attention.settings import Settings
 from l2v_kernels.attention.tables import TokenTables
 from l2v_kernels.attention.tune import choose
+from l2v_kernels.launching import PRECISION, unit_stride
 from l2v_kernels.philox import keep_scale, threshold
 
 _LOG2E = 1.4426950408889634
@@ -26,7 +27,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o [T, H, D] in q's dtype and lse fp32 [H, T]."""
     T, H, _ = q_THD.shape
-    q_THD, k_TKD, v_TKD = (_last_stride_1(x) for x in (q_THD, k_TKD, v_TKD))
+    q_THD, k_TKD, v_TKD = (unit_stride(x) for x in (q_THD, k_TKD, v_TKD))
     o_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
     lse_HT = torch.empty((H, T), dtype=torch.float32, device=q_THD.device)
     if o_THD.numel() == 0:
@@ -67,7 +68,7 @@ def backward(
     """dq [T, H, D], dk and dv [T, K, D], contiguous. configs: of the query and of the key gradient."""
     T, H, _ = q_THD.shape
     K = k_TKD.shape[1]
-    do_THD, q_THD, k_TKD, v_TKD = (_last_stride_1(x) for x in (do_THD, q_THD, k_TKD, v_TKD))
+    do_THD, q_THD, k_TKD, v_TKD = (unit_stride(x) for x in (do_THD, q_THD, k_TKD, v_TKD))
     dq_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
     dk_TKD, dv_TKD = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k_TKD, v_TKD))
     if q_THD.numel() == 0:
@@ -77,52 +78,29 @@ def backward(
 
     def run_query(config):
         query_gradient_kernel[(triton.cdiv(T * group, config.block_m), H // group)](
-            q_THD,
-            k_TKD,
-            v_TKD,
-            o_THD,
-            do_THD,
-            dq_THD,
-            lse_HT,
-            delta_HT,
-            *_tables(tables, seeds_S, settings),
-            *_strides(q_THD, k_TKD, v_TKD, o_THD, do_THD),
-            settings.scale,
-            *_scales(settings),
-            **constants,
-            **config.meta(),
-        )
+            q_THD, k_TKD, v_TKD, o_THD, do_THD, dq_THD, lse_HT, delta_HT,
+            *_tables(tables, seeds_S, settings), *_strides(q_THD, k_TKD, v_TKD, o_THD, do_THD),
+            settings.scale, *_scales(settings), **constants, **config.meta(),
+        )  # fmt: skip
 
     def run_key(config):
         positions = 16 * tables.n_blocks if threshold(settings.dropout_p) else T
         key_gradient_kernel[(triton.cdiv(positions, config.block_n), K)](
-            q_THD,
-            k_TKD,
-            v_TKD,
-            do_THD,
-            dk_TKD,
-            dv_TKD,
-            lse_HT,
-            delta_HT,
-            *_tables(tables, seeds_S, settings),
-            *_strides(q_THD, k_TKD, v_TKD, do_THD, dk_TKD),
-            settings.scale,
-            *_scales(settings),
-            **constants,
-            **config.meta(),
-        )
+            q_THD, k_TKD, v_TKD, do_THD, dk_TKD, dv_TKD, lse_HT, delta_HT,
+            *_tables(tables, seeds_S, settings), *_strides(q_THD, k_TKD, v_TKD, do_THD, dk_TKD),
+            settings.scale, *_scales(settings), **constants, **config.meta(),
+        )  # fmt: skip
 
     of_query, of_key = configs or (None, None)
     choice = (q_THD, tables.n_segments, group, _variant(constants))
-    # In this order: the first kernel leaves delta for the second.
+    # In this order: the first kernel writes the delta that the second reads.
     run_query(of_query or choose("query", *choice, run_query))
     run_key(of_key or choose("key", *choice, run_key))
     return dq_THD, dk_TKD, dv_TKD
 
 
 def head_group(n_query_heads: int, n_key_heads: int) -> int:
-    """How many query heads share a tile: the largest power of two up to MAX_GROUP that divides the heads of a key
-    head."""
+    """How many query heads share a tile: the largest power of two up to MAX_GROUP that divides those of a key head."""
     ratio = n_query_heads // n_key_heads
     return min(ratio & -ratio, MAX_GROUP)
 
@@ -139,13 +117,12 @@ def _constants(q_THD, k_TKD, settings):
         "WINDOW": settings.window is not None,
         "SOFTCAP": settings.softcap is not None,
         "DROPOUT": threshold(settings.dropout_p) > 0,
-        # TF32 would round fp32 inputs to 10 bits; it says nothing for 16-bit inputs.
-        "PRECISION": "ieee",
+        "PRECISION": PRECISION,
     }
 
 
 def _variant(constants):
-    """What besides shapes decides which of two configurations is faster."""
+    """What is compiled in besides shapes, and so decides which configuration is faster."""
     return " ".join(name.lower() for name in ("CAUSAL", "WINDOW", "SOFTCAP", "DROPOUT") if constants[name]) or "plain"
 
 
@@ -156,8 +133,8 @@ def _tables(tables, seeds_S, settings):
         tables.end_T,
         tables.segment_T,
         tables.first_block_T,
-        tables.block_first_B,
-        tables.block_end_B,
+        tables.block_first_X,
+        tables.block_end_X,
         seeds_S,
         tables.n_tokens,
         tables.n_blocks,
@@ -181,7 +158,3 @@ def _scales(settings):
         threshold(settings.dropout_p),
         keep_scale(settings.dropout_p),
     )
-
-
-def _last_stride_1(x):
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""Packed attention in plain PyTorch: the definition of the op, and the path taken where no kernel is."""
+"""Packed attention in plain PyTorch: the definition of the op, and the path without Triton."""
 
 import torch
 import torch.nn.functional as F
@@ -17,31 +17,35 @@ def attention_reference(
     settings: Settings,
     return_lse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See `l2v_kernels.attention`, which checks the arguments. o_THD is differentiable in q, k and v; lse [H, T], fp32
-    or better, is made when asked for and is not."""
+    """(o [T, H, D], lse [H, T] or None). Arguments as in `l2v_kernels.attention`, which checks them.
+
+    o is differentiable in q, k and v. lse, fp32 (fp64 for fp64), is not, and is computed only with return_lse.
+    """
     _T, H, D = q_THD.shape
     dropout_p, softcap, causal, window = settings.dropout_p, settings.softcap, settings.causal, settings.window
     if plan.n_tokens == 0:
-        lse_HT = q_THD.new_empty((H, 0), dtype=torch.promote_types(q_THD.dtype, torch.float32))
-        return q_THD + 0.0 * (k_TKD.sum() + v_TKD.sum()), lse_HT if return_lse else None
-    tokens_per_group = [group.tokens_nL.numel() for group in plan.groups]
+        empty_HT = q_THD.new_empty((H, 0), dtype=torch.promote_types(q_THD.dtype, torch.float32))
+        return q_THD + 0.0 * (k_TKD.sum() + v_TKD.sum()), empty_HT if return_lse else None
+    tokens_per_group = [group.tokens_st.numel() for group in plan.groups]
     q_parts, k_parts, v_parts = (_in_order(x, plan).split(tokens_per_group) for x in (q_THD, k_TKD, v_TKD))
     explicit = bool(threshold(dropout_p)) or softcap is not None or return_lse
-    out, lse_parts = [], []
+    out: list[torch.Tensor] = []
+    lse_parts: list[torch.Tensor] = []
     for group, q, k, v in zip(plan.groups, q_parts, k_parts, v_parts, strict=True):
-        shape_nL = group.tokens_nL.shape
-        # Views [n, heads, L, D]: packed tokens are never copied into a padded batch.
-        q, k, v = (x.view(*shape_nL, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        visible_LL = _visible(group.length, causal, window, q.device)
+        shape_st = group.tokens_st.shape
+        # Views [s, heads, t, D]: packed tokens are never copied into a padded batch.
+        q, k, v = (x.view(*shape_st, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        visible_tt = _visible(group.length, causal, window, q.device)
         if explicit:
             drop = None
             if threshold(dropout_p):
-                drop = _dropped(seeds_S[group.segments_n], H, group.length, settings.stream, dropout_p)
-            o, lse_nHL = _explicit(q, k, v, settings.scale, visible_LL, softcap, drop, return_lse)
+                assert seeds_S is not None
+                drop = _dropped(seeds_S[group.segments_s], H, group.length, settings.stream, dropout_p)
+            o, lse_sHt = _explicit(q, k, v, settings.scale, visible_tt, softcap, drop, return_lse)
             if drop is not None:
                 o = o * keep_scale(dropout_p)
             if return_lse:
-                lse_parts.append(lse_nHL.transpose(1, 2).reshape(-1, H))
+                lse_parts.append(lse_sHt.transpose(1, 2).reshape(-1, H))
         else:
             # Without a mask SDPA takes its flash kernel also for causal attention.
             fast_causal = causal and (window is None or window >= group.length)
@@ -49,7 +53,7 @@ def attention_reference(
                 q,
                 k,
                 v,
-                attn_mask=None if fast_causal else visible_LL,
+                attn_mask=None if fast_causal else visible_tt,
                 is_causal=fast_causal,
                 scale=settings.scale,
                 enable_gqa=k.shape[1] != H,
@@ -59,35 +63,35 @@ def attention_reference(
     return _back(torch.cat(out), plan), lse_HT
 
 
-def _explicit(q_nHLD, k_nKLD, v_nKLD, scale, visible_LL, softcap, drop_nHLL, return_lse):
-    """Attention with every step spelled out, in fp32 or better: o [n, H, L, D] and, if asked for, lse [n, H, L]."""
-    n, H, L, D = q_nHLD.shape
-    K = k_nKLD.shape[1]
-    dtype = torch.promote_types(q_nHLD.dtype, torch.float32)
-    # The query heads of a key head stand below each other as rows, so keys and values are never repeated.
-    q = (q_nHLD.to(dtype) * scale).reshape(n, K, H // K * L, D)
-    scores = q @ k_nKLD.to(dtype).transpose(-1, -2)
+def _explicit(q_sHtD, k_sKtD, v_sKtD, scale, visible_tt, softcap, drop_sHtt, return_lse):
+    """Attention with every step spelled out, in fp32 (fp64 for fp64): o [s, H, t, D], and lse [s, H, t] or None."""
+    s, H, t, D = q_sHtD.shape
+    K = k_sKtD.shape[1]
+    dtype = torch.promote_types(q_sHtD.dtype, torch.float32)
+    # The query heads of a key head become rows one below the other, so keys and values are never repeated.
+    q = (q_sHtD.to(dtype) * scale).reshape(s, K, H // K * t, D)
+    scores = q @ k_sKtD.to(dtype).transpose(-1, -2)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.view(n, H, L, L)
-    if visible_LL is not None:
-        scores = scores.masked_fill(~visible_LL, float("-inf"))
+    scores = scores.view(s, H, t, t)
+    if visible_tt is not None:
+        scores = scores.masked_fill(~visible_tt, float("-inf"))
     weights = scores.softmax(-1)
-    lse_nHL = scores.detach().logsumexp(-1) if return_lse else None
-    if drop_nHLL is not None:
-        weights = weights.masked_fill(drop_nHLL, 0.0)
-    return (weights.view(n, K, H // K * L, L) @ v_nKLD.to(dtype)).view(n, H, L, D), lse_nHL
+    lse_sHt = scores.detach().logsumexp(-1) if return_lse else None
+    if drop_sHtt is not None:
+        weights = weights.masked_fill(drop_sHtt, 0.0)
+    return (weights.view(s, K, H // K * t, t) @ v_sKtD.to(dtype)).view(s, H, t, D), lse_sHt
 
 
-def _dropped(seeds_n, n_heads, length, stream, dropout_p):
-    """bool [n, H, L, L], true where the weight of (query, key) is dropped."""
-    heads_H11 = torch.arange(n_heads, device=seeds_n.device)[:, None] << 8 | DOMAIN_ATTENTION
-    rows_L = torch.arange(length, device=seeds_n.device)
-    return keep_bytes(seeds_n[:, None, None], rows_L, length, stream, heads_H11) < threshold(dropout_p)
+def _dropped(seeds_s, n_heads, length, stream, dropout_p):
+    """bool [s, H, t, t], true where the weight of (query, key) is dropped."""
+    heads_H11 = torch.arange(n_heads, device=seeds_s.device)[:, None] << 8 | DOMAIN_ATTENTION
+    rows_t = torch.arange(length, device=seeds_s.device)
+    return keep_bytes(seeds_s[:, None, None], rows_t, length, stream, heads_H11) < threshold(dropout_p)
 
 
 def _visible(length, causal, window, device):
-    """bool [L, L], true where query (row) may see key (column); None where all may."""
+    """bool [t, t], true where query (row) may see key (column); None where all may."""
     if not causal and (window is None or window >= length):
         return None
     position = torch.arange(length, device=device)
@@ -105,7 +109,7 @@ def _back(x, plan):
 
 
 class Permute(torch.autograd.Function):
-    """Rows in another order. The gradient is a gather too; index_select's own adds, by atomics on CUDA."""
+    """Rows in another order. Its gradient is a gather too; that of index_select adds, with atomics on CUDA."""
 
     @staticmethod
     def forward(ctx, x, order_T, inverse_T):

@@ -1,4 +1,4 @@
-"""What a caller of attention chooses."""
+"""The choices of a caller of attention."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Choosing a configuration at launch: the default, or with L2V_AUTOTUNE=1 the fastest of a few, kept on disk."""
+"""The configuration of a launch: the default, or with L2V_AUTOTUNE=1 the fastest of several, cached on disk."""
 
 import functools
 import hashlib
@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import triton
 
-from l2v_kernels.attention.config import Config, Kind, architecture, candidates, default, is_short
+from l2v_kernels.attention.config import Config, Kind, candidates, default, is_short
+from l2v_kernels.launching import architecture
 
 
 def choose(
@@ -23,10 +24,15 @@ def choose(
     variant: str,
     launch: Callable[[Config], None],
 ) -> Config:
-    """The configuration to launch with, from what the host knows: no look at the device.
+    """The configuration to launch with, from what the host knows: without a sync with the device.
 
-    Args: group query heads share a tile; variant names what else is compiled in; launch runs the kernel once and may
-    be called any number of times.
+    Args:
+        kind: which kernel.
+        q_THD: queries [T, H, D]; gives lengths, head dimension, dtype and device.
+        n_segments: S.
+        group: how many query heads share a tile.
+        variant: names what else is compiled in.
+        launch: runs the kernel once; may be called any number of times.
     """
     T, _, D = q_THD.shape
     mean = T / max(n_segments, 1)
@@ -34,7 +40,7 @@ def choose(
     short = is_short(mean, group)
     if os.environ.get("L2V_AUTOTUNE") != "1":
         return default(kind, arch, D, q_THD.element_size(), short)
-    # Lengths are grouped by powers of two: a search for every batch would never end.
+    # Lengths are rounded to powers of two; otherwise nearly every batch would start a search.
     key = f"{kind} {q_THD.dtype} D{D} group{group} {variant} mean{2 ** max(0, round(mean) - 1).bit_length()}"
     cache = Cache.of(q_THD.device)
     if key not in cache.known:
@@ -44,7 +50,7 @@ def choose(
 
 
 def fastest(configs: list[Config], launch: Callable[[Config], None], time: Callable | None = None) -> Config | None:
-    """The configuration of the least median time; None if none runs. Those that do not fit the device are passed by."""
+    """The configuration of the least median time; None if none runs. Those that do not fit the device are skipped."""
     time = time or (lambda call: triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median"))
     best = None
     for config in configs:
@@ -58,14 +64,14 @@ def fastest(configs: list[Config], launch: Callable[[Config], None], time: Calla
 
 
 class Cache:
-    """Found configurations of one device and one version of Triton and of the kernels: one JSON file."""
+    """Configurations found on one device with one version of Triton and of the kernels: one JSON file."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.known = path, {}
         try:
             self.known = {key: Config(**value) for key, value in json.loads(path.read_text()).items()}
         except (OSError, ValueError, TypeError, AttributeError):
-            # No file yet, or one that is not ours: search again.
+            # No file yet, or one of another format: search from scratch.
             self.known = {}
 
     @classmethod
@@ -77,7 +83,7 @@ class Cache:
         return _cache(folder / "attention" / f"{name}.json")
 
     def add(self, key: str, config: Config) -> None:
-        """Keeps and writes; the file is replaced in one step, so that ranks may write at once."""
+        """Stores a configuration and writes the file, which is replaced atomically, so that ranks may write at once."""
         self.known[key] = config
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
@@ -95,6 +101,6 @@ def _capability(device):
 
 @functools.cache
 def _source():
-    """Of the kernels: another source is another cache."""
+    """Hash of the kernels' source: another source is another cache."""
     files = sorted(Path(__file__).parent.glob("kernel_*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]

@@ -1,8 +1,8 @@
-"""Addressed dropout: a token's mask depends on its segment's seed and its place there, not on the pack."""
+"""Counter-based (Philox) dropout: a token's mask depends on its segment's seed and its position there, not on the pack."""
 
 import torch
 
-from l2v_kernels.dropout.autograd import AddressedDropout
+from l2v_kernels.dropout.op import PhiloxDropout
 from l2v_kernels.philox import threshold
 
 __all__ = ["dropout"]
@@ -16,10 +16,16 @@ def dropout(x_TE: torch.Tensor, p: float, seeds_T: torch.Tensor, rows_T: torch.T
         p: drop probability, rounded to 1/256 (see `philox.threshold`).
         seeds_T: int64 [T], the seed of each token's segment.
         rows_T: int32 or int64 [T], each token's position in its segment.
-        stream: which dropout this is, by convention layer * 16 + module; 0 <= stream < 2**31.
-    Returns: [T, E] in x's dtype, differentiable in x. Element (t, e) is kept if byte (seeds_T[t], rows_T[t],
-        e, stream) of `philox.keep_bytes` in DOMAIN_DROPOUT is at least threshold(p).
-    Errors: ValueError for other dtypes, shapes, devices or values of p and stream.
+        stream: which dropout of the model this is, by convention layer * 16 + module; 0 <= stream < 2**31.
+
+    Returns:
+        [T, E] in x's dtype, differentiable in x. Element (t, e) is kept if byte (seeds_T[t], rows_T[t], e, stream) of
+        `philox.keep_bytes` in DOMAIN_DROPOUT is at least threshold(p).
+
+    Raises:
+        ValueError: shapes, dtypes, devices, p or stream are outside the above.
+
+    Source: dropout of Srivastava et al. 2014, with masks from Philox (Salmon et al. 2011, see `philox`).
     """
     drop_below = threshold(p)
     shapes = f"x {tuple(x_TE.shape)}, seeds {tuple(seeds_T.shape)}, rows {tuple(rows_T.shape)}"
@@ -36,4 +42,4 @@ def dropout(x_TE: torch.Tensor, p: float, seeds_T: torch.Tensor, rows_T: torch.T
         raise ValueError(f"stream must be at least 0 and below 2**31, got {stream} for {shapes}")
     if drop_below == 0:
         return x_TE
-    return AddressedDropout.apply(x_TE, p, seeds_T, rows_T, stream)
+    return PhiloxDropout.apply(x_TE, p, seeds_T, rows_T, stream)

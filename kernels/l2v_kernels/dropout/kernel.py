@@ -1,16 +1,17 @@
-"""Addressed dropout as a Triton kernel. Bound by memory: it reads x once, writes y once and keeps no mask."""
+"""Dropout as a Triton kernel. Bound by memory: it reads x once, writes y once and keeps no mask."""
 
 import torch
 import triton
 import triton.language as tl
 
+from l2v_kernels.launching import unit_stride
 from l2v_kernels.philox import DOMAIN_DROPOUT, keep_scale, threshold
 from l2v_kernels.philox_kernel import random_bytes
 
 _DOMAIN = tl.constexpr(DOMAIN_DROPOUT)
 
 CONFIG = {"BLOCK_T": 8, "BLOCK_E": 512, "num_warps": 8}
-"""4096 elements a program: 16 a thread, and one philox call, which serves 16."""
+"""4096 elements a program: 16 a thread, which is what one Philox call serves."""
 
 
 @triton.jit(do_not_specialize=["stream", "drop_below"])
@@ -29,7 +30,7 @@ def dropout_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """y = where(byte >= drop_below, x * scale, 0). Program (i, j) does token block i of column block j."""
+    """y = where(byte >= drop_below, x * scale, 0). Program (i, j) computes token block i of column block j."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     in_pack = tokens < n_tokens
@@ -46,12 +47,11 @@ def dropout_kernel(
 def launch(
     x_TE: torch.Tensor, y_TE: torch.Tensor, p: float, seeds_T: torch.Tensor, rows_T: torch.Tensor, stream: int
 ) -> torch.Tensor:
-    """Writes dropout(x) into y [T, E] of stride 1 along E, and returns it. See `l2v_kernels.dropout`."""
+    """Writes dropout(x) into y [T, E], of stride 1 along E, and returns it. Arguments as in `l2v_kernels.dropout`."""
     n_tokens, n_columns = x_TE.shape
     if x_TE.numel() == 0:
         return y_TE
-    if x_TE.stride(1) != 1:
-        x_TE = x_TE.contiguous()
+    x_TE = unit_stride(x_TE)
     grid = (triton.cdiv(n_tokens, CONFIG["BLOCK_T"]), triton.cdiv(n_columns, CONFIG["BLOCK_E"]))
     dropout_kernel[grid](
         x_TE,

@@ -1,39 +1,41 @@
-"""Quantising rows as Triton kernels. Bound by memory: read once (twice beyond the widest row that registers hold), written
-once at half the size.
+"""Quantising rows as Triton kernels. Bound by memory: rows are read once (twice where registers cannot hold them) and
+written once at half the size.
 
-Rounding is arithmetic, and the cast to e4m3 behind it exact, so that every build gives the same bytes: Triton's own cast goes
-through fp16 on sm_89, which rounds twice, and its interpreter does not carry.
+Rounding is done in arithmetic, and the cast to e4m3 after it is exact, so every build gives the same bytes: Triton's own
+cast goes through fp16 on sm_89, which rounds twice, and its interpreter does not carry into the exponent.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-WIDEST = 16384
-"""As many numbers of a row as one program holds in registers."""
+from l2v_kernels.launching import unit_stride
 
-TILE = 4096
-"""Elements a program where rows are short. Longer rows take a program each, and more warps."""
+MAX_WIDTH = 16384
+"""Elements of the longest row that one program holds in registers."""
 
-WIDE = {"BLOCK_K": 4096, "num_warps": 4}
+TILE_ELEMENTS = 4096
+"""Elements a program where rows are short. Longer rows take one program each, with more warps."""
+
+WIDE_CONFIG = {"BLOCK_E": 4096, "num_warps": 4}
 
 INFINITY = tl.constexpr(0x7F800000)
 NAN = tl.constexpr(0x7FC00000)
 ALL_BUT_SIGN = tl.constexpr(0x7FFFFFFF)
 SIGN = tl.constexpr(-0x80000000)
 BELOW_448 = tl.constexpr(0x1FFFFF)
-"""What carries a mantissa above that of 448, 1.75, into the exponent, and no other."""
+"""Added to the bits, it carries a mantissa above that of 448, which is 1.75, into the exponent, and no other."""
 
 
 @triton.jit
 def magnitude_bits(x):
-    """|x| of fp32 as an integer: ordered as the numbers are, infinity and then NaN above all."""
+    """|x| of fp32 as an integer, in the same order as the numbers; infinity and then NaN come last."""
     return x.to(tl.int32, bitcast=True) & ALL_BUT_SIGN
 
 
 @triton.jit
 def scale_of(largest):
-    """(scale, 1 / scale) of rows whose largest magnitude has these bits; NaN and 0 where it is not finite."""
+    """(scale, 1 / scale) of rows whose largest magnitude has these bits; (NaN, 0) where that is NaN or Inf."""
     exponent = tl.maximum(((largest + BELOW_448) >> 23) - 8, 1)
     finite = largest < INFINITY
     scale = tl.where(finite, exponent << 23, NAN).to(tl.float32, bitcast=True)
@@ -45,8 +47,8 @@ def scale_of(largest):
 def to_e4m3(x):
     """The nearest number of e4m3, ties to even; |x| at most 448.
 
-    1.5 * 2^(e + 20), e the exponent of x but at least that of the smallest normal number, leaves a sum the 3 bits behind the
-    point that e4m3 has.
+    Adding 1.5 * 2^(e + 20), e the exponent of x but at least that of the smallest normal number, leaves the sum the 3
+    fraction bits that e4m3 has.
     """
     bits = x.to(tl.int32, bitcast=True)
     exponent = tl.maximum(bits & INFINITY, (127 - 6) << 23)
@@ -65,7 +67,7 @@ def _load(x_ptr, at, factors_ptr, columns, in_row, mask, FACTORS: tl.constexpr):
 
 @triton.jit
 def _quantize(x, inverse):
-    # Not x times 0: that is NaN for what is not finite.
+    # Masked, not multiplied by 0: NaN or Inf times 0 is NaN.
     return to_e4m3(tl.where(inverse > 0, x * inverse, 0.0))
 
 
@@ -79,13 +81,13 @@ def rows_kernel(
     stride_x,
     FACTORS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
-    """Rows that fit into registers. WIDTH is a constant so that a mask whose end is a multiple of 8 leaves accesses wide."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """Rows that fit into registers. WIDTH is a constant: a mask that ends at a multiple of 8 then leaves accesses wide."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     in_rows = row < n_rows
-    columns = tl.arange(0, BLOCK_K)[None, :]
+    columns = tl.arange(0, BLOCK_E)[None, :]
     in_row = columns < WIDTH
     mask = in_rows[:, None] & in_row
     x = _load(x_ptr, row[:, None] * stride_x + columns, factors_ptr, columns, in_row, mask, FACTORS)
@@ -103,47 +105,47 @@ def wide_rows_kernel(
     n_columns,
     stride_x,
     FACTORS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
-    """A longer row a program, in two passes; the second finds it in the L2 cache."""
+    """One longer row a program, in two passes; the second reads it from the L2 cache."""
     row = tl.program_id(0).to(tl.int64)
-    largest = tl.zeros((BLOCK_K,), tl.int32)
-    for start in tl.range(0, n_columns, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
+    largest = tl.zeros((BLOCK_E,), tl.int32)
+    for start in tl.range(0, n_columns, BLOCK_E):
+        columns = start + tl.arange(0, BLOCK_E)
         mask = columns < n_columns
         x = _load(x_ptr, row * stride_x + columns, factors_ptr, columns, mask, mask, FACTORS)
         largest = tl.maximum(largest, magnitude_bits(x))
     scale, inverse = scale_of(tl.max(largest, 0))
     tl.store(scale_ptr + row, scale)
-    for start in tl.range(0, n_columns, BLOCK_K):
-        columns = start + tl.arange(0, BLOCK_K)
+    for start in tl.range(0, n_columns, BLOCK_E):
+        columns = start + tl.arange(0, BLOCK_E)
         mask = columns < n_columns
         x = _load(x_ptr, row * stride_x + columns, factors_ptr, columns, mask, mask, FACTORS)
         tl.store(q_ptr + row * n_columns + columns, _quantize(x, inverse), mask=mask)
 
 
 def config(width: int) -> dict[str, int]:
-    """The tile for rows of `width`, at most WIDEST: several short ones, or one."""
+    """The tile for rows of `width` elements, at most MAX_WIDTH: several short rows, or one."""
     block = triton.next_power_of_2(width)
-    warps = 4 if block < 4096 else 8 if block < WIDEST else 16
-    return {"BLOCK_R": max(1, min(64, TILE // block)), "BLOCK_K": block, "num_warps": warps}
+    warps = 4 if block < 4096 else 8 if block < MAX_WIDTH else 16
+    return {"BLOCK_ROWS": max(1, min(64, TILE_ELEMENTS // block)), "BLOCK_E": block, "num_warps": warps}
 
 
-def launch_quantize(x_TK: torch.Tensor, factors_K: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `l2v_kernels.fp8.quantize_rows`; arguments are checked there."""
-    T, K = x_TK.shape
-    x_TK = x_TK if x_TK.stride(1) == 1 else x_TK.contiguous()
-    q_TK = torch.empty((T, K), dtype=torch.float8_e4m3fn, device=x_TK.device)
-    scale_T = torch.empty(T, dtype=torch.float32, device=x_TK.device)
-    if T == 0 or K == 0:
-        return q_TK, scale_T.fill_(2.0**-126)
-    factors = scale_T if factors_K is None else factors_K.contiguous()
-    common = (x_TK, factors, q_TK, scale_T)
-    has = factors_K is not None
-    if K <= WIDEST:
-        chosen = config(K)
-        grid = (triton.cdiv(T, chosen["BLOCK_R"]),)
-        rows_kernel[grid](*common, T, x_TK.stride(0), FACTORS=has, WIDTH=K, **chosen)
+def launch_quantize(x_TE: torch.Tensor, factors_E: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(q [T, E], scale [T]). Arguments as in `l2v_kernels.fp8.quantize_rows`, which checks them."""
+    T, E = x_TE.shape
+    x_TE = unit_stride(x_TE)
+    q_TE = torch.empty((T, E), dtype=torch.float8_e4m3fn, device=x_TE.device)
+    scale_T = torch.empty(T, dtype=torch.float32, device=x_TE.device)
+    if T == 0 or E == 0:
+        return q_TE, scale_T.fill_(2.0**-126)
+    factors = scale_T if factors_E is None else factors_E.contiguous()
+    common = (x_TE, factors, q_TE, scale_T)
+    has = factors_E is not None
+    if E <= MAX_WIDTH:
+        chosen = config(E)
+        grid = (triton.cdiv(T, chosen["BLOCK_ROWS"]),)
+        rows_kernel[grid](*common, T, x_TE.stride(0), FACTORS=has, WIDTH=E, **chosen)
     else:
-        wide_rows_kernel[(T,)](*common, K, x_TK.stride(0), FACTORS=has, **WIDE)
-    return q_TK, scale_T
+        wide_rows_kernel[(T,)](*common, E, x_TE.stride(0), FACTORS=has, **WIDE_CONFIG)
+    return q_TE, scale_T

@@ -1,4 +1,4 @@
-"""What `info_nce` is given, checked: shapes and settings always, values where that costs no wait."""
+"""Checks of `info_nce`'s arguments: shapes and settings always, values where that needs no sync."""
 
 import math
 from collections.abc import Sequence
@@ -8,9 +8,16 @@ import torch
 from l2v_kernels.info_nce.settings import DIRECTIONS, Labels, Settings
 
 MAX_PREFIXES = 16
+"""The kernels hold a few numbers of each prefix in registers."""
 
 
-def check_tensors(queries_NE, candidates_ME, targets_N, all_queries_QE):
+def check_tensors(
+    queries_NE: torch.Tensor,
+    candidates_ME: torch.Tensor,
+    targets_N: torch.Tensor,
+    all_queries_QE: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(queries, candidates, all queries). Raises ValueError for shapes, dtypes or devices."""
     all_queries_QE = queries_NE if all_queries_QE is None else all_queries_QE
     tensors = (queries_NE, candidates_ME, all_queries_QE)
     shapes = f"queries {tuple(queries_NE.shape)}, candidates {tuple(candidates_ME.shape)}"
@@ -32,20 +39,22 @@ def check_tensors(queries_NE, candidates_ME, targets_N, all_queries_QE):
     return tensors
 
 
-def check_directions(directions, partition):
+def check_directions(directions: Sequence[str], partition: str) -> bool:
+    """Whether the partition is joint. Raises ValueError for directions and partitions that do not exist or combine."""
     if isinstance(directions, str) or not set(directions) <= set(DIRECTIONS) or "query_to_doc" not in directions:
         raise ValueError(f'directions are "query_to_doc" and any of {", ".join(DIRECTIONS[1:])}, got {directions!r}')
     if partition not in ("joint", "per_direction"):
         raise ValueError(f'partition is "joint" or "per_direction", got {partition!r}')
     if partition == "per_direction" and {"query_to_query", "doc_to_doc"} & set(directions):
         raise ValueError(
-            'partition="per_direction" takes "query_to_doc" and "doc_to_query"; the others hold no positive of their own, '
+            'partition="per_direction" takes "query_to_doc" and "doc_to_query"; the others have no positive, '
             'use "joint" for them'
         )
     return partition == "joint"
 
 
-def check_prefixes(prefixes, E):
+def check_prefixes(prefixes: Sequence[int] | None, E: int) -> tuple[int, ...]:
+    """The prefix lengths, (E,) by default. Raises ValueError unless they ascend up to E."""
     if prefixes is None:
         return (E,)
     prefixes = tuple(int(p) for p in prefixes)
@@ -58,7 +67,7 @@ def check_prefixes(prefixes, E):
 
 
 def check_numbers(scale: float | torch.Tensor, workspace: int, margin: float | None) -> None:
-    """Errors: ValueError unless scale is a positive number or a tensor of one element, and the others make sense."""
+    """Raises ValueError unless scale is a positive number or a tensor of one element, and the others are in range."""
     if workspace < 1:
         raise ValueError(f"workspace is bytes for scores and must be at least 1, got {workspace}")
     if margin is not None and not math.isfinite(margin):
@@ -71,7 +80,7 @@ def check_numbers(scale: float | torch.Tensor, workspace: int, margin: float | N
 
 
 def check_weights(prefix_weights: Sequence[float] | None, weights_N: torch.Tensor | None, P: int, N: int) -> None:
-    """Errors: ValueError unless there is one weight a prefix and one a query, where there are any."""
+    """Raises ValueError unless weights, where given, are one a prefix and one a query."""
     if prefix_weights is not None and len(prefix_weights) != P:
         raise ValueError(f"{len(prefix_weights)} prefix_weights for {P} prefixes")
     if weights_N is not None and weights_N.shape != (N,):
@@ -88,7 +97,7 @@ def check_labels(
     restricted_M: torch.Tensor | None,
     settings: Settings,
 ) -> Labels:
-    """The labels with their defaults filled in. Errors: ValueError naming what has the wrong shape or is missing."""
+    """The labels with defaults filled in. Raises ValueError naming what has the wrong shape or is missing."""
     N, M, Q = (len(x) for x in tensors)
     shared = tensors[2] is tensors[0]
     if settings.offset < 0 or (not shared and settings.offset + N > Q):
@@ -98,7 +107,7 @@ def check_labels(
     candidate_ids = _ids(candidate_ids, M, "candidate_ids", targets_N.device)
     query_ids = _ids(query_ids, N, "query_ids", targets_N.device)
     if candidate_ids is not None and query_ids is None:
-        # Clamped: a target out of range is said elsewhere, and must not fault here.
+        # Clamped: a target out of range is reported elsewhere, and must not fault here.
         query_ids = (
             candidate_ids[targets_N.clamp(0, M - 1)] if M else candidate_ids.new_zeros(N, candidate_ids.shape[1])
         )
@@ -119,8 +128,8 @@ def check_labels(
                 f"{name} must be {dtype} [{M}] on {targets_N.device}, one entry a candidate, got {x.dtype} {tuple(x.shape)} "
                 f"on {x.device}"
             )
-    found = (targets_N, query_ids, candidate_ids, all_query_ids, owners_M, restricted_M)
-    return Labels(*(None if x is None else x.contiguous() for x in found))
+    optional = (query_ids, candidate_ids, all_query_ids, owners_M, restricted_M)
+    return Labels(targets_N.contiguous(), *(None if x is None else x.contiguous() for x in optional))
 
 
 def _ids(ids, rows, name, device):
@@ -128,26 +137,26 @@ def _ids(ids, rows, name, device):
         return None
     if ids.dtype != torch.int64 or ids.ndim not in (1, 2) or len(ids) != rows or ids.device != device:
         raise ValueError(
-            f"{name} must be int64 [{rows}] or [{rows}, K] on {device}, got {ids.dtype} {tuple(ids.shape)} on {ids.device}"
+            f"{name} must be int64 [{rows}] or [{rows}, I] on {device}, got {ids.dtype} {tuple(ids.shape)} on {ids.device}"
         )
     return ids.unsqueeze(1) if ids.ndim == 1 else ids
 
 
 def check_values(tensors: tuple[torch.Tensor, ...], labels: Labels, settings: Settings) -> None:
-    """Errors: ValueError naming the row that is not finite or the target that is no candidate. Reads the device."""
+    """Raises ValueError naming a row with NaN or Inf, or a target that is not a candidate. Syncs with the device."""
     M = len(tensors[1])
     for name, x in zip(("queries", "candidates", "all_queries"), tensors, strict=True):
         if name == "all_queries" and x is tensors[0]:
             continue
         used = x[:, : settings.prefixes[-1]]
-        # A sum is finite where all of its parts are, but for an overflow, which the slow look then rules out.
+        # A finite sum means finite parts. An infinite one may be an overflow, which the slow check then rules out.
         if len(used) and not torch.isfinite(used.sum(dtype=torch.float64)):
             bad = (~torch.isfinite(used)).any(1).nonzero().flatten()
             if len(bad):
                 row = int(bad[0])
                 at = int((~torch.isfinite(used[row])).nonzero()[0])
                 raise ValueError(
-                    f"{name}: row {row} is not finite ({float(used[row, at])} at {at}), {len(bad)} of {len(x)} rows are not"
+                    f"{name}: row {row} holds NaN or Inf ({float(used[row, at])} at {at}); rows affected: {len(bad)} of {len(x)}"
                 )
     bad = ((labels.targets_N < 0) | (labels.targets_N >= M)).nonzero().flatten()
     if len(bad):

@@ -5,34 +5,34 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Config:
-    """rows x columns of a program (x block_k of E at a time), with Triton's warps and pipeline stages."""
+    """block_rows x block_columns scores a program (block_e of E at a time), with Triton's warps and pipeline stages."""
 
-    block_r: int
-    block_c: int
-    block_k: int
+    block_rows: int
+    block_columns: int
+    block_e: int
     num_warps: int
     num_stages: int
 
-    def meta(self, *, products: bool) -> dict[str, int]:
-        """As a launch's keyword arguments; products: of the fused kernels."""
+    def meta(self, *, fused: bool) -> dict[str, int]:
+        """As keyword arguments of a launch, of the fused kernels or of the elementwise ones."""
         meta = {
-            "BLOCK_R": self.block_r,
-            "BLOCK_C": self.block_c,
+            "BLOCK_ROWS": self.block_rows,
+            "BLOCK_COLUMNS": self.block_columns,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
         }
-        return meta | {"BLOCK_K": self.block_k} if products else meta
+        return meta | {"BLOCK_E": self.block_e} if fused else meta
 
 
-# Passes over scores: (statistics, coefficients). 8 or 16 scores a thread, a row's vectors shared by what a program reads
-# of it; with several prefixes there are sums beside, which take registers.
+# Passes over scores: (statistics, coefficients). 8 or 16 scores a thread; the vectors of a row are shared by all that a
+# program reads of it. With several prefixes there are running sums as well, which take registers.
 _PASSES = (Config(4, 1024, 0, 8, 1), Config(8, 256, 0, 8, 1))
 _PASSES_OF_PREFIXES = (Config(2, 512, 0, 4, 1), Config(8, 64, 0, 4, 1))
-NORMS = {"BLOCK_R": 4, "BLOCK_E": 1024, "num_warps": 8}
-FINISH = {"BLOCK_R": 4, "BLOCK_E": 1024, "num_warps": 8}
+NORMS = {"BLOCK_ROWS": 4, "BLOCK_E": 1024, "num_warps": 8}
+FINISH = {"BLOCK_ROWS": 4, "BLOCK_E": 1024, "num_warps": 8}
 
 # [architecture][load] = (statistics, coefficients). Chosen to compile without spills under Triton 3.6.0 and 3.7.1 with all
-# options of their load: "one" prefix, several "prefixes", or "heavy": a margin, hard negatives of their own, or several
+# options of their load: "one" prefix, several "prefixes", or "heavy": a margin, restricted hard negatives, or several
 # kinds of ids, each of which is a mask that takes registers.
 _HALF = {
     80: {
@@ -56,17 +56,18 @@ _HALF = {
         "heavy": (Config(128, 64, 64, 8, 4), Config(64, 64, 64, 8, 3)),
     },
 }
-# Exact products run on the ordinary cores.
+# Exact fp32 matmuls run on the CUDA cores.
 _SINGLE = (Config(32, 32, 32, 4, 1), Config(32, 32, 32, 4, 1))
 
 ARCHITECTURES = tuple(_HALF)
 
 GROUP = 8
+"""Rows of tiles whose programs run next to each other in the fused coefficients kernel."""
 
 FLOPS_PER_BYTE = 180
-"""bf16 products per second over bytes copied per second: 788e12 / 4.3e12 on an H200; 150 to 300 on other GPUs."""
+"""bf16 FLOP per second over bytes copied per second: 788e12 / 4.3e12 on an H200; 150 to 300 on other GPUs."""
 FUSED_EFFICIENCY = 0.75
-"""Share of the library's rate that a product in Triton reaches: 75 to 77% is what others published for Hopper."""
+"""Share of the library's rate that a matmul in Triton reaches: 75 to 77% is what others published for Hopper."""
 
 
 def elementwise(prefixes: int) -> tuple[Config, Config]:
@@ -75,20 +76,23 @@ def elementwise(prefixes: int) -> tuple[Config, Config]:
 
 
 def fused(arch: int, itemsize: int, prefixes: int, heavy: bool) -> tuple[Config, Config]:
-    """Tiles of the fused kernels: (statistics, coefficients). arch is one of ARCHITECTURES, itemsize bytes an element,
-    heavy: the call has a margin, hard negatives of their own, or several kinds of ids."""
+    """Tiles of the fused kernels: (statistics, coefficients).
+
+    arch: one of ARCHITECTURES; itemsize: bytes an element; heavy: the call has a margin, restricted hard negatives, or
+    several kinds of ids.
+    """
     if itemsize == 4:
         return _SINGLE
     return _HALF[arch]["heavy" if heavy else "one" if prefixes == 1 else "prefixes"]
 
 
 def prefers_fused(E: int, P: int, kept: bool) -> bool:
-    """By the roofline of docs/info-nce.md: time a score in bytes moved, products at FLOPS_PER_BYTE.
+    """By the roofline of docs/info-nce.md: time a score in bytes moved, matmuls at FLOPS_PER_BYTE.
 
-    Chunked: 4 products of 2 E (3 if the scores are kept), and 22 bytes a plane of scores written and read (18 if kept).
-    Fused: 2 products at the library's rate, 2 at the kernel's, and 6 bytes a plane of coefficients, 10 where prefixes are
+    Chunked: 4 matmuls of 2 E FLOP (3 if the scores are kept), and 22 bytes a plane of scores written and read (18 if kept).
+    Fused: 2 matmuls at the library's rate, 2 at the kernel's, and 6 bytes a plane of coefficients, 10 where prefixes are
     added up.
     """
-    product = 2 * E / FLOPS_PER_BYTE
-    chunked = (3 if kept else 4) * product + (18 if kept else 22) * P
-    return (2 + 2 / FUSED_EFFICIENCY) * product + (6 if P == 1 else 10) * P < chunked
+    matmul = 2 * E / FLOPS_PER_BYTE
+    chunked = (3 if kept else 4) * matmul + (18 if kept else 22) * P
+    return (2 + 2 / FUSED_EFFICIENCY) * matmul + (6 if P == 1 else 10) * P < chunked

@@ -1,4 +1,4 @@
-"""InfoNCE a tile of scores at a time, in memory linear in N + M: what a call works with, and its losses."""
+"""InfoNCE a tile of scores at a time, in memory linear in N + M: the state of a call, and its losses."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,12 @@ import torch
 from l2v_kernels.info_nce.paths import Path, choose
 from l2v_kernels.info_nce.settings import Labels, Settings
 from l2v_kernels.info_nce.tiles import Block, Side, Tile, blocks, spans, sum_dtype, tile, tile_shape
+from l2v_kernels.launching import unit_stride
 
 
 @dataclass
 class Pass:
-    """What the forward leaves for the backward, apart from the embeddings themselves."""
+    """The state that the forward leaves for the backward, apart from the embeddings themselves."""
 
     queries: Side
     candidates: Side
@@ -23,42 +24,51 @@ class Pass:
     path: Path
     blocks: list[Block]
     doc_rows_N: torch.Tensor
-    """Targets, clamped into range: whose embeddings are the rows of doc_to_..."""
+    """Targets, clamped into range: their embeddings are the rows of doc_to_..."""
     limit_PN: torch.Tensor | None = None
-    lse_SPN: torch.Tensor | None = None
+    lse_ZPN: torch.Tensor | None = None
     kept: list[torch.Tensor] | None = None
     """Dot products of every block where all of them fit the workspace, [P, N, columns] each."""
 
     @classmethod
-    def start(cls, queries_NE, candidates_ME, all_queries_QE, labels: Labels, scale, settings: Settings) -> "Pass":
+    def start(
+        cls,
+        queries_NE: torch.Tensor,
+        candidates_ME: torch.Tensor,
+        all_queries_QE: torch.Tensor | None,
+        labels: Labels,
+        scale: float | torch.Tensor,
+        settings: Settings,
+    ) -> "Pass":
+        """Chooses the path and computes norms. Arguments as in `l2v_kernels.info_nce`, without gradients."""
         with_queries = any(d.endswith("to_query") for d in settings.directions)
-        shared = all_queries_QE is None or not with_queries
-        n_columns = {"doc": len(candidates_ME), "query": len(queries_NE if shared else all_queries_QE)}
+        others_QE = all_queries_QE if with_queries else None
+        n_columns = {"doc": len(candidates_ME), "query": len(queries_NE if others_QE is None else others_QE)}
         n_scores = len(queries_NE) * sum(n_columns[d.rpartition("_")[2]] for d in settings.directions)
         path = choose(queries_NE, n_scores, settings)
 
         def measured(x_nE: torch.Tensor) -> Side:
-            # Kernels read rows from left to right: another layout is copied.
-            x_nE = x_nE if x_nE.stride(1) == 1 else x_nE.contiguous()
+            x_nE = unit_stride(x_nE)
             return Side.of(x_nE, path.ops.inverse_norms(x_nE, settings))
 
         queries, candidates = measured(queries_NE), measured(candidates_ME)
-        everyone = queries if shared else measured(all_queries_QE)
+        everyone = queries if others_QE is None else measured(others_QE)
         found = blocks(candidates, everyone, labels, settings)
         rows_N = labels.targets_N.clamp(0, max(0, len(candidates_ME) - 1))
         return cls(queries, candidates, everyone, labels, settings, scale, path, found, rows_N)
 
     @property
     def n_rows(self) -> int:
+        """N"""
         return len(self.queries.x_nE)
 
     @property
     def columns_have_rows(self) -> bool:
-        """Whether the queries are columns too, so that their gradient comes from both."""
+        """Whether the queries are columns too, so that their gradient has a part from each role."""
         return self.everyone is self.queries and any(not b.to_docs for b in self.blocks)
 
     def rows(self, block: Block, at: slice) -> torch.Tensor:
-        """[R, E]: the embeddings of a block's rows."""
+        """[r, E]: the embeddings of a block's rows."""
         return self.candidates.x_nE[self.doc_rows_N[at]] if block.of_docs else self.queries.x_nE[at]
 
     def row_scale(self, block: Block) -> torch.Tensor:
@@ -70,8 +80,8 @@ class Pass:
         """Whether the dot products of all blocks, and the coefficients of one, fit the workspace."""
         sizes = [self.n_rows * len(b.columns.x_nE) for b in self.blocks]
         P, plane, out = len(self.settings.prefixes), self.path.plane_bytes, self.queries.x_nE.element_size()
-        most = P * (plane * sum(sizes) + out * max(sizes)) + self.path.scratch_bytes * max(sizes)
-        return bool(plane) and most <= min(self.settings.workspace, self.path.most_bytes)
+        needed = P * (plane * sum(sizes) + out * max(sizes)) + self.path.scratch_bytes * max(sizes)
+        return bool(plane) and needed <= min(self.settings.workspace, self.path.max_tile_bytes)
 
     def tile_sides(self, block: Block, whole: bool) -> tuple[int, int]:
         """(rows, columns) of this block's tiles."""
@@ -81,26 +91,25 @@ class Pass:
         P, x = len(self.settings.prefixes), self.queries.x_nE
         # A quarter of the workspace is for the gradient of a tile's rows, in the dtype of sums.
         most_rows = max(1, self.settings.workspace // 4 // (x.shape[1] * sum_dtype(x).itemsize))
-        bytes_a_score = P * (self.path.plane_bytes + x.element_size()) + self.path.scratch_bytes
-        budget = min(self.settings.workspace * 3 // 4, self.path.most_bytes)
-        return tile_shape(min(self.n_rows, most_rows), columns, max(1, budget // bytes_a_score))
+        score_bytes = P * (self.path.plane_bytes + x.element_size()) + self.path.scratch_bytes
+        budget = min(self.settings.workspace * 3 // 4, self.path.max_tile_bytes)
+        return tile_shape(min(self.n_rows, most_rows), columns, max(1, budget // score_bytes))
 
     def one_pass_rows(self) -> int:
-        """How many rows have room for their scores with all columns, so that losses and gradients need one look at them;
-        0 where two looks are better.
+        """How many rows fit with their scores of all columns, so that losses and gradients take one pass; 0 for two passes.
 
-        Few rows at a time save a product but read and write the candidates' gradient more often: below `least_rows` the
-        saving is gone. In fp16 gradients need the loss scale, which comes with the backward.
+        One pass saves a matmul, but with few rows at a time it reads and writes the candidates' gradient more often: below
+        `min_rows` it saves nothing. In fp16 gradients need the loss scale, which is known only in the backward.
         """
         columns = [len(b.columns.x_nE) for b in self.blocks]
         P, x = len(self.settings.prefixes), self.queries.x_nE
         if not self.path.plane_bytes or x.dtype == torch.float16 or self.n_rows == 0 or self.fits():
             return 0
-        a_row = P * (self.path.plane_bytes * sum(columns) + x.element_size() * max(columns))
-        a_row += self.path.scratch_bytes * max(columns)
+        row_bytes = P * (self.path.plane_bytes * sum(columns) + x.element_size() * max(columns))
+        row_bytes += self.path.scratch_bytes * max(columns)
         rows = min(self.n_rows, self.settings.workspace // 4 // (x.shape[1] * sum_dtype(x).itemsize))
-        rows = min(rows, min(self.settings.workspace * 3 // 4, self.path.most_bytes) // a_row)
-        return rows if rows >= min(self.n_rows, self.path.least_rows) else 0
+        rows = min(rows, min(self.settings.workspace * 3 // 4, self.path.max_tile_bytes) // row_bytes)
+        return rows if rows >= min(self.n_rows, self.path.min_rows) else 0
 
     def tiles(self, block: Block, row_scale_PN: torch.Tensor, at: slice, width: int) -> list[Tile]:
         """The tiles of a block for these rows, from left to right."""
@@ -108,33 +117,33 @@ class Pass:
         return [tile(block, at, columns, *arguments) for columns in spans(len(block.columns.x_nE), width)]
 
     def buffer(self, sides: list[tuple[int, int]], dtype: torch.dtype) -> torch.Tensor:
-        """Room for P planes of the largest of these tiles."""
+        """A flat buffer for P planes of the largest of these tiles."""
         size = len(self.settings.prefixes) * max(r * c for r, c in sides)
         return torch.empty(size, dtype=dtype, device=self.queries.x_nE.device)
 
     def cut(self, buffer: torch.Tensor, of: Tile) -> torch.Tensor:
-        """[P, R, C] at the start of a buffer."""
+        """[P, r, c] at the start of a buffer."""
         P, (R, C) = len(self.settings.prefixes), of.shape
         return buffer[: P * R * C].view(P, R, C)
 
-    def dots(self, of: Tile, x_RE: torch.Tensor, out_PRC: torch.Tensor) -> torch.Tensor:
-        """The planes of a tile."""
-        y_CE = of.block.columns.x_nE[of.columns]
-        self.path.dots(x_RE, y_CE, out_PRC, self.settings)
-        return out_PRC
+    def dots(self, of: Tile, x_rE: torch.Tensor, out_Prc: torch.Tensor) -> torch.Tensor:
+        """Writes the planes [P, r, c] of a tile into out and returns them."""
+        y_cE = of.block.columns.x_nE[of.columns]
+        self.path.dots(x_rE, y_cE, out_Prc, self.settings)
+        return out_Prc
 
 
 @dataclass
 class Statistics:
-    """Running maximum m and sum l of exp(score - m) of each softmax [S, P, N], and each pair's score [P, N]."""
+    """Running maximum m and sum l of exp(score - m) of each softmax [Z, P, N], and each pair's score [P, N]."""
 
-    m_SPN: torch.Tensor
-    l_SPN: torch.Tensor
+    m_ZPN: torch.Tensor
+    l_ZPN: torch.Tensor
     pair_PN: torch.Tensor
 
     @classmethod
     def of(cls, run: Pass) -> "Statistics":
-        """Before the first tile. With a margin the limits are set, which need the pairs' scores ahead of the tiles."""
+        """Before the first tile. With a margin it also sets the limits, which need the pairs' scores ahead of the tiles."""
         if run.settings.margin is not None:
             run.limit_PN = _pairs(run) + run.settings.margin * run.scale
         like_PN = run.queries.inverse_Pn
@@ -142,24 +151,24 @@ class Statistics:
         # A row whose target is no candidate keeps its NaN.
         return cls(like_PN.new_full(shape, -torch.inf), like_PN.new_zeros(shape), torch.full_like(like_PN, torch.nan))
 
-    def fold(self, run: Pass, part: Tile, x_RE: torch.Tensor, planes_PRC: torch.Tensor | None) -> None:
-        """Carry them over a tile."""
+    def fold(self, run: Pass, part: Tile, x_rE: torch.Tensor, planes_Prc: torch.Tensor | None) -> None:
+        """Update them by a tile."""
         s, at = part.block.statistic, part.rows
         pair = self.pair_PN[:, at] if part.block.direction == "query_to_doc" else None
-        m_PR, l_PR = self.m_SPN[s, :, at], self.l_SPN[s, :, at]
-        run.path.statistics(part, x_RE, planes_PRC, m_PR, l_PR, pair, run.settings)
+        m_Pr, l_Pr = self.m_ZPN[s, :, at], self.l_ZPN[s, :, at]
+        run.path.statistics(part, x_rE, planes_Prc, m_Pr, l_Pr, pair, run.settings)
 
     def lse(self, at: slice) -> torch.Tensor:
-        """[S, P, R]: log Z of some rows, all of whose tiles have been seen."""
-        return self.m_SPN[..., at] + self.l_SPN[..., at].log()
+        """[Z, P, r]: log Z of these rows, once all their tiles were folded in."""
+        return self.m_ZPN[..., at] + self.l_ZPN[..., at].log()
 
-    def losses(self, lse_SPN: torch.Tensor) -> torch.Tensor:
-        """[P, N]."""
-        return (lse_SPN[0] if len(lse_SPN) == 1 else lse_SPN.mean(0)) - self.pair_PN
+    def losses(self, lse_ZPN: torch.Tensor) -> torch.Tensor:
+        """[P, N], from the log Z [Z, P, N] of all rows."""
+        return (lse_ZPN[0] if len(lse_ZPN) == 1 else lse_ZPN.mean(0)) - self.pair_PN
 
 
 def losses(run: Pass, keep: bool) -> torch.Tensor:
-    """[P, N]; fills in what `gradients` needs. keep: hold on to the dot products where they fit."""
+    """[P, N]; fills in what `gradients` needs. keep: keep the dot products where they fit."""
     dtype, device = run.queries.inverse_Pn.dtype, run.queries.x_nE.device
     statistics, whole = Statistics.of(run), run.fits()
     run.kept = [] if keep and whole else None
@@ -168,28 +177,28 @@ def losses(run: Pass, keep: bool) -> torch.Tensor:
     for block, (rows, width) in zip(run.blocks, sides, strict=True):
         row_scale_PN = run.row_scale(block)
         for at in spans(run.n_rows, rows):
-            x_RE = run.rows(block, at)
+            x_rE = run.rows(block, at)
             for part in run.tiles(block, row_scale_PN, at, width):
-                planes_PRC = None
+                planes_Prc = None
                 if run.path.plane_bytes:
                     shape = (len(run.settings.prefixes), *part.shape)
-                    planes_PRC = (
+                    planes_Prc = (
                         torch.empty(shape, dtype=dtype, device=device) if buffer is None else run.cut(buffer, part)
                     )
-                    run.dots(part, x_RE, planes_PRC)
+                    run.dots(part, x_rE, planes_Prc)
                     if run.kept is not None:
-                        run.kept.append(planes_PRC)
-                statistics.fold(run, part, x_RE, planes_PRC)
-    run.lse_SPN = statistics.lse(slice(None))
-    return statistics.losses(run.lse_SPN)
+                        run.kept.append(planes_Prc)
+                statistics.fold(run, part, x_rE, planes_Prc)
+    run.lse_ZPN = statistics.lse(slice(None))
+    return statistics.losses(run.lse_ZPN)
 
 
 def _pairs(run: Pass) -> torch.Tensor:
-    """[P, N]: the score of each pair, before the tiles come to it: the margin is measured from there."""
+    """[P, N]: the score of each pair, which the margin is relative to, ahead of the tiles."""
     queries, settings = run.queries, run.settings
     dots_PN = torch.empty_like(queries.inverse_Pn)
     for at in spans(run.n_rows, 2048):
-        x_RE, y_RE = queries.x_nE[at], run.candidates.x_nE[run.doc_rows_N[at]]
-        for p, (begin, end) in enumerate(settings.segments):
-            dots_PN[p, at] = (x_RE[:, begin:end].to(dots_PN.dtype) * y_RE[:, begin:end]).sum(1)
+        x_rE, y_rE = queries.x_nE[at], run.candidates.x_nE[run.doc_rows_N[at]]
+        for p, (begin, end) in enumerate(settings.prefix_slices):
+            dots_PN[p, at] = (x_rE[:, begin:end].to(dots_PN.dtype) * y_rE[:, begin:end]).sum(1)
     return dots_PN.cumsum(0) * queries.inverse_Pn * run.candidates.inverse_Pn[:, run.doc_rows_N] * run.scale

@@ -1,4 +1,4 @@
-"""What the InfoNCE kernels share: who compares with whom, and what a score does to the gradient."""
+"""What the InfoNCE kernels share: which pairs are compared, and the coefficient of a pair in the gradient."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def own_columns(target_ptr, rows, in_rows, first_column, n_columns):
-    """int32 [R]: each row's own column within the tile, -1 where it lies elsewhere."""
+    """int32 [BLOCK_ROWS]: each row's own column within the tile, -1 where it lies elsewhere."""
     own = tl.load(target_ptr + rows, mask=in_rows, other=-1) - first_column
     return tl.where((own >= 0) & (own < n_columns), own, -1).to(tl.int32)
 
@@ -26,7 +26,7 @@ def hidden_pairs(
     OWN: tl.constexpr,
     RESTRICTED: tl.constexpr,
 ):
-    """What ids and owners hide, bool [R, C], or [1, 1] false where there are none. IDS kinds of ids, 0 for none."""
+    """bool [r, c]: pairs that ids and owners exclude; [1, 1] false without either. IDS: kinds of ids, 0 for none."""
     hide = tl.zeros([1, 1], tl.int1)
     for kind in tl.static_range(IDS):
         row_id = tl.load(row_ids_ptr + rows * IDS + kind, mask=in_rows, other=-1)
@@ -56,9 +56,9 @@ def masked_scores(
     KEEP: tl.constexpr,
     LIMIT: tl.constexpr,
 ):
-    """Scores [R, C] with -inf where a row does not compare.
+    """Scores [r, c], -inf where a row is not compared with a column.
 
-    limit is at the prefix. HIDE: `hide` holds something. KEEP: a row's own column is always seen; otherwise never.
+    limit_ptr points at the prefix. HIDE: `hide` excludes pairs. KEEP: a row's own column is always compared, else never.
     """
     if HIDE or LIMIT or not KEEP:
         is_own = columns[None, :] == own[:, None]
@@ -74,7 +74,7 @@ def masked_scores(
 
 @triton.jit
 def fold(state_m, state_l, masked, p, PREFIXES: tl.constexpr):
-    """The running maximum and sum [R, PREFIXES] of prefix p, carried over a block of scores [R, C]."""
+    """The running maximum and sum [BLOCK_ROWS, PREFIXES], those of prefix p updated by a block of scores [r, c]."""
     at_p = tl.arange(0, PREFIXES)[None, :] == p
     m = tl.sum(tl.where(at_p, state_m, 0.0), 1)
     el = tl.sum(tl.where(at_p, state_l, 0.0), 1)
@@ -103,15 +103,17 @@ def pair_coefficients(
     LIMIT: tl.constexpr,
     MINUS: tl.constexpr,
 ):
-    """Coefficients [R, C] of one prefix, at which the pointers are: (softmax - 1 at the pair if MINUS) * row_out *
-    column_scale. Columns beyond the tile have a scale of 0 and come out 0."""
+    """Coefficients [r, c] of the prefix that the pointers point at: (softmax - 1 at the pair if MINUS) * row_out * column_scale.
+
+    Columns beyond the tile have a scale of 0, so their coefficients are 0.
+    """
     row_scale = tl.load(row_scale_ptr + rows, mask=in_rows, other=0.0)
     column_scale = tl.load(column_scale_ptr + columns, mask=in_columns, other=0.0)
     lse = tl.load(lse_ptr + rows, mask=in_rows, other=0.0)
     row_out = tl.load(row_out_ptr + rows, mask=in_rows, other=0.0)
     scores = dots * row_scale[:, None] * column_scale[None, :]
     e = masked_scores(scores, limit_ptr, rows, columns, in_rows, hide, own, HIDE, KEEP, LIMIT) - lse[:, None]
-    # Never above 0 but for columns beyond the tile, where an infinity would become NaN; a comparison keeps a true NaN.
+    # Above 0 only for columns beyond the tile, where infinity times 0 would be NaN; the comparison preserves a true NaN.
     e = tl.exp(tl.where(e > 0.0, 0.0, e))
     if MINUS:
         e = tl.where(columns[None, :] == own[:, None], e - 1.0, e)

@@ -1,14 +1,14 @@
-"""The passes over a tile of dot products as Triton kernels, and the last pass over a gradient. Bound by memory."""
+"""The passes over a tile of dot products, and the last pass over a gradient, as Triton kernels. Bound by memory."""
 
 import triton
 import triton.language as tl
 
 from l2v_kernels.info_nce.kernel_common import fold, hidden_pairs, masked_scores, own_columns, pair_coefficients
 
-FREE = ["n_rows", "first_column", "first_number", "n_prefixes"]
-"""Arguments whose divisibility is no gain: kernels of their own would only be compiled more often. n_columns is not among
-them: a mask whose end is a multiple of 16 is what lets loads be 16 bytes wide. n_prefixes is P again, for loops: with a
-bound that the compiler knows it unrolls them all and spills."""
+NOT_SPECIALIZED = ["n_rows", "first_column", "first_number", "n_prefixes"]
+"""Arguments whose divisibility gains nothing: specialising them would only compile more often. n_columns is not among them:
+only a mask that ends at a multiple of 16 lets loads be 16 bytes wide. n_prefixes is P once more, for loops: with a bound
+that it knows, the compiler unrolls them all and spills."""
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_prefixes"])
@@ -21,17 +21,17 @@ def norms_kernel(
     n_prefixes,
     P: tl.constexpr,
     ALIGN: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """out float64 [P, n]: 1 / norm of the prefixes of x, 0 where that is 0. bounds int32 [P + 1]: 0, prefixes, over ALIGN.
+    """out float64 [P, n]: 1 / norm of the prefixes of x, 0 for a norm of 0. bounds int32 [P + 1]: 0 and the prefixes / ALIGN.
 
-    Squares are added in fp32 within a block, blocks in float64: an error here would shift all scores of a row alike.
+    Squares are added in fp32 within a block and across blocks in float64: an error here would shift all scores of a row.
     """
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     in_rows = rows < n_rows
     x_ptr += rows.to(tl.int64)[:, None] * x_stride
-    squares = tl.zeros([BLOCK_R], tl.float64)
+    squares = tl.zeros([BLOCK_ROWS], tl.float64)
     for p in range(n_prefixes if P > 1 else 1):
         begin = tl.load(bounds_ptr + p) * ALIGN
         end = tl.load(bounds_ptr + p + 1) * ALIGN
@@ -44,7 +44,7 @@ def norms_kernel(
         tl.store(out_ptr + tl.cast(p, tl.int64) * n_rows + rows, inverse, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=FREE)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def statistics_kernel(
     planes_ptr,
     m_ptr,
@@ -78,12 +78,14 @@ def statistics_kernel(
     LIMIT: tl.constexpr,
     KEEP: tl.constexpr,
     PAIR: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    """m, l and (PAIR) pair [P, R], strides state_stride, carried over planes [P, R, C]. A program owns its rows, so the
-    order of sums is fixed. PREFIXES is P, rounded up to a power of two."""
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """Updates m, l and (PAIR) pair [P, r], of stride state_stride, by planes [P, r, c].
+
+    A program owns its rows, so the order of sums is fixed. PREFIXES is P, rounded up to a power of two.
+    """
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     in_rows = rows < n_rows
     own = own_columns(target_ptr, rows, in_rows, first_column, n_columns)
     prefixes = tl.arange(0, PREFIXES)[None, :]
@@ -94,17 +96,17 @@ def statistics_kernel(
     if PAIR:
         pair = tl.load(pair_ptr + at_state, mask=in_state, other=0.0)
     planes_ptr += rows.to(tl.int64)[:, None] * row_stride
-    for start in range(0, n_columns, BLOCK_C):
-        columns = start + tl.arange(0, BLOCK_C)
+    for start in range(0, n_columns, BLOCK_COLUMNS):
+        columns = start + tl.arange(0, BLOCK_COLUMNS)
         in_columns = columns < n_columns
         hide = hidden_pairs(
             rows, columns, in_rows, in_columns, row_ids_ptr, column_ids_ptr, owners_ptr, restricted_ptr, first_number,
             IDS, OWN, RESTRICTED,
         )  # fmt: skip
-        # Columns beyond the end go through a vector: a mask a score would cost as many registers as the scores.
+        # Columns beyond the end are excluded by a vector: a mask of all scores would take as many registers as the scores.
         beyond = tl.where(in_columns, 0.0, float("-inf"))
         inside = in_rows[:, None] & in_columns[None, :]
-        dots = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        dots = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
         for p in range(n_prefixes if P > 1 else 1):
             dots += tl.load(planes_ptr + tl.cast(p, tl.int64) * plane_stride + columns[None, :], mask=inside, other=0.0)
             row_scale = tl.load(row_scale_ptr + p * row_scale_stride + rows, mask=in_rows, other=0.0)
@@ -115,7 +117,7 @@ def statistics_kernel(
             )
             state_m, state_l = fold(state_m, state_l, masked + beyond[None, :], p, PREFIXES)
             if PAIR:
-                here = (own >= start) & (own < start + BLOCK_C)
+                here = (own >= start) & (own < start + BLOCK_COLUMNS)
                 picked = tl.sum(tl.where(columns[None, :] == own[:, None], scores, 0.0), 1)
                 pair = tl.where(here[:, None] & (prefixes == p), picked[:, None], pair)
     tl.store(m_ptr + at_state, state_m, mask=in_state)
@@ -124,7 +126,7 @@ def statistics_kernel(
         tl.store(pair_ptr + at_state, pair, mask=in_state)
 
 
-@triton.jit(do_not_specialize=FREE)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def coefficients_kernel(
     planes_ptr,
     out_ptr,
@@ -160,14 +162,16 @@ def coefficients_kernel(
     LIMIT: tl.constexpr,
     KEEP: tl.constexpr,
     MINUS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
 ):
-    """out [P, R, C] from planes [P, R, C], and sums of coefficient * dot: row_sums [column blocks, P, R], column_sums [row
-    blocks, P, C], one entry a program, to be added up. With several prefixes it goes over the planes twice: first for the
-    sum of all coefficients, then each segment gets what is left of it."""
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """out [P, r, c] from planes [P, r, c], and sums of coefficient * dot.
+
+    row_sums [column blocks, P, r] and column_sums [row blocks, P, c] have one entry a program, to be added up. With several
+    prefixes a program reads the planes twice: first for the sum of all coefficients, then each slice gets the rest of it.
+    """
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_rows, in_columns = rows < n_rows, columns < n_columns
     inside = in_rows[:, None] & in_columns[None, :]
     own = own_columns(target_ptr, rows, in_rows, first_column, n_columns)
@@ -176,9 +180,9 @@ def coefficients_kernel(
         IDS, OWN, RESTRICTED,
     )  # fmt: skip
     at = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
-    left = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    left = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     for turn in tl.static_range(2 if P > 1 else 1):
-        dots = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        dots = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
         for p in range(n_prefixes if P > 1 else 1):
             at_p = tl.cast(p, tl.int64) * plane_stride + at
             dots += tl.load(planes_ptr + at_p, mask=inside, other=0.0)
@@ -213,11 +217,11 @@ def finish_kernel(
     x_stride,
     out_stride,
     UNSCALE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """out = sum * unscale - x * along, columns begin .. end of rows; one rounding to out's dtype. out may be sum."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = begin + tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask = (rows < n_rows)[:, None] & (columns < end)[None, :]
     along = tl.load(along_ptr + rows, mask=rows < n_rows, other=0.0)

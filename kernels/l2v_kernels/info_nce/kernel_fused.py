@@ -1,15 +1,15 @@
-"""Scores that never leave the kernel that makes them: products on the tensor cores, statistics or coefficients at once."""
+"""Scores that never leave the kernel that computes them: a matmul on the tensor cores, then statistics or coefficients."""
 
 import triton
 import triton.language as tl
 
 from l2v_kernels.info_nce.kernel_common import fold, hidden_pairs, masked_scores, own_columns, pair_coefficients
 
-FREE = ["n_rows", "first_column", "first_number", "n_prefixes"]
+NOT_SPECIALIZED = ["n_rows", "first_column", "first_number", "n_prefixes"]
 
 
 @triton.jit
-def add_segment(
+def add_slice(
     dots,
     x_ptr,
     y_ptr,
@@ -18,20 +18,20 @@ def add_segment(
     in_columns,
     ALIGN: tl.constexpr,
     EVEN: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dots [R, C] + x[:, begin:end] y[:, begin:end]^T. x and y point at the first element of rows, [R, 1] and [C, 1].
+    """dots [r, c] + x[:, begin:end] y[:, begin:end]^T. x and y point at the first element of rows, [r, 1] and [c, 1].
 
-    bounds holds begin / ALIGN and end / ALIGN: a product with 16 is what lets the compiler see that loads are 16 bytes
-    wide. EVEN: BLOCK_K divides the segment, so its end needs no mask.
+    bounds holds begin / ALIGN and end / ALIGN: from the multiplication by 16 the compiler sees that loads are 16 bytes wide.
+    EVEN: BLOCK_E divides the slice, so its end needs no mask.
     """
     begin = tl.load(bounds_ptr) * ALIGN
     length = tl.load(bounds_ptr + 1) * ALIGN - begin
     x_ptr += begin
     y_ptr += begin
-    for block in range(tl.cdiv(length, BLOCK_K)):
-        k = block * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    for block in range(tl.cdiv(length, BLOCK_E)):
+        k = block * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
         if EVEN:
             x = tl.load(x_ptr + k, mask=in_rows[:, None], other=0.0)
             y = tl.load(y_ptr + k, mask=in_columns[:, None], other=0.0)
@@ -42,7 +42,7 @@ def add_segment(
     return dots
 
 
-@triton.jit(do_not_specialize=[*FREE, "split_columns"])
+@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "split_columns"])
 def fused_statistics_kernel(
     x_ptr,
     y_ptr,
@@ -80,31 +80,31 @@ def fused_statistics_kernel(
     ALIGN: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
-    """m, l and pair [splits, P, R] of the columns split_columns * program 1 and on: one part a program, to be merged.
+    """m, l and pair [J, P, r]: program (i, j) covers split_columns columns from split_columns * j on; parts are merged later.
 
-    bounds int32 [P + 1] holds 0 and the prefixes, over ALIGN. pair is 0 in splits that do not hold a row's own column.
+    bounds int32 [P + 1] holds 0 and the prefixes / ALIGN. pair is 0 in splits without a row's own column.
     """
-    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     in_rows = rows < n_rows
     own = own_columns(target_ptr, rows, in_rows, first_column, n_columns)
     prefixes = tl.arange(0, PREFIXES)[None, :]
-    state_m = tl.full([BLOCK_R, PREFIXES], float("-inf"), tl.float32)
-    state_l = tl.zeros([BLOCK_R, PREFIXES], tl.float32)
-    pair = tl.zeros([BLOCK_R, PREFIXES], tl.float32)
+    state_m = tl.full([BLOCK_ROWS, PREFIXES], float("-inf"), tl.float32)
+    state_l = tl.zeros([BLOCK_ROWS, PREFIXES], tl.float32)
+    pair = tl.zeros([BLOCK_ROWS, PREFIXES], tl.float32)
     x_rows_ptr = x_ptr + rows.to(tl.int64)[:, None] * x_stride
     first = tl.program_id(1) * split_columns
-    for start in range(first, min(first + split_columns, n_columns), BLOCK_C):
-        columns = start + tl.arange(0, BLOCK_C)
+    for start in range(first, min(first + split_columns, n_columns), BLOCK_COLUMNS):
+        columns = start + tl.arange(0, BLOCK_COLUMNS)
         in_columns = columns < n_columns
         y_columns_ptr = y_ptr + columns.to(tl.int64)[:, None] * y_stride
-        dots = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        dots = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
         for p in range(n_prefixes if P > 1 else 1):
-            dots = add_segment(
-                dots, x_rows_ptr, y_columns_ptr, bounds_ptr + p, in_rows, in_columns, ALIGN, EVEN, BLOCK_K, PRECISION
+            dots = add_slice(
+                dots, x_rows_ptr, y_columns_ptr, bounds_ptr + p, in_rows, in_columns, ALIGN, EVEN, BLOCK_E, PRECISION
             )
             hide = hidden_pairs(
                 rows, columns, in_rows, in_columns, row_ids_ptr, column_ids_ptr, owners_ptr, restricted_ptr, first_number,
@@ -127,7 +127,7 @@ def fused_statistics_kernel(
     tl.store(pair_ptr + at_state, pair, mask=in_state)
 
 
-@triton.jit(do_not_specialize=FREE)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def fused_coefficients_kernel(
     x_ptr,
     y_ptr,
@@ -171,32 +171,35 @@ def fused_coefficients_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
-    """As `coefficients_kernel`, from the embeddings. Each prefix's coefficients are written as they come; with several, a
-    program then reads back what it wrote, last prefix first, and adds up. GROUP rows of tiles go together, so that the
-    columns they read are still in the cache."""
-    row_blocks, column_blocks = tl.cdiv(n_rows, BLOCK_R), tl.cdiv(n_columns, BLOCK_C)
+    """As `coefficients_kernel`, from the embeddings.
+
+    Each prefix's coefficients are written as soon as they are computed; with several prefixes, a program then reads back
+    what it wrote, last prefix first, and adds up. GROUP rows of tiles run together, so that the columns they read are still
+    in the cache.
+    """
+    row_blocks, column_blocks = tl.cdiv(n_rows, BLOCK_ROWS), tl.cdiv(n_columns, BLOCK_COLUMNS)
     group = tl.program_id(0) // (GROUP * column_blocks)
     inside_group = tl.program_id(0) % (GROUP * column_blocks)
     height = min(row_blocks - group * GROUP, GROUP)
     row_block, column_block = group * GROUP + inside_group % height, inside_group // height
-    rows = row_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    columns = column_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_rows, in_columns = rows < n_rows, columns < n_columns
     inside = in_rows[:, None] & in_columns[None, :]
     own = own_columns(target_ptr, rows, in_rows, first_column, n_columns)
     x_rows_ptr = x_ptr + rows.to(tl.int64)[:, None] * x_stride
     y_columns_ptr = y_ptr + columns.to(tl.int64)[:, None] * y_stride
     at = rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
-    dots = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    dots = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     for p in range(n_prefixes if P > 1 else 1):
-        dots = add_segment(
-            dots, x_rows_ptr, y_columns_ptr, bounds_ptr + p, in_rows, in_columns, ALIGN, EVEN, BLOCK_K, PRECISION
+        dots = add_slice(
+            dots, x_rows_ptr, y_columns_ptr, bounds_ptr + p, in_rows, in_columns, ALIGN, EVEN, BLOCK_E, PRECISION
         )
-        # Not before the loop: it would take registers from the products.
+        # Not before the loop: it would take registers from the matmul.
         hide = hidden_pairs(
             rows, columns, in_rows, in_columns, row_ids_ptr, column_ids_ptr, owners_ptr, restricted_ptr, first_number,
             IDS, OWN, RESTRICTED,
@@ -214,9 +217,9 @@ def fused_coefficients_kernel(
         tl.store(row_sums_ptr + row_at, tl.sum(moment, 1), mask=in_rows)
         tl.store(column_sums_ptr + column_at, tl.sum(moment, 0), mask=in_columns)
     if P > 1:
-        # A thread may read back what another one wrote, if the compiler gives loads another layout than stores.
+        # A thread may read back what another one wrote, if the compiler chooses another layout for loads than for stores.
         tl.debug_barrier()
-        total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+        total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
         for q in range(n_prefixes):
             at_q = tl.cast(P - 1 - q, tl.int64) * plane_stride + at
             total += tl.load(out_ptr + at_q, mask=inside, other=0.0).to(tl.float32)

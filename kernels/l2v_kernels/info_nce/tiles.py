@@ -1,4 +1,4 @@
-"""The blocks of scores that the directions ask for, and the pieces of them that exist at one time."""
+"""Blocks of scores, one a direction, and the tiles of them that exist at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ class Side:
 
     x_nE: torch.Tensor
     exact_Pn: torch.Tensor
-    """1 / norm of each prefix of each row, 0 for a zero vector, in float64: whatever multiplies it is rounded after."""
+    """1 / norm of each prefix of each row, 0 for a zero vector, in float64: rounded only after it is multiplied."""
     inverse_Pn: torch.Tensor
-    """The same in the dtype of sums."""
+    """The same, rounded to the dtype of sums."""
 
     @classmethod
     def of(cls, x_nE: torch.Tensor, exact_Pn: torch.Tensor) -> "Side":
@@ -31,43 +31,44 @@ class Block:
     columns: Side
     targets_N: torch.Tensor
     """Each row's own column: its positive, or the query itself."""
-    column_ids_CK: torch.Tensor | None
+    column_ids_nI: torch.Tensor | None
     keep_target: bool
-    """Whether a row's own column is one of its terms (the pair) or never (a text with itself)."""
+    """Whether a row's own column is a term of the softmax (the pair) or never (a text with itself)."""
     minus: bool
     """Whether the loss subtracts the own column's score here."""
     statistic: int
-    """Which softmax the terms belong to."""
+    """The index of the softmax that the terms belong to."""
 
     @property
     def of_docs(self) -> bool:
-        """Rows are the positives, not the queries."""
+        """Whether rows are the positives, not the queries."""
         return self.direction.startswith("doc")
 
     @property
     def to_docs(self) -> bool:
+        """Whether columns are the candidates, not the queries."""
         return self.direction.endswith("to_doc")
 
 
 @dataclass
 class Tile:
-    """One piece of a block, R rows by C columns, as views of what belongs to whole rows and columns."""
+    """One piece of a block, r rows by c columns, as views of what belongs to whole rows and columns."""
 
     block: Block
     rows: slice
     columns: slice
-    row_scale_PR: torch.Tensor
+    row_scale_Pr: torch.Tensor
     """scale / norm, so that score = dot * row_scale * column_scale."""
-    column_scale_PC: torch.Tensor
-    targets_R: torch.Tensor
-    row_ids_RK: torch.Tensor | None
-    column_ids_CK: torch.Tensor | None
-    owners_C: torch.Tensor | None
-    restricted_C: torch.Tensor | None
+    column_scale_Pc: torch.Tensor
+    targets_r: torch.Tensor
+    row_ids_rI: torch.Tensor | None
+    column_ids_cI: torch.Tensor | None
+    owners_c: torch.Tensor | None
+    restricted_c: torch.Tensor | None
     hide_own: bool
-    """Hide all that its owner was given with (doc_to_doc)."""
-    limit_PR: torch.Tensor | None
-    """Scores above are false negatives."""
+    """Exclude all candidates of a row's own query (doc_to_doc)."""
+    limit_Pr: torch.Tensor | None
+    """Scores above it are false negatives."""
     first_number: int
     """Number of the first row among all queries."""
 
@@ -81,25 +82,25 @@ class Tile:
 
 
 def sum_dtype(x: torch.Tensor) -> torch.dtype:
-    """What products of x are summed in."""
+    """The dtype in which matmuls of x are summed."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def blocks(candidates: Side, everyone: Side, labels: Labels, settings: Settings) -> list[Block]:
     """The blocks in a fixed order, query_to_doc first."""
-    N = len(labels.targets_N)
-    numbers_N = None
-    out = []
+    targets_N = labels.targets_N
+    own_N: torch.Tensor | None = None
+    out: list[Block] = []
     for direction in settings.directions:
         to_docs = direction.endswith("to_doc")
-        if not to_docs and numbers_N is None:
-            numbers_N = torch.arange(settings.offset, settings.offset + N, device=labels.targets_N.device)
+        if not to_docs and own_N is None:
+            own_N = torch.arange(settings.offset, settings.offset + len(targets_N), device=targets_N.device)
         out.append(
             Block(
                 direction,
                 columns=candidates if to_docs else everyone,
-                targets_N=labels.targets_N if to_docs else numbers_N,
-                column_ids_CK=labels.candidate_ids_MK if to_docs else labels.all_query_ids_QK,
+                targets_N=targets_N if to_docs or own_N is None else own_N,
+                column_ids_nI=labels.candidate_ids_MI if to_docs else labels.all_query_ids_QI,
                 keep_target=direction in ("query_to_doc", "doc_to_query"),
                 minus=direction == "query_to_doc" or not settings.joint,
                 statistic=0 if settings.joint else len(out),
@@ -117,8 +118,8 @@ def tile(
     labels: Labels,
     settings: Settings,
 ) -> Tile:
-    """The piece of a block; nothing is copied."""
-    ids = block.column_ids_CK
+    """The tile of a block at these rows and columns; nothing is copied."""
+    ids = block.column_ids_nI
     hide_own = block.direction == "doc_to_doc" and labels.owners_M is not None
     restricted = labels.restricted_M if block.to_docs else None
     owners = labels.owners_M if hide_own or restricted is not None else None
@@ -126,24 +127,24 @@ def tile(
         block,
         rows,
         columns,
-        row_scale_PR=row_scale_PN[:, rows],
-        column_scale_PC=block.columns.inverse_Pn[:, columns],
-        targets_R=block.targets_N[rows],
-        row_ids_RK=None if ids is None else labels.query_ids_NK[rows],
-        column_ids_CK=None if ids is None else ids[columns],
-        owners_C=None if owners is None else owners[columns],
-        restricted_C=None if restricted is None else restricted[columns],
+        row_scale_Pr=row_scale_PN[:, rows],
+        column_scale_Pc=block.columns.inverse_Pn[:, columns],
+        targets_r=block.targets_N[rows],
+        row_ids_rI=None if ids is None or labels.query_ids_NI is None else labels.query_ids_NI[rows],
+        column_ids_cI=None if ids is None else ids[columns],
+        owners_c=None if owners is None else owners[columns],
+        restricted_c=None if restricted is None else restricted[columns],
         hide_own=hide_own,
-        limit_PR=None if limit_PN is None else limit_PN[:, rows],
+        limit_Pr=None if limit_PN is None else limit_PN[:, rows],
         first_number=settings.offset + rows.start,
     )
 
 
 def tile_shape(n_rows: int, n_columns: int, scores: int) -> tuple[int, int]:
-    """Rows and columns of a tile of at most `scores` scores.
+    """(rows, columns) of a tile of at most `scores` scores.
 
-    The gradient of the columns is read and written once for every tile above the last, that of the rows once for every
-    tile beside it: nearly square tiles move the least. Sides are multiples of 128, as products like them.
+    Every row of tiles reads and writes the gradient of the columns, every column of tiles that of the rows: nearly square
+    tiles move the fewest bytes. Sides are multiples of 128, which suit GEMM tiles.
     """
     if n_rows * n_columns <= scores:
         return n_rows, n_columns

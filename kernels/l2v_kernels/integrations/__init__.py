@@ -1,1 +1,1 @@
-"""Thin adapters to other libraries. Nothing here is imported before it is asked for."""
+"""Thin adapters to other libraries, imported only on request."""

@@ -15,32 +15,32 @@ from torch.distributed.nn.functional import all_gather
 
 from l2v_kernels import info_nce
 
-try:  # newer versions embed the documents in one forward pass
-    from sentence_transformers.base.losses.merged_forward import embed_columns
-except ImportError:
-
-    def embed_columns(model, features_list):
-        return [model(features)["sentence_embedding"] for features in features_list]
-
 
 class FusedMultipleNegativesRankingLoss(nn.Module):
     """sentence-transformers' MultipleNegativesRankingLoss, computed by `l2v_kernels.info_nce`.
 
-    Takes the same columns (anchor, positive[, negative_1, ...]) and gives the same loss and gradients, in memory linear in
-    the batch. Similarity is the cosine, always: for a dot product or for the hardness weights of the original, use the
-    original. A query's own texts are told by their place in the batch, so equal texts in one batch count as negatives;
+    Takes the same columns (anchor, positive[, negative_1, ...]) and computes the same loss and gradients, in memory linear
+    in the batch. Similarity is always the cosine: for a dot product or for the hardness weights of the original, use the
+    original. A query's own texts are known by their place in the batch, so equal texts in one batch count as negatives;
     `BatchSamplers.NO_DUPLICATES` keeps them apart.
 
     Args:
         model: the SentenceTransformer that is trained.
-        scale, directions, partition_mode: as in the original, see `l2v_kernels.info_nce` (there `partition`).
-        gather_across_devices: candidates of all ranks, each of which must hold a batch of one size; gradients of
-            remote candidates travel back to their owners.
-        false_negative_margin: candidates whose cosine exceeds the positive's by more than this are no negatives.
+        scale: as in the original, see `l2v_kernels.info_nce`.
+        directions: likewise.
+        partition_mode: likewise (there `partition`).
+        gather_across_devices: candidates of all ranks, each with a batch of the same size; gradients of remote candidates
+            are sent back to their ranks.
+        false_negative_margin: candidates whose cosine exceeds the positive's by more than this are not negatives.
         own_hard_negatives: hard negatives are compared with their own query only.
-        matryoshka_dims, matryoshka_weights: sum of weighted losses over prefixes of the embeddings, in one pass; what
-            MatryoshkaLoss around the original computes (MatryoshkaLoss around this class works too, a pass a prefix).
-    Errors: ValueError for settings that contradict each other, and in the first step for dims beyond the embedding.
+        matryoshka_dims: prefixes of the embeddings whose weighted losses are added up, in one pass. MatryoshkaLoss around
+            the original computes the same; around this class it works too, with a pass a prefix.
+        matryoshka_weights: the weight of each of these losses, default 1.
+
+    Raises:
+        ValueError: settings contradict each other; in the first step also for dims beyond the embedding.
+
+    Source: van den Oord et al. 2018 (InfoNCE, arXiv 1807.03748).
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
             # The op takes them ascending; people write them from the largest down.
             pairs = sorted(zip(matryoshka_dims, matryoshka_weights or [1.0] * len(matryoshka_dims), strict=True))
             self.matryoshka_dims, self.matryoshka_weights = ([x[i] for x in pairs] for i in (0, 1))
-        # The op knows what is wrong with its settings; two rows of ones make it say so now and not in the first step.
-        probe = torch.ones(2, max(self.matryoshka_dims or (1,)))
+        # The op checks its settings; two rows of ones make it do so now and not in the first step.
+        probe = torch.ones(2, int(max(self.matryoshka_dims or (1,))))
         info_nce(probe, probe, torch.arange(2), **self._settings())
 
     def _settings(self) -> dict[str, Any]:
-        """What does not depend on the batch, as the op's arguments."""
+        """The settings, which do not depend on the batch, as the op's arguments."""
         return {
             "scale": self.scale,
             "directions": self.directions,
@@ -86,18 +86,23 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
         }
 
     def forward(self, sentence_features: Iterable[dict[str, torch.Tensor]], labels: torch.Tensor) -> torch.Tensor:
-        """What the trainer calls. The labels are not used: the positive is the second column."""
-        return self.compute_loss_from_embeddings(embed_columns(self.model, list(sentence_features)), labels)
+        """Called by the trainer. The labels are not used: the positive is the second column."""
+        return self.compute_loss_from_embeddings(_embed_columns(self.model, list(sentence_features)), labels)
 
     def compute_loss_from_embeddings(
         self, embeddings: Sequence[torch.Tensor], labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The mean loss of this rank's queries.
+        """The mean loss of this rank's queries, fp32 without dimensions.
 
-        Args: embeddings holds one [B, E] a column: queries, positives, hard negatives. Errors: ValueError for one column.
+        Args:
+            embeddings: one [B, E] a column: queries, positives, hard negatives.
+            labels: not used.
+
+        Raises:
+            ValueError: there is only one column.
         """
         if len(embeddings) < 2:
-            raise ValueError(f"the loss needs two columns or more, anchor and positive, and got {len(embeddings)}")
+            raise ValueError(f"the loss needs at least two columns, anchor and positive, and got {len(embeddings)}")
         queries_BE, docs_BCE = embeddings[0], torch.stack(list(embeddings[1:]), 1)
         B, C, device = len(queries_BE), docs_BCE.shape[1], queries_BE.device
         offset, everyone = 0, None
@@ -108,7 +113,7 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
                 everyone = torch.cat(all_gather(queries_BE.contiguous()))
         everyones = len(docs_BCE)
         if everyones * C < 2:
-            # The last batch of an epoch may hold one pair: without negatives its probability is 1 and nothing is learnt.
+            # The last batch of an epoch may hold one pair: without negatives its probability is 1 and there is no gradient.
             return (queries_BE.sum() + docs_BCE.sum()) * 0.0
         # Texts lie query by query: candidate i * C is the positive of query i, its hard negatives follow.
         candidates = torch.arange(everyones * C, device=device)
@@ -135,17 +140,27 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
 
     @property
     def temperature(self) -> float:
+        """One over the scale."""
         return 1.0 / self.scale
 
     @property
     def citation(self) -> str:
-        """BibTeX of what these settings compute, for the model card."""
+        """BibTeX of the papers behind these settings, for the model card."""
         papers = [_INFO_NCE]
         if len(set(self.directions)) == 4:
             papers.append(_GTE)
         if self.matryoshka_dims is not None:
             papers.append(_MATRYOSHKA)
         return "\n".join(papers)
+
+
+def _embed_columns(model: nn.Module, columns: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """One [B, E] a column. Newer versions of sentence-transformers embed the documents in one forward pass."""
+    try:
+        from sentence_transformers.base.losses.merged_forward import embed_columns
+    except ImportError:
+        return [model(features)["sentence_embedding"] for features in columns]
+    return embed_columns(model, columns)
 
 
 _INFO_NCE = """

@@ -18,12 +18,12 @@ NAME = "l2v"
 
 @dataclass(frozen=True)
 class PackedAttention:
-    """The segments of one packed sequence, handed to a model's forward as the keyword `packed`."""
+    """The segments of one packed sequence, passed to a model's forward as the keyword `packed`."""
 
     cu_seqlens: torch.Tensor
     """int32 [S + 1]"""
     seeds_S: torch.Tensor | None = None
-    """int64 [S], needed while training with dropout_p > 0"""
+    """int64 [S], needed in training mode with dropout_p > 0"""
     plan: AttentionPlan | None = None
     causal: bool = False
     dropout_p: float = 0.0
@@ -32,8 +32,8 @@ class PackedAttention:
 def register() -> None:
     """Adds "l2v" to transformers' attention functions; calling it again changes nothing.
 
-    No mask function goes with it: for an attention without one, transformers builds no mask (masking_utils,
-    `_preprocess_mask_arguments`), which also spares it from looking for segments in position_ids.
+    It registers no mask function: transformers then builds no mask (masking_utils, `_preprocess_mask_arguments`), and does
+    not search position_ids for segments.
     """
     ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention_forward)
 
@@ -51,11 +51,26 @@ def packed_attention_forward(
     packed: PackedAttention | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in every layer.
+    """Called by transformers in every layer.
 
-    Args: query [1, H, T, D], key and value [1, K, T, D]. Returns: ([1, T, H, D], None).
-    The layer's own `dropout` is not used: the probability and the seeds come with `packed`, and apply while
-    `module.training`. Errors: ValueError without `packed`, for more than one sequence, and for a given mask.
+    Args:
+        module: the attention layer; its `layer_idx` is the dropout stream.
+        query: [1, H, T, D].
+        key: [1, K, T, D].
+        value: [1, K, T, D].
+        attention_mask: must be None.
+        scaling: of the scores; default D ** -0.5.
+        dropout: not used: probability and seeds come with `packed`, and apply while `module.training`.
+        sliding_window: window of the layer, counted as transformers does.
+        softcap: as in `l2v_kernels.attention`.
+        packed: the segments.
+        kwargs: not used.
+
+    Returns:
+        ([1, T, H, D], None).
+
+    Raises:
+        ValueError: without `packed`, for more than one sequence, or with a mask.
     """
     if packed is None:
         raise ValueError(
@@ -69,11 +84,6 @@ def packed_attention_forward(
         )
     if attention_mask is not None:
         raise ValueError(f"packed attention takes no mask, got one of shape {tuple(attention_mask.shape)}")
-    window = sliding_window
-    if window is not None and not packed.causal:
-        # Without causality transformers counts a window to both sides and inclusively: |i - j| <=
-        # sliding_window (masking_utils, sliding_window_bidirectional_overlay).
-        window += 1
     o_THD = attention(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -84,8 +94,17 @@ def packed_attention_forward(
         seeds_S=packed.seeds_S,
         stream=module.layer_idx,
         causal=packed.causal,
-        window=window,
+        window=_window(sliding_window, packed.causal),
         softcap=softcap,
         plan=packed.plan,
     )
     return o_THD[None], None
+
+
+def _window(sliding_window: int | None, causal: bool) -> int | None:
+    """A window of transformers as `attention` counts it."""
+    if sliding_window is None or causal:
+        return sliding_window
+    # Without causality transformers counts to both sides and inclusively: |i - j| <= sliding_window (masking_utils,
+    # sliding_window_bidirectional_overlay).
+    return sliding_window + 1

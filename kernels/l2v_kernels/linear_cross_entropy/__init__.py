@@ -1,10 +1,10 @@
-"""Cross-entropy of a frozen linear head on labelled positions: no logits in memory, no gradient of the head."""
+"""Cross-entropy of a frozen linear head on labelled positions: no full logits in memory, no gradient of the head."""
 
 import os
 
 import torch
 
-from l2v_kernels.linear_cross_entropy.autograd import LinearCrossEntropy, in_chunks
+from l2v_kernels.linear_cross_entropy.op import LinearCrossEntropy, in_chunks
 from l2v_kernels.spans import spanned
 
 __all__ = ["linear_cross_entropy"]
@@ -21,39 +21,35 @@ def linear_cross_entropy(
     workspace: int | None = None,
     check_values: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum over L of -log softmax(hidden weight^T + bias)[label], over count; and how many labels are the argmax.
+    """The sum over L of -log softmax(hidden weight^T + bias)[label], divided by count; and how many labels are the argmax.
 
-    The logits exist some rows at a time. With a gradient asked for, it is made in the forward, while they are there (two
-    products in all), and the backward multiplies it by the incoming one; without, there is one product. No atomics: the
-    same inputs give the same bits.
+    Only a chunk of rows of logits exists at a time. Where hidden requires grad, its gradient is computed in the forward from
+    the chunk at hand (two matmuls in total), and the backward multiplies it by the incoming one; otherwise there is one
+    matmul. No atomics: the same inputs give the same bits.
 
     Args:
         hidden_LE: [L, E] fp32, bf16 or fp16 (fp64 by the reference), any strides. L = 0 gives a loss of 0.
-        weight_VE, bias_V: the head, [V, E] and [V], in hidden's dtype. They get no gradient.
-        labels_L: int64 [L], each from 0 up to V - 1.
-        count: what the sum is divided by, a number or a tensor of no dimension, which is not waited for: the labels of a
-            whole step, say. Default: L.
-        workspace: bytes for the rows of logits at a time, at least one row's. Default: 768 MiB on CUDA, 128 MiB on a CPU.
-        check_values: look at the labels; default: on the CPU always, on CUDA with L2V_CHECK=1. Unchecked, a label out of
-            range makes the loss and its row's gradient NaN, reads nothing outside the weight and waits for nothing.
-    Returns: the loss, fp32 (fp64 for fp64), of no dimension, differentiable in hidden once; and hits, int64 of no dimension:
-        labels whose logit is the largest, of equal ones the first, as `argmax` has it.
-    Errors: ValueError with the shapes for shapes, dtypes, devices and labels; for a weight or bias that would need a gradient.
-    Source: chunks of logits whose gradient is made in the forward: Hsu et al. 2024 (Liger Kernel), arXiv 2410.10989.
+        weight_VE: the head's weight [V, E] in hidden's dtype, frozen.
+        labels_L: int64 [L], each from 0 to V - 1.
+        bias_V: the head's bias [V] in hidden's dtype, frozen.
+        count: what the sum is divided by, for example the labels of a whole step: a number, or a tensor without dimensions,
+            which is not read on the host. Default: L.
+        workspace: bytes for a chunk of logits; a chunk has at least one row. Default: 768 MiB on CUDA, 128 MiB on a CPU.
+        check_values: check the labels' range; default: always on the CPU, on CUDA with L2V_CHECK=1. Unchecked, a label out
+            of range makes the loss and its row's gradient NaN, reads nothing outside the weight and needs no host sync.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64), without dimensions, differentiable once in hidden; and hits, int64 without
+        dimensions: the number of labels whose logit is the largest (of equal logits the first, as `argmax` has it).
+
+    Raises:
+        ValueError: shapes, dtypes, devices or labels are outside the above, or the weight or bias requires grad.
+
+    Source: chunks of logits whose gradient is computed in the forward: Hsu et al. 2024 (Liger Kernel), arXiv 2410.10989.
     """
     V, shapes = _check(hidden_LE, weight_VE, labels_L, bias_V)
     wide = torch.promote_types(hidden_LE.dtype, torch.float32)
-    L = len(hidden_LE)
-    if count is None:
-        count = max(L, 1)
-    elif isinstance(count, torch.Tensor):
-        if count.ndim or count.requires_grad:
-            raise ValueError(
-                f"count is a number or a tensor of no dimension without gradient, got {tuple(count.shape)} for {shapes}"
-            )
-        count = count.to(wide)
-    elif not count > 0:
-        raise ValueError(f"count must be above 0, got {count} for {shapes}")
+    divisor = max(len(hidden_LE), 1) if count is None else _divisor(count, wide, shapes)
     if workspace is None:
         workspace = (768 if hidden_LE.is_cuda else 128) << 20
     elif workspace < 1:
@@ -68,11 +64,11 @@ def linear_cross_entropy(
     else:
         losses_L, hits_L, _ = in_chunks(*arguments, gradient=False)
         total, hits = losses_L.sum(), hits_L.sum()
-    return total / count, hits
+    return total / divisor, hits
 
 
 def _check(hidden_LE, weight_VE, labels_L, bias_V):
-    """V, and the shapes for a message."""
+    """(V, the shapes for a message). Raises ValueError for shapes, dtypes, devices and gradients."""
     tensors = {"hidden": hidden_LE, "weight": weight_VE, "labels": labels_L, "bias": bias_V}
     tensors = {name: x for name, x in tensors.items() if x is not None}
     shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
@@ -93,14 +89,27 @@ def _check(hidden_LE, weight_VE, labels_L, bias_V):
     for name in ("weight", "bias"):
         if torch.is_grad_enabled() and name in tensors and tensors[name].requires_grad:
             raise ValueError(
-                f"{name} requires grad and would get none: linear_cross_entropy is for a frozen head. Freeze it with "
+                f"{name} requires grad and would not get one: linear_cross_entropy is for a frozen head. Freeze it with "
                 f"{name}.requires_grad_(False), or use torch.nn.functional.cross_entropy on the logits ({shapes})"
             )
     return V, shapes
 
 
+def _divisor(count, dtype, shapes):
+    """count as it divides a loss of this dtype. Raises ValueError where it cannot."""
+    if isinstance(count, torch.Tensor):
+        if count.ndim or count.requires_grad:
+            raise ValueError(
+                f"count is a number or a tensor without dimensions and gradient, got {tuple(count.shape)} for {shapes}"
+            )
+        return count.to(dtype)
+    if not count > 0:
+        raise ValueError(f"count must be above 0, got {count} for {shapes}")
+    return count
+
+
 def _check_labels(labels_L, V):
-    """Errors: ValueError naming the first label out of range. Reads the device."""
+    """Raises ValueError naming the first label out of range. Syncs with the device."""
     bad = ((labels_L < 0) | (labels_L >= V)).nonzero().flatten()
     if len(bad):
         at = int(bad[0])

@@ -1,16 +1,16 @@
-"""The look at a chunk of logits as a Triton kernel. Bound by memory: it reads fp32 logits twice and writes once."""
+"""Losses, hits and gradient of a chunk of logits as a Triton kernel. Bound by memory: fp32 logits are read twice."""
 
 import torch
 import triton
 import triton.language as tl
 
 CONFIG = {"BLOCK": 2048, "num_warps": 4}
-"""Logits a step: 16 a thread, in four loads of 16 bytes. Under 100 registers a thread, so five rows share a multiprocessor
-and one is read while others are computed."""
+"""Logits a step: 16 a thread, in four loads of 16 bytes. That takes under 100 registers a thread, so five rows share a
+multiprocessor and one is read while others are computed."""
 
 
 @triton.jit
-def look_kernel(
+def softmax_stats_kernel(
     logits_ptr,
     bias_ptr,
     labels_ptr,
@@ -22,9 +22,9 @@ def look_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Losses and hits of rows of logits [R, V], and out = softmax - onehot. A program owns a row; out may be logits.
+    """Losses and hits of rows of logits [r, V], and out = softmax - onehot. A program owns a row; out may be logits.
 
-    Each lane carries a maximum and a sum of its own over the row, so nothing crosses lanes within the loop. n_columns is
+    Each lane carries its own maximum and sum over the row, so the loop needs no exchange between lanes. n_columns is
     specialised: only a mask that ends at a multiple of 16 lets loads be 16 bytes wide.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -64,33 +64,34 @@ def look_kernel(
             x = tl.load(logits_ptr + columns, mask=columns < n_columns, other=0.0)
             if BIAS:
                 x += tl.load(bias_ptr + columns, mask=columns < n_columns, other=0.0).to(tl.float32)
-            # Less 1 before it is rounded: after it, the rounding of a share near 1 would be what is left of it.
+            # The 1 is subtracted before rounding: after it, only the rounding error of a share near 1 would be left.
             y = tl.exp(x - top) * inverse - tl.where(columns == label, 1.0, 0.0)
             tl.store(out_ptr + columns, y.to(out_ptr.dtype.element_ty), mask=columns < n_columns)
 
 
 def launch(
-    logits_RV: torch.Tensor,
+    logits_rV: torch.Tensor,
     bias_V: torch.Tensor | None,
-    labels_R: torch.Tensor,
-    losses_R: torch.Tensor,
-    hits_R: torch.Tensor,
-    out_RV: torch.Tensor | None,
+    labels_r: torch.Tensor,
+    losses_r: torch.Tensor,
+    hits_r: torch.Tensor,
+    out_rV: torch.Tensor | None,
 ) -> None:
-    """Writes losses, hits and, where given, out, which may be logits. logits, losses: fp32; hits: bool; out: any dtype.
+    """Writes losses [r], hits [r] and, where given, out [r, V], which may be logits.
 
-    logits and out are contiguous. bias [V] is added to the logits, which were made without it.
+    logits, losses: fp32; hits: bool; out: any dtype; logits and out contiguous. bias [V] is added to the logits, which were
+    computed without it.
     """
-    R, V = logits_RV.shape
-    look_kernel[(R,)](
-        logits_RV,
-        logits_RV if bias_V is None else bias_V.contiguous(),
-        labels_R.contiguous(),
-        losses_R,
-        hits_R.view(torch.uint8),
-        logits_RV if out_RV is None else out_RV,
+    rows, V = logits_rV.shape
+    softmax_stats_kernel[(rows,)](
+        logits_rV,
+        logits_rV if bias_V is None else bias_V.contiguous(),
+        labels_r.contiguous(),
+        losses_r,
+        hits_r.view(torch.uint8),
+        logits_rV if out_rV is None else out_rV,
         V,
         BIAS=bias_V is not None,
-        GRADIENT=out_RV is not None,
+        GRADIENT=out_rV is not None,
         **CONFIG,
     )

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head in plain PyTorch: the definition of the op, and a chunk of the path where Triton is not."""
+"""Cross-entropy of a linear head in plain PyTorch: the definition of the op, and one chunk of the path without Triton."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 def linear_cross_entropy_reference(
     hidden_LE: torch.Tensor, weight_VE: torch.Tensor, labels_L: torch.Tensor, bias_V: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses [L], fp32 at least, and hits bool [L], with all logits in memory. See `l2v_kernels.linear_cross_entropy`."""
+    """(losses [L], fp32 or fp64, hits bool [L]) with all logits in memory. See `l2v_kernels.linear_cross_entropy`."""
     logits_LV = F.linear(hidden_LE, weight_VE, bias_V)
     losses_L = F.cross_entropy(
         logits_LV.to(torch.promote_types(logits_LV.dtype, torch.float32)), labels_L, reduction="none"
@@ -15,33 +15,33 @@ def linear_cross_entropy_reference(
     return losses_L, logits_LV.argmax(-1) == labels_L
 
 
-def make_logits(hidden_RE, weight_VE, bias_V, logits_RV, narrow_RV) -> None:
-    """logits = hidden weight^T + bias. narrow: the same in hidden's dtype, where that is another one; else logits itself.
+def write_logits(hidden_rE, weight_VE, bias_V, logits_rV, narrow_rV) -> None:
+    """logits [r, V] = hidden weight^T + bias. narrow: a buffer of hidden's dtype where logits have another; else logits.
 
-    A CPU has no product of half precision with a wide result, so there the logits are rounded, as the definition's are.
+    On a CPU torch has no matmul of half precision with a wider result, so logits are rounded, as the definition's are.
     """
     if bias_V is None:
-        torch.mm(hidden_RE, weight_VE.T, out=narrow_RV)
+        torch.mm(hidden_rE, weight_VE.T, out=narrow_rV)
     else:
-        torch.addmm(bias_V, hidden_RE, weight_VE.T, out=narrow_RV)
-    if narrow_RV is not logits_RV:
-        logits_RV.copy_(narrow_RV)
+        torch.addmm(bias_V, hidden_rE, weight_VE.T, out=narrow_rV)
+    if narrow_rV is not logits_rV:
+        logits_rV.copy_(narrow_rV)
 
 
-def look(logits_RV, labels_R, losses_R, hits_R, narrow_RV, gradient: bool) -> None:
-    """Writes losses and hits, and with `gradient` softmax - onehot into narrow; logits are used up."""
-    labels_R1 = labels_R.unsqueeze(1)
-    valid_R1 = (labels_R1 >= 0) & (labels_R1 < logits_RV.shape[1])
-    at_R1 = labels_R1.where(valid_R1, 0)
-    picked_R1 = logits_RV.gather(1, at_R1)
-    top_R1, best_R1 = logits_RV.max(1, keepdim=True)
-    hits_R.copy_((best_R1 == labels_R1).squeeze(1))
-    shares_RV = logits_RV.sub_(top_R1).exp_()
-    total_R1 = shares_RV.sum(1, keepdim=True).where(valid_R1, torch.nan)
-    losses_R.copy_((total_R1.log() - (picked_R1 - top_R1)).squeeze(1))
+def softmax_stats(logits_rV, labels_r, losses_r, hits_r, narrow_rV, gradient: bool) -> None:
+    """Writes losses [r] and hits [r], and with `gradient` softmax - onehot [r, V] into narrow. Overwrites logits."""
+    labels_r1 = labels_r.unsqueeze(1)
+    valid_r1 = (labels_r1 >= 0) & (labels_r1 < logits_rV.shape[1])
+    at_r1 = labels_r1.where(valid_r1, 0)
+    picked_r1 = logits_rV.gather(1, at_r1)
+    top_r1, best_r1 = logits_rV.max(1, keepdim=True)
+    hits_r.copy_((best_r1 == labels_r1).squeeze(1))
+    shares_rV = logits_rV.sub_(top_r1).exp_()
+    total_r1 = shares_rV.sum(1, keepdim=True).where(valid_r1, torch.nan)
+    losses_r.copy_((total_r1.log() - (picked_r1 - top_r1)).squeeze(1))
     if gradient:
-        shares_RV.div_(total_R1)
-        # Before the rounding to half precision: after it, the rounding of a share near 1 would be what is left of it.
-        shares_RV.scatter_add_(1, at_R1, torch.full_like(picked_R1, -1))
-        if narrow_RV is not shares_RV:
-            narrow_RV.copy_(shares_RV)
+        shares_rV.div_(total_r1)
+        # Before rounding to half precision: after it, only the rounding error of a share near 1 would be left.
+        shares_rV.scatter_add_(1, at_r1, torch.full_like(picked_r1, -1))
+        if narrow_rV is not shares_rV:
+            narrow_rV.copy_(shares_rV)

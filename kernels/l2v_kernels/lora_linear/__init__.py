@@ -1,4 +1,4 @@
-"""A group of frozen linears on one input, with LoRA and addressed dropout on some or all of them."""
+"""A group of frozen linears on one input, with LoRA and counter-based (Philox) dropout on some or all of them."""
 
 from __future__ import annotations
 
@@ -6,42 +6,50 @@ from collections.abc import Sequence
 
 import torch
 
-from l2v_kernels.lora_linear.autograd import LoraLinear
-from l2v_kernels.lora_linear.frozen import FrozenLinears, Linears, lay_together
-from l2v_kernels.lora_linear.settings import Adapter, Noise
+from l2v_kernels.lora_linear.frozen import FrozenLinears, Linears, stack_weights
+from l2v_kernels.lora_linear.op import LoraLinear
+from l2v_kernels.lora_linear.settings import Adapter, InputDropout
 
-__all__ = ["Adapter", "FrozenLinears", "Linears", "Noise", "lay_together", "lora_linear"]
+__all__ = ["Adapter", "FrozenLinears", "InputDropout", "Linears", "lora_linear", "stack_weights"]
 
 
 def lora_linear(
-    x_TE: torch.Tensor, linears: FrozenLinears, adapters: Sequence[Adapter] = (), noise: Noise | None = None
+    x_TE: torch.Tensor,
+    linears: FrozenLinears,
+    adapters: Sequence[Adapter] = (),
+    dropout: InputDropout | None = None,
 ) -> torch.Tensor:
     """y = x W^T + bias for every linear of the group, side by side, plus scaling * dropout(x) A^T B^T where it is adapted.
 
     Args:
         x_TE: [T, E] fp64, fp32, fp16 or bf16.
-        linears: the frozen weights [N, E] (and biases [N]) that read x: `Linears`, or anything that multiplies like it.
-        adapters: at most one for each linear: A [R, E], B [N, R] in x's dtype, any rank, ranks may differ.
-        noise: dropout of the adapters' input, drawn from addresses, for each adapter from its own stream: the mask of
-            `l2v_kernels.dropout`. None drops nothing.
-    Returns: [T, sum of N] in x's dtype, differentiable in x, A and B. The frozen product is accumulated onto the adapters'
-        share, which is rounded to x's dtype before, as two separate products would be.
-    Errors: ValueError on other shapes, dtypes or devices; they are named.
+        linears: the frozen weights [O, E] (and biases [O]) that read x: `Linears`, or another `FrozenLinears`.
+        adapters: at most one for each linear: A [R, E], B [O, R] in x's dtype, any rank, ranks may differ.
+        dropout: of the adapters' input, with the masks of `l2v_kernels.dropout`, a stream for each adapter. None drops
+            nothing.
+
+    Returns:
+        [T, sum of O] in x's dtype, differentiable once in x, A and B. The frozen matmul accumulates onto the adapters'
+        share, which is rounded to x's dtype first, as with two separate matmuls.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or streams are outside the above; the message names them.
+
     Source: Hu et al. 2021 (LoRA), arXiv 2106.09685, equation 3.
     """
-    adapters, noise = tuple(adapters), noise or Noise()
-    _check(x_TE, linears, adapters, noise)
-    matrices = [matrix for adapter in adapters for matrix in (adapter.a_RE, adapter.b_NR)]
-    return LoraLinear.apply(x_TE, linears, adapters, noise, *matrices)
+    adapters, dropout = tuple(adapters), dropout or InputDropout()
+    _check(x_TE, linears, adapters, dropout)
+    matrices = [matrix for adapter in adapters for matrix in (adapter.a_RE, adapter.b_OR)]
+    return LoraLinear.apply(x_TE, linears, adapters, dropout, *matrices)
 
 
-def _check(x_TE, linears, adapters, noise):
+def _check(x_TE, linears, adapters, dropout):
     if x_TE.ndim != 2 or not x_TE.is_floating_point():
         raise ValueError(f"lora_linear needs floating x [T, E], got {x_TE.dtype} {tuple(x_TE.shape)}")
     if len({a.part for a in adapters}) != len(adapters):
         raise ValueError(f"at most one adapter a linear, got adapters on linears {[a.part for a in adapters]}")
     for adapter in adapters:
-        a, b = adapter.a_RE, adapter.b_NR
+        a, b = adapter.a_RE, adapter.b_OR
         where = f"adapter on linear {adapter.part}: A {tuple(a.shape)} {a.dtype}, B {tuple(b.shape)} {b.dtype}"
         if not 0 <= adapter.part < len(linears.sizes):
             raise ValueError(f"{where}: there are {len(linears.sizes)} linears")
@@ -54,8 +62,8 @@ def _check(x_TE, linears, adapters, noise):
             raise ValueError(f"{where}: must have the dtype and device of x, {x_TE.dtype} on {x_TE.device}")
         if not 0 <= adapter.stream < 2**31:
             raise ValueError(f"{where}: stream must be at least 0 and below 2**31, got {adapter.stream}")
-    if noise.active and adapters:
-        seeds, rows = noise.seeds_T, noise.rows_T
+    if dropout.active and adapters:
+        seeds, rows = dropout.seeds_T, dropout.rows_T
         good = seeds is not None and rows is not None and seeds.shape == rows.shape == x_TE.shape[:1]
         if not good or seeds.dtype != torch.int64 or rows.dtype not in (torch.int32, torch.int64):
             raise ValueError(

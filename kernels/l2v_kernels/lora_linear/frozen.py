@@ -1,98 +1,108 @@
-"""The frozen linears of a group: one product where their weights lie together, one each where they do not."""
+"""The frozen linears of a group: one matmul where their weights are stacked in memory, one for each where they are not."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import nn
 
 
 class FrozenLinears(Protocol):
-    """Linears that read one input x [T, E] and write side by side into y [T, N]; no gradient of their own."""
+    """Linears that read one input x [T, E] and write side by side into y [T, O]; their weights get no gradient.
+
+    Either they write (`matmul`, `input_gradient`) and the adapters' share is added to their result, or they can also
+    accumulate (`AccumulatingLinears`) and are added to the adapters' share: no extra pass over memory either way.
+    """
 
     sizes: tuple[int, ...]
-    """N of each."""
-    adds: bool
-    """Whether a product can add to what is there. If so the adapters' share is written first and the frozen products are
-    added to it; if not, the frozen products come first and the adapters add to them: no pass over memory more either way."""
+    """O of each."""
 
-    def product(self, x_TE: torch.Tensor) -> torch.Tensor:
-        """y [T, N] = x W^T + bias."""
+    @property
+    def accumulates(self) -> bool:
+        """Whether these are `AccumulatingLinears`."""
 
-    def gradient(self, dy_TN: torch.Tensor) -> torch.Tensor:
+    def matmul(self, x_TE: torch.Tensor) -> torch.Tensor:
+        """y [T, O] = x W^T + bias."""
+
+    def input_gradient(self, dy_TO: torch.Tensor) -> torch.Tensor:
         """dx [T, E] = dy W."""
 
 
-class AddingLinears(FrozenLinears, Protocol):
-    """Those of which `adds` is true."""
+class AccumulatingLinears(FrozenLinears, Protocol):
+    """Frozen linears whose matmuls can add to their output."""
 
     biases: tuple[torch.Tensor | None, ...]
 
-    def add_product_(self, y_TN: torch.Tensor, x_TE: torch.Tensor) -> None:
+    def add_matmul_(self, y_TO: torch.Tensor, x_TE: torch.Tensor) -> None:
         """y += x W^T, without biases."""
 
-    def add_gradient_(self, dx_TE: torch.Tensor, dy_TN: torch.Tensor) -> None:
+    def add_input_gradient_(self, dx_TE: torch.Tensor, dy_TO: torch.Tensor) -> None:
         """dx += dy W."""
 
 
-class Linears:
-    """Weights [N, E] as they are. Every product adds to its output, which costs its epilogue a read and spares a pass."""
+def accumulates(linears: FrozenLinears) -> TypeGuard[AccumulatingLinears]:
+    """Whether matmuls of these linears can add to their output."""
+    return linears.accumulates
 
-    adds = True
+
+class Linears:
+    """Weights [O, E] in their own dtype. Their matmuls accumulate: an epilogue's read in place of a pass over y."""
+
+    accumulates = True
 
     def __init__(self, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> None:
         self.weights = tuple(weights)
         self.biases = tuple(biases)
         self.sizes = tuple(w.shape[0] for w in self.weights)
-        self.together = _together(self.weights)
+        self.stacked_OE = _stacked_view(self.weights)
 
-    def product(self, x_TE: torch.Tensor) -> torch.Tensor:
-        """y [T, N] = x W^T + bias."""
-        if self.together is not None and not any(b is not None for b in self.biases):
-            return x_TE @ self.together.t()
-        y_TN = x_TE.new_empty((x_TE.shape[0], sum(self.sizes)))
-        for y, w, b in zip(y_TN.split(self.sizes, 1), self.weights, self.biases, strict=True):
+    def matmul(self, x_TE: torch.Tensor) -> torch.Tensor:
+        """y [T, O] = x W^T + bias."""
+        if self.stacked_OE is not None and not any(b is not None for b in self.biases):
+            return x_TE @ self.stacked_OE.t()
+        y_TO = x_TE.new_empty((x_TE.shape[0], sum(self.sizes)))
+        for y, w, b in zip(y_TO.split(self.sizes, 1), self.weights, self.biases, strict=True):
             torch.mm(x_TE, w.t(), out=y) if b is None else torch.addmm(b, x_TE, w.t(), out=y)
-        return y_TN
+        return y_TO
 
-    def add_product_(self, y_TN: torch.Tensor, x_TE: torch.Tensor) -> None:
+    def add_matmul_(self, y_TO: torch.Tensor, x_TE: torch.Tensor) -> None:
         """y += x W^T, without biases."""
-        if self.together is not None:
-            y_TN.addmm_(x_TE, self.together.t())
+        if self.stacked_OE is not None:
+            y_TO.addmm_(x_TE, self.stacked_OE.t())
             return
-        for y, w in zip(y_TN.split(self.sizes, 1), self.weights, strict=True):
+        for y, w in zip(y_TO.split(self.sizes, 1), self.weights, strict=True):
             y.addmm_(x_TE, w.t())
 
-    def gradient(self, dy_TN: torch.Tensor) -> torch.Tensor:
+    def input_gradient(self, dy_TO: torch.Tensor) -> torch.Tensor:
         """dx [T, E] = dy W."""
-        if self.together is not None:
-            return dy_TN @ self.together
-        first, *others = zip(dy_TN.split(self.sizes, 1), self.weights, strict=True)
+        if self.stacked_OE is not None:
+            return dy_TO @ self.stacked_OE
+        first, *others = zip(dy_TO.split(self.sizes, 1), self.weights, strict=True)
         dx_TE = first[0] @ first[1]
         for dy, w in others:
             dx_TE.addmm_(dy, w)
         return dx_TE
 
-    def add_gradient_(self, dx_TE: torch.Tensor, dy_TN: torch.Tensor) -> None:
+    def add_input_gradient_(self, dx_TE: torch.Tensor, dy_TO: torch.Tensor) -> None:
         """dx += dy W."""
-        if self.together is not None:
-            dx_TE.addmm_(dy_TN, self.together)
+        if self.stacked_OE is not None:
+            dx_TE.addmm_(dy_TO, self.stacked_OE)
             return
-        for dy, w in zip(dy_TN.split(self.sizes, 1), self.weights, strict=True):
+        for dy, w in zip(dy_TO.split(self.sizes, 1), self.weights, strict=True):
             dx_TE.addmm_(dy, w)
 
 
-def lay_together(linears: Sequence[nn.Linear]) -> None:
-    """Move the weights of several linears into one buffer, one below the other.
+def stack_weights(linears: Sequence[nn.Linear]) -> None:
+    """Moves the weights [O, E] of several linears into one buffer, one below the other, for one matmul.
 
-    Each parameter stays itself: the same object, contiguous, of its own shape; only its storage is shared, by rows that
-    no other owns. Moving or casting a model parts them again, and the products then go one by one.
+    Each parameter stays the same object, contiguous and of its own shape; it only shares its storage, of which it owns
+    its rows alone. Moving or casting a model separates them again, and each linear then has its own matmul.
     """
     weights = [linear.weight for linear in linears]
-    if _together(weights) is not None or len(weights) == 1:
+    if _stacked_view(weights) is not None or len(weights) == 1:
         return
     with torch.no_grad():
         whole = torch.cat([w.detach() for w in weights])
@@ -100,8 +110,8 @@ def lay_together(linears: Sequence[nn.Linear]) -> None:
             weight.data = rows
 
 
-def _together(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The weights as one [N, E], if that is how they lie in memory."""
+def _stacked_view(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The weights as one [O, E], if they lie in memory one below the other."""
     first = weights[0].detach()
     if len(weights) == 1:
         return first

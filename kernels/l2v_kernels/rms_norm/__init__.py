@@ -1,8 +1,8 @@
-"""RMSNorm, with the addition to the residual stream that comes before it."""
+"""RMSNorm, with the addition to the residual stream that precedes it."""
 
 import torch
 
-from l2v_kernels.rms_norm.autograd import RmsNorm
+from l2v_kernels.rms_norm.op import RmsNorm
 
 __all__ = ["rms_norm"]
 
@@ -13,15 +13,19 @@ def rms_norm(
     """y = s / sqrt(mean(s ** 2) + eps) * weight over the last dimension, s = x, or x + residual.
 
     Args:
-        x_TE: [T, E] of a floating dtype, or [T, H, D] for a norm of each head; rows may lie apart, as slices of a wider
-            buffer do.
-        weight_E: [E] of a floating dtype.
-        eps: above or equal to 0.
+        x_TE: [T, E] of a floating dtype, or [T, H, D] for a norm of each head; rows may lie apart in memory, as slices of
+            a wider buffer do.
+        weight_E: [E] of a floating dtype ([D] for [T, H, D]).
+        eps: at least 0.
         residual_TE: like x. The sum is rounded to x's dtype, and the norm is that of the rounded sum.
-    Returns: y in x's dtype, computed in fp32 and rounded once; with a residual (sum, y). Differentiable in x, weight and
-        residual, through both results. Kept for the backward: the sum (x without a residual) and 4 bytes a row. No
-        gradient of a gradient.
-    Errors: ValueError on other shapes, dtypes or devices.
+
+    Returns:
+        y in x's shape and dtype, computed in fp32 and rounded once; with a residual (sum, y). Differentiable once in x,
+        weight and residual, through both results. Kept for the backward: the sum (x without a residual) and 4 bytes a row.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or eps are outside the above.
+
     Source: Zhang & Sennrich 2019 (arXiv 1910.07467), as Llama, Mistral and Qwen have it.
     """
     tensors = (x_TE, weight_E) if residual_TE is None else (x_TE, weight_E, residual_TE)

@@ -4,17 +4,19 @@ import torch
 import triton
 import triton.language as tl
 
-TILE = 4096
-"""Elements a program where rows are short. Longer rows take a program each, and more warps."""
+from l2v_kernels.launching import unit_stride
 
-WEIGHT_GRADIENT = {"BLOCK_R": 32, "BLOCK_E": 128, "num_warps": 4}
-PROGRAMS = 512
+TILE_ELEMENTS = 4096
+"""Elements a program where rows are short. Longer rows take one program each, with more warps."""
+
+WEIGHT_GRADIENT = {"BLOCK_ROWS": 32, "BLOCK_E": 128, "num_warps": 4}
+MAX_WEIGHT_PROGRAMS = 512
 """Programs of the weight's gradient: a few for each multiprocessor of any GPU, and no more partial sums than that."""
 
 
 @triton.jit
 def row_offsets(row, stride_t, stride_h, HEADS: tl.constexpr):
-    """Where row `row` of [T, HEADS, WIDTH] begins, int64."""
+    """Offset of row `row` of [T, HEADS, WIDTH], int64."""
     return (row // HEADS) * stride_t + (row % HEADS) * stride_h
 
 
@@ -36,13 +38,15 @@ def rms_norm_forward_kernel(
     KNOWN: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """sum = x + delta (DELTA), rstd of it, y = sum * rstd * weight. KNOWN: rstd is read, and y made anew from it: the
-    same two products, so the same bits. sum, y and rstd are contiguous. WIDTH is a constant so that a mask whose end is
-    a multiple of 8 leaves accesses 16 bytes wide."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """sum = x + delta (DELTA), rstd of it, y = sum * rstd * weight; all contiguous.
+
+    KNOWN: rstd is read, and y recomputed from it by the same two multiplications, so with the same bits. WIDTH is a
+    constant: a mask that ends at a multiple of 8 then leaves accesses 16 bytes wide.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     in_rows = row < n_rows
     column = tl.arange(0, BLOCK_E)[None, :]
     mask = in_rows[:, None] & (column < WIDTH)
@@ -85,12 +89,14 @@ def rms_norm_backward_kernel(
     DSUM: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """dx = rstd * (g - unit * mean(g * unit)) + dsum (DSUM), g = dy * weight, unit = sum * rstd. A program reads its rows
-    before it writes them: dx may be dy or dsum."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    """dx = rstd * (g - unit * mean(g * unit)) + dsum (DSUM), g = dy * weight, unit = sum * rstd.
+
+    A program reads its rows before it writes them: dx may be dy or dsum.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     in_rows = row < n_rows
     column = tl.arange(0, BLOCK_E)[None, :]
     mask = in_rows[:, None] & (column < WIDTH)
@@ -110,30 +116,30 @@ def rms_norm_backward_kernel(
     tl.store(dx_ptr + dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_rows", "rows_a_program"])
+@triton.jit(do_not_specialize=["n_rows", "rows_per_program"])
 def rms_norm_weight_gradient_kernel(
     dy_ptr,
     sum_ptr,
     rstd_ptr,
     partial_ptr,
     n_rows,
-    rows_a_program,
+    rows_per_program,
     stride_gt,
     stride_gh,
     stride_st,
     stride_sh,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """partial [programs along rows, WIDTH]: sums of dy * sum * rstd over the rows of program i, column block j."""
+    """partial fp32 [J, WIDTH]: sums of dy * sum * rstd over the rows of program i, column block j."""
     column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
-    first = tl.program_id(0).to(tl.int64) * rows_a_program
-    last = tl.minimum(first + rows_a_program, n_rows)
-    total = tl.zeros([BLOCK_R, BLOCK_E], tl.float32)
-    for start in range(first, last, BLOCK_R):
-        row = start + tl.arange(0, BLOCK_R)
+    first = tl.program_id(0).to(tl.int64) * rows_per_program
+    last = tl.minimum(first + rows_per_program, n_rows)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_E], tl.float32)
+    for start in range(first, last, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
         mask = (row < last)[:, None] & (column < WIDTH)
         dy_at = row_offsets(row, stride_gt, stride_gh, HEADS)[:, None] + column
         sum_at = row_offsets(row, stride_st, stride_sh, HEADS)[:, None] + column
@@ -145,10 +151,10 @@ def rms_norm_weight_gradient_kernel(
 
 
 def config(width: int) -> dict[str, int]:
-    """The tile for rows of `width`: several short ones, or one."""
+    """The tile for rows of `width` elements: several short rows, or one."""
     block = triton.next_power_of_2(width)
     warps = 4 if block < 4096 else 8 if block < 16384 else 16
-    return {"BLOCK_R": max(1, min(32, TILE // block)), "BLOCK_E": block, "num_warps": warps}
+    return {"BLOCK_ROWS": max(1, min(32, TILE_ELEMENTS // block)), "BLOCK_E": block, "num_warps": warps}
 
 
 def launch_forward(
@@ -161,13 +167,13 @@ def launch_forward(
     rstd_T: torch.Tensor,
     known: bool = False,
 ) -> None:
-    """Writes y, rstd and, with a delta, sum, all contiguous; known: reads rstd. See `functional.forward`."""
+    """Writes y, rstd and, with a delta, sum, all contiguous; known: reads rstd. See `op.forward`."""
     n_rows, heads, width = _sizes(x_TE)
     if x_TE.numel() == 0:
         return
-    x_TE, delta_TE = _rows(x_TE), _rows(x_TE if delta_TE is None else delta_TE)
+    x_TE, delta_TE = unit_stride(x_TE), unit_stride(x_TE if delta_TE is None else delta_TE)
     chosen = config(width)
-    rms_norm_forward_kernel[(triton.cdiv(n_rows, chosen["BLOCK_R"]),)](
+    rms_norm_forward_kernel[(triton.cdiv(n_rows, chosen["BLOCK_ROWS"]),)](
         x_TE,
         delta_TE,
         weight_E.contiguous(),
@@ -194,26 +200,26 @@ def launch_backward(
     dsum_TE: torch.Tensor | None,
     dx_TE: torch.Tensor,
 ) -> torch.Tensor:
-    """Writes dx, of stride 1 along E, and returns it. See `functional.backward`."""
+    """Writes dx, of stride 1 along E, and returns it. See `op.backward`."""
     n_rows, heads, width = _sizes(sum_TE)
     if sum_TE.numel() == 0:
         return dx_TE
-    with_dsum = dsum_TE is not None
-    dy_TE, sum_TE, dsum_TE = _rows(dy_TE), _rows(sum_TE), _rows(dsum_TE if with_dsum else sum_TE)
+    dy_TE, sum_TE = unit_stride(dy_TE), unit_stride(sum_TE)
+    added_TE = sum_TE if dsum_TE is None else unit_stride(dsum_TE)
     chosen = config(width)
-    rms_norm_backward_kernel[(triton.cdiv(n_rows, chosen["BLOCK_R"]),)](
+    rms_norm_backward_kernel[(triton.cdiv(n_rows, chosen["BLOCK_ROWS"]),)](
         dy_TE,
         sum_TE,
         rstd_T,
         weight_E.contiguous(),
-        dsum_TE,
+        added_TE,
         dx_TE,
         n_rows,
         *_strides(dy_TE),
         *_strides(sum_TE),
-        *_strides(dsum_TE),
+        *_strides(added_TE),
         *_strides(dx_TE),
-        DSUM=with_dsum,
+        DSUM=dsum_TE is not None,
         HEADS=heads,
         WIDTH=width,
         **chosen,
@@ -222,39 +228,35 @@ def launch_backward(
 
 
 def launch_weight_gradient(dy_TE: torch.Tensor, sum_TE: torch.Tensor, rstd_T: torch.Tensor) -> torch.Tensor:
-    """dweight [E] fp32: partial sums by the kernel, then their sum, both in a fixed order."""
+    """dweight [E] fp32: partial sums by the kernel, then their total, both in a fixed order."""
     n_rows, heads, width = _sizes(sum_TE)
     if sum_TE.numel() == 0:
         return rstd_T.new_zeros(width)
-    dy_TE, sum_TE = _rows(dy_TE), _rows(sum_TE)
-    blocks, rows = triton.cdiv(width, WEIGHT_GRADIENT["BLOCK_E"]), WEIGHT_GRADIENT["BLOCK_R"]
-    rows_a_program = rows * triton.cdiv(triton.cdiv(n_rows, rows), max(1, PROGRAMS // blocks))
-    partial = rstd_T.new_empty(triton.cdiv(n_rows, rows_a_program), width)
-    rms_norm_weight_gradient_kernel[(len(partial), blocks)](
+    dy_TE, sum_TE = unit_stride(dy_TE), unit_stride(sum_TE)
+    blocks, rows = triton.cdiv(width, WEIGHT_GRADIENT["BLOCK_E"]), WEIGHT_GRADIENT["BLOCK_ROWS"]
+    rows_per_program = rows * triton.cdiv(triton.cdiv(n_rows, rows), max(1, MAX_WEIGHT_PROGRAMS // blocks))
+    partial_JE = rstd_T.new_empty(triton.cdiv(n_rows, rows_per_program), width)
+    rms_norm_weight_gradient_kernel[(len(partial_JE), blocks)](
         dy_TE,
         sum_TE,
         rstd_T,
-        partial,
+        partial_JE,
         n_rows,
-        rows_a_program,
+        rows_per_program,
         *_strides(dy_TE),
         *_strides(sum_TE),
         HEADS=heads,
         WIDTH=width,
         **WEIGHT_GRADIENT,
     )
-    return partial.sum(0)
+    return partial_JE.sum(0)
 
 
 def _sizes(x: torch.Tensor) -> tuple[int, int, int]:
-    """Rows, heads and width of [T, E] or [T, H, D]."""
+    """(rows, heads, width) of [T, E] or [T, H, D]."""
     heads = x.shape[1] if x.ndim == 3 else 1
     return x.shape[0] * heads, heads, x.shape[-1]
 
 
 def _strides(x: torch.Tensor) -> tuple[int, int]:
     return x.stride(0), x.stride(1) if x.ndim == 3 else 0
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""RMSNorm in plain PyTorch: the definition of the op, and the path taken where Triton is not."""
+"""RMSNorm in plain PyTorch: the definition of the op, and the path without Triton."""
 
 import torch
 
@@ -6,14 +6,14 @@ import torch
 def forward_reference(
     x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float, delta_TE: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(sum, y, rstd), see `functional.forward`."""
+    """(sum [T, E], y [T, E], rstd [T]), see `op.forward`."""
     sum_TE = x_TE if delta_TE is None else x_TE + delta_TE
     rstd_T = torch.rsqrt(wide(sum_TE).square().mean(-1) + eps)
     return sum_TE, normalize_reference(sum_TE, rstd_T, weight_E), rstd_T
 
 
 def normalize_reference(sum_TE: torch.Tensor, rstd_T: torch.Tensor, weight_E: torch.Tensor) -> torch.Tensor:
-    """sum * rstd * weight, in this order, which makes it the same bits each time."""
+    """y [T, E] = sum * rstd * weight, in this order, which gives the same bits each time."""
     return (wide(sum_TE) * rstd_T.unsqueeze(-1)).mul_(weight_E).to(sum_TE.dtype)
 
 
@@ -24,7 +24,7 @@ def backward_reference(
     weight_E: torch.Tensor,
     dsum_TE: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """rstd * (g - unit * mean(g * unit)) + dsum, with g = dy * weight and unit = sum * rstd."""
+    """dx [T, E] = rstd * (g - unit * mean(g * unit)) + dsum, with g = dy * weight and unit = sum * rstd."""
     g_TE, unit_TE = wide(dy_TE) * weight_E.to(rstd_T.dtype), wide(sum_TE) * rstd_T.unsqueeze(-1)
     dx_TE = g_TE.addcmul_(unit_TE, (g_TE * unit_TE).mean(-1, keepdim=True), value=-1).mul_(rstd_T.unsqueeze(-1))
     return (dx_TE if dsum_TE is None else dx_TE.add_(dsum_TE)).to(sum_TE.dtype)
@@ -36,5 +36,5 @@ def weight_gradient_reference(dy_TE: torch.Tensor, sum_TE: torch.Tensor, rstd_T:
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """x in fp32, or fp64 if that is what it is."""
+    """x in fp32; fp64 stays fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

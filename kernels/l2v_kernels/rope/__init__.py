@@ -1,8 +1,8 @@
-"""Rotary position embedding of packed queries and keys, in place where asked."""
+"""Rotary position embedding of packed queries and keys, in place on request."""
 
 import torch
 
-from l2v_kernels.rope.autograd import Rotary
+from l2v_kernels.rope.op import Rotary
 
 __all__ = ["rope"]
 
@@ -18,14 +18,20 @@ def rope(
     """x * cos + rotate_half(x) * sin for each head of q and k, computed in fp32 and rounded once.
 
     Args:
-        q_THD, k_TKD: queries [T, H, D] and keys [T, K, D] of one floating dtype, D even; any strides, so also slices of
-            one qkv buffer.
-        cos_TD, sin_TD: [T, D] of a floating dtype, as transformers' rotary embeddings give them. No gradient.
+        q_THD: queries [T, H, D] of a floating dtype, D even; any strides, so slices of a qkv buffer are fine.
+        k_TKD: keys [T, K, D], likewise, in the same dtype.
+        cos_TD: [T, D] of a floating dtype, as transformers' rotary embeddings compute it. No gradient.
+        sin_TD: likewise.
         inplace: write into q and k and return them. Autograd's rules for in-place operations apply: neither may be a
             leaf that requires grad, nor one of several views that one operation made (`split`).
-    Returns: q and k, rotated, in their dtype; differentiable in both.
-    Errors: ValueError on other shapes, dtypes or devices.
-    Source: Su et al. 2021 (RoFormer), in the half-split layout of GPT-NeoX and Llama.
+
+    Returns:
+        q and k, rotated, in their dtype; differentiable in both.
+
+    Raises:
+        ValueError: shapes, dtypes or devices are outside the above.
+
+    Source: Su et al. 2021 (RoFormer, arXiv 2104.09864), in the half-split layout of GPT-NeoX and Llama.
     """
     tensors = (q_THD, k_TKD, cos_TD, sin_TD)
     shapes = f"q {tuple(q_THD.shape)}, k {tuple(k_TKD.shape)}, cos {tuple(cos_TD.shape)}, sin {tuple(sin_TD.shape)}"
@@ -34,11 +40,8 @@ def rope(
     if cos_TD.shape != q_THD.shape[::2] or sin_TD.shape != cos_TD.shape:
         raise ValueError(f"rope needs cos and sin [T, D], got {shapes}")
     if not all(x.is_floating_point() for x in tensors) or q_THD.dtype != k_TKD.dtype or cos_TD.dtype != sin_TD.dtype:
-        raise ValueError(f"rope needs floating tensors, q like k and cos like sin, got {_types(tensors)} for {shapes}")
+        dtypes = ", ".join(str(x.dtype) for x in tensors)
+        raise ValueError(f"rope needs floating tensors, q like k and cos like sin, got {dtypes} for {shapes}")
     if any(x.device != q_THD.device for x in tensors):
         raise ValueError(f"q, k, cos and sin must be on one device for {shapes}")
-    return tuple(Rotary.apply(x, cos_TD, sin_TD, inplace) for x in (q_THD, k_TKD))
-
-
-def _types(tensors):
-    return ", ".join(str(x.dtype) for x in tensors)
+    return Rotary.apply(q_THD, cos_TD, sin_TD, inplace), Rotary.apply(k_TKD, cos_TD, sin_TD, inplace)

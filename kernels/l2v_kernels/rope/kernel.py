@@ -4,8 +4,10 @@ import torch
 import triton
 import triton.language as tl
 
-CONFIG = {"BLOCK_R": 32, "num_warps": 4}
-"""Rows (token, head) a program: 32 of 128 columns are 16 bytes a thread and half, twice over."""
+from l2v_kernels.launching import unit_stride
+
+CONFIG = {"BLOCK_ROWS": 32, "num_warps": 4}
+"""Rows (token, head) a program: 32 rows of 128 columns are two loads of 16 bytes a thread for each half of the columns."""
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -25,14 +27,14 @@ def rope_kernel(
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     INVERSE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):
     """(y1, y2) = (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2), or, INVERSE, (x1 cos1 + x2 sin2, x2 cos2 - x1 sin1).
 
-    Rows are heads within tokens, so neighbours share their cos and sin, and those come from the cache. A program reads
-    both halves before it writes either: x and y may be one tensor.
+    Rows are heads within tokens: neighbouring rows share cos and sin, which then come from the cache. A program reads both
+    halves before it writes either, so x and y may be one tensor.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     token, head = row // HEADS, row % HEADS
     columns = tl.arange(0, BLOCK_HALF)[None, :]
     mask = (row < n_rows)[:, None] & (columns < HALF)
@@ -57,14 +59,14 @@ def rope_kernel(
 def launch(
     x_THD: torch.Tensor, y_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, inverse: bool
 ) -> torch.Tensor:
-    """Writes the rotated x into y [T, H, D], which may be x, and returns it. See `l2v_kernels.rope`."""
+    """Writes the rotated x into y [T, H, D], which may be x, and returns it. Arguments as in `op.rotate`."""
     T, H, D = x_THD.shape
     if x_THD.numel() == 0:
         return y_THD
-    source = x_THD if x_THD.stride(2) == 1 else x_THD.contiguous()
+    source = unit_stride(x_THD)
     target = y_THD if y_THD.stride(2) == 1 else torch.empty_like(source, memory_format=torch.contiguous_format)
-    cos_TD, sin_TD = (x if x.stride(1) == 1 else x.contiguous() for x in (cos_TD, sin_TD))
-    rope_kernel[(triton.cdiv(T * H, CONFIG["BLOCK_R"]),)](
+    cos_TD, sin_TD = unit_stride(cos_TD), unit_stride(sin_TD)
+    rope_kernel[(triton.cdiv(T * H, CONFIG["BLOCK_ROWS"]),)](
         source,
         target,
         cos_TD,

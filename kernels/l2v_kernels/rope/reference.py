@@ -1,10 +1,10 @@
-"""Rotary position embedding in plain PyTorch: the definition of the op, and the path taken where Triton is not."""
+"""Rotary position embedding in plain PyTorch: the definition of the op, and the path without Triton."""
 
 import torch
 
 
 def rope_reference(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, inverse: bool) -> torch.Tensor:
-    """x [T, H, D] rotated, in its dtype; inverse: the transposed map, which is what its gradient needs."""
+    """x [T, H, D] rotated, in its dtype; with `inverse` the transposed map, which the gradient needs. cos and sin: [T, D]."""
     dtype = torch.promote_types(x_THD.dtype, torch.float32)
     x, cos, sin = x_THD.to(dtype), cos_TD.to(dtype)[:, None], sin_TD.to(dtype)[:, None]
     if inverse:

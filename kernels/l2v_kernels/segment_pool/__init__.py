@@ -1,10 +1,10 @@
-"""From token states to one vector a segment, with the decoder's last norm inside if wanted."""
+"""From token states to one vector a segment, with the decoder's final norm inside on request."""
 
 import os
 
 import torch
 
-from l2v_kernels.segment_pool.autograd import SegmentPool
+from l2v_kernels.segment_pool.op import SegmentPool
 
 __all__ = ["segment_pool"]
 
@@ -19,24 +19,31 @@ def segment_pool(
     """Weighted mean of each segment's tokens: sum_t w_t norm(x_t) / max(sum_t w_t, 1e-9) over the segment.
 
     Args:
-        x_TE: token states [T, E] of a floating dtype; rows may lie apart.
-        weights_T: fp32 [T], without a gradient. 1 for the pooled tokens of a mean, 1, 2, .. for a position-weighted one
-            (Muennighoff 2022, arXiv 2202.08904), one 1 a segment for the last or the first token. A token of weight 0
-            takes no part, whatever its state; it is not even read.
+        x_TE: token states [T, E] of a floating dtype; rows may lie apart in memory.
+        weights_T: fp32 [T], without a gradient. 1 for the pooled tokens of a mean, 1, 2, .. for a position-weighted mean
+            (Muennighoff 2022, arXiv 2202.08904), a single 1 in each segment for the last or the first token. A token of
+            weight 0 has no effect, whatever its state; it is not even read.
         cu_seqlens: int32 or int64 [S + 1], from 0 to T: segment s holds tokens cu_seqlens[s] .. cu_seqlens[s + 1].
-        norm_weight_E: weight [E] of an RMSNorm (see `l2v_kernels.rms_norm`) that each token goes through first; None for
-            none. Normalised tokens are never rounded nor written.
-        eps: that of the norm.
-    Returns: [S, E] fp32 (fp64 for fp64), zeros for a segment that pools nothing. A segment's bits depend on its own tokens
-        alone, not on its place in the pack. Differentiable in x and the norm's weight. Kept for the backward: with a norm
-        x and 8 bytes a token, without one 4 bytes a token. No gradient of a gradient.
-    Errors: ValueError on other shapes, dtypes or devices; on the CPU, and with L2V_CHECK=1 on CUDA, for cu_seqlens that
-        fall or do not go from 0 to T. Unchecked, wrong ones give wrong vectors and gradients, but no fault.
+        norm_weight_E: weight [E] of an RMSNorm (see `l2v_kernels.rms_norm`) applied to each token first; None for none.
+            Normalised tokens are neither rounded nor written to memory.
+        eps: that of the norm, at least 0.
+
+    Returns:
+        [S, E] fp32 (fp64 for fp64), zeros for a segment whose weights are all 0. A segment's bits depend on its own tokens
+        alone, not on its place in the pack. Differentiable once in x and the norm's weight. Kept for the backward: with a
+        norm x and 8 bytes a token, without one 4 bytes a token.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or eps are outside the above; on the CPU, and with L2V_CHECK=1 on CUDA, also
+            cu_seqlens that decrease or do not run from 0 to T. Unchecked, wrong ones give wrong vectors and gradients, but
+            no memory fault.
+
+    Source: mean pooling of Reimers & Gurevych 2019 (arXiv 1908.10084), the norm of Zhang & Sennrich 2019.
     """
     _check(x_TE, weights_T, cu_seqlens, norm_weight_E, eps)
     if norm_weight_E is None or not norm_weight_E.requires_grad:
         return SegmentPool.apply(x_TE, weights_T, cu_seqlens, norm_weight_E, eps)
-    # The mean of norm(x) * weight is the mean of norm(x) times weight, and that product has a gradient of its own.
+    # The mean of norm(x) * weight is the mean of norm(x), times weight: autograd differentiates that multiplication itself.
     ones_E = torch.ones_like(norm_weight_E, requires_grad=False)
     vectors_SE = SegmentPool.apply(x_TE, weights_T, cu_seqlens, ones_E, eps)
     return vectors_SE * norm_weight_E.to(vectors_SE.dtype)
@@ -57,7 +64,7 @@ def _check(x_TE, weights_T, cu_seqlens, norm_weight_E, eps):
         dtypes = ", ".join(str(x.dtype) for x in (*floating, weights_T))
         raise ValueError(f"segment_pool needs floating x and norm weight and fp32 weights, got {dtypes} for {shapes}")
     if weights_T.requires_grad:
-        raise ValueError(f"segment_pool gives the weights no gradient; pass weights_T.detach() for {shapes}")
+        raise ValueError(f"segment_pool computes no gradient of the weights; pass weights_T.detach() for {shapes}")
     if any(x.device != x_TE.device for x in (*floating, weights_T, cu_seqlens)):
         raise ValueError(f"x, weights, cu_seqlens and the norm's weight must be on one device for {shapes}")
     if not eps >= 0:
@@ -65,4 +72,4 @@ def _check(x_TE, weights_T, cu_seqlens, norm_weight_E, eps):
     if x_TE.device.type == "cpu" or os.environ.get("L2V_CHECK") == "1":
         bounds = cu_seqlens.tolist()
         if bounds[0] != 0 or bounds[-1] != len(x_TE) or bounds != sorted(bounds):
-            raise ValueError(f"cu_seqlens must go from 0 to {len(x_TE)} and never fall, got {bounds} for {shapes}")
+            raise ValueError(f"cu_seqlens must go from 0 to {len(x_TE)} and never decrease, got {bounds} for {shapes}")

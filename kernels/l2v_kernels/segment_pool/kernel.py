@@ -1,29 +1,30 @@
-"""Pooling of segments as Triton kernels. Bound by memory: token states are read once, and with a norm not even written.
+"""Pooling of segments as Triton kernels. Bound by memory: token states are read once, and never written, not even normalised.
 
 Segments are cut into pieces of PIECE tokens, counted from their own first token, and each program pools one: few long
 segments and many short ones both fill the device. Piece j of segment s has number cu_seqlens[s] // PIECE + s + j, which
-no other piece has (a segment of n tokens, begun anywhere, crosses at least ceil(n / PIECE) - 1 multiples of PIECE). So
-T // PIECE + S programs are enough whatever the lengths are, and nothing has to be read on the host to start them.
+no other piece has (a segment of n tokens, wherever it starts, crosses at least ceil(n / PIECE) - 1 multiples of PIECE). So
+T // PIECE + S programs are enough whatever the lengths are, and the host launches them without reading cu_seqlens.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from l2v_kernels.segment_pool.reference import LEAST_TOTAL
+from l2v_kernels.launching import unit_stride
+from l2v_kernels.segment_pool.reference import MIN_TOTAL
 
 PIECE = 32
 """Tokens a piece. The partial sums of a long segment then cost 1/8 of the bytes of its bf16 states."""
-TILE = 4096
-"""Elements of the tile that goes over a piece."""
-COMBINE = {"BLOCK_P": 16, "BLOCK_E": 512, "num_warps": 8}
+TILE_ELEMENTS = 4096
+"""Elements of the tile that a program moves over its piece."""
+COMBINE_CONFIG = {"BLOCK_J": 16, "BLOCK_E": 512, "num_warps": 8}
 
-_LEAST_TOTAL = tl.constexpr(LEAST_TOTAL)
+_MIN_TOTAL = tl.constexpr(MIN_TOTAL)
 
 
 @triton.jit
 def segment_bounds(cu_ptr, segment, n_tokens):
-    """First token and end of a segment, within the pack whatever cu_seqlens says."""
+    """First token and end of a segment, clamped into the pack."""
     begin = tl.load(cu_ptr + segment).to(tl.int64)
     end = tl.load(cu_ptr + segment + 1).to(tl.int64)
     begin = tl.minimum(tl.maximum(begin, 0), n_tokens)
@@ -32,7 +33,7 @@ def segment_bounds(cu_ptr, segment, n_tokens):
 
 @triton.jit
 def find_piece(cu_ptr, number, n_segments, n_tokens, PIECE: tl.constexpr):
-    """(segment, first token, end, pieces of that segment) of a piece by its number; no token if there is no such piece."""
+    """(segment, first token, end, pieces of that segment) of a piece by its number; first >= end if it does not exist."""
     low, high = tl.full([], 0, tl.int32), n_segments
     while high - low > 1:
         middle = (low + high) // 2
@@ -68,8 +69,10 @@ def pool_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Program i sums weight * x, or (NORM) weight * rstd * x, over piece i: the vector of a segment of one piece, else a
-    partial sum. A token of weight 0 is not read."""
+    """Program i sums weight * x, or (NORM) weight * rstd * x, over piece i.
+
+    That is the vector of a segment of one piece, else a partial sum [J, WIDTH]. A token of weight 0 is not read.
+    """
     number = tl.program_id(0)
     segment, begin, end, n_pieces = find_piece(cu_ptr, number, n_segments, n_tokens, PIECE)
     if begin < end:
@@ -88,11 +91,11 @@ def pool_kernel(
                 rstd = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)
                 tl.store(rstd_ptr + token, rstd, mask=used)
                 weight *= rstd
-            # Not weight * x of a masked token: a rstd of zeros may be infinite.
+            # Masked, not multiplied by weight 0: the rstd of zeros may be infinite.
             sums += tl.where(used[:, None], weight[:, None] * x, 0.0)
         vector, total = tl.sum(sums, 0)[None, :], tl.sum(total, 0)
         if n_pieces == 1:
-            vector /= tl.maximum(total, _LEAST_TOTAL)
+            vector /= tl.maximum(total, _MIN_TOTAL)
             if NORM:
                 vector *= tl.load(norm_weight_ptr + column, mask=in_columns, other=0.0).to(tl.float32)
             tl.store(vectors_ptr + segment.to(tl.int64) * WIDTH + column, vector, mask=in_columns)
@@ -114,27 +117,27 @@ def combine_kernel(
     NORM: tl.constexpr,
     WIDTH: tl.constexpr,
     PIECE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Program (s, j): column block j of the vector of segment s from its partial sums, zeros from none."""
+    """Program (s, i): column block i of the vector of segment s from its partial sums, zeros where it has none."""
     segment = tl.program_id(0)
     begin, end = segment_bounds(cu_ptr, segment, n_tokens)
     n_pieces = tl.cdiv(end - begin, PIECE)
     if n_pieces != 1:
         column = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)[None, :]
         in_columns = column < WIDTH
-        sums = tl.zeros([BLOCK_P, BLOCK_E], tl.float32)
-        total = tl.zeros([BLOCK_P], tl.float32)
+        sums = tl.zeros([BLOCK_J, BLOCK_E], tl.float32)
+        total = tl.zeros([BLOCK_J], tl.float32)
         first = begin // PIECE + segment
-        for at in range(first, first + n_pieces, BLOCK_P):
-            number = at + tl.arange(0, BLOCK_P)
+        for at in range(first, first + n_pieces, BLOCK_J):
+            number = at + tl.arange(0, BLOCK_J)
             in_segment = number < first + n_pieces
             total += tl.load(partial_totals_ptr + number, mask=in_segment, other=0.0)
             partial_at = (number * WIDTH)[:, None] + column
             sums += tl.load(partial_ptr + partial_at, mask=in_segment[:, None] & in_columns, other=0.0)
         whole = tl.sum(total, 0)
-        vector = tl.sum(sums, 0)[None, :] / tl.maximum(whole, _LEAST_TOTAL)
+        vector = tl.sum(sums, 0)[None, :] / tl.maximum(whole, _MIN_TOTAL)
         if NORM:
             vector *= tl.load(norm_weight_ptr + column, mask=in_columns, other=0.0).to(tl.float32)
         tl.store(vectors_ptr + segment.to(tl.int64) * WIDTH + column, vector, mask=in_columns)
@@ -161,15 +164,17 @@ def pool_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """dx of piece i, [T, WIDTH], contiguous: weight * g, or (NORM) weight * rstd * (g - unit * mean(g * unit)), where
-    g = dvector * norm_weight / total is the same for all tokens of a piece and unit = x * rstd."""
+    """dx of piece i, [T, WIDTH], contiguous: weight * g, or (NORM) weight * rstd * (g - unit * mean(g * unit)).
+
+    g = dvector * norm_weight / total is the same for all tokens of a piece, and unit = x * rstd.
+    """
     number = tl.program_id(0)
     segment, begin, end, _ = find_piece(cu_ptr, number, n_segments, n_tokens, PIECE)
     if begin < end:
         column = tl.arange(0, BLOCK_E)[None, :]
         in_columns = column < WIDTH
         g = tl.load(dvectors_ptr + segment.to(tl.int64) * WIDTH + column, mask=in_columns, other=0.0)
-        g /= tl.maximum(tl.load(totals_ptr + segment), _LEAST_TOTAL)
+        g /= tl.maximum(tl.load(totals_ptr + segment), _MIN_TOTAL)
         if NORM:
             g *= tl.load(norm_weight_ptr + column, mask=in_columns, other=0.0).to(tl.float32)
         for at in range(begin, end, BLOCK_T):
@@ -190,9 +195,13 @@ def pool_backward_kernel(
 
 
 def config(width: int) -> dict[str, int]:
-    """The tile for states of `width`: several tokens of short ones, one of long ones."""
+    """The tile for states of `width` elements: several tokens where they are short, else one."""
     block = triton.next_power_of_2(width)
-    return {"BLOCK_T": max(1, min(PIECE, TILE // block)), "BLOCK_E": block, "num_warps": 8 if block < 16384 else 32}
+    return {
+        "BLOCK_T": max(1, min(PIECE, TILE_ELEMENTS // block)),
+        "BLOCK_E": block,
+        "num_warps": 8 if block < 16384 else 32,
+    }
 
 
 def launch_forward(
@@ -205,14 +214,14 @@ def launch_forward(
     totals_S: torch.Tensor,
     rstd_T: torch.Tensor | None,
 ) -> None:
-    """Writes vectors and totals, contiguous, and with a norm rstd. See `functional.forward`."""
+    """Writes vectors and totals, contiguous, and with a norm rstd. See `op.forward`."""
     (T, E), S = x_TE.shape, len(cu_seqlens) - 1
     if S == 0:
         return
-    x_TE, weights_T, cu_seqlens = _plain(x_TE), weights_T.contiguous(), cu_seqlens.contiguous()
+    x_TE, weights_T, cu_seqlens = unit_stride(x_TE), weights_T.contiguous(), cu_seqlens.contiguous()
     norm, norm_weight_E = norm_weight_E is not None, vectors_SE if norm_weight_E is None else norm_weight_E.contiguous()
     n_pieces = T // PIECE + S
-    partial_PE, partial_P = vectors_SE.new_empty(n_pieces, E), vectors_SE.new_empty(n_pieces)
+    partial_JE, partial_J = vectors_SE.new_empty(n_pieces, E), vectors_SE.new_empty(n_pieces)
     constants = {"NORM": norm, "WIDTH": E, "PIECE": PIECE}
     pool_kernel[(n_pieces,)](
         x_TE,
@@ -222,8 +231,8 @@ def launch_forward(
         vectors_SE,
         totals_S,
         totals_S if rstd_T is None else rstd_T,
-        partial_PE,
-        partial_P,
+        partial_JE,
+        partial_J,
         S,
         T,
         x_TE.stride(0),
@@ -231,8 +240,8 @@ def launch_forward(
         **constants,
         **config(E),
     )
-    combine_kernel[(S, triton.cdiv(E, COMBINE["BLOCK_E"]))](
-        cu_seqlens, norm_weight_E, partial_PE, partial_P, vectors_SE, totals_S, T, **constants, **COMBINE
+    combine_kernel[(S, triton.cdiv(E, COMBINE_CONFIG["BLOCK_E"]))](
+        cu_seqlens, norm_weight_E, partial_JE, partial_J, vectors_SE, totals_S, T, **constants, **COMBINE_CONFIG
     )
 
 
@@ -246,31 +255,27 @@ def launch_backward(
     totals_S: torch.Tensor,
     dx_TE: torch.Tensor,
 ) -> torch.Tensor:
-    """Writes dx, contiguous, and returns it. See `functional.backward`."""
+    """Writes dx, contiguous, and returns it. See `op.backward`."""
     (T, E), S = dx_TE.shape, len(cu_seqlens) - 1
     if T == 0 or S == 0:
         return dx_TE
-    norm = norm_weight_E is not None
-    x_TE = _plain(x_TE) if norm else dx_TE
+    # What a pooling without a norm lacks is never read, but an argument must be a tensor.
+    x_TE = dx_TE if x_TE is None else unit_stride(x_TE)
     pool_backward_kernel[(T // PIECE + S,)](
         dvectors_SE.contiguous(),
         x_TE,
         weights_T.contiguous(),
         cu_seqlens.contiguous(),
-        norm_weight_E.contiguous() if norm else dvectors_SE,
-        rstd_T if norm else totals_S,
+        dvectors_SE if norm_weight_E is None else norm_weight_E.contiguous(),
+        totals_S if rstd_T is None else rstd_T,
         totals_S,
         dx_TE,
         S,
         T,
         x_TE.stride(0),
-        NORM=norm,
+        NORM=norm_weight_E is not None,
         WIDTH=E,
         PIECE=PIECE,
         **config(E),
     )
     return dx_TE
-
-
-def _plain(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()

@@ -1,9 +1,9 @@
-"""Pooling of segments in plain PyTorch: the definition of the op, and the path taken where Triton is not."""
+"""Pooling of segments in plain PyTorch: the definition of the op, and the path without Triton."""
 
 import torch
 
-LEAST_TOTAL = 1e-9
-"""Weights of a segment that add up to less than this are divided by it: nothing pooled gives zeros, not NaN."""
+MIN_TOTAL = 1e-9
+"""The least divisor of a segment's weighted sum: weights that are all 0 give zeros, not NaN."""
 
 
 def forward_reference(
@@ -13,7 +13,7 @@ def forward_reference(
     norm_weight_E: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """(vectors [S, E], rstd [T] or None without a norm, totals [S] of the weights), see `functional.forward`."""
+    """(vectors [S, E], rstd [T] or None without a norm, totals [S] of the weights), see `op.forward`."""
     wide_TE = _wide(x_TE)
     scale_T, lengths_S, rstd_T = weights_T.to(wide_TE.dtype), cu_seqlens.diff().long(), None
     totals_S = torch.segment_reduce(scale_T, "sum", lengths=lengths_S, unsafe=True)
@@ -22,7 +22,7 @@ def forward_reference(
         scale_T = scale_T * rstd_T
     parts_TE = (wide_TE * scale_T.unsqueeze(1)).masked_fill_((weights_T == 0).unsqueeze(1), 0)
     vectors_SE = torch.segment_reduce(parts_TE, "sum", lengths=lengths_S, unsafe=True)
-    vectors_SE /= totals_S.clamp(min=LEAST_TOTAL).unsqueeze(1)
+    vectors_SE /= totals_S.clamp(min=MIN_TOTAL).unsqueeze(1)
     if norm_weight_E is not None:
         vectors_SE *= norm_weight_E
     return vectors_SE, rstd_T, totals_S
@@ -38,13 +38,13 @@ def backward_reference(
     totals_S: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """dx [T, E] in `dtype`: each token's share of its segment's gradient, and back through the norm."""
-    g_SE = dvectors_SE / totals_S.clamp(min=LEAST_TOTAL).unsqueeze(1)
+    """dx [T, E] in `dtype`: each token's share of its segment's gradient, carried back through the norm."""
+    g_SE = dvectors_SE / totals_S.clamp(min=MIN_TOTAL).unsqueeze(1)
     if norm_weight_E is not None:
         g_SE = g_SE * norm_weight_E
     dx_TE = g_SE.repeat_interleave(cu_seqlens.diff().long(), dim=0, output_size=len(weights_T))
     scale_T = weights_T.to(dx_TE.dtype)
-    if norm_weight_E is not None:
+    if x_TE is not None and rstd_T is not None:
         unit_TE = _wide(x_TE) * rstd_T.unsqueeze(1)
         dx_TE = dx_TE - unit_TE * (dx_TE * unit_TE).mean(1, keepdim=True)
         scale_T = scale_T * rstd_T

@@ -1,8 +1,8 @@
-"""SwiGLU: the gated activation between a feed-forward block's two products."""
+"""SwiGLU: the gated activation between a feed-forward block's two matmuls."""
 
 import torch
 
-from l2v_kernels.swiglu.autograd import SwiGlu
+from l2v_kernels.swiglu.op import SwiGlu
 
 __all__ = ["swiglu"]
 
@@ -10,10 +10,16 @@ __all__ = ["swiglu"]
 def swiglu(gate_up_TG: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, computed in fp32 and rounded once.
 
-    Args: gate_up_TG: [T, 2 F] of a floating dtype, gate in the first F columns and up in the others, as one product with
-        both weights gives them. Rows may lie apart.
-    Returns: [T, F] in its dtype, differentiable. gate_up alone is kept for the backward. No gradient of a gradient.
-    Errors: ValueError on another shape or dtype.
+    Args:
+        gate_up_TG: [T, G] of a floating dtype, G = 2 F: gate in the first F columns and up in the others, as one matmul
+            with both weights computes them. Rows may lie apart in memory.
+
+    Returns:
+        [T, F] in its dtype, differentiable once. gate_up alone is kept for the backward.
+
+    Raises:
+        ValueError: another shape or dtype.
+
     Source: Shazeer 2020 (arXiv 2002.05202).
     """
     if gate_up_TG.ndim != 2 or gate_up_TG.shape[1] % 2:

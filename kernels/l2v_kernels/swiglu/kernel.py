@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from l2v_kernels.swiglu.lora import GateUpLora
+from l2v_kernels.launching import PRECISION, unit_stride
+from l2v_kernels.swiglu.reference import GateUpLora
 
 CONFIG = {"BLOCK_T": 4, "BLOCK_F": 1024, "num_warps": 8}
 """16 elements a thread and operand, in accesses of 16 bytes. 1024 divides the widths of Llama, Mistral and Qwen."""
@@ -14,7 +15,7 @@ LORA_CONFIG = {
     2: {"BLOCK_T": 32, "BLOCK_F": 128, "num_warps": 8},
     4: {"BLOCK_T": 16, "BLOCK_F": 64, "num_warps": 8},
 }
-"""With LoRA's share, by bytes an element: B is read once a token block, from the cache, so a block has more tokens."""
+"""With the adapters' share, by bytes an element: every token block reads B again, from the cache, so blocks are taller."""
 
 
 @triton.jit
@@ -30,7 +31,7 @@ def _add_share(
     RANK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """values [BLOCK_T, BLOCK_F] fp32 + xa B^T."""
+    """values [BLOCK_T, BLOCK_F] fp32 + xa B^T: the adapter's share."""
     BLOCK_R: tl.constexpr = 16 if RANK <= 16 else triton.next_power_of_2(RANK)
     r = tl.arange(0, BLOCK_R)
     xa_at = token * stride_xa + r[None, :]
@@ -59,7 +60,7 @@ def swiglu_forward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """product [T, F], contiguous. Program (i, j) does token block i of column block j. A rank of 0: no LoRA there."""
+    """product [T, F], contiguous. Program (i, j) computes token block i of column block j. A rank of 0: not adapted."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     mask = (token < n_tokens) & (column < n_columns)
@@ -98,7 +99,7 @@ def swiglu_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """out [T, 2 F] = (dgate, dup). A program reads all it needs before it writes there: out may be gate_up."""
+    """out [T, G] = (dgate, dup). A program reads all it needs before it writes: out may be gate_up."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
     column = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     mask = (token < n_tokens) & (column < n_columns)
@@ -113,7 +114,7 @@ def swiglu_backward_kernel(
     if RANK_UP > 0:
         up = _add_share(up, xa_up_ptr, b_up_ptr, token, column, n_tokens, n_columns, stride_xa_up, RANK_UP, PRECISION)
     if RANK_GATE + RANK_UP > 0:
-        # A product hands elements from thread to thread: without a wait, one could overwrite what another has yet to read.
+        # The matmul moves elements between threads: without a barrier, one could overwrite what another has yet to read.
         tl.debug_barrier()
     s = tl.sigmoid(gate)
     dup = dproduct * s * gate
@@ -124,11 +125,11 @@ def swiglu_backward_kernel(
 
 
 def launch_forward(gate_up_TG: torch.Tensor, product_TF: torch.Tensor, lora: GateUpLora | None = None) -> torch.Tensor:
-    """Writes the product [T, F], contiguous, and returns it. See `functional.forward`."""
+    """Writes the product [T, F], contiguous, and returns it. Arguments as in `op.forward`."""
     T, F = product_TF.shape
     if product_TF.numel() == 0:
         return product_TF
-    gate_up_TG, config = _rows(gate_up_TG), _config(gate_up_TG, lora)
+    gate_up_TG, config = unit_stride(gate_up_TG), _config(gate_up_TG, lora)
     swiglu_forward_kernel[_grid(T, F, config)](
         gate_up_TG, product_TF, T, F, gate_up_TG.stride(0), **_share(gate_up_TG, lora), **config
     )
@@ -138,21 +139,17 @@ def launch_forward(gate_up_TG: torch.Tensor, product_TF: torch.Tensor, lora: Gat
 def launch_backward(
     dproduct_TF: torch.Tensor, gate_up_TG: torch.Tensor, out_TG: torch.Tensor, lora: GateUpLora | None = None
 ) -> torch.Tensor:
-    """Writes dgate_up into out [T, 2 F] and returns it. See `functional.backward`."""
+    """Writes dgate_up into out [T, G] and returns it. Arguments as in `op.backward`."""
     T, F = dproduct_TF.shape
     if dproduct_TF.numel() == 0:
         return out_TG
-    dproduct_TF, gate_up_TG = _rows(dproduct_TF), _rows(gate_up_TG)
+    dproduct_TF, gate_up_TG = unit_stride(dproduct_TF), unit_stride(gate_up_TG)
     target_TG = out_TG if out_TG.stride(1) == 1 else torch.empty_like(out_TG, memory_format=torch.contiguous_format)
     strides, config = (dproduct_TF.stride(0), gate_up_TG.stride(0), target_TG.stride(0)), _config(gate_up_TG, lora)
     swiglu_backward_kernel[_grid(T, F, config)](
         dproduct_TF, gate_up_TG, target_TG, T, F, *strides, **_share(gate_up_TG, lora), **config
     )
     return out_TG if target_TG is out_TG else out_TG.copy_(target_TG)
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _config(gate_up_TG: torch.Tensor, lora: GateUpLora | None) -> dict[str, int]:
@@ -164,11 +161,10 @@ def _grid(T: int, F: int, config: dict[str, int]) -> tuple[int, int]:
 
 
 def _share(gate_up_TG: torch.Tensor, lora: GateUpLora | None) -> dict[str, object]:
-    """Arguments of the kernels. What is not there is never read, but an argument must be a tensor."""
-    found = {}
+    """Arguments of the kernels. Those of a half that is not adapted are never read, but an argument must be a tensor."""
+    found: dict[str, object] = {"PRECISION": PRECISION}
     for name, pair in {"gate": lora and lora.gate, "up": lora and lora.up}.items():
-        xa_TR, b_FR = (_rows(pair[0]), pair[1].contiguous()) if pair else (gate_up_TG, gate_up_TG)
+        xa_TR, b_FR = (unit_stride(pair[0]), pair[1].contiguous()) if pair else (gate_up_TG, gate_up_TG)
         found |= {f"xa_{name}_ptr": xa_TR, f"b_{name}_ptr": b_FR, f"stride_xa_{name}": xa_TR.stride(0)}
         found[f"RANK_{name.upper()}"] = b_FR.shape[1] if pair else 0
-    # TF32 would round fp32 inputs to 10 bits; it says nothing for 16-bit inputs.
-    return found | {"PRECISION": "ieee"}
+    return found

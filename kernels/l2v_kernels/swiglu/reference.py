@@ -1,14 +1,38 @@
-"""SwiGLU in plain PyTorch: the definition of the op, and the path taken where Triton is not."""
+"""SwiGLU in plain PyTorch: the definition of the op, and the path without Triton."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from l2v_kernels.swiglu.lora import GateUpLora
+
+@dataclass(frozen=True)
+class GateUpLora:
+    """gate += xa_gate B_gate^T and up += xa_up B_up^T, in gate_up's dtype; factors and dropout are inside xa already.
+
+    xa_gate_TR, xa_up_TR: [T, R], rows may lie apart in memory; b_gate_FR, b_up_FR: [F, R]; ranks may differ. A pair of
+    None: not adapted.
+    """
+
+    xa_gate_TR: torch.Tensor | None = None
+    b_gate_FR: torch.Tensor | None = None
+    xa_up_TR: torch.Tensor | None = None
+    b_up_FR: torch.Tensor | None = None
+
+    @property
+    def gate(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """xa [T, R] and B [F, R] of gate."""
+        return _pair(self.xa_gate_TR, self.b_gate_FR)
+
+    @property
+    def up(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """xa [T, R] and B [F, R] of up."""
+        return _pair(self.xa_up_TR, self.b_up_FR)
 
 
 def forward_reference(gate_up_TG: torch.Tensor, lora: GateUpLora | None = None) -> torch.Tensor:
-    """silu(gate) * up, in fp32 (fp64 for fp64), rounded once. LoRA's share is added to gate and up first."""
+    """[T, F]: silu(gate) * up, in fp32 (fp64 for fp64), rounded once. The adapters' share is added to gate and up first."""
     gate_TF, up_TF = _halves(gate_up_TG, lora)
     return torch.nn.functional.silu(gate_TF).mul_(up_TF).to(gate_up_TG.dtype)
 
@@ -18,7 +42,7 @@ def backward_reference(
 ) -> torch.Tensor:
     """With s = sigmoid(gate): dgate = dproduct * s * up * (1 + gate * (1 - s)), dup = dproduct * s * gate; into out.
 
-    In place where it can be: on a CPU, fresh memory costs more than the arithmetic.
+    In place where possible: on a CPU, fresh memory costs more than the arithmetic.
     """
     gate_TF, up_TF = _halves(gate_up_TG, lora)
     s_TF = torch.sigmoid(gate_TF)
@@ -32,10 +56,20 @@ def backward_reference(
     return out_TG
 
 
+def _pair(xa_TR, b_FR):
+    return None if xa_TR is None else (xa_TR, b_FR)
+
+
 def _halves(gate_up_TG: torch.Tensor, lora: GateUpLora | None) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.promote_types(gate_up_TG.dtype, torch.float32)
-    halves = gate_up_TG.to(wide).chunk(2, -1)
-    if lora is None:
-        return halves
-    shares = [pair and pair[0].to(wide) @ pair[1].to(wide).t() for pair in (lora.gate, lora.up)]
-    return tuple(half if share is None else share.add_(half) for half, share in zip(halves, shares, strict=True))
+    gate_TF, up_TF = gate_up_TG.to(wide).chunk(2, -1)
+    if lora is not None:
+        gate_TF, up_TF = _plus_share(gate_TF, lora.gate), _plus_share(up_TF, lora.up)
+    return gate_TF, up_TF
+
+
+def _plus_share(half_TF: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    if pair is None:
+        return half_TF
+    xa_TR, b_FR = pair
+    return (xa_TR.to(half_TF.dtype) @ b_FR.to(half_TF.dtype).t()).add_(half_TF)

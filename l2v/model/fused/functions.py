@@ -15,12 +15,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from l2v.model.fused.spec import Group, LayerSpec
-from l2v_kernels.lora_linear import Adapter, Noise
-from l2v_kernels.lora_linear import functional as lora
+from l2v_kernels.lora_linear import Adapter, InputDropout
+from l2v_kernels.lora_linear import op as lora
 from l2v_kernels.lora_linear.settings import rank_slices
-from l2v_kernels.rms_norm import functional as rms_norm
-from l2v_kernels.rope.functional import rotate
-from l2v_kernels.swiglu import functional as swiglu
+from l2v_kernels.rms_norm import op as rms_norm
+from l2v_kernels.rope.op import rotate
+from l2v_kernels.swiglu import op as swiglu
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Call:
     """One forward of one layer."""
 
     spec: LayerSpec
-    noise: Noise
+    noise: InputDropout
     cos_TD: torch.Tensor
     sin_TD: torch.Tensor
     keep_all: bool
@@ -38,7 +38,7 @@ class Call:
 def _adapters(group: Group, matrices: tuple[torch.Tensor, ...]) -> tuple[Adapter, ...]:
     """The group's adapters with the matrices that autograd handed in."""
     pairs = zip(matrices[::2], matrices[1::2], strict=True)
-    return tuple(replace(a, a_RE=A, b_NR=B) for a, (A, B) in zip(group.adapters(), pairs, strict=True))
+    return tuple(replace(a, a_RE=A, b_OR=B) for a, (A, B) in zip(group.adapters(), pairs, strict=True))
 
 
 def _flat(found: lora.Gradients) -> list[torch.Tensor]:
@@ -49,7 +49,7 @@ class GroupLinear(torch.autograd.Function):
     """A group on an input that is kept by somebody else anyway: the output projection on what attention gave."""
 
     @staticmethod
-    def forward(ctx, x_TE: torch.Tensor, group: Group, noise: Noise, *matrices: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, x_TE: torch.Tensor, group: Group, noise: InputDropout, *matrices: torch.Tensor) -> torch.Tensor:
         y_TN, kept = lora.forward(x_TE, group.linears(), _adapters(group, matrices), noise)
         ctx.group, ctx.noise = group, noise
         ctx.save_for_backward(x_TE, *kept.tensors())
@@ -147,7 +147,7 @@ def _share(kept: lora.Kept, adapters: tuple[Adapter, ...]) -> swiglu.GateUpLora 
         return None
     assert kept.xa_TR is not None  # there are adapters
     pairs: dict[int, tuple[Any, Any]] = {
-        a.part: (kept.xa_TR[:, at], a.b_NR) for a, at in zip(adapters, rank_slices(adapters), strict=True)
+        a.part: (kept.xa_TR[:, at], a.b_OR) for a, at in zip(adapters, rank_slices(adapters), strict=True)
     }
     none = (None, None)
     return swiglu.GateUpLora(*pairs.get(0, none), *pairs.get(1, none))
@@ -166,7 +166,7 @@ class GatedMlp(torch.autograd.Function):
         sum_TE, x_TE, rstd_T = rms_norm.forward(residual_TE, norm.weight, norm.variance_epsilon, delta_TE)
         n = 2 * len(spec.gate_up.adapters())
         of_gate_up, of_down = _adapters(spec.gate_up, matrices[:n]), _adapters(spec.down, matrices[n:])
-        project = lora.forward_apart if _added_in_swiglu(of_gate_up) else lora.forward
+        project = lora.forward_frozen if _added_in_swiglu(of_gate_up) else lora.forward
         gate_up_TG, kept_gate_up = project(x_TE, spec.gate_up.linears(), of_gate_up, call.noise)
         product_TF = swiglu.forward(gate_up_TG, _share(kept_gate_up, of_gate_up))
         y_TE, kept_down = lora.forward(product_TF, spec.down.linears(), of_down, call.noise)

@@ -81,7 +81,7 @@ class Group:
 
     def matrices(self) -> list[torch.Tensor]:
         """A and B of each adapter in turn, for autograd to find."""
-        return [matrix for adapter in self.adapters() for matrix in (adapter.a_RE, adapter.b_NR)]
+        return [matrix for adapter in self.adapters() for matrix in (adapter.a_RE, adapter.b_OR)]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from l2v.model.fused.functions import Call, GatedMlp, GroupLinear, ProjectHeads
 from l2v.model.fused.spec import LayerSpec, base_of
 from l2v_kernels import attention, rms_norm, segment_pool
 from l2v_kernels.integrations.transformers import PackedAttention
-from l2v_kernels.lora_linear import Noise, lay_together
+from l2v_kernels.lora_linear import InputDropout, stack_weights
 from l2v_kernels.spans import span
 
 Recompute = Literal["none", "cheap", "layer"]
@@ -36,15 +36,19 @@ class FusedStack:
         self.gathered = False
         self.specs = [LayerSpec.of(layer) for layer in inner.layers]
         for spec in self.specs:
-            _give(spec.module, lambda residual, delta, run, spec=spec: self._layer(spec, residual, delta, run))
-        _give(inner.norm, lambda residual, delta, pooling: _final_norm(inner.norm, residual, delta, *pooling))
+            _install_fused_forward(
+                spec.module, lambda residual, delta, run, spec=spec: self._layer(spec, residual, delta, run)
+            )
+        _install_fused_forward(
+            inner.norm, lambda residual, delta, pooling: _final_norm(inner.norm, residual, delta, *pooling)
+        )
 
-    def lay_together(self) -> None:
+    def stack_weights(self) -> None:
         """Put weights that read one input into one buffer, for one product. Once the model is on its device; not with
         ZeRO-3, which owns the storage of parameters."""
         for spec in self.specs:
             for group in (spec.qkv, spec.gate_up):
-                lay_together([base_of(m) for m in group.modules])
+                stack_weights([base_of(m) for m in group.modules])
 
     def __call__(
         self,
@@ -79,7 +83,7 @@ class FusedStack:
         return self._layer_once(spec, residual_TE, delta_TE, run)
 
     def _layer_once(self, spec: LayerSpec, residual_TE, delta_TE, run):
-        noise = Noise(spec.dropout(), run.seeds_T, run.rows_T)
+        noise = InputDropout(spec.dropout(), run.seeds_T, run.rows_T)
         call = Call(spec, noise, run.cos_TD, run.sin_TD, keep_all=self.recompute == "none")
         sum_TE, q, k, v = ProjectHeads.apply(residual_TE, delta_TE, call, *spec.qkv.matrices())
         packed, training = run.packed, spec.module.self_attn.training
@@ -114,7 +118,7 @@ def _final_norm(norm: Any, residual_TE, delta_TE, weights_T, cu_seqlens):
     return rms_norm(residual_TE, weight_E, eps, residual_TE=delta_TE)[1]
 
 
-def _give(module: Any, fused_forward) -> None:
+def _install_fused_forward(module: Any, fused_forward) -> None:
     """Let a module run the fused forward when called with `fused=`, and its own otherwise."""
     own = type(module).forward
 

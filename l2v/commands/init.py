@@ -1,0 +1,70 @@
+"""`l2v init NAME --data FILE`: a commented recipe for one's own data that trains as it is."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from l2v.data.own import look
+from l2v.errors import UserError
+from l2v.model.embedded import SMOLLM2
+from l2v.recipe.new import LETTERS_A_TOKEN, OwnData, compose
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write a commented recipe for your own data: pairs of question and answer, or texts alone."""
+    p = argparse.ArgumentParser(prog="l2v init", description=main.__doc__)
+    p.add_argument("name", help="the recipe's name: letters, digits, - and _")
+    p.add_argument("--data", required=True, metavar="FILE", help=".csv, .tsv, .jsonl, .parquet or .txt (a text a line)")
+    p.add_argument(
+        "--base",
+        default=SMOLLM2,
+        help=f"the decoder, a folder or a hub name (default: {SMOLLM2}, which trains on a CPU)",
+    )
+    p.add_argument("--out", metavar="FILE", help="the recipe's file (default: NAME.yaml)")
+    args = p.parse_args(argv)
+    name = args.name.removesuffix(".yaml")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise UserError(f"the name '{args.name}' is to be one of a folder: use letters, digits, - and _")
+    out = Path(args.out or f"{name}.yaml")
+    if out.suffix != ".yaml":
+        raise UserError(f"--out {out}: a recipe's name ends in .yaml")
+    if out.exists():
+        raise UserError(f"{out} exists and is left as it is; choose another name, or another file with --out")
+    data = look(args.data)
+    text = compose(name, args.base, data)
+    try:
+        with open(out, "x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}") from None
+    print(_seen(data))
+    print(f"\n{out}: {'mntp and supervised' if data.kind == 'pairs' else 'mntp and simcse'}, from {args.base}\n")
+    print(_next(name, out, data))
+    return 0
+
+
+def _seen(data: OwnData) -> str:
+    """What the file holds and how it is read, a line each."""
+    delimiter = f", delimiter {data.delimiter}" if data.delimiter else ""
+    empty = f", {data.empty:,} more with an empty text (skipped)" if data.empty else ""
+    chosen = ", ".join(f"{key}: {column}" for key, column in data.read_as().items())
+    tokens = round(data.long_letters / LETTERS_A_TOKEN)
+    return (
+        f"{data.source.path}: {data.rows:,} {data.kind}{empty}{delimiter}\n"
+        f"columns {', '.join(data.columns)}; read as {chosen}\n"
+        f"95% of the texts are shorter than about {tokens:,} tokens"
+    )
+
+
+def _next(name: str, out: Path, data: OwnData) -> str:
+    query = shlex.quote(data.example) if data.example else '"what you look for"'
+    column = "" if data.searched == data.document else f" --column {shlex.quote(data.document)}"
+    return (
+        "Next:\n"
+        f"  l2v train {shlex.quote(str(out))}\n"
+        f"  l2v search runs/{name} {query} --texts {shlex.quote(data.source.path)}{column}"
+    )

@@ -1,0 +1,62 @@
+"""Ranks and other processes that tests start: their environment, their start, and their end."""
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from support.forked import Process, start
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def training_environment() -> dict[str, str]:
+    """The environment of a training process on the CPU, with a port of its own and no rank."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
+    path = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    return environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_PORT": str(free_port())}
+
+
+def run_ranks(function: Callable, arguments: tuple, world: int) -> None:
+    """function(rank, *arguments) on so many ranks, forked from one process that has loaded torch; it has to be importable."""
+    import multiprocessing
+
+    import torch
+
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "l2v.objectives.contrastive"])
+    torch.multiprocessing.start_processes(function, arguments, nprocs=world, start_method="forkserver")
+
+
+def start_ranks(arguments: Sequence[Sequence[object]], folders: Sequence[Path] | None = None) -> list[Process]:
+    """Ranks as a launcher starts them, without its twenty seconds: one `python -m l2v.train` for each list of arguments.
+
+    With `folders`, each rank works in a folder of its own, as on a node of its own.
+    """
+    environment = training_environment() | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(len(arguments))}
+    return [
+        start(
+            ["-m", "l2v.train", *map(str, own)],
+            environment | {"RANK": str(rank), "LOCAL_RANK": "0" if folders else str(rank)},
+            folders[rank] if folders else None,
+        )
+        for rank, own in enumerate(arguments)
+    ]
+
+
+def finish(processes: list[Process | subprocess.Popen], expect: int = 0, timeout: float = 600) -> list[str]:
+    """What each rank said, once all have ended with that exit code; none is left behind."""
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [p.returncode for p in processes] == [expect] * len(processes), "\n".join(outputs)
+    return outputs
