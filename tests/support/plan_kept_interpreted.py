@@ -17,7 +17,9 @@ CONFIG = {
     "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 64,
 }  # fmt: skip
 
-DOWN_CONFIG[2] = DOWN_CONFIG[2] | {"BLOCK_E": 2048}  # the interpreter takes its time by the tile, and tiles save nothing
+DOWN_CONFIG[2] = DOWN_CONFIG[2] | {
+    "BLOCK_E": 2048
+}  # the interpreter takes its time by the tile, and tiles save nothing
 whole = load_model(Base("fake", init="random", config=CONFIG), head=False, dtype=torch.float16)
 decoder = add_lora(inner_model(whole), Lora(), base_name="fake", seed=0)
 model = PackedDecoder(decoder, attention_dropout=0.3).train()
