@@ -233,7 +233,7 @@ def _group(row: dict[str, Any], source: dict[str, Any], where: str) -> int:
     value = row[column]
     if not isinstance(value, str | int | None) or isinstance(value, bool):
         raise UserError(f"{where}: the field '{column}' is text or a whole number; found {type(value).__name__}")
-    # Numbers are counted anew in every data set, so a group ends where its source does.
+    # Numbers are counted again in every data set, so a group ends where its source does.
     return -1 if value in (None, "") else text_key(f"{source['path']}\n{value}")
 
 
