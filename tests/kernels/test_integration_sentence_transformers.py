@@ -97,7 +97,7 @@ def test_errors_say_what_is_wrong():
         FusedMultipleNegativesRankingLoss(model).compute_loss_from_embeddings(embeddings(1))
     for settings, words in (
         ({"directions": ("doc_to_query",)}, "directions are"),
-        ({"directions": ALL, "partition_mode": "per_direction"}, "hold no positive"),
+        ({"directions": ALL, "partition_mode": "per_direction"}, "have no positive"),
         ({"scale": 0.0}, "above 0"),
         ({"matryoshka_dims": [8, 8]}, "ascend"),
         ({"matryoshka_dims": []}, "ascend"),
