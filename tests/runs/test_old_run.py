@@ -45,7 +45,7 @@ def test_an_old_run_resumes_evaluates_and_exports(old_run, run_here, tmp_path, s
     assert np.allclose(Encoder.from_pretrained("export").encode(sentences[:4]), encoder.encode(sentences[:4]), atol=1e-6)
 
 
-def test_an_old_run_is_evaluated(old_run, run_here, tmp_path, capsys):
+def test_an_old_run_is_evaluated(old_run, run_here, tmp_path, capfd):
     run_here("tiny.yaml")
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -55,4 +55,4 @@ def test_an_old_run_is_evaluated(old_run, run_here, tmp_path, capsys):
     )  # fmt: skip
     assert cli.main(["eval", "run", "--stages", "--benchmark", f"local:{folder}"]) == 0
     assert (old_run / "eval" / "results.json").is_file()
-    assert "supervised" in capsys.readouterr().out
+    assert "supervised" in capfd.readouterr().out
