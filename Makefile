@@ -28,7 +28,7 @@ test: $(READY) lint
 test-all: $(READY) lint wheel-test
 	L2V_SLOW=1 $(PYTEST) -m '' $(ARGS)
 
-lint: $(READY)
+lint: $(READY) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

@@ -68,7 +68,7 @@ def test_hard_negatives_that_only_their_query_sees():
     compare(fused, by_hand, 3)
 
 
-def test_false_negatives_are_left_out():
+def test_false_negatives_are_skipped():
     fused = FusedMultipleNegativesRankingLoss(torch.nn.Identity(), false_negative_margin=0.1)
 
     def by_hand(columns):
