@@ -214,7 +214,7 @@ def test_a_disk_that_takes_no_more(run_here, recipe, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "step-000004: the checkpoint cannot be written (" in output and "Traceback" not in output
-    assert "Training goes on, without a checkpoint newer than none" in output and "mntp: done" in output
+    assert "Training continues; the newest checkpoint is none" in output and "mntp: done" in output
     assert "adapter/adapter_model.safetensors" in files(run) and not list(run.glob("checkpoints/step-*"))
 
 
