@@ -112,7 +112,7 @@ def test_a_matryoshka_prefix_beyond_the_base(run_here, recipe):
 def test_a_base_that_is_not_there(run_here, recipe, tokenizer_folder):
     gone = {"base.model": "/nowhere/llama", "base.init": "pretrained", "base.config": None}
     output = run_here(recipe(**gone), "--stage", "mntp", expect=1)
-    assert_refused(output, "the base '/nowhere/llama' is not there")
+    assert_refused(output, "the base '/nowhere/llama' was not found")
     output = run_here(recipe(**gone, **{"base.tokenizer": None}), "--stage", "mntp", expect=1)
     assert_refused(output, "/nowhere/llama")
     output = run_here(recipe(**gone | {"base.model": tokenizer_folder}), "--stage", "mntp", expect=1)
