@@ -1,4 +1,4 @@
-"""Encoder: texts in, vectors out; from a base, from adapters, from a training run or from an export."""
+"""Encoder: texts in, vectors out. Load it from a base, adapters, a training run or an export."""
 
 from __future__ import annotations
 
@@ -49,10 +49,12 @@ class Encoder:
 
         base_or_run: a folder or hub name of a decoder, the name of an embedded base, an export of `save`, a stage of a run
         (`runs/NAME/supervised`) or a run (its last trained stage). adapters: PEFT LoRA folders or hub names, merged in
-        order, in float32, rounded once. What is left out comes from the run, or is: pooling mean, attention
-        bidirectional, no template, 512 tokens, precision auto (bf16 where the hardware multiplies it), backend l2v.
-        base_only: of a run or an adapter the untrained base, read as the run reads texts.
-        Raises UserError with one sentence when something is not there or does not fit.
+        order, in float32, rounded once. The other options default to the run's settings, or to: pooling mean, attention
+        bidirectional, no template, 512 tokens, precision auto (bf16 if the hardware supports it), backend l2v.
+        base_only: load the untrained base of a run or adapter, with the run's template, pooling and length.
+
+        Raises:
+            UserError: something was not found or does not fit; the message is one sentence.
         """
         base, merged, limit = _chosen(
             base_or_run, base_only, pooling=pooling, attention=attention, template=template, precision=precision,
@@ -73,14 +75,17 @@ class Encoder:
 
     @staticmethod
     def identity(base_or_run: str | Path, adapters: Sequence[str] = (), **options: Any) -> dict[str, Any]:
-        """What decides the vectors that `from_pretrained(base_or_run, adapters, **options)` would give, without loading it.
+        """A key for cached vectors and scores of `from_pretrained(base_or_run, adapters, **options)`, without loading it.
 
-        Base (its hash), adapters in order (their hashes), pooling, attention, template, length and the precision it would
-        run in here: whoever keeps vectors or scores keys them by this. Errors: as `from_pretrained`.
+        It holds everything that determines the vectors: base (its hash), adapters in order (their hashes), pooling,
+        attention, template, length, and the precision on this machine.
+
+        Raises:
+            UserError: as `from_pretrained`.
         """
         length = options.pop("length", None)
         base, merged, limit = _chosen(base_or_run, options.pop("base_only", False), **options)
-        load_config(base)  # or a name that nothing is called would only fail when it is loaded
+        load_config(base)  # raises now for an unknown name, rather than when it is loaded
         return {
             "base": base.model,
             "sha256": fingerprint(base),
@@ -109,11 +114,13 @@ class Encoder:
     ) -> np.ndarray:
         """Vectors of texts: float32 [texts, dimension], in the order given; [dimension] for a single text.
 
-        instruction: stands before the text, is read by the model and not pooled. normalize: length 1. batch_tokens: tokens
-        in one forward. dimensions: keep so many of the vector's first dimensions, cut before normalising; meant for the
-        `matryoshka` lengths that a stage was trained on (Kusupati et al. 2022, arXiv 2205.13147). A text longer than
-        `length` is cut. A vector does not depend on the other texts.
-        Errors: UserError for an empty text, and for dimensions that are no whole number from 1 to `dimension`.
+        instruction: put before each text; the model reads it, and it is not pooled. normalize: to length 1. batch_tokens:
+        tokens in one forward. dimensions: keep only the first dimensions of each vector, cut before normalising; meant for
+        the `matryoshka` lengths that a stage was trained on (Kusupati et al. 2022, arXiv 2205.13147). Texts longer than
+        `length` are cut. A vector does not depend on the other texts.
+
+        Raises:
+            UserError: a text is empty, or dimensions is not a whole number from 1 to `dimension`.
         """
         width = self.dimension if dimensions is None else dimensions
         if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= self.dimension:
@@ -166,7 +173,7 @@ def _batches(order: list[int], lengths: list[int], budget: int) -> list[list[int
 
 
 def _chosen(source: str | Path, base_only: bool, **options: Any) -> tuple[Base, list[str], int | None]:
-    """What a name stands for, with the caller's choices in place of the run's."""
+    """What a name refers to, with the caller's options replacing the run's: base, adapters, text length."""
     base, merged, limit = _describe(str(source))
     for key, value in options.items():
         setattr(base, key, value or getattr(base, key))
@@ -174,7 +181,7 @@ def _chosen(source: str | Path, base_only: bool, **options: Any) -> tuple[Base, 
 
 
 def _describe(source: str) -> tuple[Base, list[str], int | None]:
-    """What a name stands for: its base, the adapters that go on it, and its text length."""
+    """What a name refers to: its base, the adapters to merge into it, and its text length."""
     folder = Path(source)
     if (folder / ENCODER_FILE).is_file():
         facts = json.loads((folder / ENCODER_FILE).read_text(encoding="utf-8"))
@@ -190,7 +197,7 @@ def _describe(source: str) -> tuple[Base, list[str], int | None]:
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{source}: neither a model, nor an adapter, nor a run of l2v")
+        raise UserError(f"{source}: neither a model, an adapter nor a run of l2v")
     return Base(model=source, **_known(source)), [], None
 
 
@@ -203,7 +210,7 @@ def _known(model: str) -> dict[str, Any]:
 def _stage(folder: Path) -> tuple[Base, list[str], int | None]:
     adapter = folder / ADAPTER
     if not is_trained(folder):
-        raise UserError(f"{folder}: the stage is not trained to its end yet; run 'l2v train' again, it goes on")
+        raise UserError(f"{folder}: the stage is not fully trained yet; run 'l2v train' again to continue it")
     recipe = stage_recipe(folder)
     return recipe.base, [*_lineage(adapter), str(adapter)], recipe.stages[folder.name].length
 
@@ -218,14 +225,14 @@ def _adapter(folder: Path) -> tuple[Base, list[str], int | None]:
 
 
 def _lineage(adapter: Path) -> list[str]:
-    """The adapters below this one, looked up where they were and beside the run that may have been moved."""
+    """The adapters that this one was trained on, looked up next to it first, because the run may have been moved."""
     file = adapter / LINEAGE
     if not file.is_file():
         return []
     out = []
     for entry in json.loads(file.read_text(encoding="utf-8"))["merged"]:
-        beside = adapter.parent.parent / entry.get("stage", "") / ADAPTER
-        path = str(beside) if "stage" in entry and beside.is_dir() else entry["adapter"]
+        same_run = adapter.parent.parent / entry.get("stage", "") / ADAPTER
+        path = str(same_run) if "stage" in entry and same_run.is_dir() else entry["adapter"]
         if describe_adapter(adapter_folder(path))["sha256"] != entry["sha256"]:
             raise UserError(
                 f"{path}: not the adapter that {adapter} was trained on (its hash differs); restore or retrain it"

@@ -240,7 +240,7 @@ def test_an_interrupt_before_the_first_step(run_here, recipe, tmp_path, monkeypa
 
     monkeypatch.setattr("l2v.training.stage.build", interrupted)
     output = run_here(recipe(), "--stage", "mntp", expect=1)
-    assert_refused(output, "stopped before the first step; nothing was changed")
+    assert_refused(output, "stopped before the first step; nothing has changed")
 
 
 def test_the_launcher_passes_one_sentence_and_the_exit_code_on(run_cli, recipe, tmp_path):

@@ -148,7 +148,7 @@ def narrow(folder: Path) -> str:
     ("make", "sentence"),
     [
         (lambda base, tmp: Encoder.from_pretrained(base).encode(["fint", "  "]), "text 1 is empty"),
-        (lambda base, tmp: Encoder.from_pretrained(tmp), "neither a model, nor an adapter, nor a run"),
+        (lambda base, tmp: Encoder.from_pretrained(tmp), "neither a model, an adapter nor a run"),
         (lambda base, tmp: Encoder.from_pretrained("no/such-model"), "was not found"),
         (lambda base, tmp: Encoder.from_pretrained(base, [str(tmp)]), "no adapter_config.json"),
         (lambda base, tmp: Encoder.from_pretrained(base, [narrow(tmp)]), "does not fit this base"),
