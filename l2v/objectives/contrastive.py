@@ -149,37 +149,22 @@ def contrastive_loss(
     queries_NE = embeddings_SE[groups.queries_N]
     with_queries = bool(WITH_QUERIES & set(directions))
     rows = _gather_embeddings(embeddings_SE[groups.candidates_M], queries_NE, groups, with_queries=with_queries)
-    candidate_ids, query_ids = _ids(groups, mask_duplicates, mask_groups)
-    owners = own_negatives or "doc_to_doc" in directions
-    labels = _of_all_ranks(
-        {"candidate_ids": candidate_ids}
-        | ({"query_ids": query_ids} if with_queries else {})
-        | ({"owners_M": groups.owners_M, "hard_M": groups.hard_M.long()} if owners else {}),
-        groups,
+    query_ids, labels = _loss_labels(
+        groups, mask_duplicates, mask_groups, with_queries, with_owners=own_negatives or "doc_to_doc" in directions
     )
     if len(queries_NE) == 0:
         # This rank has no loss, but the gradients of the others pass through the same collectives.
         return functools.reduce(torch.add, [part[:0].sum() for part in rows])
+    several = len(groups.counts) > 1
     loss = info_nce(
-        queries_NE,
-        rows[0],
-        groups.targets_N,
-        scale=scale,
-        directions=directions,
-        partition=partition,
-        candidate_ids=labels.get("candidate_ids"),
-        query_ids=query_ids,
-        owners_M=labels.get("owners_M"),
-        restricted_M=labels["hard_M"].bool() if own_negatives else None,
-        false_negative_margin=false_negative_margin,
-        prefixes=prefixes,
-        prefix_weights=prefix_weights,
-        all_queries_QE=rows[1] if len(rows) > 1 else None,
-        all_query_ids=labels.get("query_ids") if len(rows) > 1 else None,
-        query_offset=sum(groups.query_counts[: groups.rank]),
-        reduction="sum",
-        check_values=False,
-    )
+        queries_NE, rows[0], groups.targets_N, scale=scale, directions=directions, partition=partition,
+        candidate_ids=labels.get("candidate_ids"), query_ids=query_ids, owners_M=labels.get("owners_M"),
+        restricted_M=labels["hard_M"].bool() if own_negatives else None, false_negative_margin=false_negative_margin,
+        prefixes=prefixes, prefix_weights=prefix_weights,
+        all_queries_QE=rows[1] if several and with_queries else None,
+        all_query_ids=labels.get("query_ids") if several and with_queries else None,
+        query_offset=sum(groups.query_counts[: groups.rank]), reduction="sum", check_values=False,
+    )  # fmt: skip
     return loss / max(groups.total, 1)
 
 
@@ -209,7 +194,20 @@ def _ids(groups: Groups, keys: bool, by_group: bool) -> tuple[torch.Tensor | Non
     return torch.stack(of_candidates, 1), torch.stack(of_queries, 1)
 
 
-def _of_all_ranks(labels: dict[str, torch.Tensor | None], groups: Groups) -> dict[str, torch.Tensor]:
+def _loss_labels(
+    groups: Groups, mask_duplicates: bool, mask_groups: bool, with_queries: bool, *, with_owners: bool
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """Ids of this rank's queries, and the labels that the loss needs of all ranks: ids, and owners of hard negatives."""
+    candidate_ids, query_ids = _ids(groups, mask_duplicates, mask_groups)
+    labels: dict[str, torch.Tensor | None] = {"candidate_ids": candidate_ids}
+    if with_queries:
+        labels["query_ids"] = query_ids
+    if with_owners:
+        labels |= {"owners_M": groups.owners_M, "hard_M": groups.hard_M.long()}
+    return query_ids, _labels_of_all_ranks(labels, groups)
+
+
+def _labels_of_all_ranks(labels: dict[str, torch.Tensor | None], groups: Groups) -> dict[str, torch.Tensor]:
     """The given labels of all ranks, in one collective; in none if there are no labels or only one rank."""
     given = {name: label for name, label in labels.items() if label is not None}
     if len(groups.counts) == 1 or not given:

@@ -29,18 +29,18 @@ class StopRequest:
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
     def __enter__(self) -> StopRequest:
-        self.old = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
+        self.old = {s: signal.signal(s, self._request) for s in self.SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
-    def _ask(self, *_: object) -> None:
-        self.asked = True
+    def _request(self, *_: object) -> None:
+        self.requested = True
 
     def agree(self, broken: torch.Tensor, *, memory: bool, data: bool) -> Agreement:
         """Combine this rank's flags with those of all ranks. A collective call.
@@ -50,7 +50,7 @@ class StopRequest:
         This is the only point in a step that waits for the device, and it costs one small collective. It runs before the
         update, so that a broken step is never applied.
         """
-        mine = torch.tensor([self.asked, memory, data], device=broken.device)
+        mine = torch.tensor([self.requested, memory, data], device=broken.device)
         flags = torch.cat([mine, broken[None]]).float()
         if dist.get_world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
