@@ -16,7 +16,7 @@ from typing import Any, Literal
 import datasets
 
 from l2v.data import raw, sample
-from l2v.data.columns import DEFAULTS, absent, numbered, settle
+from l2v.data.columns import absent, numbered, settle
 from l2v.data.text import sentences
 from l2v.data.tokens import text_key
 from l2v.errors import UserError
@@ -128,11 +128,12 @@ def _settled(source: Source, names: Sequence[str], kind: Kind, notes: list[str],
 
 
 def _optional(source: dict[str, Any], kind: Kind) -> list[str]:
-    """Columns that a recipe names and a row may lack; one that no row has is a mistake."""
-    if kind != "pairs":
-        return []
-    named = [source["negatives"]] if source["negatives"] != DEFAULTS["negatives"] else []
-    return named + [source[key] for key in ("instruction", "document_instruction") if source[key]]
+    """Columns that a recipe names and a row may lack; one that no row has is a mistake.
+
+    Not so under the key's own name: mining and building write `negatives` or `document_instruction` only where there are any.
+    """
+    keys = ("negatives", "instruction", "document_instruction") if kind == "pairs" else ()
+    return [source[key] for key in keys if source[key] not in (None, "", key)]
 
 
 def _unmet(wanted: list[str], names: Collection[str]) -> list[str]:
@@ -169,15 +170,14 @@ def _columns(source: Source, features: datasets.Features) -> dict[str, Any]:
 
 
 def _read_lines(path: str, shown: str, source: dict[str, Any], kind: Kind, stamp: str) -> Iterator[dict[str, Any]]:
-    wanted, count = _optional(source, kind), 0
+    wanted = _optional(source, kind)
     seen: dict[str, None] = {}
     for where, row in raw.read_rows(Path(path), shown):
-        count += 1
         if wanted:
             seen |= dict.fromkeys(row)
             wanted = _unmet(wanted, row)
         yield from normalise(row, source, kind, where)
-    if wanted and count:
+    if wanted and seen:
         raise UserError(absent(shown, wanted[0], seen))
 
 
@@ -233,7 +233,7 @@ def _group(row: dict[str, Any], source: dict[str, Any], where: str) -> int:
     value = row[column]
     if not isinstance(value, str | int | None) or isinstance(value, bool):
         raise UserError(f"{where}: the field '{column}' is text or a whole number; found {type(value).__name__}")
-    # Numbers are counted anew in every data set, so a group ends where its source does.
+    # Numbers are counted again in every data set, so a group ends where its source does.
     return -1 if value in (None, "") else text_key(f"{source['path']}\n{value}")
 
 

@@ -19,7 +19,7 @@ BY_HAND = "command line"
 
 
 def refuse_secret(override: str) -> None:
-    """Look at `key=value` before any message repeats it. Errors: RecipeError for a token or a login in it."""
+    """Look at `key=value` before any message repeats it. Raises: RecipeError for a token or a login in it."""
     key, _, value = override.partition("=")
     last = key.strip().rsplit(".", 1)[-1]
     if last.lower() in TOKEN_KEYS:
@@ -30,7 +30,7 @@ def refuse_secret(override: str) -> None:
 def refuse_unsafe(tree: Any) -> None:
     """Look over a recipe as read, with its overrides: nodes with `value` and `where`.
 
-    Errors: RecipeError for a token or a password anywhere (its value is not repeated), and for `name`, `out` or
+    Raises: RecipeError for a token or a password anywhere (its value is not repeated), and for `name`, `out` or
     `zero.config` in a file that leave the folder in which training is started. An absolute path, and whatever stands on the
     command line, is the user's own word.
     """
