@@ -1,4 +1,4 @@
-"""PackedBatch: many texts, one sequence, no padding. A leaf of the import tree."""
+"""PackedBatch: many texts in one sequence without padding. This module imports nothing else of l2v."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MASK = (1 << 64) - 1
 
 
 def mix(*numbers: int) -> int:
-    """A 63-bit hash of whole numbers: splitmix64 (Steele et al. 2014) folded over its arguments."""
+    """A 63-bit hash of integers: splitmix64 (Steele et al. 2014), applied to one argument after another."""
     state = 0x9E3779B97F4A7C15
     for number in numbers:
         state = (state ^ (number & _MASK)) & _MASK
@@ -25,11 +25,11 @@ def mix(*numbers: int) -> int:
 
 @dataclass
 class Segment:
-    """One text on its way into a pack.
+    """One text to be packed.
 
-    ids: int64 [n]; pool_start: the tokens from here on are pooled; example and column: its address (query 0, positive 1,
-    negatives from 2; view 0 and 1; document 0.. within a block); text_key: equal for equal texts; group: equal for texts of
-    one group, -1 for none.
+    ids: int64 [n]. pool_start: tokens from this index on are pooled. example, column: identify the text (column: query 0,
+    positive 1, negatives from 2; view 0 and 1; document 0.. within a block). text_key: equal for equal texts. group: equal
+    for texts of one group, -1 for none.
     """
 
     ids: np.ndarray
@@ -45,12 +45,14 @@ class Segment:
 
 @dataclass
 class PackedBatch:
-    """S segments one after another in T tokens.
+    """S segments, concatenated to T tokens.
 
-    input_ids_T, position_ids_T: int64 (positions restart in every segment); cu_seqlens: int32 [S+1]; lengths: the same on
-    the host; pool_mask_T: bool; example_ids_S, columns_S, text_keys_S, groups_S, seeds_S: int64 (a segment's noise is a
-    function of its seed and of nothing else in the pack); label_index_L, labels_L: int64, hidden state label_index
-    predicts label.
+    input_ids_T, position_ids_T: int64; positions restart in every segment.
+    cu_seqlens: int32 [S+1], cumulative lengths; lengths: the segments' lengths, on the host.
+    pool_mask_T: bool.
+    example_ids_S, columns_S, text_keys_S, groups_S: int64, see `Segment`.
+    seeds_S: int64; a segment's dropout depends on its seed and on nothing else in the batch.
+    label_index_L, labels_L: int64; the hidden state at label_index predicts the label.
     """
 
     input_ids_T: torch.Tensor
@@ -68,7 +70,7 @@ class PackedBatch:
 
     @property
     def tokens(self) -> int:
-        """T, without a look at the device."""
+        """T, without waiting for the device."""
         return sum(self.lengths)
 
     def to(self, device: torch.device | str) -> PackedBatch:
@@ -89,7 +91,11 @@ def pack(
     label_index: Sequence[int] | np.ndarray = (),
     labels: Sequence[int] | np.ndarray = (),
 ) -> PackedBatch:
-    """Concatenate segments; each gets the noise seed of (seed, step, example, column)."""
+    """Concatenate segments; the dropout seed of each is a hash of (seed, step, example, column).
+
+    Raises:
+        ValueError: no segments, or a pool_start outside its segment.
+    """
     if not segments:
         raise ValueError("pack() needs at least one segment")
     lengths = [len(s) for s in segments]

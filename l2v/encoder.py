@@ -1,4 +1,4 @@
-"""Encoder: texts in, vectors out; from a base, from adapters, from a training run or from an export."""
+"""Encoder: texts in, vectors out. Load it from a base, adapters, a training run or an export."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def _batches(order: list[int], lengths: list[int], budget: int) -> list[list[int
 
 
 def _chosen(source: str | Path, base_only: bool, **options: Any) -> tuple[Base, list[str], int | None]:
-    """What a name stands for, with the caller's choices in place of the run's."""
+    """What a name refers to, with the caller's options replacing the run's: base, adapters, text length."""
     base, merged, limit = _describe(str(source))
     for key, value in options.items():
         setattr(base, key, value or getattr(base, key))
@@ -196,7 +196,7 @@ def _chosen(source: str | Path, base_only: bool, **options: Any) -> tuple[Base, 
 
 
 def _describe(source: str) -> tuple[Base, list[str], int | None]:
-    """What a name stands for: its base, the adapters that go on it, and its text length."""
+    """What a name refers to: its base, the adapters to merge into it, and its text length."""
     folder = Path(source)
     if (folder / ENCODER_FILE).is_file():
         facts = json.loads((folder / ENCODER_FILE).read_text(encoding="utf-8"))
@@ -212,7 +212,7 @@ def _describe(source: str) -> tuple[Base, list[str], int | None]:
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{source}: neither a model, nor an adapter, nor a run of l2v")
+        raise UserError(f"{source}: neither a model, an adapter nor a run of l2v")
     return Base(model=source, **_known(source)), [], None
 
 
@@ -225,7 +225,7 @@ def _known(model: str) -> dict[str, Any]:
 def _stage(folder: Path) -> tuple[Base, list[str], int | None]:
     adapter = folder / ADAPTER
     if not is_trained(folder):
-        raise UserError(f"{folder}: the stage is not trained to its end yet; run 'l2v train' again, it goes on")
+        raise UserError(f"{folder}: the stage is not fully trained yet; run 'l2v train' again to continue it")
     recipe = stage_recipe(folder)
     return recipe.base, [*_lineage(adapter), str(adapter)], recipe.stages[folder.name].length
 
@@ -240,14 +240,14 @@ def _adapter(folder: Path) -> tuple[Base, list[str], int | None]:
 
 
 def _lineage(adapter: Path) -> list[str]:
-    """The adapters below this one, looked up where they were and beside the run that may have been moved."""
+    """The adapters that this one was trained on, looked up next to it first, because the run may have been moved."""
     file = adapter / LINEAGE
     if not file.is_file():
         return []
     out = []
     for entry in json.loads(file.read_text(encoding="utf-8"))["merged"]:
-        beside = adapter.parent.parent / entry.get("stage", "") / ADAPTER
-        path = str(beside) if "stage" in entry and beside.is_dir() else entry["adapter"]
+        same_run = adapter.parent.parent / entry.get("stage", "") / ADAPTER
+        path = str(same_run) if "stage" in entry and same_run.is_dir() else entry["adapter"]
         if describe_adapter(adapter_folder(path))["sha256"] != entry["sha256"]:
             raise UserError(
                 f"{path}: not the adapter that {adapter} was trained on (its hash differs); restore or retrain it"

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one sentence, an exit code, never a traceback."""
+"""Errors that the user can fix: one sentence and an exit code, never a traceback."""
 
 
 class UserError(Exception):

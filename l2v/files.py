@@ -1,4 +1,4 @@
-"""Files that are whole or not there. A leaf of the import tree."""
+"""Atomic file writes: a file is complete or absent. This module imports nothing else of l2v."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
+    """Flush a file, or a folder's entries, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -16,7 +16,7 @@ def sync(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it, after a kill or a power cut too, finds the old content or the new one."""
+    """Write a file atomically: a reader finds the old or the new content, even after a kill or a power cut."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")
@@ -29,6 +29,6 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Why a file could not be written, in few words; safetensors hides the system's error in a text of its own."""
+    """Why a file could not be written, in a few words; safetensors wraps the system's error in its own text."""
     text = getattr(error, "strerror", None) or str(error)
     return "no space left on the disk" if "No space left" in text else text

@@ -1,6 +1,6 @@
-"""What a device reaches: its calibration, measured by `l2v doctor` and kept, the peak that its maker names, and its troubles.
+"""Speed of a device: its calibration, measured by `l2v doctor` and cached, and the vendor's peak; and problems of a GPU.
 
-Throughput is told against these. Nothing is assumed of a device that was neither measured nor stands in the table.
+Throughput is reported as a share of these. Nothing is assumed about a device that was not measured and is not in the table.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from l2v.model.embedded import cache_folder
 
 SECONDS = 10.0
 ROUNDS = 9
-GEMM_SHARE = 0.6  # of the seconds; a GPU needs some to fall to the clock that its power limit allows
+GEMM_SHARE = 0.6  # of the seconds; a GPU needs some time to drop to the clock that its power limit allows
 
-# Dense bf16 with fp32 accumulation, FLOP/s, by the whole name that CUDA gives: a variant with another clock or a slice of the
-# device (MIG) is another device. From NVIDIA's data sheets (A100, H100, H200, L40S, HGX B200: half of the figure "with
-# sparsity" where only that is printed) and the Ada architecture paper (GeForce RTX 4090).
+# Dense bf16 with fp32 accumulation, FLOP/s, by CUDA's full device name: a variant with another clock, or a slice of a device
+# (MIG), is another device. From NVIDIA's data sheets (A100, H100, H200, L40S, HGX B200: half of the figure "with sparsity"
+# if only that is printed) and the Ada architecture paper (GeForce RTX 4090).
 PEAK_BF16 = {
     r"(NVIDIA )?A100-SXM4-[48]0GB|(NVIDIA )?A100-PCIE-40GB|(NVIDIA )?A100 80GB PCIe": 312e12,
     r"NVIDIA H100 80GB HBM3": 989e12,
@@ -43,8 +43,8 @@ PEAK_BF16 = {
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured medians of one device: FLOP/s of a large matrix product of random numbers, bytes/s (read and written) of a
-    large copy. `dtype` is that of the product; `when` is ISO 8601."""
+    """Measured medians of one device: FLOP/s of a large matmul of random numbers, bytes/s (read and written) of a large
+    copy. dtype: of the matmul. when: ISO 8601."""
 
     device: str
     torch: str
@@ -57,21 +57,23 @@ class Calibration:
 def calibration(
     device: torch.device, dtype: torch.dtype | None = None, *, measure: bool = False, seconds: float = SECONDS
 ) -> Calibration | None:
-    """The kept calibration of this device under this version of torch; None where there is none.
+    """The cached calibration of this device under this version of torch, or None.
 
-    dtype: of the product; by default the one that `base.precision: auto` takes. On a CPU the number of threads is part of
-    the device. measure: measure now, for about so many seconds, and keep it.
-    Errors: UserError if the device has no room for the measurement. A cache that cannot be written keeps nothing.
+    dtype: of the matmul; default: that of `base.precision: auto`. On a CPU the number of threads is part of the device.
+    measure: measure now, for about `seconds`, and cache the result. If the cache cannot be written, nothing is cached.
+
+    Raises:
+        UserError: the device has no free memory for the measurement.
     """
     if dtype is None:
-        from l2v.model.load import dtype_of  # it loads transformers, which whoever brings a dtype need not wait for
+        from l2v.model.load import dtype_of  # loads transformers, which callers with a dtype do not need
 
         dtype = dtype_of("auto")
     file = calibration_file(device, dtype)
     if not measure:
         try:
             return Calibration(**json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):  # not there, or written by another version: as good as none
+        except (OSError, ValueError, TypeError):  # missing, or written by another version
             return None
     try:
         gemm = gemm_flops(device, dtype, seconds * GEMM_SHARE)
@@ -90,13 +92,13 @@ def calibration(
 
 
 def calibration_file(device: torch.device, dtype: torch.dtype) -> Path:
-    """Where the calibration of a device, a version of torch and a dtype is kept."""
+    """The cache file for a device, a version of torch and a dtype."""
     key = f"{device_name(device)} torch {torch.__version__} {_short(dtype)}"
     return cache_folder() / "calibration" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', key).strip('-').lower()}.json"
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's name as CUDA gives it; a processor's with the number of threads that torch uses."""
+    """A GPU's name from CUDA; a CPU's with the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     count = torch.get_num_threads()
@@ -104,7 +106,7 @@ def device_name(device: torch.device) -> str:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -113,43 +115,43 @@ def processor() -> str:
 
 
 def threads(processes: int = 1) -> int:
-    """Threads of each process when so many train side by side on this machine's processor."""
+    """Threads for each of `processes` training processes on this machine's CPU."""
     return max(1, (os.cpu_count() or 1) // processes)
 
 
 def peak_flops(name: str, dtype: torch.dtype) -> float | None:
-    """The dense FLOP/s that the maker names for a device, in bf16 only; None for a device that is not in the table."""
+    """The vendor's dense FLOP/s of a device, in bf16 only; None for a device that is not in the table."""
     if dtype != torch.bfloat16:
         return None
     return next((peak for names, peak in PEAK_BF16.items() if re.fullmatch(names, name)), None)
 
 
 def gemm_flops(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """Median FLOP/s of an n x n x n product of random numbers, n as large as the time allows (at most 8192, on a CPU 2048).
+    """Median FLOP/s of an n x n x n matmul of random numbers, n as large as the time allows (at most 8192, on a CPU 2048).
 
-    Random, because a GPU multiplies zeros at a higher clock than it multiplies weights.
+    Random numbers, because a GPU runs at a higher clock on zeros than on weights.
     """
     gpu = device.type == "cuda"
-    n, most = (2048, 8192) if gpu else (256, 2048)
+    n, largest = (2048, 8192) if gpu else (256, 2048)
     while True:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         took = _median(functools.partial(torch.mm, a, b, out=out), device, seconds / 50)
-        if n == most or took * 8 > seconds / ROUNDS:
+        if n == largest or took * 8 > seconds / ROUNDS:
             break
         n *= 2
     return 2 * n**3 / _median(lambda: torch.mm(a, b, out=out), device, seconds)
 
 
 def copy_bytes(device: torch.device, seconds: float) -> float:
-    """Median bytes/s, read and written, of a copy that is larger than any cache: 1 GiB, on a CPU 256 MiB."""
+    """Median bytes/s, read and written, of a copy larger than any cache: 1 GiB, on a CPU 256 MiB."""
     source = torch.ones(1 << (28 if device.type == "cuda" else 26), device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() * source.element_size() / _median(lambda: target.copy_(source), device, seconds)
 
 
 def _median(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Seconds a call: the median over rounds that take so many seconds together, the first call apart."""
+    """Seconds per call: the median over rounds that take about `seconds` together, after one warm-up call."""
 
     def run(times: int) -> float:
         began = time.perf_counter()
@@ -168,14 +170,14 @@ def _median(call: Callable[[], object], device: torch.device, seconds: float) ->
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the system shows an NVIDIA GPU, whatever torch can do with it."""
+    """Whether the system has an NVIDIA GPU, even if torch cannot use it."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def gpu_trouble() -> str | None:
-    """Why a GPU that is there cannot be used, with the way out, in one sentence; None if nothing is wrong.
+    """Why an existing GPU cannot be used and what to do, in one sentence; None if nothing is wrong.
 
-    A machine without a GPU, a torch without CUDA, and a user who hid the GPUs are no trouble: training runs on the CPU.
+    No GPU, a torch without CUDA, and GPUs that the user hid are not errors: training runs on the CPU.
     """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if torch.version.cuda is None or hidden or not has_nvidia_gpu() or torch.cuda.is_available():
@@ -189,17 +191,17 @@ def gpu_trouble() -> str | None:
 
 
 def explain(message: str, version: str, cuda: str) -> str:
-    """What CUDA said, as one sentence with the way out. version, cuda: of torch."""
+    """CUDA's error as one sentence that says what to do. version, cuda: of torch."""
     way_out = "or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
     found = re.search(r"driver on your system is too old \(found version (\d+)\)", message)
     if found:
         major, minor = divmod(int(found[1]) // 10, 100)
         return (
-            f"the NVIDIA driver takes programs for CUDA {major}.{minor} at most and torch {version} is built for CUDA {cuda}: "
+            f"the NVIDIA driver supports CUDA {major}.{minor} at most and torch {version} is built for CUDA {cuda}: "
             f"update the driver, install a torch that is built for CUDA {major}, {way_out}"
         )
     first = message.strip().splitlines()[0].rstrip(".") if message.strip() else "no reason was given"
-    return f"torch {version} cannot use the GPU of this machine: {first}; look at nvidia-smi and CUDA_VISIBLE_DEVICES, {way_out}"
+    return f"torch {version} cannot use the GPU of this machine: {first}; check nvidia-smi and CUDA_VISIBLE_DEVICES, {way_out}"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,6 +1,7 @@
 """The training program: `deepspeed launch/train.py`, `deepspeed --module l2v.train` and `l2v train` all run this.
 
-Arguments, ranks, errors, exit codes, and a call of `train_stage` a stage: each leaves one adapter in a folder of its own.
+It parses arguments, starts the ranks, handles errors and exit codes, and calls `train_stage` for each stage. Each stage
+writes one adapter to its own folder.
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ from l2v.tuning.apply import apply_tuned
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, train the stages in order, return the exit code: 0 done, 1 and 2 a user's to mend, others a fault."""
+    """Train the stages in order; returns the exit code: 0 done, 1 and 2 errors that the user can fix, others a fault."""
     args = parser().parse_intermixed_args(argv)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # advice to PEFT, not to our users
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # meant for PEFT, not for users
     watch = None
     try:
         read = functools.partial(_read, args)
-        if trouble := gpu_trouble():  # torch would train on the CPU without a word
+        if trouble := gpu_trouble():  # torch would silently train on the CPU
             raise UserError(trouble)
         if not launched():
-            read()  # a mistake is said before twenty seconds of launching
-            own = list(sys.argv[1:] if argv is None else argv)
-            return launch("l2v.train", own, processes(args), restarts=args.restarts)
+            read()  # report a wrong recipe before the launcher takes twenty seconds
+            arguments = list(sys.argv[1:] if argv is None else argv)
+            return launch("l2v.train", arguments, processes(args), restarts=args.restarts)
         rank, world = start_distributed(_timeout(args))
-        recipe, told = on_every_rank(read)
+        recipe, notes = on_every_rank(read)
         watch = Watchdog(recipe.timeout).start()
-        for line in told if rank == 0 else ():
+        for line in notes if rank == 0 else ():
             print(line, flush=True)
         agree(to_dict(recipe) | {"--stage": args.stage, "--fresh": args.fresh} | _place(recipe, world))
         if recipe.deterministic:
@@ -57,14 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in [args.stage] if args.stage else recipe.order():
             train_stage(recipe, name, rank, world, watch, fresh=args.fresh)
     except UserError as error:
-        # Before the ranks have met, each node speaks for itself: its error is known to no other.
+        # Before the ranks are connected, each node prints its own error, because no other node knows it.
         if int(os.environ.get("RANK" if dist.is_initialized() else "LOCAL_RANK", 0)) == 0:
             print(f"l2v: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except (Interrupted, KeyboardInterrupt) as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
             print(
-                f"l2v: {str(stopped) or 'stopped before the first step; nothing was changed'}",
+                f"l2v: {str(stopped) or 'stopped before the first step; nothing has changed'}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -82,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _timeout(args: argparse.Namespace) -> float:
-    """Seconds that ranks wait for each other in a collective: far more than the watchdog, which can say who is missing.
+    """Timeout of collectives in seconds: far longer than the watchdog's, which can report the rank that is missing.
 
-    A recipe that cannot be read is said by all ranks together later, so here it gives the default.
+    If the recipe cannot be read, this is the default; all ranks report the error together later.
     """
     try:
         return 4 * _read(args)[0].timeout
@@ -120,20 +121,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _read(args: argparse.Namespace) -> tuple[Recipe, list[str]]:
-    """The recipe, with what `l2v tune` found for this machine, and what to tell of that."""
+    """The recipe with the settings that `l2v tune` found for this machine, and lines to log about them."""
     recipe = load_recipe(args.recipe, args.overrides, args.stage)
-    if os.environ.get("L2V_TUNED") == "0":  # tuning itself
+    if os.environ.get("L2V_TUNED") == "0":  # set by `l2v tune` for its own runs
         return recipe, []
     return recipe, apply_tuned(recipe, args.recipe, args.overrides, ranks_here() or processes(args))
 
 
 def processes(args: argparse.Namespace) -> int:
-    """How many the launcher is to start here."""
+    """Number of processes that the launcher starts on this machine."""
     return args.processes or max(1, torch.cuda.device_count())
 
 
 def _place(recipe: Recipe, world: int) -> dict[str, Any]:
-    """What a rank sees of itself that must be the same for all."""
+    """Facts about a rank's environment that must be the same on all ranks."""
     seen = {"world size": world, "device": device().type, "precision": str(dtype_of(recipe.base.precision))}
     return seen | {"version of torch": torch.__version__}
 

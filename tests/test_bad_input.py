@@ -112,7 +112,7 @@ def test_a_matryoshka_prefix_beyond_the_base(run_here, recipe):
 def test_a_base_that_is_not_there(run_here, recipe, tokenizer_folder):
     gone = {"base.model": "/nowhere/llama", "base.init": "pretrained", "base.config": None}
     output = run_here(recipe(**gone), "--stage", "mntp", expect=1)
-    assert_refused(output, "the base '/nowhere/llama' is not there")
+    assert_refused(output, "the base '/nowhere/llama' was not found")
     output = run_here(recipe(**gone, **{"base.tokenizer": None}), "--stage", "mntp", expect=1)
     assert_refused(output, "/nowhere/llama")
     output = run_here(recipe(**gone | {"base.model": tokenizer_folder}), "--stage", "mntp", expect=1)
@@ -214,7 +214,7 @@ def test_a_disk_that_takes_no_more(run_here, recipe, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "step-000004: the checkpoint cannot be written (" in output and "Traceback" not in output
-    assert "Training goes on, without a checkpoint newer than none" in output and "mntp: done" in output
+    assert "Training continues; the newest checkpoint is none" in output and "mntp: done" in output
     assert "adapter/adapter_model.safetensors" in files(run) and not list(run.glob("checkpoints/step-*"))
 
 
@@ -240,7 +240,7 @@ def test_an_interrupt_before_the_first_step(run_here, recipe, tmp_path, monkeypa
 
     monkeypatch.setattr("l2v.training.stage.build", interrupted)
     output = run_here(recipe(), "--stage", "mntp", expect=1)
-    assert_refused(output, "stopped before the first step; nothing was changed")
+    assert_refused(output, "stopped before the first step; nothing has changed")
 
 
 def test_the_launcher_passes_one_sentence_and_the_exit_code_on(run_cli, recipe, tmp_path):

@@ -43,12 +43,12 @@ def test_a_report_to_paste(capsys):
     assert text.splitlines()[-1] == "training can run here"
     for title in ("machine", "devices", "versions", "kernels", "backends", "files", "calibration"):
         assert f"\n{title}\n" in text
-    assert "could not be found out" not in text
+    assert "could not be determined" not in text
     assert re.search(r"torch +\d+\.\d+\S* \((built without CUDA|CUDA [\d.]+)\)", text)
     for op in OPS:
         assert re.search(rf"^  {op} +no  PyTorch reference: Triton needs a GPU$", text, re.M), op
     assert re.search(r"base_precision: fp8 +no  needs a GPU of compute capability 8\.9, and there is no GPU", text)
-    assert re.search(r"matrix product +[\d.]+ [MGT]FLOP/s in (float32|bfloat16)$", text, re.M)
+    assert re.search(r"matmul +[\d.]+ [MGT]FLOP/s in (float32|bfloat16)$", text, re.M)
 
 
 def test_as_json_with_what_was_measured_before(capsys):
@@ -93,10 +93,10 @@ def test_without_torch_there_is_still_a_report(tmp_path):
 def test_a_gpu_that_cannot_be_used_is_a_problem(capsys, monkeypatch):
     from l2v import machine
 
-    monkeypatch.setattr(machine, "gpu_trouble", lambda: "the NVIDIA driver takes programs for CUDA 12.2 at most")
+    monkeypatch.setattr(machine, "gpu_trouble", lambda: "the NVIDIA driver supports CUDA 12.2 at most")
     text = said(capsys, "--seconds", "0", code=1)
-    assert "problems\n  - the NVIDIA driver takes programs" in text
-    assert "GPU  no  there is one and it cannot be used" in text
+    assert "problems\n  - the NVIDIA driver supports" in text
+    assert "GPU  no  there is a GPU, but it cannot be used" in text
 
 
 def test_a_gpu_beside_a_torch_without_cuda_is_a_note(capsys, monkeypatch):
@@ -105,7 +105,7 @@ def test_a_gpu_beside_a_torch_without_cuda_is_a_note(capsys, monkeypatch):
     monkeypatch.setattr(machine, "has_nvidia_gpu", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", None)
     text = said(capsys, "--seconds", "0")
-    assert "notes\n  - there is one and torch" in text and "install a torch that is built for CUDA" in text
+    assert "notes\n  - there is a GPU, but torch" in text and "install a torch that is built for CUDA" in text
 
 
 def test_folders_that_cannot_be_written(capsys, monkeypatch, tmp_path):
@@ -122,8 +122,8 @@ def test_a_look_that_fails_is_a_line(monkeypatch):
 
     report = Report()
     report.add("machine", machine)
-    assert report.sections["machine"] == {"": "could not be found out: OSError: no such thing"}
-    assert "could not be found out" in render(report, color=False)
+    assert report.sections["machine"] == {"": "could not be determined: OSError: no such thing"}
+    assert "could not be determined" in render(report, color=False)
 
 
 def test_colours_only_where_somebody_looks():
@@ -201,9 +201,9 @@ def test_gpus_are_described(gpus):
         (
             {"name": "Tesla T4", "capability": (7, 5)},
             None,
-            "are built and tested for 8.0 and up, and it multiplies no bf16",
+            "are tested for 8.0 and up, and this GPU has no bf16 in hardware",
         ),
-        ({"free": 20.0}, None, "59.0 of 79.0 GiB of cuda:0 are in use already"),
+        ({"free": 20.0}, None, "59.0 of 79.0 GiB of cuda:0 are already in use"),
     ],
 )
 def test_gpus_that_do_not_serve(gpus, what, problem, note):

@@ -86,7 +86,7 @@ def test_plain_automodel_is_bidirectional_without_remote_code(encoder, tmp_path)
 def test_an_export_replaces_only_an_export(encoder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="not empty and no export"):
+    with pytest.raises(UserError, match="not empty and not an export"):
         encoder.save(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     encoder.save(tmp_path / "out")
@@ -148,8 +148,8 @@ def narrow(folder: Path) -> str:
     ("make", "sentence"),
     [
         (lambda base, tmp: Encoder.from_pretrained(base).encode(["fint", "  "]), "text 1 is empty"),
-        (lambda base, tmp: Encoder.from_pretrained(tmp), "neither a model, nor an adapter, nor a run"),
-        (lambda base, tmp: Encoder.from_pretrained("no/such-model"), "is not there"),
+        (lambda base, tmp: Encoder.from_pretrained(tmp), "neither a model, an adapter nor a run"),
+        (lambda base, tmp: Encoder.from_pretrained("no/such-model"), "was not found"),
         (lambda base, tmp: Encoder.from_pretrained(base, [str(tmp)]), "no adapter_config.json"),
         (lambda base, tmp: Encoder.from_pretrained(base, [narrow(tmp)]), "does not fit this base"),
     ],

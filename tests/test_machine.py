@@ -114,20 +114,20 @@ def test_peaks_are_of_whole_names(name, tera):
 
 def test_a_driver_that_is_too_old_has_two_ways_out():
     said = explain(TOO_OLD, "2.12.0", "13.0")
-    assert "the NVIDIA driver takes programs for CUDA 12.2 at most and torch 2.12.0 is built for CUDA 13.0" in said
+    assert "the NVIDIA driver supports CUDA 12.2 at most and torch 2.12.0 is built for CUDA 13.0" in said
     assert "update the driver, install a torch that is built for CUDA 12" in said and "\n" not in said
 
 
 def test_any_other_trouble_is_told_in_one_sentence():
     said = explain("CUDA unknown error - this may be due to an incorrect setup.\nmore", "2.12.0", "13.0")
-    assert "CUDA unknown error - this may be due to an incorrect setup; look at nvidia-smi" in said and "\n" not in said
+    assert "CUDA unknown error - this may be due to an incorrect setup; check nvidia-smi" in said and "\n" not in said
     assert "no reason was given" in explain("", "2.12.0", "13.0")
 
 
 def test_training_is_refused_where_a_gpu_cannot_be_used(broken_gpu, run_here, tiny_recipe, tmp_path):
     broken_gpu(TOO_OLD)
     said = run_here(tiny_recipe(tmp_path), expect=1)
-    assert said.startswith("l2v: the NVIDIA driver takes programs for CUDA 12.2 at most") and "Traceback" not in said
+    assert said.startswith("l2v: the NVIDIA driver supports CUDA 12.2 at most") and "Traceback" not in said
     assert not (tmp_path / "run").exists()
 
 

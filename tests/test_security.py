@@ -98,7 +98,9 @@ def test_a_pickled_adapter_is_refused(tmp_path, tiny_config, bomb):
         json.dumps({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]})
     )
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(bomb)))
-    with pytest.raises(UserError, match=r"no adapter_model.safetensors there; pickled adapters are not loaded"):
+    with pytest.raises(
+        UserError, match=r"no adapter_model.safetensors in that folder; l2v does not load pickled adapters"
+    ):
         merge_adapters(inner, [str(adapter)])
     assert not bomb.exists()
 
@@ -109,7 +111,7 @@ def test_a_pickled_base_is_refused(tmp_path, tiny_config, bomb):
     folder = tmp_path / "base"
     LlamaConfig(**tiny_config).save_pretrained(folder)
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(bomb)))
-    with pytest.raises(UserError, match=r"holds pickled weights \(\*.bin\), and those are not loaded"):
+    with pytest.raises(UserError, match=r"holds pickled weights \(\*.bin\), which l2v does not load"):
         load_model(Base(str(folder)), head=False, dtype=torch.float32)
     assert not bomb.exists()
 
@@ -221,5 +223,5 @@ def test_a_failure_says_no_secret_either(run_here, tiny_recipe, tmp_path, monkey
     said = run_here(
         tiny_recipe(tmp_path), "--stage", "mntp", "base.init=pretrained", "base.model=nobody/nothing", expect=1
     )
-    assert "the base 'nobody/nothing' is not there" in said
+    assert "the base 'nobody/nothing' was not found" in said
     assert HUB_TOKEN not in said and "secret-word" not in said

@@ -1,4 +1,4 @@
-"""`l2v tune`: the search, the file beside the recipe, and training that takes it up."""
+"""`l2v tune`: the search, the file next to the recipe, and training that applies it."""
 
 import json
 import os
@@ -197,7 +197,7 @@ def test_a_damaged_file_is_said(settings, tuned):
 
 
 def test_tune_measures_training_and_training_takes_it_up(tiny_recipe, tmp_path, run_here, monkeypatch):
-    """For real: a few runs of the training program, the file, and a run that reads it and goes on with it."""
+    """For real: a few runs of the training program, the file, and a run that reads it and resumes with it."""
     path = str(tiny_recipe(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert tune_command.main([path, "--stage", "mntp", "--minutes", "0", "--steps", "2", "--processes", "1"]) == 0
@@ -210,7 +210,7 @@ def test_tune_measures_training_and_training_takes_it_up(tiny_recipe, tmp_path, 
     entry["settings"]["micro_tokens"] = 256
     tuned_file(path).write_text(json.dumps(found))
     assert "mntp: micro_tokens 256, recompute auto, as tiny.tuned.json has it" in run_here(path, "--stage", "mntp")
-    # Tuned anew after it began: it goes on with what it began with.
+    # Tuned again after it began: it resumes with the settings that it began with.
     entry["settings"]["micro_tokens"] = 128
     tuned_file(path).write_text(json.dumps(found))
     assert "mntp: micro_tokens 256, recompute auto, as it began" in run_here(path, "--stage", "mntp")

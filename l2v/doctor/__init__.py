@@ -1,1 +1,1 @@
-"""What this machine has, what runs on it and why the rest does not, and how fast it is."""
+"""Report what this machine has, which features run on it and why others do not, and how fast it is."""

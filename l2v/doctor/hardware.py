@@ -1,6 +1,6 @@
-"""What `l2v doctor` looks at in the machine: processor, GPUs, what they reach. A look returns the rows of a section.
+"""The hardware checks of `l2v doctor`: CPU, GPUs, and their measured speed. A check returns the rows of a section.
 
-Nothing is imported before it is needed: what is missing or broken here is what the report has to say.
+Imports are inside the functions, so that a missing or broken package becomes a line of the report.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 
 from l2v.doctor.report import Report, Rows, first_line
 
-LEAST_CAPABILITY = (8, 0)  # of the GPUs that the kernels are built for in the tests
+MIN_CAPABILITY = (8, 0)  # the oldest GPUs that the tests compile the kernels for
 GIB = 2**30
 
 
 def machine(report: Report) -> Rows:
-    """Processor, memory, system."""
+    """System, CPU and memory."""
     import torch
 
     from l2v.machine import processor
@@ -51,7 +51,7 @@ def machine(report: Report) -> Rows:
         rows["shared memory"] = f"{size / GIB:.1f} GiB"
         if size < GIB and torch.cuda.is_available() and torch.cuda.device_count() > 1:
             report.notes.append(
-                f"/dev/shm holds {size / 2**20:.0f} MiB, and NCCL talks between GPUs through it: give the container more, "
+                f"/dev/shm holds {size / 2**20:.0f} MiB, and NCCL uses it between GPUs: give the container more, "
                 "for example --shm-size=8g"
             )
     return rows
@@ -68,9 +68,9 @@ def devices(report: Report) -> Rows:
         report.problems.append(trouble)
     if not torch.cuda.is_available():
         if trouble:
-            why = "there is one and it cannot be used"
+            why = "there is a GPU, but it cannot be used"
         elif torch.version.cuda is None and has_nvidia_gpu():
-            why = f"there is one and torch {torch.__version__} is built without CUDA"
+            why = f"there is a GPU, but torch {torch.__version__} is built without CUDA"
             report.notes.append(f"{why}: training would run on the CPU; install a torch that is built for CUDA")
         elif has_nvidia_gpu():
             why = f"hidden by CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}; training runs on the CPU"
@@ -105,10 +105,10 @@ def _gpu(report: Report, at: int, peak_flops: Callable) -> str:
         free, total = 0, properties.total_memory
     if not has_code_for(capability, torch.cuda.get_arch_list()):
         report.problems.append(f"torch {torch.__version__} has no code for {label}: install a build of torch that has")
-    elif capability < LEAST_CAPABILITY:
-        report.notes.append(f"{label}: the kernels are built and tested for 8.0 and up, and it multiplies no bf16")
+    elif capability < MIN_CAPABILITY:
+        report.notes.append(f"{label}: the kernels are tested for 8.0 and up, and this GPU has no bf16 in hardware")
     if free and free < 0.9 * total:
-        report.notes.append(f"{(total - free) / GIB:.1f} of {total / GIB:.1f} GiB of cuda:{at} are in use already")
+        report.notes.append(f"{(total - free) / GIB:.1f} of {total / GIB:.1f} GiB of cuda:{at} are already in use")
     peak = peak_flops(properties.name, torch.bfloat16)
     return (
         f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
@@ -118,8 +118,11 @@ def _gpu(report: Report, at: int, peak_flops: Callable) -> str:
 
 
 def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether torch's builds (`sm_90`, `compute_120`, ...) run on a GPU: binaries within its major version up to its
-    minor one, PTX on anything newer. An empty list says nothing and passes."""
+    """Whether one of torch's architectures (`sm_90`, `compute_120`, ...) runs on a GPU.
+
+    Binaries (sm) run on the same major version with the same or a newer minor one, PTX (compute) on anything newer. An
+    empty list counts as True.
+    """
     for name in architectures:
         kind, _, digits = name.partition("_")
         number = re.match(r"\d+", digits)
@@ -132,7 +135,7 @@ def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
 
 
 def links(topology: str) -> str:
-    """How pairs of GPUs are linked, counted, from `nvidia-smi topo -m`: `NV18 between all 28 pairs`."""
+    """The links between pairs of GPUs, counted, from `nvidia-smi topo -m`: `NV18 between all 28 pairs`."""
     rows = [line.split("\t") for line in re.sub(r"\x1b\[[\d;]*m", "", topology).splitlines()]
     rows = [[cell.strip() for cell in row] for row in rows]
     gpus = [row for row in rows if re.fullmatch(r"GPU\d+", row[0])]
@@ -143,7 +146,7 @@ def links(topology: str) -> str:
 
 
 def nvidia_smi(*arguments: str) -> str | None:
-    """What nvidia-smi says, if it is there and answers."""
+    """The output of nvidia-smi, or None if it is missing, fails or prints nothing."""
     try:
         done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -152,7 +155,7 @@ def nvidia_smi(*arguments: str) -> str | None:
 
 
 def calibration(report: Report, seconds: float) -> Rows:
-    """Measure the first GPU, or the CPU with the threads that training takes; with 0 seconds, what was measured before."""
+    """Measure the first GPU, or the CPU with the threads that training uses; 0 seconds: show the last measurement."""
     import torch
 
     from l2v.machine import calibration, calibration_file, peak_flops, threads
@@ -164,7 +167,7 @@ def calibration(report: Report, seconds: float) -> Rows:
     dtype = dtype_of("auto")
     found = calibration(device, dtype, measure=seconds > 0, seconds=seconds)
     if found is None:
-        return {"": "none yet; l2v doctor measures it, and log lines then tell MFU"}
+        return {"": "none yet; l2v doctor measures it, and training then logs MFU"}
     report.rates = asdict(found)
     peak = peak_flops(found.device, dtype)
     share = f", {found.gemm_flops / peak:.0%} of the data sheet's {peak / 1e12:.0f}" if peak else ""
@@ -172,14 +175,14 @@ def calibration(report: Report, seconds: float) -> Rows:
     return {
         "device": found.device,
         "measured": found.when,
-        "matrix product": f"{rate(found.gemm_flops, 'FLOP/s')} in {found.dtype}{share}",
+        "matmul": f"{rate(found.gemm_flops, 'FLOP/s')} in {found.dtype}{share}",
         "copy": f"{rate(found.copy_bytes, 'B/s')} read and written",
         "kept in": str(file) if file.is_file() else (False, f"{file} cannot be written"),
     }
 
 
 def rate(value: float, unit: str) -> str:
-    """A rate with three digits."""
+    """A rate as text, with three digits."""
     scale, prefix = next(((s, p) for s, p in ((1e12, "T"), (1e9, "G")) if value >= s), (1e6, "M"))
     return f"{value / scale:.3g} {prefix}{unit}"
 

@@ -1,4 +1,4 @@
-"""The report of `l2v doctor`: sections of facts, as text for people and as JSON."""
+"""The report of `l2v doctor`: sections of facts, as text for the terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARKS = {True: ("yes", "32"), False: ("no", "33")}
 
 
 def first_line(error: BaseException) -> str:
-    """An error in one line."""
+    """An error as one line."""
     if isinstance(error, UserError):
         return str(error)
     lines = str(error).strip().splitlines()
@@ -23,7 +23,7 @@ def first_line(error: BaseException) -> str:
 
 @dataclass
 class Report:
-    """Sections of facts, what was calibrated; `problems` keep training from running, `notes` do not."""
+    """Sections of facts and the calibration; `problems` prevent training, `notes` do not."""
 
     sections: dict[str, Rows] = field(default_factory=dict)
     rates: dict[str, Any] | None = None
@@ -31,15 +31,15 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def add(self, title: str, look: Callable[[Report], Rows]) -> None:
-        """One section. A look that fails is a line of it: the report is wanted most where something is broken."""
+        """Add a section. A check that raises becomes a line of the report, which must work on a broken machine too."""
         try:
             self.sections[title] = look(self)
         except Exception as error:
-            self.sections[title] = {"": f"could not be found out: {first_line(error)}"}
+            self.sections[title] = {"": f"could not be determined: {first_line(error)}"}
 
 
 def tree(report: Report) -> dict[str, Any]:
-    """For JSON: what is there or not as {"available", "text"}, and the calibration's rates as numbers."""
+    """The report for JSON: (bool, text) rows as {"available", "text"}, and the calibration's rates as numbers."""
 
     def plain(value: Any) -> Any:
         return {"available": value[0], "text": value[1]} if isinstance(value, tuple) else value
@@ -49,7 +49,7 @@ def tree(report: Report) -> dict[str, Any]:
 
 
 def render(report: Report, *, color: bool) -> str:
-    """Aligned text. A value is text, or (bool, text) for what is there or not, and why."""
+    """The report as aligned text. A row's value is text, or (bool, text): whether it is available, and why."""
 
     def paint(text: str, code: str) -> str:
         return f"\033[{code}m{text}\033[0m" if color else text

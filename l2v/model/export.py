@@ -1,4 +1,4 @@
-"""The merged export: a plain transformers checkpoint that is bidirectional by its config, with sentence-transformers files."""
+"""The merged export: a plain transformers checkpoint, bidirectional by its config, with sentence-transformers files."""
 
 from __future__ import annotations
 
@@ -23,9 +23,13 @@ POOLING_MODES = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lastt
 
 
 def export(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any]) -> None:
-    """Write `folder` whole or not at all; an existing folder is replaced only if it is an export too."""
+    """Write `folder` completely or not at all; an existing folder is replaced only if it is an export of l2v.
+
+    Raises:
+        UserError: the folder holds something else, cannot be written, or sentence-transformers cannot express the encoder.
+    """
     if folder.exists() and any(folder.iterdir()) and not (folder / ENCODER_FILE).is_file():
-        raise UserError(f"{folder} is not empty and no export of l2v; choose another folder")
+        raise UserError(f"{folder} is not empty and not an export of l2v; choose another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -46,7 +50,7 @@ def export(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: di
 def _write(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any]) -> None:
     decoder = model.decoder
     implementation = decoder.config._attn_implementation
-    decoder.config._attn_implementation = "sdpa"  # the file must not ask for an implementation that only l2v registers
+    decoder.config._attn_implementation = "sdpa"  # the saved config must not name an implementation that only l2v has
     try:
         decoder.save_pretrained(folder)
     finally:
@@ -56,7 +60,7 @@ def _write(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: di
     header = template.prefix
     if header and model.pooling in ("weighted_mean", "first"):
         raise UserError(
-            f"pooling {model.pooling} after a template's header has no equal in sentence-transformers; use mean"
+            f"pooling {model.pooling} after a template's header does not exist in sentence-transformers; use mean"
         )
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -90,10 +94,10 @@ def _write(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: di
 
 
 def _tokenizer_that_frames(texts: TextTokenizer) -> tuple[PreTrainedTokenizerBase, Template]:
-    """A copy of the tokenizer that frames texts by itself, and the template that is left to write before them.
+    """A copy of the tokenizer that adds the template's suffix itself, and the template that remains for the prompt.
 
-    sentence-transformers knows prompts, which stand before a text and can be kept out of pooling, and nothing behind it:
-    the suffix becomes the tokenizer's own. A BOS without a header would be pooled, so it becomes the prompt.
+    sentence-transformers has prompts, which come before a text and can be excluded from pooling, but nothing after it: so
+    the tokenizer appends the suffix. Without a header a BOS token would be pooled, so it becomes the prompt.
     """
     tokenizer, template = copy.deepcopy(texts.tokenizer), texts.template
     backend = tokenizer.backend_tokenizer
@@ -113,7 +117,7 @@ def _tokenizer_that_frames(texts: TextTokenizer) -> tuple[PreTrainedTokenizerBas
         return tokenizer, replace(template, suffix="")
     bos = tokenizer.bos_token
     if not template.prefix and bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-        # Named as BOS, sentence-transformers would take it for a trailing special token and count a prompt of length 0.
+        # As bos_token, sentence-transformers would treat it as a trailing special token and count a prompt of length 0.
         tokenizer.bos_token = None
         backend.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
         return tokenizer, replace(template, prefix=bos)

@@ -1,4 +1,4 @@
-"""The language-model head in the hands of a loss that reads its weights instead of calling it."""
+"""The language-model head for a loss that reads its weights instead of calling it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 T = TypeVar("T")
 
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], T]
-"""(head, hidden_LE, labels_L) -> whatever the loss returns."""
+"""(head, hidden_LE, labels_L) -> the loss's result."""
 
 
 class WithHead(nn.Module):
-    """Runs a loss with the head's weights whole.
+    """Runs a loss with the head's weights gathered.
 
-    ZeRO 3 gathers what a module owns while that module runs. The loss below does not run the head, so its parameters belong
-    to this module as well: the same objects, not copies.
+    ZeRO-3 gathers the parameters of a module while that module runs. The loss reads the head's weights without running the
+    head, so this module owns the same parameters too (the same objects, not copies).
     """
 
     def __init__(self, head: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Load any transformers decoder, with weights or without, causal or bidirectional by configuration."""
+"""Load any transformers decoder, pretrained or randomly initialised, causal or bidirectional by configuration."""
 
 from __future__ import annotations
 
@@ -22,17 +22,19 @@ AUTO_PRECISION = "L2V_AUTO_PRECISION"
 
 
 def device() -> torch.device:
-    """The current CUDA device where there is one, else the CPU."""
+    """The current CUDA device if there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def dtype_of(precision: str, *, named_gpu: bool = False) -> torch.dtype:
     """The dtype of base.precision; the only place that resolves `auto`.
 
-    auto is bf16 on a GPU and on a CPU that multiplies bf16 in hardware (AVX512-BF16 or AMX), else fp32. The environment
-    variable L2V_AUTO_PRECISION=bf16 or fp32 makes auto that precision on this machine, as on either kind of processor.
-    named_gpu: for a GPU named by `l2v plan`, whatever this machine has.
-    Raises: UserError if L2V_AUTO_PRECISION is anything else.
+    auto is bf16 on a GPU and on a CPU with bf16 matmuls in hardware (AVX512-BF16 or AMX), else fp32. The environment
+    variable L2V_AUTO_PRECISION=bf16 or fp32 overrides what auto means on this machine.
+    named_gpu: for a GPU named in `l2v plan`, independent of this machine.
+
+    Raises:
+        UserError: L2V_AUTO_PRECISION has another value.
     """
     if precision == "auto":
         precision = "bf16" if named_gpu else _auto_here()
@@ -49,13 +51,18 @@ def _auto_here() -> str:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this processor has AVX512-BF16 or AMX, by which bf16 is faster than fp32."""
+    """Whether this CPU has AVX512-BF16 or AMX, which make bf16 faster than fp32."""
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check is not None and check() for check in checks)
 
 
 def load_config(base: Base) -> PretrainedConfig:
-    """The base's configuration: from its folder or the hub; for init: random, also from the recipe's own base.config."""
+    """The base's configuration: from its folder or the hub; with init: random, also from the recipe's base.config.
+
+    Raises:
+        RecipeError: base.config or base.overrides do not fit transformers.
+        UserError: the base cannot be found.
+    """
     if base.init == "random" and base.config:
         shape = dict(base.config)
         if "model_type" not in shape:
@@ -73,7 +80,7 @@ def load_config(base: Base) -> PretrainedConfig:
             raise
         except Exception as error:
             raise UserError(
-                f"the base '{base.model}' is not there: {str(error).splitlines()[0]} (give a folder or a hub name; "
+                f"the base '{base.model}' was not found: {str(error).splitlines()[0]} (give a folder or a hub name; "
                 "base.init=random builds its shape without weights)"
             ) from None
     for key, value in base.overrides.items():
@@ -88,7 +95,11 @@ def load_config(base: Base) -> PretrainedConfig:
 def load_model(base: Base, *, head: bool, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
     """The frozen decoder in eval mode on the CPU; `head` keeps the language-model head (MNTP needs it).
 
-    Attention is made bidirectional (or left causal) by `set_attention`.
+    Attention is bidirectional or causal as base.attention says.
+
+    Raises:
+        UserError: the base cannot be found or loaded.
+        RecipeError: base.config, base.overrides or base.backend cannot be used.
     """
     config = load_config(base)
     with _quiet_transformers():
@@ -99,7 +110,7 @@ def load_model(base: Base, *, head: bool, dtype: torch.dtype, seed: int = 0) -> 
 
 @contextlib.contextmanager
 def _quiet_transformers():
-    """Its report on loading a decoder without its head says UNEXPECTED of what is expected here."""
+    """Hide the load report of transformers: without the head it lists expected differences as UNEXPECTED."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -121,8 +132,8 @@ def _load(base: Base, config: PretrainedConfig, *, head: bool, dtype: torch.dtyp
     source = resolve(base.model)
     if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")) and any(Path(source).glob("*.bin")):
         raise UserError(
-            f"the base '{base.model}' holds pickled weights (*.bin), and those are not loaded: write it anew with "
-            "transformers' save_pretrained, which makes safetensors"
+            f"the base '{base.model}' holds pickled weights (*.bin), which l2v does not load: save it again with "
+            "transformers' save_pretrained, which writes safetensors"
         )
     try:
         return auto.from_pretrained(
@@ -142,8 +153,8 @@ def _load(base: Base, config: PretrainedConfig, *, head: bool, dtype: torch.dtyp
 def set_attention(model: PreTrainedModel, *, causal: bool) -> None:
     """Make every attention module of a decoder causal or bidirectional.
 
-    The configuration decides which mask transformers builds, the modules' own flag what a backend does when there is no
-    mask (flash attention, SDPA without padding): both are set, because a backend that reads the other one stays causal.
+    The configuration decides which mask transformers builds; the flag of each module decides what a backend does without a
+    mask (flash attention, SDPA without padding). Both are set, because backends differ in which one they read.
     """
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         config.is_causal = causal
@@ -170,12 +181,16 @@ def _attention_implementation(base: Base) -> str:
 
 
 def inner_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The decoder without its head. Adapters sit on this one, so their keys carry no second `model.`."""
+    """The decoder without its head. Adapters are added to this module, so their keys have no second `model.`."""
     return model.base_model
 
 
 def output_head(model: PreTrainedModel) -> nn.Module:
-    """The frozen language-model head."""
+    """The frozen language-model head.
+
+    Raises:
+        RecipeError: the base has none.
+    """
     head = model.get_output_embeddings()
     if head is None:
         raise RecipeError("the base has no language-model head; MNTP needs one")
@@ -183,7 +198,7 @@ def output_head(model: PreTrainedModel) -> nn.Module:
 
 
 def fingerprint(base: Base) -> str:
-    """Tells one base from another without reading gigabytes: configuration, and name, size and header of weight files."""
+    """A hash that identifies a base without reading gigabytes: its configuration, and name, size and start of weight files."""
     digest = hashlib.sha256()
     folder = Path(resolve(base.model))
     if base.init == "random" or not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Adapters: fresh LoRA, published LLM2Vec adapters, one merge in float32, a written lineage."""
+"""LoRA adapters: create, save with lineage, load published LLM2Vec adapters, and merge in float32."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ LINEAGE = "lineage.json"
 
 
 def add_lora(inner: PreTrainedModel, lora: Lora, *, base_name: str, seed: int) -> PeftModel:
-    """A fresh, trainable LoRA on the inner decoder. Its parameters take the base's dtype (the optimizer keeps fp32)."""
+    """Add a new, trainable LoRA to the inner decoder, in the base's dtype (the optimizer keeps fp32 weights).
+
+    Raises:
+        RecipeError: lora.targets match no module.
+    """
     torch.manual_seed(seed)
     config = LoraConfig(
         r=lora.r,
@@ -41,7 +45,7 @@ def add_lora(inner: PreTrainedModel, lora: Lora, *, base_name: str, seed: int) -
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The adapter's parameters under the names that PEFT writes to disk."""
+    """The adapter's parameters, by the names that PEFT writes to disk."""
     return {
         name.replace(".default.", "."): parameter
         for name, parameter in model.named_parameters()
@@ -50,7 +54,7 @@ def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], folder: Path, lineage: dict[str, Any]) -> None:
-    """Write a PEFT adapter folder (fp32 safetensors, the published key layout) with its lineage."""
+    """Write a PEFT adapter folder (fp32 safetensors, PEFT's key names) with its lineage."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
@@ -65,9 +69,12 @@ def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], folder: Pat
 
 
 def merge_adapters(inner: PreTrainedModel, adapters: list[str]) -> PreTrainedModel:
-    """Add the adapters to the weights: all differences summed in float32, rounded to the weight's dtype once.
+    """Add the adapters to the weights: all deltas are summed in float32 and rounded to the weight's dtype once.
 
-    One merge after another in bf16 would round each time (about 9% of the weights then depend on the order).
+    Merging one after another in bf16 would round each time (about 9% of the weights then depend on the order).
+
+    Raises:
+        UserError: an adapter cannot be found or read, does not fit the base, or uses DoRA.
     """
     if not adapters:
         return inner
@@ -104,7 +111,11 @@ def merge_adapters(inner: PreTrainedModel, adapters: list[str]) -> PreTrainedMod
 
 
 def adapter_folder(adapter: str) -> str:
-    """A local folder, or what the hub gives for a name."""
+    """A local folder as it is, or the downloaded folder of a hub name.
+
+    Raises:
+        UserError: it is neither, or the folder holds no adapter.
+    """
     if Path(adapter).is_dir():
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise UserError(f"{adapter}: no adapter_config.json in that folder; give the folder of a PEFT adapter")
@@ -123,7 +134,7 @@ def describe_adapter(adapter: str, **facts: Any) -> dict[str, Any]:
 
 
 def sha256(file: Path) -> str:
-    """Hash of a file's bytes."""
+    """SHA-256 of a file, in hex."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -136,12 +147,12 @@ def _read_config(folder: str) -> LoraConfig:
             f"{folder}: adapter_config.json is not a readable LoRA configuration: {_first_line(error)}"
         ) from None
     if not (Path(folder) / WEIGHTS).is_file():
-        raise UserError(f"{folder}: no {WEIGHTS} there; pickled adapters are not loaded")
+        raise UserError(f"{folder}: no {WEIGHTS} in that folder; l2v does not load pickled adapters")
     return config
 
 
 def _check_keys(folder: str, adapter: str, inner: PreTrainedModel) -> None:
-    """Refuse an adapter that would load nothing: PEFT only warns about keys that match no module."""
+    """Raise if a key of the adapter matches no module; PEFT would only warn."""
     try:
         with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
             keys = list(file.keys())

@@ -1,8 +1,8 @@
-"""Memory of a training step, by tensor: what layers keep for their backward, what they and the end of the forward need at
-work, and which `recompute` fits the memory that is free.
+"""Memory of a training step, by tensor, and the choice of `recompute` that fits free memory.
 
-All of it is arithmetic on shapes. tests/test_plan_memory.py holds it against saved-tensor hooks (what a layer keeps, exactly)
-and against whole steps on fake tensors.
+It counts what layers keep for their backward, their temporary memory, and that of the end of the forward. All of it is
+arithmetic on shapes. tests/test_plan_memory.py checks it against saved-tensor hooks (exactly, for what a layer keeps) and
+against whole steps on fake tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from l2v.model.fused import Recompute
 from l2v_kernels.linear_cross_entropy.op import rows_per_chunk
 
-SLACK = 0.05  # of free memory, left to the allocator: it rounds blocks up and cannot join those that lie apart
+SLACK = 0.05  # share of free memory reserved for the allocator, which rounds block sizes up and fragments memory
 LOGITS = {True: 768 << 20, False: 128 << 20}
 """Workspace of `linear_cross_entropy`, with Triton and without."""
 SCORES = 512 << 20
@@ -25,7 +25,7 @@ SCORES = 512 << 20
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of one decoder layer, and of LoRA on it."""
+    """Sizes of one decoder layer and its LoRA."""
 
     hidden: int
     ffn: int
@@ -34,7 +34,7 @@ class LayerShape:
     head_dim: int
     layers: int
     head_norms: bool = False
-    """Qwen3's norms of queries and keys."""
+    """Whether queries and keys are normalised per head, as in Qwen3."""
     rank: int = 16
     targets: tuple[str, ...] = ()
     itemsize: int = 2
@@ -97,10 +97,10 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ExecutionMode:
-    """How layers run, as far as memory sees it: fused, and with Triton's kernels or the references of a CPU.
+    """How layers run, as far as memory depends on it: fused or not, with Triton kernels or the PyTorch references on a CPU.
 
-    dropout: LoRA's, whose masks the references keep. attention_dropout: with it the references keep attention's weights,
-    `length` of them (tokens of a segment) for every token and head.
+    dropout: LoRA dropout; the references keep its masks. attention_dropout: with it the references keep the attention
+    weights, `length` of them (tokens of a segment) for every token and head.
     """
 
     fused: bool = True
@@ -115,8 +115,11 @@ FUSED = ExecutionMode()
 
 @dataclass(frozen=True)
 class TailMemory:
-    """Bytes at the end of a forward: kept for the loss's own backward, and needed only there; and what an engine takes while
-    a backward runs."""
+    """Bytes at the end of a forward.
+
+    kept: for the backward of the loss. work: temporary, while the loss and its backward run. backward: what the engine
+    allocates during the backward of the layers.
+    """
 
     kept: int = 0
     work: int = 0
@@ -124,9 +127,9 @@ class TailMemory:
 
 
 def kept_for_backward(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FUSED) -> dict[str, int]:
-    """Bytes a token that one layer keeps for its backward, by tensor. What all layers share (rotation, seeds) is not in it.
+    """Bytes per token that one layer keeps for its backward, by tensor, without what all layers share (RoPE tables, seeds).
 
-    Plain layers know no `cheap`: they keep everything, or their input.
+    Plain layers do not support `cheap`: they keep everything, or only their input.
     """
     b, E, F = shape.itemsize, shape.hidden, shape.ffn
     if recompute == "layer":
@@ -140,7 +143,7 @@ def kept_for_backward(shape: LayerShape, recompute: Recompute, mode: ExecutionMo
         kept |= {"norm outputs": 2 * E * b, "SwiGLU product": F * b}
     inputs = sum(shape.inputs[name] for name in shape.adapted)
     if not mode.fused:
-        kept["LoRA, inputs"] = inputs * b  # each adapter's own, as its dropout made it
+        kept["LoRA, inputs"] = inputs * b  # one copy per adapter, after its dropout
     if mode.dropout and not mode.kernels and inputs:
         kept["LoRA, masks"] = inputs
     return kept
@@ -154,27 +157,29 @@ def _attention(shape: LayerShape, mode: ExecutionMode) -> dict[str, int]:
         kept["head norm statistics"] = (shape.heads + shape.kv_heads) * 4
     if mode.kernels:
         return kept
-    # The output in the order of tokens is kept by the linear layer that reads it, if that keeps its input as it is.
-    own = q * b if mode.fused else 0
-    if mode.attention_dropout:  # spelled out in fp32: weights before and after dropout, and the mask
+    # The output in token order is kept by the linear layer that reads it, if that layer keeps its input unchanged.
+    output = q * b if mode.fused else 0
+    if mode.attention_dropout:  # computed step by step in fp32: weights before and after dropout, and the mask
         del kept["attention statistics"]
         weights = {"attention weights": shape.heads * mode.length * (4 + 4 + 1)}
-        return kept | {"q, k, v": (q + 2 * kv) * 4, "attention output": own} | weights
-    return kept | {"attention output": q * b + own}
+        return kept | {"q, k, v": (q + 2 * kv) * 4, "attention output": output} | weights
+    return kept | {"attention output": q * b + output}
 
 
 def work_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FUSED) -> int:
-    """Bytes a token at the widest point of one layer's backward, beside what all layers keep.
+    """Temporary bytes per token at the peak of one layer's backward, in addition to what all layers keep.
 
-    That is in the MLP: the gradients of the SwiGLU product, of gate and up, and of the output; with recompute: layer also
-    what the layer keeps while it runs again.
+    The peak is in the MLP: the gradients of SwiGLU's output, of gate and up, and of the layer's output; with recompute:
+    layer also what the layer keeps while it runs again.
     """
     b, E, F = shape.itemsize, shape.hidden, shape.ffn
     work = (3 * F + E) * b
-    if mode.fused and not mode.kernels:  # the references compute in fp32, in two buffers, from sums with LoRA's share
+    if (
+        mode.fused and not mode.kernels
+    ):  # the references compute in fp32, in two buffers, with LoRA's part already added
         summed = b < 4 or not {"gate_proj", "up_proj"}.isdisjoint(shape.adapted)
         work += 2 * F * 4 + (2 * F * 4 if summed else 0)
-    elif not mode.fused:  # or in an fp32 norm
+    elif not mode.fused:  # here the peak may be in an fp32 norm instead
         work = max(work, 5 * E * 4 + E * b)
     if recompute == "layer":
         work += sum(kept_for_backward(shape, "cheap", mode).values()) - (E * b if mode.fused else 0)
@@ -182,7 +187,7 @@ def work_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FU
 
 
 def mntp_tail(shape: LayerShape, tokens: int, labels: int, vocabulary: int, *, kernels: bool = True) -> TailMemory:
-    """The last sum and its norm; the labelled rows and their gradient, and the logits of as many as the workspace holds."""
+    """Memory of MNTP's loss: the last residual sum and its norm, the labelled rows and their gradient, and a chunk of logits."""
     b, E = shape.itemsize, shape.hidden
     apart = b if b < 4 else 0
     rows = rows_per_chunk(max(labels, 1), vocabulary * (4 + apart), LOGITS[kernels])
@@ -193,15 +198,16 @@ def mntp_tail(shape: LayerShape, tokens: int, labels: int, vocabulary: int, *, k
 def contrastive_tail(
     shape: LayerShape, tokens: int, *, rows: int, candidates: int, queries: int, ranks: int = 1, prefixes: int = 1
 ) -> TailMemory:
-    """The last sum, which is pooled; embeddings of a unit's `rows` texts with their gradient, fp32; and the loss.
+    """Memory of the contrastive loss: the last residual sum, the fp32 embeddings of a unit's `rows` texts and their
+    gradient, and the loss.
 
-    candidates, queries: of this rank's unit. ranks: whose candidates meet here (1 with `negatives: micro`).
+    candidates, queries: of this rank's unit. ranks: ranks whose candidates are gathered (1 with `negatives: micro`).
     """
     b, E = shape.itemsize, shape.hidden
     everyone = candidates * ranks
     cache = 2 * rows * E * 4
     scores = min(SCORES, queries * everyone * (4 + 4) * prefixes)
-    # Rows taken out of the cache, those of other ranks, and gradients of all of them, of which one more copy is summed up.
+    # Rows copied out of the cache, the rows of other ranks, and the gradients of all of them, which need a copy to be summed.
     sides = (queries + candidates + (everyone if ranks > 1 else 0)) * E * 4
     loss = sides + 2 * (queries + everyone) * E * 4 + scores
     return TailMemory(kept=tokens * E * b, work=cache + loss)
@@ -210,9 +216,9 @@ def contrastive_tail(
 def activation_bytes(
     shape: LayerShape, recompute: Recompute, tokens: int, mode: ExecutionMode = FUSED, end: TailMemory | None = None
 ) -> int:
-    """The most that forward and backward of `tokens` tokens need beside weights and optimizer.
+    """Peak bytes of forward and backward of `tokens` tokens, without weights and optimizer.
 
-    Either at the end of the forward, or in the backward of the last layer, when all others still keep everything.
+    The peak is at the end of the forward, or in the backward of the last layer, when all others still keep everything.
     """
     end = end or TailMemory(kept=tokens * shape.hidden * shape.itemsize)
     kept = tokens * shape.layers * sum(kept_for_backward(shape, recompute, mode).values())
@@ -222,7 +228,7 @@ def activation_bytes(
 def choose_recompute(
     shape: LayerShape, tokens: int, free: int, mode: ExecutionMode = FUSED, end: TailMemory | None = None
 ) -> Recompute:
-    """The least recomputing that fits `free` bytes with a little to spare; `layer` where nothing does."""
+    """The least recomputation that fits in `free` bytes, with `SLACK` to spare; `layer` if nothing fits."""
     for how in ("none", "cheap"):
         if activation_bytes(shape, how, tokens, mode, end) <= (1 - SLACK) * free:
             return how
@@ -230,7 +236,7 @@ def choose_recompute(
 
 
 def free_bytes(device: torch.device, ranks_here: int = 1) -> int:
-    """Memory that a process may still take: of the GPU, or its share of what the machine has left."""
+    """Bytes that a process may still allocate: on the GPU, or its share of the machine's free memory."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

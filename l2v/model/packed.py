@@ -1,4 +1,4 @@
-"""The one way through a decoder: a packed batch in, hidden states, vectors, logits or a loss of them out."""
+"""The forward of a decoder: packed batch in; hidden states, vectors, logits or a loss out. Everything here uses it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from l2v.batch import PackedBatch
 from l2v.errors import RecipeError
 from l2v.model.fused import FusedStack, Recompute, Unsupported
 from l2v.model.head import Loss, WithHead
-from l2v.model.noise import NoiseState, address_dropout
+from l2v.model.keyed_dropout import DropoutKeys, install_keyed_dropout
 from l2v.model.pooling import pool, pool_weights
 from l2v_kernels import AttentionPlan
 from l2v_kernels.integrations.transformers import PackedAttention
@@ -21,14 +21,14 @@ from l2v_kernels.integrations.transformers import PackedAttention
 class PackedDecoder(nn.Module):
     """A decoder (plain, or with LoRA) over packed sequences.
 
-    Layers of the Llama family run fused, all others as transformers has them; `unfused_reason` then says why (None where
-    they are fused, or plain was asked for).
+    Layers of the Llama family run fused, all others as transformers implements them; `unfused_reason` then says why (None if
+    they are fused or plain layers were requested).
     `forward(batch, want)` gives hidden_TE (model dtype), vectors_SE (float32) or logits_LV (model dtype, labelled
-    positions only); `forward(batch, "loss", loss)` gives loss(head, hidden_LE, labels_L), without logits in memory if the
-    loss does not make them. Noise is taken from the batch's seeds, in training mode only.
+    positions only). `forward(batch, "loss", loss)` gives loss(head, hidden_LE, labels_L), without logits in memory unless
+    the loss computes them. Dropout is keyed by the batch's seeds, and active in training mode only.
     """
 
-    decoder: Any  # of transformers or PEFT: what it has depends on its class
+    decoder: Any  # from transformers or PEFT; its attributes depend on its class
     head: Any
 
     def __init__(
@@ -42,13 +42,17 @@ class PackedDecoder(nn.Module):
         attention_dropout: float = 0.0,
         layers: Literal["auto", "fused", "plain"] = "auto",
     ) -> None:
-        """Errors: RecipeError where layers are to be fused and cannot be."""
+        """layers: "fused" requires fused layers, "auto" uses them where possible.
+
+        Raises:
+            RecipeError: layers is "fused" and the decoder's layers cannot be fused.
+        """
         super().__init__()
         self.decoder, self.head = decoder, head
         self.with_head = None if head is None else WithHead(head)
         self.causal, self.backend, self.pooling = causal, backend, pooling
         self.attention_dropout = attention_dropout
-        self.noise: NoiseState = address_dropout(decoder)
+        self.dropout_keys: DropoutKeys = install_keyed_dropout(decoder)
         self.fused: FusedStack | None = None
         self.unfused_reason: str | None = None
         if layers != "plain":
@@ -62,15 +66,17 @@ class PackedDecoder(nn.Module):
                 self.unfused_reason = str(reason)
 
     def as_units(self) -> list[nn.Module]:
-        """Prepare for an engine that gathers parameters when a module runs (ZeRO-3): the modules whose forward uses those
-        of their submodules directly."""
+        """Prepare for an engine that gathers parameters when a module runs (ZeRO-3).
+
+        Returns the modules whose forward uses the parameters of their submodules directly.
+        """
         if self.fused is None:
             return []
         self.fused.gathered = True
         return [spec.module for spec in self.fused.specs]
 
     def set_recompute(self, how: Recompute) -> None:
-        """What the backward makes again (see `FusedStack`); plain layers know `layer`, and keep everything otherwise."""
+        """Set what the backward recomputes (see `FusedStack`); plain layers support `layer`, and else keep everything."""
         if self.fused is not None:
             self.fused.recompute = how
         elif how == "layer":
@@ -84,8 +90,8 @@ class PackedDecoder(nn.Module):
         loss: Loss[Any] | None = None,
     ) -> Any:
         lengths_S = batch.cu_seqlens.diff().long()
-        self.noise.seeds_T = batch.seeds_S.repeat_interleave(lengths_S, output_size=batch.tokens)
-        self.noise.rows_T = batch.position_ids_T
+        self.dropout_keys.seeds_T = batch.seeds_S.repeat_interleave(lengths_S, output_size=batch.tokens)
+        self.dropout_keys.rows_T = batch.position_ids_T
         attention = self._attention(batch)
         if self.fused is not None:
             weights_T = pool_weights(batch, self.pooling) if want == "vectors" else None
@@ -93,8 +99,8 @@ class PackedDecoder(nn.Module):
                 batch.input_ids_T,
                 batch.position_ids_T,
                 attention["packed"],
-                self.noise.seeds_T,
-                self.noise.rows_T,
+                self.dropout_keys.seeds_T,
+                self.dropout_keys.rows_T,
                 weights_T,
             )
             if want == "vectors":
@@ -121,7 +127,7 @@ class PackedDecoder(nn.Module):
     def _attention(self, batch: PackedBatch) -> dict:
         if self.backend == "l2v":
             if batch.cu_seqlens.is_cuda:
-                # Nothing waits for the device: the collator made the lengths, so they need no look.
+                # Nothing waits for the device: the lengths come from the collator and are not checked again.
                 plan = AttentionPlan.on_device(batch.cu_seqlens, batch.tokens)
             else:
                 plan = AttentionPlan.from_lengths(batch.lengths)
@@ -146,7 +152,7 @@ class PackedDecoder(nn.Module):
 
 
 def block_mask(batch: PackedBatch, *, causal: bool) -> torch.Tensor:
-    """Block-diagonal mask bool [1, 1, T, T] for backends that know no segments (True is seen): the slow path."""
+    """Block-diagonal mask, bool [1, 1, T, T], True where a token is seen; the slow path, for backends without segments."""
     lengths_S = batch.cu_seqlens.diff().long()
     segment_T = torch.arange(len(lengths_S), device=lengths_S.device)
     segment_T = segment_T.repeat_interleave(lengths_S, output_size=batch.tokens)

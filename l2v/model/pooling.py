@@ -1,4 +1,4 @@
-"""From token states to one vector a segment, over the segment's own pooled tokens."""
+"""Pooling: from token states to one vector per segment, over the segment's pooled tokens."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from l2v_kernels.spans import spanned
 
 
 def pool_weights(batch: PackedBatch, how: str) -> torch.Tensor:
-    """The weight of each token in its segment's vector, float32 [T], not yet divided by their sum.
+    """The weight of each token in its segment's vector, float32 [T], before division by their sum.
 
-    mean, weighted_mean (weights 1..n over the pooled tokens, Muennighoff 2022, arXiv 2202.08904), last, first. Only tokens
-    of the pool mask count. No host sync.
+    how: mean, weighted_mean (weights 1..n over the pooled tokens, Muennighoff 2022, arXiv 2202.08904), last or first. Only
+    tokens in the pool mask count. Nothing waits for the device.
+
+    Raises:
+        ValueError: another name in `how`.
     """
     mask_T = batch.pool_mask_T
     if how == "mean":
@@ -33,7 +36,7 @@ def pool_weights(batch: PackedBatch, how: str) -> torch.Tensor:
 
 @spanned("pooling")
 def pool(hidden_TE: torch.Tensor, batch: PackedBatch, how: str) -> torch.Tensor:
-    """Pool packed hidden states to float32 [S, E], by `pool_weights`; a segment that pools no token gives zeros."""
+    """Pool packed hidden states to float32 [S, E], by `pool_weights`; a segment without pooled tokens gives zeros."""
     return segment_pool(hidden_TE, pool_weights(batch, how), batch.cu_seqlens)
 
 

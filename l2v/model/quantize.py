@@ -1,7 +1,8 @@
-"""The frozen base in fewer bits: FP8 for faster products, NF4 for small GPUs. Adapters, embeddings, norms and head stay.
+"""The frozen base in fewer bits: FP8 for faster matmuls, NF4 for small GPUs.
 
-Weights are quantised once, after earlier adapters have been merged into them in full precision, and the full weights are let
-go. What is left cannot be saved or merged; adapters can, for they need nothing of the base but its configuration.
+Adapters, embeddings, norms and head keep their precision. Weights are quantised once, after earlier adapters were merged
+into them in full precision, and the full weights are freed. A quantised base cannot be saved or merged; adapters can be
+saved, because they need only the base's configuration.
 """
 
 from __future__ import annotations
@@ -23,69 +24,72 @@ from l2v.model.packed import PackedDecoder
 from l2v.recipe import Base
 from l2v_kernels.fp8 import ALIGN, Fp8Linears, Fp8Weight, obstacle
 
-SWITCH = "L2V_FP8"
-SAME = "use base.base_precision: same"
+FP8_VARIABLE = "L2V_FP8"
+USE_SAME = "use base.base_precision: same"
 
 
 def emulated() -> bool:
-    """Whether FP8 is to be emulated: L2V_FP8=emulate, for tests and comparisons on a machine without it.
+    """Whether FP8 is emulated: L2V_FP8=emulate, for tests and comparisons on a machine without FP8.
 
-    Errors: UserError for another value.
+    Raises:
+        UserError: L2V_FP8 has another value.
     """
-    value = os.environ.get(SWITCH, "")
+    value = os.environ.get(FP8_VARIABLE, "")
     if value not in ("", "emulate"):
-        raise UserError(f"{SWITCH} is '{value}'; set it to emulate, or leave it unset")
+        raise UserError(f"{FP8_VARIABLE} is '{value}'; set it to emulate, or leave it unset")
     return value == "emulate"
 
 
 def check_base_precision(base: Base, where: torch.device, dtype: torch.dtype) -> None:
-    """Whether this machine can do what the recipe asks, before weights are loaded.
+    """Check, before weights are loaded, that this machine supports base.base_precision.
 
-    Errors: UserError where it cannot, with the way out.
+    Raises:
+        UserError: it does not; the message says what to change.
     """
     if base.base_precision == "fp8" and not emulated():
         if reason := obstacle(where):
-            raise UserError(f"base.base_precision: fp8 cannot run here: {reason}; {SAME}")
+            raise UserError(f"base.base_precision: fp8 cannot run here: {reason}; {USE_SAME}")
         if dtype != torch.bfloat16:
             raise UserError(
-                f"base.base_precision: fp8 multiplies into bf16, and base.precision is {base.precision}; use bf16, or {SAME}"
+                f"base.base_precision: fp8 gives bf16 results, and base.precision is {base.precision}; use bf16, or {USE_SAME}"
             )
     if base.base_precision == "nf4":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError(
-                f"base.base_precision: nf4 needs the package bitsandbytes: pip install 'l2v[nf4]', or {SAME}"
+                f"base.base_precision: nf4 needs the package bitsandbytes: pip install 'l2v[nf4]', or {USE_SAME}"
             )
         try:
             importlib.import_module("bitsandbytes")
         except Exception as error:
             raise UserError(
-                f"base.base_precision: nf4 needs bitsandbytes, which cannot be imported: {_first_line(error)}; {SAME}"
+                f"base.base_precision: nf4 needs bitsandbytes, which cannot be imported: {_first_line(error)}; {USE_SAME}"
             ) from None
 
 
 def check_fused(base: Base, model: PackedDecoder) -> None:
-    """FP8 lives in fused layers.
+    """Check that an FP8 base has fused layers, the only ones that support FP8.
 
-    Errors: RecipeError for a decoder that they do not know.
+    Raises:
+        RecipeError: the decoder's layers cannot be fused.
     """
     if base.base_precision == "fp8" and model.fused is None:
-        raise RecipeError(f"base.base_precision: fp8 needs fused layers, and {model.unfused_reason}; {SAME}")
+        raise RecipeError(f"base.base_precision: fp8 needs fused layers, and {model.unfused_reason}; {USE_SAME}")
 
 
 def notice(base: Base) -> str | None:
-    """What a user must know of a base in fewer bits: one line, or None."""
+    """One line to log about a quantised base, or None."""
     if base.base_precision == "fp8":
-        slow = f"*** {SWITCH}=emulate: FP8 is emulated in fp32, SLOWER than without; for tests and comparisons only ***"
-        return slow if emulated() else "frozen linears multiply in FP8"
+        slow = f"*** {FP8_VARIABLE}=emulate: FP8 is emulated in fp32, SLOWER than without; for tests and comparisons only ***"
+        return slow if emulated() else "frozen linear layers run in FP8"
     if base.base_precision == "nf4" and not torch.cuda.is_available():
         return "*** an NF4 base on a CPU saves memory, and is SLOWER than without ***"
     return None
 
 
 class Fp8Group(nn.Module):
-    """The FP8 weights of linears that read one input, held as buffers that no file carries.
+    """The FP8 weights of linear layers with one input, as buffers that are not saved.
 
-    Bytes, so that casting a model leaves them alone; scales are powers of two, which bf16 holds as well as fp32.
+    They are stored as uint8, so that casting the model does not change them. Scales are powers of two, exact in bf16 too.
     """
 
     rows_NK: torch.Tensor
@@ -102,17 +106,20 @@ class Fp8Group(nn.Module):
         self.register_buffer("bias_N", bias_N, persistent=False)
 
     def linears(self) -> Fp8Linears:
-        """For the fused layer."""
+        """The weights as the fused layer uses them."""
         e4m3 = torch.float8_e4m3fn
         weight = Fp8Weight(self.rows_NK.view(e4m3), self.columns_KN.view(e4m3), self.scale_N.float())
         return Fp8Linears(weight, self.sizes, self.bias_N, emulate=self.emulate)
 
 
 def to_fp8(stack: FusedStack, decoder: nn.Module) -> None:
-    """Quantise the linears of all fused layers where they lie, group by group, and let their weights go.
+    """Quantise the linear layers of all fused layers on their device, group by group, and free their weights.
 
-    Each `weight` keeps its shape, dtype and device and no memory: every element is the same NaN, so that whoever still
-    multiplies by it gets no number that could be taken for one. Errors: UserError for weights that FP8 cannot hold.
+    Each `weight` keeps its shape, dtype and device but no memory: all elements share one NaN, so that code which still
+    multiplies by it gets NaN.
+
+    Raises:
+        UserError: FP8 cannot hold the weights, or they are sharded by ZeRO-3.
     """
     emulate = emulated()
     for spec in stack.specs:
@@ -128,12 +135,12 @@ def _quantize_group(group: Group, where: str, *, emulate: bool) -> Fp8Group:
     weights = [b.weight for b in bases]
     if any(hasattr(w, "ds_id") for w in weights):
         raise UserError(
-            f"base.base_precision: fp8 does not go with ZeRO stage 3 (zero.config); use a lower one, or {SAME}"
+            f"base.base_precision: fp8 does not support ZeRO stage 3 (zero.config); use a lower stage, or {USE_SAME}"
         )
     shapes = [tuple(w.shape) for w in weights]
     if not emulate and any(side % ALIGN for shape in shapes for side in shape):
         raise UserError(
-            f"base.base_precision: fp8 needs weights whose sides are multiples of {ALIGN}, and {where} has {shapes}; {SAME}"
+            f"base.base_precision: fp8 needs weights whose sides are multiples of {ALIGN}, and {where} has {shapes}; {USE_SAME}"
         )
     weight = Fp8Weight.of([w.detach() for w in weights])
     if not weight.scale_O.isfinite().all():
@@ -148,13 +155,18 @@ def _quantize_group(group: Group, where: str, *, emulate: bool) -> Fp8Group:
 
 
 def to_nf4(inner: PreTrainedModel, where: torch.device, dtype: torch.dtype) -> None:
-    """Replace the linears of a decoder by bitsandbytes' of 4 bits (Dettmers et al. 2023, QLoRA, arXiv 2305.14314: NF4, with
-    quantised constants), on `where`, one by one. Biases stay; products compute in dtype."""
+    """Replace the linear layers of a decoder by 4-bit ones of bitsandbytes, one by one, on the device `where`.
+
+    NF4 with quantised constants (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). Biases stay; matmuls compute in dtype.
+
+    Raises:
+        UserError: the decoder has no nn.Linear.
+    """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     linears = [(name, module) for name, module in inner.named_modules() if type(module) is nn.Linear]
     if not linears:
-        raise UserError(f"base.base_precision: nf4 finds no linear in {type(inner).__name__}; {SAME}")
+        raise UserError(f"base.base_precision: nf4 finds no linear in {type(inner).__name__}; {USE_SAME}")
     for name, linear in linears:
         how = {"compress_statistics": True, "quant_type": "nf4"}
         small = Linear4bit(
@@ -162,21 +174,21 @@ def to_nf4(inner: PreTrainedModel, where: torch.device, dtype: torch.dtype) -> N
         )
         small.weight = Params4bit(linear.weight.detach(), requires_grad=False, module=small, **how)
         small.bias = linear.bias
-        # On some CPUs an evaluation would repack the weights for good, into a form that has no gradient.
+        # On some CPUs an evaluation would repack the weights permanently, into a form without gradients.
         small.support_avx512bf16_for_cpu = False
         inner.set_submodule(name, small.to(where).eval())
         linear.register_parameter("weight", None)
-    inner.is_loaded_in_4bit = True  # by this PEFT knows to put its own LoRA for 4 bits on them
+    inner.is_loaded_in_4bit = True  # PEFT then uses its LoRA class for 4-bit layers
     _refuse_to_write(inner, "NF4", "nf4")
 
 
 def _refuse_to_write(decoder: nn.Module, what: str, key: str) -> None:
-    """One sentence instead of a file that would hold no weights, or a merge that would round them again."""
+    """Make saving and merging raise, because a file would hold no weights and a merge would round them again."""
 
     def refuse(*_, **__) -> NoReturn:
         raise UserError(
-            f"a base in {what} cannot be saved or merged: load it with base.base_precision: same for that; the adapter is "
-            f"the same file either way (base.base_precision is {key})"
+            f"a base in {what} cannot be saved or merged: load it with base.base_precision: same instead of {key}; the "
+            "adapter file is the same for both"
         )
 
     inner: Any = decoder

@@ -1,1 +1,1 @@
-"""What is minimised: MNTP and the contrastive losses. Knows neither data nor models."""
+"""Losses: MNTP and contrastive. This package depends on neither data nor models."""

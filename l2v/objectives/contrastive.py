@@ -1,8 +1,8 @@
-"""In-batch contrastive loss: InfoNCE on cosine similarity over packed embeddings, negatives from all ranks.
+"""In-batch contrastive loss: InfoNCE on cosine similarity over packed embeddings, with negatives from all ranks.
 
 InfoNCE: van den Oord et al. 2018 (arXiv 1807.03748); as multiple negatives ranking with hard negatives in one softmax:
-Henderson et al. 2017 (arXiv 1705.00652). SimCSE's two views are a query and a positive. The scores themselves are made in
-`l2v_kernels.info_nce`; here stands who meets whom.
+Henderson et al. 2017 (arXiv 1705.00652). SimCSE's two views are a query and a positive. `l2v_kernels.info_nce` computes the
+scores and the loss; this module decides which query is compared with which candidates.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ WITH_QUERIES = {"query_to_query", "doc_to_query"}
 class Groups:
     """Which embeddings are queries, which are candidates, and which candidate belongs to which query.
 
-    Queries and candidates of all ranks are numbered rank by rank. int64 unless said otherwise:
-    queries_N, candidates_M: rows of this rank's embeddings; targets_N: number of each query's positive; query_keys_N2: text
-    keys of its positive and of itself; keys_M: text keys of the candidates, equal for equal texts; query_groups_N,
-    groups_M: group of the example that a query or a positive belongs to, -1 for none and for hard negatives; owners_M:
-    number of the query that a candidate came with; hard_M: bool, it came as a negative.
-    query_counts, counts: queries and candidates of every rank; rank: whose share this is; total: what the loss is divided by.
+    Queries and candidates of all ranks are numbered rank by rank. All tensors are int64 except hard_M:
+    queries_N, candidates_M: rows of this rank's embeddings.
+    targets_N: number of each query's positive.
+    query_keys_N2: text keys of the query's positive and of the query itself.
+    keys_M: text keys of the candidates, equal for equal texts.
+    query_groups_N, groups_M: group of the example of a query or a positive; -1 for none and for hard negatives.
+    owners_M: number of the query that a candidate belongs to.
+    hard_M: bool, whether a candidate is a hard negative.
+    query_counts, counts: queries and candidates of every rank. rank: the rank of this share. total: the loss is divided by it.
     """
 
     queries_N: torch.Tensor
@@ -58,19 +61,21 @@ class Groups:
         rank: int = 0,
         total: int | None = None,
     ) -> Groups:
-        """Read the structure off the columns (0 query, 1 positive, 2.. negatives), on the host.
+        """Derive the structure from the columns (0 query, 1 positive, 2.. negatives), on the host.
 
-        Segments stand example by example, the query first. A negative column is no part of the loss. `query_counts` and
-        `counts` are the queries and candidates of all ranks whose embeddings will be gathered, default: this one alone;
-        `total` is the number of queries that the loss is averaged over, default: all of `query_counts`. groups_S: int64,
-        default: no groups.
-        Errors: ValueError if a query has not exactly one positive, or if this rank's share is not what the counts say.
+        Segments are ordered by example, the query first. A segment with a column below 0 is not part of the loss.
+        query_counts, counts: queries and candidates of all ranks whose embeddings will be gathered, default: this rank only.
+        total: number of queries that the loss is averaged over, default: the sum of query_counts. groups_S: int64, default:
+        no groups.
+
+        Raises:
+            ValueError: a query does not have exactly one positive, or this rank's share differs from the counts.
         """
         is_query_S = columns_S == 0
         queries = is_query_S.nonzero().flatten()
         candidates = (columns_S >= 1).nonzero().flatten()
         positives = (columns_S[candidates] == 1).nonzero().flatten()
-        # The query that stands before a candidate is its owner.
+        # A candidate belongs to the last query before it.
         owners = (is_query_S.cumsum(0) - 1)[candidates]
         if not torch.equal(owners[positives], torch.arange(len(queries))):
             raise ValueError(f"{len(queries)} queries and {len(positives)} positives: each query needs exactly one")
@@ -91,7 +96,7 @@ class Groups:
             query_keys_N2=torch.stack([keys_M[positives], keys_S[queries]], 1),
             keys_M=keys_M,
             query_groups_N=groups_S[queries],
-            # A hard negative was chosen as wrong: it belongs to no group, whatever its example does.
+            # A hard negative is known to be irrelevant, so it belongs to no group, even if its example does.
             groups_M=groups_S[candidates].masked_fill(hard_M, -1),
             owners_M=owners + sum(query_counts[:rank]),
             hard_M=hard_M,
@@ -102,7 +107,7 @@ class Groups:
         )
 
     def to(self, device: torch.device) -> Groups:
-        """The same on a device."""
+        """The same with its tensors on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {
             k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, torch.Tensor)
@@ -126,70 +131,61 @@ def contrastive_loss(
 ) -> torch.Tensor:
     """InfoNCE of this rank's queries against the candidates of all ranks that `groups` counts.
 
-    embeddings_SE: [S, E], fp32 (or what `info_nce` takes), not normalised. Returns a scalar: the sum over this rank's
-    queries divided by `groups.total`, so that the sum over ranks is the mean over all queries, and the gradients of all
-    ranks add up to those of one process that holds everything. With a single candidate in all, its probability is 1
-    whatever the vectors are: the loss is exactly 0.
+    embeddings_SE: [S, E], fp32 (or another dtype that `info_nce` takes), not normalised. Returns a scalar: the sum over this
+    rank's queries divided by `groups.total`. So the sum over ranks is the mean over all queries, and the gradients of all
+    ranks add up to those of a single process with all the data. With a single candidate in total its probability is always
+    1, and the loss is exactly 0.
 
-    mask_duplicates: a candidate with the text of the query's positive, or of the query itself, is no negative; nor is a
-    query that shares a positive's or its own text with this one. mask_groups: nor is the query or the positive of an example
-    of the same group; all ranks say the same. own_negatives: only its own query meets a hard negative.
-    The others are those of `l2v_kernels.info_nce`, which names their sources. Values are not checked here: a row that is not
-    finite gives a loss that is not finite where its query is, without a wait.
+    mask_duplicates: a candidate with the same text as the query or its positive is not a negative; neither is another query
+    that shares its own or its positive's text with this one. mask_groups: the queries and positives of examples of the same
+    group are not negatives either; it must be the same on all ranks. own_negatives: a hard negative is only compared with
+    its own query. The other options are those of `l2v_kernels.info_nce`, which cites their sources.
+
+    Values are not checked, so nothing waits for the device: a row with NaN or Inf makes the loss of its query NaN or Inf.
     """
-    several = len(groups.counts) > 1
     if sum(groups.counts) < 2:
-        # The same on all ranks, since all know the counts: nobody waits in a collective.
+        # All ranks know the counts and return here together, so no rank waits in a collective.
         return embeddings_SE[:0].sum()
     queries_NE = embeddings_SE[groups.queries_N]
-    rows: Sequence[torch.Tensor] = [embeddings_SE[groups.candidates_M]]
-    row_counts = [groups.counts]
     with_queries = bool(WITH_QUERIES & set(directions))
-    if several and with_queries:
-        rows, row_counts = [*rows, queries_NE], [*row_counts, groups.query_counts]
-    if several:
-        rows = gather_rows(rows, row_counts)
-    candidate_ids, query_ids = _ids(groups, mask_duplicates, mask_groups)
-    owners = own_negatives or "doc_to_doc" in directions
-    labels = _of_all_ranks(
-        {"candidate_ids": candidate_ids}
-        | ({"query_ids": query_ids} if with_queries else {})
-        | ({"owners_M": groups.owners_M, "hard_M": groups.hard_M.long()} if owners else {}),
-        groups,
+    rows = _gather_embeddings(embeddings_SE[groups.candidates_M], queries_NE, groups, with_queries=with_queries)
+    query_ids, labels = _loss_labels(
+        groups, mask_duplicates, mask_groups, with_queries, with_owners=own_negatives or "doc_to_doc" in directions
     )
     if len(queries_NE) == 0:
-        # No loss of its own, but the gradients of the others come through the same collectives.
+        # This rank has no loss, but the gradients of the others pass through the same collectives.
         return functools.reduce(torch.add, [part[:0].sum() for part in rows])
+    several = len(groups.counts) > 1
     loss = info_nce(
-        queries_NE,
-        rows[0],
-        groups.targets_N,
-        scale=scale,
-        directions=directions,
-        partition=partition,
-        candidate_ids=labels.get("candidate_ids"),
-        query_ids=query_ids,
-        owners_M=labels.get("owners_M"),
-        restricted_M=labels["hard_M"].bool() if own_negatives else None,
-        false_negative_margin=false_negative_margin,
-        prefixes=prefixes,
-        prefix_weights=prefix_weights,
-        all_queries_QE=rows[1] if len(rows) > 1 else None,
-        all_query_ids=labels.get("query_ids") if len(rows) > 1 else None,
-        query_offset=sum(groups.query_counts[: groups.rank]),
-        reduction="sum",
-        check_values=False,
-    )
+        queries_NE, rows[0], groups.targets_N, scale=scale, directions=directions, partition=partition,
+        candidate_ids=labels.get("candidate_ids"), query_ids=query_ids, owners_M=labels.get("owners_M"),
+        restricted_M=labels["hard_M"].bool() if own_negatives else None, false_negative_margin=false_negative_margin,
+        prefixes=prefixes, prefix_weights=prefix_weights,
+        all_queries_QE=rows[1] if several and with_queries else None,
+        all_query_ids=labels.get("query_ids") if several and with_queries else None,
+        query_offset=sum(groups.query_counts[: groups.rank]), reduction="sum", check_values=False,
+    )  # fmt: skip
     return loss / max(groups.total, 1)
 
 
+def _gather_embeddings(
+    candidates_ME: torch.Tensor, queries_NE: torch.Tensor, groups: Groups, *, with_queries: bool
+) -> Sequence[torch.Tensor]:
+    """The candidates of all ranks and, if queries are candidates too, the queries of all ranks; one rank keeps its own."""
+    if len(groups.counts) == 1:
+        return [candidates_ME]
+    if with_queries:
+        return gather_rows([candidates_ME, queries_NE], [groups.counts, groups.query_counts])
+    return gather_rows([candidates_ME], [groups.counts])
+
+
 def _ids(groups: Groups, keys: bool, by_group: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Ids of this rank's candidates [M, K] and queries [N, K]: what shares one of any kind is no negative."""
+    """Ids of this rank's candidates [M, K] and queries [N, K]; a pair with an equal id in any column is not a negative."""
     if not (keys or by_group):
         return None, None
     of_candidates: list[torch.Tensor] = []
     of_queries: list[torch.Tensor] = []
-    if keys:  # a candidate has one text, and is held against two of the query's: its positive's and its own
+    if keys:  # a candidate's text is compared with two texts: the query's positive and the query
         of_candidates += [groups.keys_M, groups.keys_M]
         of_queries += groups.query_keys_N2.unbind(1)
     if by_group:
@@ -198,8 +194,21 @@ def _ids(groups: Groups, keys: bool, by_group: bool) -> tuple[torch.Tensor | Non
     return torch.stack(of_candidates, 1), torch.stack(of_queries, 1)
 
 
-def _of_all_ranks(labels: dict[str, torch.Tensor | None], groups: Groups) -> dict[str, torch.Tensor]:
-    """These labels, of all ranks; one collective, and none where nothing is asked."""
+def _loss_labels(
+    groups: Groups, mask_duplicates: bool, mask_groups: bool, with_queries: bool, *, with_owners: bool
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """Ids of this rank's queries, and the labels that the loss needs of all ranks: ids, and owners of hard negatives."""
+    candidate_ids, query_ids = _ids(groups, mask_duplicates, mask_groups)
+    labels: dict[str, torch.Tensor | None] = {"candidate_ids": candidate_ids}
+    if with_queries:
+        labels["query_ids"] = query_ids
+    if with_owners:
+        labels |= {"owners_M": groups.owners_M, "hard_M": groups.hard_M.long()}
+    return query_ids, _labels_of_all_ranks(labels, groups)
+
+
+def _labels_of_all_ranks(labels: dict[str, torch.Tensor | None], groups: Groups) -> dict[str, torch.Tensor]:
+    """The given labels of all ranks, in one collective; in none if there are no labels or only one rank."""
     given = {name: label for name, label in labels.items() if label is not None}
     if len(groups.counts) == 1 or not given:
         return given

@@ -10,11 +10,11 @@ from l2v_kernels import linear_cross_entropy
 
 
 def mntp_loss(logits_LV: torch.Tensor, labels_L: torch.Tensor, count: torch.Tensor | float) -> torch.Tensor:
-    """Cross-entropy of the labelled positions, summed and divided by `count`.
+    """Cross-entropy of the labelled positions, summed and divided by `count`; a float32 scalar.
 
-    logits_LV: any float dtype, from the hidden state before each label; labels_L: int64; count: labels of the whole step
-    over all ranks and micro-batches, so that the sum over those is the mean over labels. Zero labels give a zero that is
-    still part of the graph. Returns float32, a scalar.
+    logits_LV: any float dtype, from the hidden state before each label. labels_L: int64. count: labels of the whole step
+    over all ranks and micro-batches, so that the sum over these is the mean over labels. With no labels the loss is a zero
+    that is still part of the graph.
     """
     return F.cross_entropy(logits_LV.float(), labels_L, reduction="sum") / count
 
@@ -22,9 +22,9 @@ def mntp_loss(logits_LV: torch.Tensor, labels_L: torch.Tensor, count: torch.Tens
 def mntp_loss_of_hidden(
     head: nn.Module, hidden_LE: torch.Tensor, labels_L: torch.Tensor, count: torch.Tensor | float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`mntp_loss` of the head's logits, and how many labels are the likeliest token (int64, a scalar, no gradient).
+    """`mntp_loss` of the head's logits, and the number of correctly predicted labels (int64 scalar, no gradient).
 
-    A frozen linear layer never has its logits in memory; any other head is called as it is.
+    With a frozen nn.Linear as head the logits are never in memory as a whole; any other head is called normally.
     """
     if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
         return linear_cross_entropy(hidden_LE, head.weight, labels_L, bias_V=head.bias, count=count)

@@ -1,1 +1,1 @@
-"""What a recipe needs and how long it takes: memory and speed, predicted. A roofline, tensor by tensor."""
+"""Predict the memory and speed of a recipe: bytes tensor by tensor, time by the roofline model."""

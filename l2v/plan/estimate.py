@@ -1,4 +1,4 @@
-"""A stage's plan: memory of one GPU, what is chosen, and how fast it goes."""
+"""The plan of a stage: memory of one GPU, the choice of recompute, and the speed."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from l2v.recipe import LLAMA_LINEARS, Base, Contrastive, Mntp, Recipe, Stage
 from l2v.training.engine import deepspeed_config
 
 SEGMENTS = {"mntp": 512, "simcse": 30, "supervised": 140}
-"""Mean tokens of a text in the workloads of benchmarks/train_step/work.py."""
+"""Mean tokens per text in the workloads of benchmarks/train_step/work.py."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Predicted: seconds of a step by kind of work, and tokens of all ranks in it."""
+    """A predicted speed: seconds of a step by kind of work, and its tokens over all ranks."""
 
     seconds: dict[str, float]
     step_seconds: float
     step_tokens: float
     micros: int
     factor: float | None = None
-    """Measured over predicted on this GPU, already inside; None where nobody measured."""
+    """Measured over predicted speed on this GPU, already applied; None without a measurement."""
     idle: int = 0
-    """Ranks that have nothing to do."""
+    """Ranks without work."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -46,10 +46,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Scaled:
-    """Efficiency on so many GPUs: tokens a second and GPU as a share of those of one GPU alone, predicted.
+    """Predicted efficiency on a number of GPUs: tokens per second and GPU, as a share of those of a single GPU.
 
-    grown: the batch grows with the GPUs, each keeps the share that it has in the plan. fixed: the recipe's batch is shared
-    out among more and more.
+    grown: the batch grows with the GPUs, and each keeps its share of the plan (weak scaling). fixed: the recipe's batch is
+    divided among all GPUs (strong scaling).
     """
 
     gpus: int
@@ -60,7 +60,7 @@ class Scaled:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What `l2v plan` says of a stage."""
+    """The result of `l2v plan` for a stage."""
 
     name: str
     stage: Stage
@@ -70,10 +70,10 @@ class StagePlan:
     memory: Memory
     speed: Speed
     others: dict[Recompute, tuple[int, Speed]] = field(default_factory=dict)
-    """For each way to recompute: the largest micro-batch that fits and is of use, and the speed with it."""
+    """For each kind of recompute: the largest useful micro-batch that fits, and the speed with it."""
     gemm: float = 0.0
     exchanged: list[wire.Transfer] = field(default_factory=list)
-    """What ranks send each other in a step."""
+    """Collectives of a step."""
     scaling: list[Scaled] = field(default_factory=list)
 
     @property
@@ -82,20 +82,24 @@ class StagePlan:
 
     @property
     def mfu(self) -> float:
-        """4N FLOPs a token against the rate of large products."""
+        """Model FLOPs utilisation: 4N FLOPs per token, as a share of the rate of large matmuls."""
         return 4 * self.model.linear_parameters * self.speed.tokens_per_second / (self.world * self.gemm)
 
 
 def model_of(base: Base, config: Any, stage: Stage, itemsize: int) -> Model:
-    """Errors: RecipeError for a base whose configuration has not the sizes of a Llama-like layer."""
+    """The model that a stage trains, from the base's configuration.
+
+    Raises:
+        RecipeError: the configuration lacks the sizes of a Llama-like layer.
+    """
     try:
         text = config.get_text_config()
         shape = LayerShape.of(config, rank=stage.lora.r, targets=tuple(stage.lora.targets), itemsize=itemsize)
         vocabulary = text.vocab_size
     except AttributeError as error:
         raise RecipeError(
-            f"l2v plan knows layers with the sizes of a Llama's; the configuration of '{base.model}' ({config.model_type}) "
-            f"lacks one: {error}"
+            f"l2v plan supports layers with the sizes of a Llama layer; the configuration of '{base.model}' "
+            f"({config.model_type}) lacks one: {error}"
         ) from None
     because = None
     if base.layers == "plain":
@@ -105,12 +109,16 @@ def model_of(base: Base, config: Any, stage: Stage, itemsize: int) -> Model:
     elif base.backend != "l2v":
         because = f"base.backend: {base.backend}"
     elif text.model_type not in FAMILIES.values():
-        because = f"the fused layer knows {', '.join(FAMILIES.values())}, and this is {text.model_type}"
+        because = f"the fused layer supports {', '.join(FAMILIES.values())}, and this is {text.model_type}"
     return Model(shape, vocabulary, bool(text.tie_word_embeddings), because is None, because, base.base_precision)
 
 
 def plan_stage(recipe: Recipe, name: str, gpu: Gpu, dtype: torch.dtype, world: int, per_node: int) -> StagePlan:
-    """Errors: UserError as those of shapes, data and recipe."""
+    """Plan a stage on `world` GPUs.
+
+    Raises:
+        UserError: the base's shape is unknown, or the data or the recipe cannot be used.
+    """
     stage = recipe.stages[name]
     config, _ = shape_of(recipe.base)
     model = model_of(recipe.base, config, stage, dtype.itemsize)
@@ -126,8 +134,8 @@ def plan_stage(recipe: Recipe, name: str, gpu: Gpu, dtype: torch.dtype, world: i
     factor = measured.get(stage.objective)
     others = {}
     whole = int(lengths.lengths.max()) * (getattr(stage, "group", None) or stage.batch)
-    for how, most in memory.largest.items():
-        micro = min(most, max(whole, stage.micro_tokens))
+    for how, largest in memory.largest.items():
+        micro = min(largest, max(whole, stage.micro_tokens))
         if micro >= int(lengths.lengths.max()):
             found = context.shares(micro)
             others[how] = (max(share.largest for _, share in found), context.speed(found, how, factor))
@@ -140,7 +148,7 @@ def plan_stage(recipe: Recipe, name: str, gpu: Gpu, dtype: torch.dtype, world: i
 
 @dataclass(frozen=True)
 class _Context:
-    """What does not change with the micro-batch."""
+    """Everything about a plan that does not depend on the micro-batch."""
 
     recipe: Recipe
     stage: Stage
@@ -156,7 +164,7 @@ class _Context:
         return shares(self.lengths, self.stage, self.world, self.seed, micro_tokens)
 
     def speed(self, work: list[tuple[int, Share]], how: Recompute, factor: float | None) -> Speed:
-        """The mean over some steps."""
+        """The mean speed over the planned steps."""
         found = [self.step(share, how, self.world) for _, share in work]
         seconds: dict[str, float] = {}
         for clock in found:
@@ -169,19 +177,19 @@ class _Context:
         return Speed(seconds, total / (factor or 1.0), tokens, micros, factor, idle)
 
     def exchanged(self, share: Share, world: int) -> list[wire.Transfer]:
-        """What ranks exchange in a step."""
+        """Collectives of a step."""
         zero = deepspeed_config(self.stage, self.recipe.zero, self.dtype, self.model.trainable)["zero_optimization"]
         return wire.transfers(self.model, self.stage, zero, self.dtype.itemsize, world, share)
 
     def step(self, share: Share, how: Recompute, world: int) -> roofline.Clock:
-        """A step of `world` ranks."""
+        """The time of one step on `world` ranks."""
         stage, model, text = self.stage, self.model, self.lengths.text
         clock = roofline.Clock(self.gpu, self.dtype, model.base_precision == "fp8")
         dropped = stage.lora.dropout > 0
         for at, unit in enumerate(share.units):
             for i, tokens in enumerate(unit):
                 roofline.forward(clock, model, tokens, text, dropped=dropped)
-                if isinstance(stage, Contrastive) and i < len(unit) - 1:  # the gradient cache encodes it twice
+                if isinstance(stage, Contrastive) and i < len(unit) - 1:  # the gradient cache encodes these twice
                     roofline.forward(clock, model, tokens, text, dropped=dropped)
                 roofline.backward(clock, model, tokens, text, how, dropped=dropped)
                 roofline.ends(clock, model, stage, tokens)
@@ -193,7 +201,7 @@ class _Context:
         return clock
 
     def scaling(self, how: Recompute) -> list[Scaled]:
-        """From one GPU to 1,024, and on as many as are planned for."""
+        """Efficiency on 1 to 1,024 GPUs, and on the number of GPUs of the plan."""
         stage, group = self.stage, getattr(self.stage, "group", None) or 1
         own = max(group, stage.batch // self.world // group * group)
         if isinstance(stage, Contrastive):
@@ -204,7 +212,7 @@ class _Context:
         at_once = whole / self.step(everything, how, 1).total()
         found = []
         for gpus in sorted({2**i for i in range(11)} | {self.world}):
-            # Each GPU does as much; with negatives: global each query meets the candidates of all.
+            # Each GPU has the same work, but with negatives: global each query is compared with the candidates of all.
             shared = isinstance(stage, Contrastive) and stage.negatives == "global"
             grown = replace(share, candidates=[c * gpus for c in share.candidates]) if shared else share
             rate = tokens / self.step(grown, how, gpus).total()
@@ -218,7 +226,7 @@ class _Context:
 
 
 def _factors(gpu: Gpu, dtype: torch.dtype, base_precision: str) -> Mapping[str, float]:
-    """By objective, from measurements of Llama-3-8B in bf16."""
+    """Measured over predicted speed by objective, from measurements of Llama-3-8B in bf16."""
     if gpu.cpu or dtype != torch.bfloat16 or base_precision != "same":
         return {}
     layers = LayerShape(

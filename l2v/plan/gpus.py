@@ -1,4 +1,4 @@
-"""What a GPU does in a second and holds, by name: measured where it was, and else the maker's figures times an assumption."""
+"""Speed and memory of GPUs by name: measured where available, else the vendor's figures times an assumed efficiency."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from l2v.model.load import dtype_of
 from l2v.recipe import Recipe
 
 EFFICIENCY = 0.75
-"""Of the maker's dense peak that large products reach where nobody measured; an H200 reaches 0.80."""
-STREAM = 0.88
-"""Of the maker's bandwidth that a large copy reaches where nobody measured; an H200 reaches 0.90."""
-LINK = 0.8
-"""Of a link's bandwidth that a collective reaches. An assumption everywhere."""
-CONTEXT = int(0.7 * 2**30)
-"""Bytes that CUDA, its libraries and NCCL take before the first tensor. An assumption."""
+"""Share of the vendor's dense peak that large matmuls reach, without a measurement; an H200 reaches 0.80."""
+COPY_EFFICIENCY = 0.88
+"""Share of the vendor's bandwidth that a large copy reaches, without a measurement; an H200 reaches 0.90."""
+LINK_EFFICIENCY = 0.8
+"""Share of a link's bandwidth that a collective reaches. Always an assumption."""
+CONTEXT_BYTES = int(0.7 * 2**30)
+"""Bytes that CUDA, its libraries and NCCL allocate before the first tensor. An assumption."""
 NETWORK = 50e9
-"""Bytes a second between nodes: one port of 400 Gbit/s a node."""
+"""Bytes per second between nodes: one port of 400 Gbit/s per node."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Rates of one device. flops: of products in bf16, fp32 and fp8 (None where it has none); copy: bytes read and written a
-    second; link: bytes a second to the other GPUs of a node; network: of a node to others; memory: bytes that CUDA reports."""
+    """Speed and memory of one device.
+
+    memory: bytes that CUDA reports. flops: FLOP/s of matmuls by dtype. fp8: the same in FP8, None without FP8. copy: bytes
+    read and written per second. link: bytes per second to the other GPUs of a node. network: the same from node to node.
+    """
 
     key: str
     memory: int
@@ -40,11 +43,11 @@ class Gpu:
     network: float = NETWORK
 
     def capacity(self, ranks_here: int) -> int:
-        """Bytes for one rank: those of a GPU, or a share of the machine's."""
+        """Bytes for one rank: a GPU's memory, or a share of the machine's."""
         return self.memory // ranks_here if self.cpu else self.memory
 
     def shared(self, ranks_here: int) -> Gpu:
-        """What one rank has of the rates: a processor's ranks share it."""
+        """The device as one rank sees it: ranks on a CPU share its speed."""
         if not self.cpu or ranks_here == 1:
             return self
         flops = {dtype: rate / ranks_here for dtype, rate in self.flops.items()}
@@ -57,7 +60,7 @@ def _gib(value: float) -> int:
 
 @dataclass(frozen=True)
 class _Sheet:
-    """A maker's sheet: CUDA's name, GiB, fp32 and fp8 FLOP/s, bytes a second of memory and of links."""
+    """A vendor's data sheet: CUDA's device name, GiB, fp32 and fp8 FLOP/s, bytes per second of memory and links."""
 
     name: str
     memory: float
@@ -67,8 +70,8 @@ class _Sheet:
     link: float
 
 
-# Dense bf16 peaks are those of l2v.machine. Memory as CUDA reports it; fp32 without TF32, as torch multiplies it; links one
-# way: NVLink of SXM boards, PCIe 4.0 x16 of the others.
+# Dense bf16 peaks are in l2v.machine. Memory is as CUDA reports it; fp32 is without TF32, torch's default; links are one-way:
+# NVLink for SXM boards, PCIe 4.0 x16 for the others.
 SHEETS = {
     "h200": _Sheet("NVIDIA H200", 139.8, 67e12, 1979e12, 4.8e12, 450e9),
     "h100": _Sheet("NVIDIA H100 80GB HBM3", 79.1, 67e12, 1979e12, 3.35e12, 450e9),
@@ -78,11 +81,15 @@ SHEETS = {
     "b200": _Sheet("NVIDIA B200", 178.4, 75e12, 4500e12, 8e12, 900e9),
 }
 MEASURED = {"h200": (788e12, 4.3e12)}
-"""bf16 FLOP/s on random numbers and bytes/s of a copy, with torch 2.11."""
+"""Measured bf16 FLOP/s on random numbers, and bytes/s of a copy, with torch 2.11."""
 
 
 def named(key: str) -> Gpu:
-    """A GPU of the table. Errors: UserError with the names for one that is not there."""
+    """A GPU of the table.
+
+    Raises:
+        UserError: the table does not have it; the message lists the names.
+    """
     short = (
         key.lower().replace("-", "").replace("_", "").replace(" ", "").removeprefix("nvidia").removeprefix("geforce")
     )
@@ -93,28 +100,27 @@ def named(key: str) -> Gpu:
     sheet = SHEETS[short]
     peak = peak_flops(sheet.name, torch.bfloat16)
     assert peak is not None  # l2v.machine knows every device of SHEETS
-    bf16, copy = EFFICIENCY * peak, STREAM * sheet.copy
-    source = f"the maker's figures times {EFFICIENCY} (products) and {STREAM} (copies), not measured"
+    bf16, copy = EFFICIENCY * peak, COPY_EFFICIENCY * sheet.copy
+    source = f"the vendor's figures times {EFFICIENCY} (matmuls) and {COPY_EFFICIENCY} (copies), not measured"
     if short in MEASURED:
         bf16, copy = MEASURED[short]
-        source = "measured: products in bf16 and copies; fp32 and fp8 are the maker's figures times 0.75"
+        source = "measured: matmuls in bf16 and copies; fp32 and fp8 are the vendor's figures times 0.75"
     flops = {torch.bfloat16: bf16, torch.float32: EFFICIENCY * sheet.fp32}
     fp8 = sheet.fp8 and EFFICIENCY * sheet.fp8
-    return Gpu(short, _gib(sheet.memory), flops, fp8, copy, LINK * sheet.link, source, short in MEASURED)
+    return Gpu(short, _gib(sheet.memory), flops, fp8, copy, LINK_EFFICIENCY * sheet.link, source, short in MEASURED)
 
 
 def at_hand(dtype: torch.dtype) -> Gpu:
-    """The device of this machine, by its own calibration where there is one.
+    """The device of this machine, with its calibration if there is one.
 
-    Errors: UserError for a GPU that is neither in the table nor calibrated, and for a processor that is not calibrated.
+    Raises:
+        UserError: a GPU that is neither in the table nor calibrated, or a CPU that is not calibrated.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     found, name = calibration(device, dtype), device_name(device)
     known = next((key for key, sheet in SHEETS.items() if sheet.name == name), None)
     if found is None and known is None:
-        raise UserError(
-            f"nothing is known of how fast {name} is: run l2v doctor once, or name another device with --gpu"
-        )
+        raise UserError(f"the speed of {name} is not known: run l2v doctor once, or name another device with --gpu")
     if device.type == "cpu":
         assert found is not None  # no processor is in SHEETS
         import psutil
@@ -133,7 +139,7 @@ def at_hand(dtype: torch.dtype) -> Gpu:
             True,
         )
     total = torch.cuda.get_device_properties(device).total_memory
-    gpu = named(known) if known else Gpu(name, total, {}, None, 0.0, LINK * 32e9, "", True)
+    gpu = named(known) if known else Gpu(name, total, {}, None, 0.0, LINK_EFFICIENCY * 32e9, "", True)
     if found is None:
         return replace(gpu, memory=total)
     flops = gpu.flops | {dtype: found.gemm_flops}
@@ -142,9 +148,9 @@ def at_hand(dtype: torch.dtype) -> Gpu:
 
 
 def chosen(key: str | None, dtype: torch.dtype) -> Gpu:
-    """What --gpu asks for: a name, `here`, or, without it, the device of this machine.
+    """The device of --gpu: a name, or `here` (also the default) for the device of this machine.
 
-    A calibration is used where the GPU of this machine is the one that is asked for.
+    If the named GPU is the one of this machine, its calibration is used.
     """
     if key in (None, "here"):
         return at_hand(dtype)
@@ -157,7 +163,7 @@ def chosen(key: str | None, dtype: torch.dtype) -> Gpu:
 
 
 def device_and_dtype(key: str | None, recipe: Recipe) -> tuple[Gpu, torch.dtype]:
-    """The device that is planned for and the dtype that training would take there."""
+    """The device to plan for, and the dtype that training would use on it."""
     named = key not in (None, "here")
     dtype = dtype_of(recipe.base.precision, named_gpu=named)
     return chosen(key, dtype), dtype

@@ -1,4 +1,4 @@
-"""What committed measurements of the training step say of the roofline: how much of it a run on this GPU reached."""
+"""Committed measurements of the training step: the share of the roofline prediction that a run on a GPU reached."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 
 
 def factors(key: str, predict: Callable[[dict[str, Any]], float | None], folder: Path = RESULTS) -> dict[str, float]:
-    """Measured over predicted tokens/s of our own step, by objective, from benchmarks/results/KEY/train_step.json.
+    """Measured over predicted tokens/s of l2v's training step, by objective, from benchmarks/results/KEY/train_step.json.
 
-    predict: tokens/s of a row, from {"objective", "tokens" of a step, "recompute" (None where it is not told)}. Empty where
-    there is no such file, as in an installed package; a row that lacks something is passed over.
+    predict: tokens/s of a row, from {"objective", "tokens" of a step, "recompute" (None if not recorded)}. Empty without
+    such a file, as in an installed package; incomplete rows are skipped.
     """
     try:
         data = json.loads((folder / key / "train_step.json").read_text(encoding="utf-8"))
@@ -27,11 +27,11 @@ def factors(key: str, predict: Callable[[dict[str, Any]], float | None], folder:
     for row in rows:
         if not isinstance(row, dict):
             continue
-        said, objective = row.get("facts") or {}, row.get("workload")
-        rate, tokens = said.get("tokens_per_second"), said.get("tokens")
+        measured, objective = row.get("facts") or {}, row.get("workload")
+        rate, tokens = measured.get("tokens_per_second"), measured.get("tokens")
         if row.get("provider") != "l2v" or not objective or not rate or not tokens:
             continue
-        setting = str(said.get("setting", ""))
+        setting = str(measured.get("setting", ""))
         how = next((how for how in ("none", "cheap", "layer") if f"recompute {how}" in setting), None)
         if predicted := predict({"objective": objective, "tokens": tokens, "recompute": how}):
             found[objective] = rate / predicted

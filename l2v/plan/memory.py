@@ -1,4 +1,4 @@
-"""Memory of one GPU in a stage, by what it is for, and the largest micro-batch that fits."""
+"""Memory of one GPU in a stage, by purpose, and the largest micro-batch that fits."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from l2v.model.memory import (
     kept_for_backward,
     work_bytes,
 )
-from l2v.plan.gpus import CONTEXT, Gpu
+from l2v.plan.gpus import CONTEXT_BYTES, Gpu
 from l2v.recipe import Mntp, Recipe, Stage
 from l2v.training.engine import deepspeed_config
-from l2v.training.memory import LIVE, bucket_in_backward, engine_bytes, execution_mode, tail_memory
+from l2v.training.memory import MAX_LIVE_PARAMETERS, bucket_in_backward, engine_bytes, execution_mode, tail_memory
 
-STEP = 256
-"""Micro-batches are looked for in multiples of so many tokens."""
-MOST = 1 << 22
-HOW: tuple[Recompute, ...] = ("none", "cheap", "layer")
+MICRO_TOKENS_STEP = 256
+"""The search for the largest micro-batch uses multiples of this many tokens."""
+MAX_MICRO_TOKENS = 1 << 22
+RECOMPUTES: tuple[Recompute, ...] = ("none", "cheap", "layer")
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a stage trains: sizes of a layer and of the rest, how its layers run, and in which precision."""
+    """The model that a stage trains: its sizes, how its layers run, and the precision of its frozen weights."""
 
     shape: LayerShape
     vocabulary: int
@@ -38,7 +38,7 @@ class Model:
 
     @property
     def linear_parameters(self) -> int:
-        """N: weights of the linear layers that each token goes through."""
+        """N: weights of the linear layers that each token passes through."""
         return self.shape.linear_parameters * self.shape.layers
 
     @property
@@ -49,7 +49,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU. standing: there all the time. moving: those of the largest micro-batch, and `recompute` is how."""
+    """Bytes on one GPU. standing: allocated all the time. moving: needed by the largest micro-batch, with `recompute`."""
 
     tokens: int
     recompute: Recompute
@@ -57,28 +57,28 @@ class Memory:
     moving: dict[str, int]
     capacity: int
     largest: dict[Recompute, int] = field(default_factory=dict)
-    """The largest micro-batch that fits, for each way to recompute."""
+    """The largest micro-batch that fits, for each kind of recompute."""
 
     @property
     def total(self) -> int:
-        """At the peak of a step, with what the allocator may waste."""
+        """Bytes at the peak of a step, including what the allocator may waste."""
         return sum(self.standing.values()) + sum(self.moving.values())
 
     @property
     def tensors(self) -> int:
-        """What tensors hold at the peak: the `peak_memory_gib` of a run's log."""
+        """Bytes of tensors at the peak: `peak_memory_gib` in a run's metrics."""
         return self.total - self.standing["CUDA and NCCL"] - self.moving["allocator"]
 
     @property
     def fits(self) -> bool:
-        """Whether the largest micro-batch does."""
+        """Whether the stage's micro-batch fits."""
         return self.total <= self.capacity
 
 
 def weights(model: Model, stage: Stage, itemsize: int, world: int, sharded: bool) -> dict[str, int]:
-    """Frozen weights: those of layers in the base's own precision, embeddings and head as they are."""
+    """Bytes of frozen weights: layers in base.base_precision, embeddings and head in the model's dtype."""
     shape = model.shape
-    # FP8 keeps two copies, one for either direction of products; NF4 half a byte, and its scales in 8 bits for 64 weights.
+    # FP8 keeps two copies, one for the forward and one for the backward; NF4 half a byte per weight and an 8-bit scale per 64.
     each = {"same": itemsize, "fp8": 2, "nf4": 0.5 + 1 / 64}[model.base_precision]
     norms = shape.layers * 2 * shape.hidden + shape.hidden
     embedding = model.vocabulary * shape.hidden * itemsize
@@ -90,14 +90,14 @@ def weights(model: Model, stage: Stage, itemsize: int, world: int, sharded: bool
     whole = sum(found.values())
     unit = max(shape.linear_parameters * itemsize, embedding)
     return {name: bytes_ // world for name, bytes_ in found.items()} | {
-        "gathered weights": min(whole, LIVE * itemsize + unit)
+        "gathered weights": min(whole, MAX_LIVE_PARAMETERS * itemsize + unit)
     }
 
 
 def memory_of(
     recipe: Recipe, stage: Stage, model: Model, gpu: Gpu, *, itemsize: int, dtype, world: int, tokens: int, length: float
 ) -> Memory:  # fmt: skip
-    """tokens: of the largest micro-batch. length: mean tokens of a text."""
+    """The memory of a stage on one GPU. tokens: of the largest micro-batch. length: mean tokens per text."""
     config = deepspeed_config(stage, recipe.zero, dtype, model.trainable)
     zero = config["zero_optimization"]["stage"]
     shape, kernels = model.shape, not gpu.cpu
@@ -106,7 +106,7 @@ def memory_of(
     engine = engine_bytes(model.trainable, config, itemsize, world, largest, gpu=kernels)
     bucket = bucket_in_backward(engine, zero)
     standing |= {name: bytes_ for name, bytes_ in engine.items() if not (bucket and name == "gradient bucket")}
-    standing |= {"CUDA and NCCL": CONTEXT if kernels else 0}
+    standing |= {"CUDA and NCCL": CONTEXT_BYTES if kernels else 0}
     free = gpu.capacity(world) - sum(standing.values())
     mode = execution_mode(stage, fused=model.fused, kernels=kernels)
     mode = ExecutionMode(mode.fused, mode.kernels, mode.dropout, mode.attention_dropout, int(length))
@@ -114,15 +114,15 @@ def memory_of(
     def end(count: int):
         return tail_memory(stage, shape, model.vocabulary, count, world, kernels=kernels, bucket=bucket)
 
-    asked = stage.recompute
-    if asked == "auto":
-        # Plain layers are not looked at when a run starts: they keep everything unless they are told otherwise.
-        asked = choose_recompute(shape, tokens, free, mode, end(tokens)) if model.fused else "none"
-    elif asked == "cheap" and not model.fused:
-        asked = "none"
-    moving = _moving(shape, asked, tokens, mode, end(tokens))
-    found = {how: _largest(shape, how, free, mode, end) for how in HOW if model.fused or how != "cheap"}
-    return Memory(tokens, asked, standing, moving, gpu.capacity(world), found)
+    recompute = stage.recompute
+    if recompute == "auto":
+        # Training chooses for fused layers only; plain layers keep everything unless the recipe says layer.
+        recompute = choose_recompute(shape, tokens, free, mode, end(tokens)) if model.fused else "none"
+    elif recompute == "cheap" and not model.fused:
+        recompute = "none"
+    moving = _moving(shape, recompute, tokens, mode, end(tokens))
+    found = {how: _largest(shape, how, free, mode, end) for how in RECOMPUTES if model.fused or how != "cheap"}
+    return Memory(tokens, recompute, standing, moving, gpu.capacity(world), found)
 
 
 def _moving(shape: LayerShape, how: Recompute, tokens: int, mode: ExecutionMode, end) -> dict[str, int]:
@@ -137,13 +137,14 @@ def _moving(shape: LayerShape, how: Recompute, tokens: int, mode: ExecutionMode,
 
 
 def _largest(shape: LayerShape, how: Recompute, free: int, mode: ExecutionMode, end) -> int:
-    """By bisection, in multiples of STEP; 0 if not even one fits."""
+    """The largest micro-batch that fits, by bisection in multiples of MICRO_TOKENS_STEP; 0 if none fits."""
 
     def fits(count: int) -> bool:
-        return activation_bytes(shape, how, count * STEP, mode, end(count * STEP)) <= (1 - SLACK) * free
+        tokens = count * MICRO_TOKENS_STEP
+        return activation_bytes(shape, how, tokens, mode, end(tokens)) <= (1 - SLACK) * free
 
-    low, high = 0, MOST // STEP
+    low, high = 0, MAX_MICRO_TOKENS // MICRO_TOKENS_STEP
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low * STEP
+    return low * MICRO_TOKENS_STEP

@@ -1,4 +1,4 @@
-"""The plan as tables for people and as JSON."""
+"""The plan as tables in the terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def _time(hours: float) -> str:
 
 
 def calibrated(speed: Speed) -> str:
-    """Where a speed comes from."""
+    """Whether a speed is calibrated by a measurement, as a phrase."""
     return f"roofline times {speed.factor:.2f}, as measured on this GPU" if speed.factor else NOT_CALIBRATED
 
 
 def tree(facts: dict[str, Any], plans: Sequence[StagePlan]) -> dict[str, Any]:
-    """Everything, JSON-able. Bytes, seconds, tokens a second."""
+    """The plan as a JSON-serialisable dictionary. Units: bytes, seconds, tokens per second."""
     return facts | {"stages": {plan.name: _stage(plan) for plan in plans}, "hours": sum(plan.hours for plan in plans)}
 
 
@@ -96,12 +96,12 @@ def render(facts: dict[str, Any], gpu: Gpu, plans: Sequence[StagePlan]) -> None:
     tables = [
         ("memory of a GPU, GiB", _memory(plans)),
         ("speed, predicted", _speed(plans)),
-        ("largest micro_tokens that fits, and tokens/s with as much of it as is of use", _others(plans)),
+        ("largest micro_tokens that fits, and tokens/s with as much of it as a step can use", _others(plans)),
     ]
     if any(plan.exchanged for plan in plans):
-        tables.append(("sent by a rank in a step, MB", _wire(plans)))
+        tables.append(("sent by each rank per step, MB", _wire(plans)))
     if any(plan.scaling for plan in plans):
-        tables.append(("of the speed of one GPU that each keeps, predicted", scaling_table(plans)))
+        tables.append(("speed per GPU as a share of a single GPU's, predicted", scaling_table(plans)))
     for title, table in tables:
         console.print(f"\n[bold]{title}[/]", soft_wrap=True)
         console.print(table)
@@ -124,7 +124,7 @@ def _memory(plans: Sequence[StagePlan]) -> Table:
         if any(part.get(name) for part in parts):
             table.add_row(name, *(_gib(part[name]) if part.get(name) else "" for part in parts))
     table.add_section()
-    table.add_row("in all", *(_gib(plan.memory.total) for plan in plans), style="bold")
+    table.add_row("total", *(_gib(plan.memory.total) for plan in plans), style="bold")
     table.add_row("of", *(_gib(plan.memory.capacity) for plan in plans))
     table.add_row("fits", *("yes" if plan.memory.fits else "[bold red]no[/]" for plan in plans))
     table.add_row("recompute", *(plan.memory.recompute for plan in plans))
@@ -158,8 +158,8 @@ def _others(plans: Sequence[StagePlan]) -> Table:
     for how in dict.fromkeys(how for plan in plans for how in plan.memory.largest):
         cells = []
         for plan in plans:
-            most, found = plan.memory.largest.get(how, 0), plan.others.get(how)
-            cells += [f"{most:,}" if most else "none", f"{found[1].tokens_per_second:,.0f}" if found else ""]
+            largest, found = plan.memory.largest.get(how, 0), plan.others.get(how)
+            cells += [f"{largest:,}" if largest else "none", f"{found[1].tokens_per_second:,.0f}" if found else ""]
         table.add_row(how, *cells)
     return table
 
@@ -170,12 +170,12 @@ def _wire(plans: Sequence[StagePlan]) -> Table:
     for name in dict.fromkeys(name for part in parts for name in part):
         table.add_row(name, *(f"{part[name] / 1e6:,.2f}" if name in part else "" for part in parts))
     table.add_section()
-    table.add_row("in all", *(f"{sum(part.values()) / 1e6:,.2f}" for part in parts), style="bold")
+    table.add_row("total", *(f"{sum(part.values()) / 1e6:,.2f}" for part in parts), style="bold")
     return table
 
 
 def scaling_table(plans: Sequence[StagePlan]) -> Table:
-    """Rows are numbers of GPUs; two columns a stage."""
+    """A row for each number of GPUs; two columns per stage."""
     table = _table("GPUs")
     for plan in plans:
         table.add_column(f"{plan.name}: grown", justify="right", no_wrap=True)
@@ -186,25 +186,25 @@ def scaling_table(plans: Sequence[StagePlan]) -> Table:
 
 
 def _notes(facts: dict[str, Any], plans: Sequence[StagePlan]) -> list[str]:
-    said = dict.fromkeys(f"tokens/s: {calibrated(plan.speed)}" for plan in plans)
-    notes = [*said, "no evaluation, checkpoint, loading or compiling is in these times"]
+    sources = dict.fromkeys(f"tokens/s: {calibrated(plan.speed)}" for plan in plans)
+    notes = [*sources, "these times do not include evaluation, checkpoints, loading and compiling"]
     assumed = [plan.name for plan in plans if not plan.lengths.real]
     if assumed:
         notes.append(
-            f"{', '.join(assumed)}: every text is taken to be as long as `length` allows; the data was not read"
+            f"{', '.join(assumed)}: every text is assumed to be as long as `length` allows; the data was not read"
         )
     if because := plans[0].model.unfused_reason:
-        notes.append(f"plain layers, slower than fused ones: {because}; their numbers are rougher")
+        notes.append(f"plain layers, slower than fused ones: {because}; their numbers are less exact")
     if any(plan.scaling for plan in plans):
         notes.append(
-            "grown: each GPU keeps its share of the batch, which grows; fixed: the batch is the recipe's; nodes of "
-            f"{facts['per_node']} reach each other at {facts['network_gbps']:g} Gb/s, and nothing overlaps"
+            "grown: the batch grows with the GPUs; fixed: the batch is the recipe's; nodes of "
+            f"{facts['per_node']} GPUs are connected at {facts['network_gbps']:g} Gb/s, and nothing overlaps"
         )
     for plan in plans:
         if plan.speed.idle:
             group = getattr(plan.stage, "group", None)
             units = f"{plan.stage.batch // group} groups of {group}" if group else f"a batch of {plan.stage.batch}"
-            notes.append(f"{plan.name}: {units} cannot be shared by {plan.world} GPUs; {plan.speed.idle} of them wait")
+            notes.append(f"{plan.name}: {units} cannot be divided among {plan.world} GPUs; {plan.speed.idle} are idle")
         if better := best(plan):
             how, tokens, gain = better
             notes.append(f"{plan.name}: micro_tokens={tokens} with recompute={how} would be {gain:.2f}x as fast")
@@ -212,7 +212,7 @@ def _notes(facts: dict[str, Any], plans: Sequence[StagePlan]) -> list[str]:
 
 
 def best(plan: StagePlan) -> tuple[str, int, float] | None:
-    """(recompute, micro_tokens, gain) of a way that is at least 3% faster than the recipe's."""
+    """(recompute, micro_tokens, gain) of the fastest setting, if it is at least 3% faster than the recipe's."""
     found = _fastest(plan)
     if found is None or not plan.memory.fits:
         return None
@@ -222,23 +222,23 @@ def best(plan: StagePlan) -> tuple[str, int, float] | None:
 
 
 def _fastest(plan: StagePlan) -> tuple[float, str, int] | None:
-    """(tokens/s, recompute, micro_tokens) of what fits."""
+    """(tokens/s, recompute, micro_tokens) of the fastest setting that fits."""
     found = [(speed.tokens_per_second, how, tokens) for how, (tokens, speed) in plan.others.items()]
     return max(found, default=None)
 
 
 def remedies(plan: StagePlan, recipe: Recipe, gpu: Gpu) -> str:
-    """One sentence: what does not fit, the largest that does, and what else would help."""
+    """One sentence: what does not fit, the largest micro-batch that does, and what else would help."""
     memory, stage = plan.memory, plan.stage
-    how, most = max(memory.largest.items(), key=lambda item: item[1])
+    how, largest = max(memory.largest.items(), key=lambda item: item[1])
     need = f"{memory.total / GIB:.1f} GiB of the {memory.capacity / GIB:.1f} GiB of one {gpu.key}"
     text = (
         f"stage '{plan.name}': a micro-batch of {memory.tokens:,} tokens with recompute {memory.recompute} needs {need}"
     )
     longest = int(plan.lengths.lengths.max())
     ways = []
-    if most >= longest:
-        ways.append(f"micro_tokens={most} with recompute={how}, the largest that fits")
+    if largest >= longest:
+        ways.append(f"micro_tokens={largest} with recompute={how}, the largest that fits")
         if (fastest := _fastest(plan)) and fastest[1] != how:
             ways.append(f"micro_tokens={fastest[2]} with recompute={fastest[1]}, the fastest that fits")
     else:
@@ -249,8 +249,8 @@ def remedies(plan: StagePlan, recipe: Recipe, gpu: Gpu) -> str:
         ways.append("base.base_precision=nf4, a quarter of the frozen weights")
     if recipe.zero.stage == 3 and not recipe.zero.offload_optimizer:
         ways.append("zero.offload_optimizer=true")
-    if most < longest:
+    if largest < longest:
         ways.append("a shorter length")
-    if isinstance(stage, Contrastive) and stage.negatives == "global" and most < longest:
+    if isinstance(stage, Contrastive) and stage.negatives == "global" and largest < longest:
         ways.append("a smaller batch")
     return f"{text}; use {'; or '.join(ways or ['a larger GPU'])}"

@@ -1,7 +1,7 @@
-"""Time of a micro-batch and of a step by the roofline: every operation takes what its arithmetic or its bytes take.
+"""Time of a micro-batch and of a step by the roofline model.
 
-An operation's time is the larger of FLOPs over the rate of large products and bytes over the rate of a copy. A step is the sum
-over operations, or what the host needs to launch them where that is more. Nothing overlaps.
+An operation takes the larger of its FLOPs over the rate of large matmuls and its bytes over the rate of a copy. A step takes
+the sum over its operations, or the time that the host needs to launch them if that is longer. Nothing overlaps.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from l2v.plan.gpus import Gpu
 from l2v.plan.memory import Model
 from l2v.recipe import Contrastive, Mntp, Stage
 
-ATTENTION = (0.45, 0.4)
-"""Of the rate of large products that attention's kernels reach, forward and backward: 75% of what others published for the
-best ones at 512 tokens on Hopper. An assumption."""
-LAUNCH = 5e-6
-"""Seconds of the host for a launch. An assumption."""
-MASK = 1.5e-9
-"""Seconds that a processor takes to draw a byte of a dropout mask (measured, see l2v_kernels.philox)."""
+ATTENTION_EFFICIENCY = (0.45, 0.4)
+"""Share of the rate of large matmuls that attention kernels reach, forward and backward. An assumption: 75% of the published
+values of the best kernels at 512 tokens on Hopper."""
+LAUNCH_SECONDS = 5e-6
+"""Seconds that the host needs for a launch. An assumption."""
+MASK_SECONDS = 1.5e-9
+"""Seconds that a CPU needs for one byte of a dropout mask (measured, see l2v_kernels.philox)."""
 
 
 @dataclass
 class Clock:
-    """Seconds by kind of work, on one GPU."""
+    """Adds up seconds by kind of work, on one GPU."""
 
     gpu: Gpu
     dtype: torch.dtype
@@ -43,42 +43,42 @@ class Clock:
         self, kind: str, *, flops: float = 0.0, bytes_: float = 0.0, seconds: float = 0.0, launches: int = 1,
         rate: float | None = None,
     ) -> None:  # fmt: skip
-        """An operation. rate: FLOP/s, default that of large products in the model's dtype."""
+        """Add an operation. rate: FLOP/s, default: that of large matmuls in the model's dtype."""
         took = max(flops / (rate or self.rate), bytes_ / self.gpu.copy) + seconds
         self.seconds[kind] += self.times * took
         self.launches += self.times * launches
 
     @property
     def rate(self) -> float:
-        """FLOP/s of large products in the model's dtype."""
+        """FLOP/s of large matmuls in the model's dtype."""
         return self.gpu.flops[self.dtype]
 
     @contextlib.contextmanager
     def repeated(self, times: int) -> Iterator[None]:
-        """What is added inside happens so often."""
+        """Operations added inside count `times` times."""
         before, self.times = self.times, self.times * times
         try:
             yield
         finally:
             self.times = before
 
-    def product(self, tokens: float, inner: float, outer: float, reads: float = 0.0) -> None:
-        """A product with frozen weights [outer, inner]. reads: bytes a token beside its input and output."""
+    def matmul(self, tokens: float, inner: float, outer: float, reads: float = 0.0) -> None:
+        """Add a matmul with frozen weights [outer, inner]. reads: bytes per token in addition to input and output."""
         b = self.dtype.itemsize
         rate = self.gpu.fp8 if self.fp8 and self.gpu.fp8 else None
         moved = inner * outer * (1 if rate else b) + tokens * ((inner + outer) * b + reads)
         self.add("products with weights", flops=2 * tokens * inner * outer, bytes_=moved, rate=rate)
-        if rate:  # what goes in is rounded first, and LoRA's share is added in a pass of its own
+        if rate:  # the input is quantised first, and LoRA's part is added in a separate pass
             self.add("passes over memory", bytes_=tokens * (inner * (b + 1) + 2 * outer * b), launches=2)
 
     def total(self) -> float:
-        """Seconds, of the device or of the host that launches."""
-        host = 0.0 if self.gpu.cpu else self.launches * LAUNCH
+        """Seconds: those of the device, or of the host's launches if they take longer."""
+        host = 0.0 if self.gpu.cpu else self.launches * LAUNCH_SECONDS
         return max(sum(self.seconds.values()), host)
 
 
 def forward(clock: Clock, model: Model, tokens: int, length: float, *, dropped: bool) -> None:
-    """All layers. length: tokens that a token attends to, on average. dropped: LoRA drops out."""
+    """Forward of all layers. length: tokens that a token attends to, on average. dropped: with LoRA dropout."""
     s, b, t = model.shape, clock.dtype.itemsize, tokens
     with clock.repeated(s.layers):
         if not model.fused:
@@ -93,12 +93,12 @@ def forward(clock: Clock, model: Model, tokens: int, length: float, *, dropped: 
             _group(clock, model, names, t, dropped=dropped)
         clock.add(
             "attention", flops=4 * t * length * s.queries, bytes_=t * 2 * (s.queries + s.keys) * b,
-            rate=ATTENTION[0] * clock.rate,
+            rate=ATTENTION_EFFICIENCY[0] * clock.rate,
         )  # fmt: skip
 
 
 def backward(clock: Clock, model: Model, tokens: int, length: float, recompute: Recompute, *, dropped: bool) -> None:
-    """All layers, with what is recomputed."""
+    """Backward of all layers, including recomputation."""
     s, b, t = model.shape, clock.dtype.itemsize, tokens
     if recompute == "layer":
         forward(clock, model, tokens, length, dropped=dropped)
@@ -113,10 +113,10 @@ def backward(clock: Clock, model: Model, tokens: int, length: float, recompute: 
             clock.add("passes over memory", bytes_=t * 2 * (s.queries + 2 * s.keys) * b, launches=3)
         for names in GROUPS:
             _group(clock, model, names, t, dropped=dropped, back=True)
-        # Two kernels, of three and of four products.
+        # Two kernels, with three and four matmuls.
         clock.add(
             "attention", flops=14 * t * length * s.queries, bytes_=t * 2 * (4 * s.queries + 4 * s.keys) * b, launches=3,
-            rate=ATTENTION[1] * clock.rate,
+            rate=ATTENTION_EFFICIENCY[1] * clock.rate,
         )  # fmt: skip
 
 
@@ -129,36 +129,36 @@ def _norms(clock: Clock, tokens: float, row: float, passes: tuple[int, int]) -> 
 
 
 def _group(clock: Clock, model: Model, names: tuple[str, ...], t: float, *, dropped: bool, back: bool = False) -> None:
-    """Linears on one input: frozen products, and LoRA. An adapter writes the output that the frozen product is added to."""
+    """Linear layers with one input: frozen matmuls and LoRA. LoRA writes the output, and the frozen matmul adds to it."""
     s, b = model.shape, clock.dtype.itemsize
     inner, outer = s.inputs[names[0]], sum(s.outputs[name] for name in names)
     adapted = [name for name in names if name in s.adapted]
-    apart = model.fused and names == GROUPS[2]  # gate's and up's share is added where SwiGLU reads them
+    apart = model.fused and names == GROUPS[2]  # SwiGLU adds LoRA's part of gate and up when it reads them
     summed = 0 if not adapted or (apart and not back) else inner if back else outer
-    clock.product(t, *((outer, inner) if back else (inner, outer)), reads=summed * b)
-    if model.base_precision == "nf4":  # weights are made anew for every product
+    clock.matmul(t, *((outer, inner) if back else (inner, outer)), reads=summed * b)
+    if model.base_precision == "nf4":  # weights are dequantised for every matmul
         clock.add("passes over memory", bytes_=inner * outer * (0.5 + 2 * b))
     if not adapted:
         return
     out = sum(s.outputs[name] for name in adapted)
-    if not back:  # the share is written, and the frozen product added to it
+    if not back:  # LoRA's part is written, and the frozen matmul adds to it
         moved, flops = inner + (0 if apart else out), 2 * s.rank * (len(adapted) * inner + out)
-    else:  # the output's gradient is read once, for both matrices; the input is read, and its gradient written
+    else:  # the output's gradient is read once for both matrices; the input is read, and its gradient is written
         moved, flops = out + 2 * inner, 4 * s.rank * (len(adapted) * inner + out)
-    by_bytes = model.fused or clock.gpu.cpu  # those of plain layers are counted with the rest of what they move
+    by_bytes = model.fused or clock.gpu.cpu  # on a GPU, `_plain` counts the bytes of plain layers
     launches = (2 + len(adapted)) * (2 if back else 1)
     clock.add("LoRA", flops=t * flops, bytes_=t * moved * b if by_bytes else 0.0, launches=launches)
     if clock.gpu.cpu and dropped and not back:
-        clock.add("LoRA", seconds=t * len(adapted) * inner * MASK)
+        clock.add("LoRA", seconds=t * len(adapted) * inner * MASK_SECONDS)
 
 
 def _plain(clock: Clock, model: Model, t: float) -> None:
-    """What an eager layer of transformers with PEFT's LoRA moves beside its products, in one direction."""
+    """Memory traffic of an eager transformers layer with PEFT's LoRA, without its matmuls, in one direction."""
     s, b = model.shape, clock.dtype.itemsize
     norms = 2 * s.hidden * (6 * 4 + 6 * b)  # to fp32 and back, op by op
     inputs, outputs = sum(s.inputs[x] for x in s.adapted), sum(s.outputs[x] for x in s.adapted)
-    lora = (3 * inputs + 6 * outputs) * b  # dropout, product, scaling, sum
-    other = (6 * s.hidden + 5 * s.ffn + 10 * (s.queries + s.keys)) * b  # residuals, SiLU and product, rotation
+    lora = (3 * inputs + 6 * outputs) * b  # dropout, matmul, scaling, sum
+    other = (6 * s.hidden + 5 * s.ffn + 10 * (s.queries + s.keys)) * b  # residuals, SiLU times up, RoPE
     clock.add("passes over memory", bytes_=t * (norms + other), launches=30)
     clock.add("LoRA", bytes_=t * lora, launches=7 * len(s.adapted))
 
@@ -169,13 +169,13 @@ def ends(clock: Clock, model: Model, stage: Stage, tokens: int) -> None:
     clock.add("passes over memory", bytes_=t * 8 * s.hidden * b, launches=6)
     if isinstance(stage, Mntp):
         labels, v = t * stage.mask_probability, model.vocabulary
-        # Logits in fp32, read twice and written once, in the model's dtype, for the second product.
+        # Logits are written in fp32, read twice, and written once in the model's dtype for the second matmul.
         clock.add("head and loss", flops=4 * labels * v * s.hidden, launches=8)
         clock.add("head and loss", bytes_=labels * v * (4 + 8 + 2 * b), launches=2)
 
 
 def contrastive(clock: Clock, model: Model, stage: Contrastive, queries: int, candidates: int) -> None:
-    """The loss of one unit: three products of scores in fp32, and passes over embeddings."""
+    """The loss of one unit: three fp32 matmuls for the scores and their gradients, and passes over the embeddings."""
     hidden, rate = model.shape.hidden, clock.gpu.flops.get(torch.float32)
     scores = queries * candidates * len(stage.directions)
     clock.add("head and loss", flops=6 * scores * hidden, bytes_=18 * scores, rate=rate, launches=30)
@@ -183,10 +183,10 @@ def contrastive(clock: Clock, model: Model, stage: Contrastive, queries: int, ca
 
 
 def once_a_step(clock: Clock, model: Model, zero: int, ranks: int, exchanged: float, launches: int) -> None:
-    """The optimizer, and the seconds and collectives of what ranks exchange."""
+    """The optimizer, and communication. exchanged: seconds of a step's collectives; launches: their number."""
     count, b = model.trainable, clock.dtype.itemsize
     share = count / ranks if zero else count
-    # Gradient to fp32, its norm, its clip; weights and two moments read and written, and Adam's own intermediate values.
+    # Cast of gradients to fp32, their norm, clipping; weights and two moments read and written, Adam's intermediate values.
     clock.add("optimizer", bytes_=share * (b + 4 * 4 + 14 * 4 + b), launches=40)
     if ranks > 1:
         clock.add("communication", seconds=exchanged, launches=launches)

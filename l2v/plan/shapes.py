@@ -1,4 +1,4 @@
-"""The shape of a base without downloading it: the recipe's own, a folder's, the hub cache's, or one of a few known by name."""
+"""The shape of a base without downloading it: from the recipe, a folder, the hub's cache, or a table of known names."""
 
 from __future__ import annotations
 
@@ -55,13 +55,14 @@ KNOWN: dict[str, dict[str, Any]] = {
     r"Qwen/Qwen3-14B(-Base)?": _qwen("qwen3", 5120, 17408, 40, 40, 8, 151936),
     SMOLLM2: _llama(576, 1536, 30, 9, 3, 49152, tied=True),
 }
-"""Sizes by the whole hub name, from the models' own config.json."""
+"""Sizes by full hub name, from each model's config.json."""
 
 
 def shape_of(base: Base) -> tuple[PretrainedConfig, str]:
-    """The configuration, and where it comes from, for the user. Nothing is downloaded or converted.
+    """The configuration and its source as text. Nothing is downloaded or converted.
 
-    Errors: UserError where the shape is not known, with how to give it.
+    Raises:
+        UserError: the shape is not known; the message says how to give it.
     """
     if base.init == "random" and base.config:
         return load_config(base), "base.config"
@@ -74,23 +75,23 @@ def shape_of(base: Base) -> tuple[PretrainedConfig, str]:
         return load_config(replace(base, init="random", overrides={})), "base.config"
     for names, shape in KNOWN.items():
         if re.fullmatch(names, base.model, re.IGNORECASE):
-            return _changed(AutoConfig.for_model(**shape), base), f"what is known of {base.model}"
+            return _changed(AutoConfig.for_model(**shape), base), f"l2v's table of shapes ({base.model})"
     raise UserError(
-        f"the shape of '{base.model}' is not known before it is downloaded: it is no folder with a config.json and not in the "
-        "hub's cache; give it on the command line, for example base.config='{model_type: llama, hidden_size: 4096, "
+        f"the shape of '{base.model}' is not known: it is not a folder with a config.json and not in the hub's cache; "
+        "give it on the command line, for example base.config='{model_type: llama, hidden_size: 4096, "
         "intermediate_size: 14336, num_hidden_layers: 32, num_attention_heads: 32, num_key_value_heads: 8, vocab_size: 128256}'"
     )
 
 
 def local_folder(model: str) -> Path:
-    """Where a base or tokenizer would be on this machine, if it is a folder or the embedded base; it need not be there."""
+    """The folder of a base or tokenizer, if it is a folder or the embedded base; it may not exist."""
     return cache_folder() / "models" / SMOLLM2 if model == SMOLLM2 else Path(model)
 
 
 def _cached(base: Base) -> PretrainedConfig | None:
     try:
         return AutoConfig.from_pretrained(base.model, revision=base.revision, local_files_only=True)
-    except Exception:  # whatever transformers says of what it does not have: another way is tried
+    except Exception:  # whatever the error, the shape may still come from the recipe or the table
         return None
 
 

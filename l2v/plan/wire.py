@@ -1,12 +1,12 @@
-"""What ranks send each other in a step: every collective with its bytes, and how long it takes on so many GPUs.
+"""Communication in a step: every collective with its bytes, and its time on a given number of GPUs.
 
-Read off DeepSpeed 0.19 and this trainer, and held to the bytes of real runs (tests/launch/test_wire.py). Nothing overlaps,
-as `overlap_comm: false` has it. Left out: flags and counts of a few bytes, and padding of less than a rank's number of
-elements a tensor.
+Taken from the source of DeepSpeed 0.19 and this trainer, and checked against the bytes of real runs
+(tests/launch/test_wire.py). Nothing overlaps (`overlap_comm: false`). Not counted: flags and counts of a few bytes, and
+padding of fewer elements per tensor than there are ranks.
 
 Time of a collective: the better of a ring (Patarasuk and Yuan 2009, "Bandwidth optimal all-reduce algorithms") and, for an
 all-reduce between nodes, a double binary tree (Sanders, Speck and Traeff 2009, "Two-tree algorithms for full bandwidth
-broadcast, reduction and scan"), with the latencies that NCCL's own choice between them reckons with (src/graph/tuning.cc).
+broadcast, reduction and scan"), with the latencies that NCCL itself uses to choose between them (src/graph/tuning.cc).
 """
 
 from __future__ import annotations
@@ -16,29 +16,28 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from l2v.plan.gpus import LINK, Gpu
+from l2v.plan.gpus import LINK_EFFICIENCY, Gpu
 from l2v.plan.memory import Model
 from l2v.plan.work import Share
 from l2v.recipe import Contrastive, Mntp, Stage
 
 Op = Literal["all-reduce", "all-gather", "reduce-scatter"]
 
-START = 8.4e-6
-"""Seconds that a ring takes to start; one hop of it within a node and between nodes."""
-HOP, NET_HOP = 3.4e-6, 9.6e-6
+RING_START, RING_HOP, RING_NET_HOP = 8.4e-6, 3.4e-6, 9.6e-6
+"""Seconds to start a ring, for one hop within a node, and for one hop between nodes."""
 TREE_START, TREE_HOP, TREE_NET_HOP = 4.4e-6, 1.2e-6, 8.5e-6
 TREE_SHARE = 0.9 * 0.915
-"""Of the ring's bandwidth that a tree reaches."""
-PERSISTENT = 100_000
+"""Share of the ring's bandwidth that a tree reaches."""
+MAX_PERSISTENT_ELEMENTS = 100_000
 """DeepSpeed's default `stage3_param_persistence_threshold`: weights of at most so many elements stay on every rank."""
 ALLGATHER_BUCKET = 500_000_000
+"""DeepSpeed's default `allgather_bucket_size`, in elements."""
 WITH_QUERIES = {"query_to_query", "doc_to_query"}
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """One kind of collective in a step. bytes: of the whole tensor (what is reduced, gathered or scattered), all times
-    together; times: collectives."""
+    """One kind of collective in a step. times: number of collectives. bytes: of the full tensors, summed over all of them."""
 
     what: str
     op: Op
@@ -46,16 +45,16 @@ class Transfer:
     times: int
 
     def sent(self, ranks: int) -> float:
-        """Bytes that each rank sends, and receives, in a ring."""
+        """Bytes that each rank sends (and receives) in a ring."""
         return (2 if self.op == "all-reduce" else 1) * (ranks - 1) / ranks * self.bytes
 
 
 def transfers(
     model: Model, stage: Stage, zero: Mapping[str, Any], itemsize: int, ranks: int, share: Share
 ) -> list[Transfer]:
-    """What is exchanged in a step in which the busiest rank does `share`.
+    """The collectives of a step; empty for one rank.
 
-    zero: DeepSpeed's `zero_optimization`. itemsize: bytes of a weight. Empty for one rank.
+    zero: DeepSpeed's `zero_optimization`. itemsize: bytes of a weight. share: the work of the busiest rank.
     """
     if ranks == 1:
         return []
@@ -66,7 +65,7 @@ def transfers(
         found += _weights(model, stage, zero, itemsize, share)
         found.append(Transfer("gradients", "reduce-scatter", 4 * trained * backwards, backwards))
         return found
-    times = backwards if which == 2 else 1  # ZeRO 2 keeps no gradients of a whole step
+    times = backwards if which == 2 else 1  # ZeRO-2 reduces gradients after every micro-batch
     bucket = zero.get("reduce_bucket_size", trained)
     found.append(Transfer("gradients", "all-reduce", 4 * trained * times, times * math.ceil(trained / bucket)))
     if which:
@@ -76,14 +75,14 @@ def transfers(
 
 
 def _embeddings(stage: Stage, hidden: int, ranks: int, share: Share) -> list[Transfer]:
-    """With `negatives: global`: rows in fp32, padded to the rank that has most, their gradients back, and labels."""
+    """With `negatives: global`: rows in fp32, padded to the rank with the most, their gradients, and labels."""
     if not isinstance(stage, Contrastive) or stage.negatives != "global":
         return []
     queried = bool(WITH_QUERIES & set(stage.directions))
     owned = stage.hard_negatives == "own" or "doc_to_doc" in stage.directions
     parts = 2 if queried else 1
     rows = ranks * sum(c + (q if queried else 0) for c, q in share.most)
-    ids = 2 * stage.mask_duplicates + stage.grouped  # of each text: what shares one is no negative
+    ids = 2 * stage.mask_duplicates + stage.grouped  # ids of each text; texts with an equal id are not negatives
     keys = [ids * (c + q * queried) + 2 * c * owned for c, q in share.most]
     found = [
         Transfer("embeddings", "all-gather", rows * hidden * 4, parts * len(share.most)),
@@ -93,12 +92,13 @@ def _embeddings(stage: Stage, hidden: int, ranks: int, share: Share) -> list[Tra
 
 
 def _weights(model: Model, stage: Stage, zero: Mapping[str, Any], itemsize: int, share: Share) -> list[Transfer]:
-    """ZeRO-3: a layer is gathered whole for its forward and again for its backward, which remakes what it needs meanwhile.
+    """ZeRO-3: a layer's weights are gathered for its forward and again for its backward, including recomputation.
 
-    DeepSpeed keeps what is used again soon (`stage3_max_reuse_distance`): a layer or two at the turn, counted here all
-    the same. The embedding's backward needs no weights; frozen weights of a gradient cache's first pass are gathered too.
+    DeepSpeed keeps weights that are used again soon (`stage3_max_reuse_distance`), a layer or two between forward and
+    backward; they are counted here nevertheless. The embedding's backward needs no weights. The first pass of a gradient
+    cache gathers the weights too.
     """
-    shape, small = model.shape, zero.get("stage3_param_persistence_threshold", PERSISTENT)
+    shape, small = model.shape, zero.get("stage3_param_persistence_threshold", MAX_PERSISTENT_ELEMENTS)
     linears = [shape.inputs[name] * shape.outputs[name] for name in shape.inputs]
     adapters = [shape.rank * width for name in shape.adapted for width in (shape.inputs[name], shape.outputs[name])]
     layer = [*linears, *adapters, shape.hidden, shape.hidden]
@@ -124,16 +124,16 @@ def _weights(model: Model, stage: Stage, zero: Mapping[str, Any], itemsize: int,
 
 
 def seconds(transfer: Transfer, ranks: int, per_node: int, gpu: Gpu) -> float:
-    """How long the collectives of a transfer take, one after another."""
+    """Seconds that the collectives of a transfer take, one after another."""
     if ranks == 1 or not transfer.times:
         return 0.0
     nodes = math.ceil(ranks / per_node)
-    # A ring goes through a node's port once, with all that a rank sends.
-    rate = gpu.link if nodes == 1 else min(gpu.link, LINK * gpu.network)
+    # A ring passes each node's port once, with everything that a rank sends.
+    rate = gpu.link if nodes == 1 else min(gpu.link, LINK_EFFICIENCY * gpu.network)
     rounds = 2 if transfer.op == "all-reduce" else 1
     between = nodes - 1
-    hops = rounds * ((ranks - 1 - between) * HOP + between * NET_HOP)
-    ring = transfer.times * (START + hops) + transfer.sent(ranks) / rate
+    hops = rounds * ((ranks - 1 - between) * RING_HOP + between * RING_NET_HOP)
+    ring = transfer.times * (RING_START + hops) + transfer.sent(ranks) / rate
     if transfer.op != "all-reduce" or nodes == 1:
         return ring
     climb = 2 * ((min(ranks, per_node) - 1) * TREE_HOP + math.log2(nodes) * TREE_NET_HOP)
@@ -142,5 +142,5 @@ def seconds(transfer: Transfer, ranks: int, per_node: int, gpu: Gpu) -> float:
 
 
 def all_seconds(found: Sequence[Transfer], ranks: int, per_node: int, gpu: Gpu) -> float:
-    """Of all that a step exchanges."""
+    """Seconds of all transfers of a step."""
     return sum(seconds(transfer, ranks, per_node, gpu) for transfer in found)

@@ -1,4 +1,4 @@
-"""What a step has to do: the sampler's own plan over examples of real or assumed lengths."""
+"""The work of a step: the sampler's plan over examples of real or assumed lengths."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from l2v.plan.shapes import local_folder
 from l2v.recipe import Contrastive, Mntp, Recipe, Stage
 from l2v.training.memory import columns_of
 
-READ = 64 << 20
-"""Bytes of local data up to which texts are tokenised to know their lengths."""
-STEPS = 8
-"""Steps of the plan that are looked at."""
+MAX_TOKENISED_BYTES = 64 << 20
+"""Local data up to this size is tokenised to know the lengths of its texts."""
+PLANNED_STEPS = 8
+"""Steps that a plan averages over."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of examples, as `Sampler` reads them. text: mean tokens that a token attends to; real: of the data itself."""
+    """Lengths of examples, as `Sampler` reads them. text: mean tokens that a token attends to. real: from the data."""
 
     lengths: np.ndarray
     segments: np.ndarray
@@ -35,9 +35,10 @@ class Lengths:
 
 
 def lengths_of(recipe: Recipe, name: str) -> Lengths:
-    """Of the stage's data where that is on this machine and small, with its tokenizer; else every text is as long as may be.
+    """Lengths of the stage's data, if data and tokenizer are local and the data is small; else the longest allowed.
 
-    Errors: UserError of data that is here and cannot be read.
+    Raises:
+        UserError: local data cannot be read.
     """
     stage = recipe.stages[name]
     if _is_here(recipe, stage):
@@ -47,17 +48,17 @@ def lengths_of(recipe: Recipe, name: str) -> Lengths:
         per_text = found.lengths / found.segments
         text = float((found.lengths * per_text).sum() / found.lengths.sum())
         if isinstance(found, MntpBlocks) and isinstance(stage, Mntp) and stage.document_mask:
-            # Attention stays within documents, and those within blocks.
+            # Attention stays within a document, and a document within its block.
             documents = np.diff(found.ends, prepend=0)
             text = float((documents * np.minimum(documents, stage.length)).sum() / documents.sum())
         return Lengths(found.lengths, found.segments, text, real=True)
-    count, columns = stage.batch * (STEPS + 1), columns_of(stage)
+    count, columns = stage.batch * (PLANNED_STEPS + 1), columns_of(stage)
     tokens = min(columns * stage.length, stage.micro_tokens)
     return Lengths(np.full(count, tokens), np.full(count, columns), float(stage.length), real=False)
 
 
 def _is_here(recipe: Recipe, stage: Stage) -> bool:
-    """Whether reading costs seconds and no download."""
+    """Whether data and tokenizer can be read in seconds and without a download."""
     folder = local_folder(recipe.base.tokenizer or recipe.base.model)
     if not any(folder.glob("tokenizer*")):
         return False
@@ -69,20 +70,20 @@ def _is_here(recipe: Recipe, stage: Stage) -> bool:
         if source.path.startswith("hub:") or not file.is_file():
             return False
         total += file.stat().st_size
-    return total <= READ
+    return total <= MAX_TOKENISED_BYTES
 
 
 @dataclass(frozen=True)
 class Share:
-    """What the busiest rank does in a step: tokens of every micro-batch, by unit, and texts of every unit."""
+    """The work of the busiest rank in a step: tokens of every micro-batch by unit, and queries and candidates by unit."""
 
     units: list[list[int]]
     queries: list[int]
     candidates: list[int]
     idle: int = 0
-    """Ranks that have nothing to do in this step."""
+    """Ranks without work in this step."""
     most: list[tuple[int, int]] = field(default_factory=list)
-    """With `negatives: global`, for every unit the candidates and queries of the rank that has most of them."""
+    """With `negatives: global`, for every unit the largest number of candidates and of queries on any rank."""
 
     @property
     def micros(self) -> int:
@@ -95,11 +96,12 @@ class Share:
 
 
 def shares(
-    lengths: Lengths, stage: Stage, world: int, seed: int, micro_tokens: int | None = None, steps: int = STEPS
+    lengths: Lengths, stage: Stage, world: int, seed: int, micro_tokens: int | None = None, steps: int = PLANNED_STEPS
 ) -> list[tuple[int, Share]]:
-    """(tokens of all ranks, the busiest rank's share) of the first few steps.
+    """(tokens of all ranks, the busiest rank's share) for each of the first steps.
 
-    Errors: UserError if an example is longer than the micro-batch.
+    Raises:
+        UserError: an example is longer than the micro-batch.
     """
     sampler = Sampler(
         lengths, batch=stage.batch, micro_tokens=micro_tokens or stage.micro_tokens, seed=seed, world=world,
@@ -128,5 +130,5 @@ def _busiest(plan: StepPlan, lengths: Lengths, stage: Stage) -> tuple[int, Share
 
 
 def _counts(examples: list[int], lengths: Lengths) -> tuple[int, int]:
-    """Candidates and queries."""
+    """Number of candidates and of queries."""
     return (int(lengths.segments[examples].sum()) - len(examples), len(examples)) if examples else (0, 0)

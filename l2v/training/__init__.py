@@ -1,1 +1,1 @@
-"""The DeepSpeed engine, the loop, checkpoints, metrics."""
+"""The training loop on DeepSpeed: one stage's model, data, steps, checkpoints, metrics and watchdog."""

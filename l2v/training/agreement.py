@@ -1,4 +1,4 @@
-"""What the ranks decide together at the end of a step's backward, before its update."""
+"""What the ranks decide together after a step's backward and before its update."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Agreement:
-    """What holds on any rank, the same on all: stop after this step, the step has NaN or Inf, memory ran out, the next
-    step's data cannot be read."""
+    """Flags that are True if they hold on any rank, so all ranks see the same values.
+
+    stop: stop after this step. broken: the step has NaN or Inf. memory: memory ran out. data: the next step's data cannot
+    be read.
+    """
 
     stop: bool
     broken: bool
@@ -21,30 +24,33 @@ class Agreement:
 
 
 class StopRequest:
-    """SIGINT, SIGTERM and SIGUSR1 ask for a stop after the current step; all ranks decide together."""
+    """SIGINT, SIGTERM and SIGUSR1 request a stop after the current step; all ranks decide together."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
     def __enter__(self) -> StopRequest:
-        self.old = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
+        self.old = {s: signal.signal(s, self._request) for s in self.SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
-    def _ask(self, *_: object) -> None:
-        self.asked = True
+    def _request(self, *_: object) -> None:
+        self.requested = True
 
     def agree(self, broken: torch.Tensor, *, memory: bool, data: bool) -> Agreement:
-        """broken: bool [] on the device, whether this rank's step has NaN or Inf. memory, data: of this rank.
+        """Combine this rank's flags with those of all ranks. A collective call.
 
-        The step's one wait for the device, and one small collective; before the update, so that a broken step has none.
+        broken: bool [] on the device, whether this rank's step has NaN or Inf. memory, data: this rank's flags.
+
+        This is the only point in a step that waits for the device, and it costs one small collective. It runs before the
+        update, so that a broken step is never applied.
         """
-        mine = torch.tensor([self.asked, memory, data], device=broken.device)
+        mine = torch.tensor([self.requested, memory, data], device=broken.device)
         flags = torch.cat([mine, broken[None]]).float()
         if dist.get_world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)

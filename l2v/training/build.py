@@ -1,4 +1,4 @@
-"""The model of a stage, and where its memory goes."""
+"""Build the model of a stage, and choose how it uses memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from l2v.training.ranks import ranks_here
 
 
 def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[PackedDecoder, dict[str, Any]]:
-    """The decoder of a stage: base, earlier adapters merged in order, fresh LoRA; and its lineage."""
+    """Returns the decoder of a stage (base, earlier adapters merged in order, fresh LoRA) and its lineage."""
     stage, base = recipe.stages[name], recipe.base
     check_base_precision(base, device(), dtype)
     model = load_model(base, head=isinstance(stage, Mntp), dtype=dtype, seed=recipe.seed)
@@ -59,10 +59,10 @@ def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[
 
 
 def place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: torch.dtype, longest: int) -> str | None:
-    """Once weights lie where they stay: put together what is multiplied together, decide what the backward makes again.
+    """Stack or quantise the frozen weights and choose what the backward recomputes; call it once weights are on the device.
 
     longest: tokens of the longest example.
-    Returns what was chosen, for the user. It changes no bit of what is learned, so ranks may choose apart.
+    Returns a line for the log. The choice does not change the result by a single bit, so each rank may choose differently.
     """
     if model.fused is None:
         model.set_recompute("none" if stage.recompute == "auto" else stage.recompute)

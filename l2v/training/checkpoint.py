@@ -1,4 +1,4 @@
-"""Checkpoints: everything needed to go on with the same bits, in safetensors and JSON, whole or not there."""
+"""Checkpoints: everything needed to resume bit for bit, in safetensors and JSON. A checkpoint is complete or absent."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write step-NNNNNN below `folder` and remove the oldest beyond `keep`.
 
-    Written under another name, synced and renamed: a folder called step-NNNNNN is always whole.
+    The folder is written under a temporary name, synced and renamed, so a folder called step-NNNNNN is always complete.
+
+    Raises:
+        UserError: the checkpoint cannot be written.
     """
     final = folder / f"step-{checkpoint.step:06d}"
     partial = folder / f".{final.name}.partial"
@@ -57,8 +60,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"{final}: the checkpoint cannot be written ({reason(error)}); earlier checkpoints are whole: free some space "
-            "and start the same command again"
+            f"{final}: the checkpoint cannot be written ({reason(error)}); earlier checkpoints are complete: free some space "
+            "and run the same command again"
         ) from None
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -66,7 +69,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
 
 
 def newest(folder: Path, *, log: Callable[[str], None] | None = print) -> Checkpoint | None:
-    """The newest checkpoint below `folder` that is whole, or None; `log` hears of damaged ones."""
+    """The newest undamaged checkpoint below `folder`, or None; damaged ones are reported through `log`."""
     for path in reversed(_all(folder)):
         try:
             facts = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -75,17 +78,17 @@ def newest(folder: Path, *, log: Callable[[str], None] | None = print) -> Checkp
             return Checkpoint(facts["step"], load_file(path / TENSORS), facts)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             if log:
-                log(f"warning: {path} is damaged and passed over: {error}")
+                log(f"warning: {path} is damaged and skipped: {error}")
     return None
 
 
 def _seal(facts: dict[str, Any]) -> str:
-    """A checksum of the facts themselves: a flipped digit in the number of a step is as bad as one in a weight."""
+    """A checksum of the facts: a flipped digit in the step number is as bad as one in a weight."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def remove_all(folder: Path) -> None:
-    """Forget every checkpoint below `folder`."""
+    """Delete every checkpoint below `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
 
 

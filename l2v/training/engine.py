@@ -1,4 +1,4 @@
-"""DeepSpeed: its configuration from a recipe, and the optimizer state in a form that needs no pickle."""
+"""DeepSpeed: its configuration from a recipe, and its optimizer state as plain tensors (no pickle)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def start_distributed(timeout: float = 3600.0) -> tuple[int, int]:
-    """Join the process group that the launcher prepared; returns (rank, world size). timeout: of a collective, seconds."""
+    """Join the launcher's process group; returns (rank, world size). timeout: seconds that a collective may take."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -29,8 +29,8 @@ def start_distributed(timeout: float = 3600.0) -> tuple[int, int]:
     logger.setLevel(logging.WARNING)
     if not dist.is_initialized():
         if not torch.cuda.is_available():
-            # On a CPU DeepSpeed would compile a shared-memory collective now: half a minute, and a compiler that a
-            # laptop may not have, for what gloo does as well.
+            # On a CPU DeepSpeed would compile a shared-memory collective now. That takes half a minute and needs a compiler
+            # that a laptop may not have; gloo does the same work.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -40,23 +40,28 @@ def start_distributed(timeout: float = 3600.0) -> tuple[int, int]:
 
 
 def be_deterministic() -> None:
-    """Ask the libraries for the same bits in every run on the same hardware; an op that has no such way raises.
+    """Make every run on the same hardware give the same bits; an op without a deterministic implementation raises.
 
-    This package's own kernels have no other way. What is chosen by timing (L2V_AUTOTUNE) is switched off.
+    This package's own kernels are always deterministic. Choices made by timing (L2V_AUTOTUNE) are switched off.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it creates its first handle
     os.environ["L2V_AUTOTUNE"] = "0"
     torch.use_deterministic_algorithms(True)
-    # For finding bugs; costs a pass over every new tensor. torch makes it a property of the module, which types do not show.
+    # A debugging aid that costs a pass over every new tensor. torch defines it as a property of the module, which its type
+    # stubs lack.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 
 def deepspeed_config(stage: Stage, zero: Zero, dtype: torch.dtype, trainable: int) -> dict[str, Any]:
-    """What DeepSpeed is told. The loop itself decides where a step ends, so its accumulation is 1.
+    """DeepSpeed's configuration. The loop decides where a step ends, so gradient_accumulation_steps is 1.
 
-    trainable: number of adapter weights. One bucket takes the gradients of all: DeepSpeed's default of 5e8 elements is 1 to 2
-    GiB of which adapters fill a tenth, and a backward that fails halfway has then sent nothing yet (`l2v.training.faults`).
+    trainable: number of adapter weights. One bucket holds all their gradients. DeepSpeed's default of 5e8 elements would
+    take 1 to 2 GiB, of which adapters fill a tenth. With a single bucket, a backward that fails halfway has sent no gradient
+    yet (see `l2v.training.faults`).
+
+    Raises:
+        RecipeError: zero.offload_parameters without zero.stage: 3, or zero.config cannot be read.
     """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
@@ -100,9 +105,9 @@ def initialize(model: nn.Module, config: dict[str, Any], stage: Stage, units: Se
 
 
 def read_state(engine, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """fp32 weights and Adam moments of every parameter, whole, on the CPU; a collective call.
+    """Unsharded fp32 weights and Adam moments of every parameter, on the CPU. A collective call.
 
-    Independent of ZeRO stage and world size. Keys: `weight.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`.
+    The result does not depend on the ZeRO stage or the world size. Keys: `weight.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -122,7 +127,7 @@ def read_state(engine, parameters: Mapping[str, nn.Parameter]) -> dict[str, torc
 
 
 def write_state(engine, parameters: Mapping[str, nn.Parameter], state: dict[str, torch.Tensor], steps: int) -> None:
-    """Put a state that `read_state` gave back into a fresh engine whose weights were already loaded."""
+    """Load a state that `read_state` returned into a new engine whose weights are already loaded."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     optimizer = _flat_optimizer(engine)

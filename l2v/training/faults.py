@@ -1,4 +1,4 @@
-"""What a step does when it cannot be applied: values that are not finite, and memory that ran out."""
+"""What happens when a step cannot be applied: its values are NaN or Inf, or memory ran out."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ BUDGET = "budget.json"
 
 
 class OutOfMemory(Exception):
-    """This rank ran out of memory where the step cannot be taken back; the job starts again with smaller micro-batches."""
+    """This rank ran out of memory where the step cannot be repeated; the job restarts with smaller micro-batches."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it is an allocation that failed, on a GPU or on the host."""
+    """Whether the error is a failed allocation, on a GPU or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
@@ -39,16 +39,20 @@ def is_out_of_memory(error: BaseException) -> bool:
 class OutOfMemoryGuard:
     """Keeps a rank in step with the others after it ran out of memory.
 
-    The others wait for its part of the collectives, so it goes on through the step with one-token batches that carry no loss;
-    at the step's end all ranks hear of it, discard the step and redo it in smaller micro-batches. Under ZeRO 3 weights are
-    gathered within layers, so a layer that was left halfway cannot be made good: there `OutOfMemory` ends the job.
+    The other ranks wait for this one in collectives, so it finishes the step with one-token batches that carry no loss. At
+    the end of the step all ranks learn of it, discard the step and repeat it in smaller micro-batches. Under ZeRO-3 the
+    weights are gathered inside layers, and a layer that stopped halfway cannot be repaired: there `OutOfMemory` ends the job.
     """
 
     def __init__(self, engine) -> None:
         self.engine, self.happened = engine, False
 
     def run(self, work: Callable[[], Any], instead: Callable[[], Any]) -> Any:
-        """`work()`, or, from the moment that memory ran out until the end of the step, `instead()`."""
+        """Returns `work()`; once memory ran out, `instead()` until the end of the step.
+
+        Raises:
+            OutOfMemory: the step cannot be repeated (ZeRO-3, or a gradient bucket that is sent before the backward ends).
+        """
         if not self.happened:
             try:
                 return work()
@@ -58,17 +62,17 @@ class OutOfMemoryGuard:
                 if self.engine.zero_optimization_stage() == 3 or not self._whole_bucket():
                     raise OutOfMemory(str(error).splitlines()[0]) from None
                 self.happened = True
-            # outside the handler, or its traceback would keep the tensors of the step alive
+            # Outside the handler, because the traceback would keep the step's tensors alive.
             self.free()
         return instead()
 
     def _whole_bucket(self) -> bool:
-        """Whether no gradient is sent before a backward's end; a configuration of the user's may have a smaller bucket."""
+        """Whether no gradient is sent before the backward ends; the user's DeepSpeed file may set a smaller bucket."""
         count = sum(p.numel() for p in self.engine.module.parameters() if p.requires_grad)
         return getattr(self.engine.optimizer, "reduce_bucket_size", count) >= count
 
     def free(self) -> None:
-        """Drop the gradients that a backward left halfway and give memory back."""
+        """Drop the gradients of an unfinished backward and release their memory."""
         optimizer = self.engine.optimizer
         for bucket in getattr(optimizer, "ipg_buckets", {}).values():
             bucket.clear()
@@ -85,14 +89,14 @@ def filler(device: torch.device) -> PackedBatch:
 
 
 def discard(engine) -> None:
-    """End a step whose gradients are not to be applied; weights, moments and their count stay as they are, bit for bit.
+    """End a step without applying its gradients; weights, Adam moments and step count keep every bit.
 
-    DeepSpeed itself leaves out a step whose gradient norm is not finite, under every ZeRO stage but 0, and clears all that it
-    accumulated; so the gradients are made that.
+    Under every ZeRO stage but 0, DeepSpeed itself skips a step whose gradient norm is NaN or Inf and clears what it
+    accumulated, so the gradients are filled with NaN.
     """
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 0 and not hasattr(optimizer, "averaged_gradients"):
-        clear = getattr(optimizer, "clear_hp_grads", None)  # of DeepSpeed's bf16 optimizer
+        clear = getattr(optimizer, "clear_hp_grads", None)  # DeepSpeed's bf16 optimizer has it
         if clear:
             clear()
             optimizer.clear_lp_grads()
@@ -102,11 +106,11 @@ def discard(engine) -> None:
         for gradient in gradients or ():
             gradient.fill_(float("nan"))
     if hasattr(optimizer, "local_overflow"):
-        optimizer.local_overflow = True  # with the optimizer in host memory, gradients are not kept in a list
+        optimizer.local_overflow = True  # an optimizer in host memory keeps no list of gradients
     from deepspeed.utils.logging import logger
 
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it would warn of an overflow; what happened is said in this program's own words
+    logger.setLevel(logging.ERROR)  # hides its overflow warning; this program logs the skipped step itself
     try:
         engine.step()
     finally:
@@ -116,8 +120,11 @@ def discard(engine) -> None:
 
 
 def gradient_norm(engine) -> torch.Tensor | None:
-    """Under ZeRO 0, where DeepSpeed neither looks nor tells: the norm of the gradients before they are clipped, float32 [],
-    on the device; not finite if a gradient is not. None where DeepSpeed knows it after the step (`get_global_grad_norm`)."""
+    """Norm of the gradients before clipping, float32 [] on the device; NaN or Inf if a gradient is.
+
+    Only for ZeRO 0, where DeepSpeed does not check gradients for NaN and Inf. None under the other stages, which give the
+    norm after the step (`get_global_grad_norm`).
+    """
     if engine.zero_optimization_stage() != 0:
         return None
     norms = [p.grad.norm(dtype=torch.float32) for p in engine.module.parameters() if p.grad is not None]
@@ -125,7 +132,11 @@ def gradient_norm(engine) -> torch.Tensor | None:
 
 
 def smaller(stage: Stage, micro_tokens: int, longest: int) -> int:
-    """Half the tokens of a forward. Errors: UserError where one example alone is too much."""
+    """Half the tokens of a forward, but at least one example.
+
+    Raises:
+        UserError: a single example already needs too much memory.
+    """
     if micro_tokens <= longest:
         raise UserError(
             f"out of memory with one example of {longest} tokens in a forward; lower length, set recompute: layer, or use a "
@@ -135,7 +146,7 @@ def smaller(stage: Stage, micro_tokens: int, longest: int) -> int:
 
 
 def read_budget(folder: Path, micro_tokens: int) -> int:
-    """Tokens of a forward: the recipe's, or fewer where memory ran out before in this stage."""
+    """Tokens of a forward: the recipe's, or fewer if this stage ran out of memory before."""
     try:
         return min(micro_tokens, int(json.loads((folder / BUDGET).read_text(encoding="utf-8"))["micro_tokens"]))
     except (OSError, ValueError, KeyError, TypeError):
@@ -143,13 +154,16 @@ def read_budget(folder: Path, micro_tokens: int) -> int:
 
 
 def write_budget(folder: Path, micro_tokens: int) -> None:
-    """Remember for the next start what fits. A file that cannot be written costs only another try."""
+    """Store what fits for the next start. If the file cannot be written, the next start finds it out again."""
     with contextlib.suppress(OSError):
         replace_text(folder / BUDGET, json.dumps({"micro_tokens": micro_tokens}) + "\n")
 
 
 def keep_batch(folder: Path, step: int, units: Sequence[Sequence[PackedBatch]], why: str) -> Path:
-    """Save this rank's part of a batch that cannot be learned from, for a look at it: token ids and their addresses."""
+    """Save this rank's part of a batch with NaN or Inf for inspection: token ids, and the example and column of each text.
+
+    Returns its path, with a note if it could not be written.
+    """
     micros = [micro for unit in units for micro in unit]
     path = folder / "broken" / f"step-{step:06d}-rank-{dist.get_rank()}.safetensors"
     names = ("input_ids_T", "pool_mask_T", "example_ids_S", "columns_S", "labels_L", "label_index_L")

@@ -1,4 +1,4 @@
-"""A checksum of frozen weights: they must be the same on every rank, before and after training."""
+"""A checksum of the frozen weights: it must be the same on every rank, and before and after training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _CHUNK = 1 << 24
 
 @torch.no_grad()
 def frozen_checksum(model: nn.Module) -> str:
-    """16 hex digits over the bits of all parameters that train not, and of buffers, by name; a collective call under ZeRO-3.
+    """16 hex digits over the bits of all frozen parameters and buffers, in order of name. A collective call under ZeRO-3.
 
-    Every 32-bit word counts with a weight of its place, modulo 2**64, so that words that change or change places show.
+    Every 32-bit word is weighted by its position, modulo 2**64, so both changed and swapped words change the checksum.
     """
     total = 0
     named = [(n, p) for n, p in model.named_parameters() if not p.requires_grad] + list(model.named_buffers())
@@ -37,7 +37,7 @@ def _bits(tensor: torch.Tensor) -> int:
 
 
 def _whole(tensor: torch.Tensor):
-    """The parameter with all its elements, where ZeRO-3 has cut it up."""
+    """A context in which a parameter that ZeRO-3 has sharded is complete."""
     if not hasattr(tensor, "ds_id"):
         return contextlib.nullcontext()
     import deepspeed

@@ -1,4 +1,4 @@
-"""Held-out loss and retrieval of a stage while it trains."""
+"""Held-out loss and retrieval quality of a stage during training."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from l2v.objectives.mntp import mntp_loss_of_hidden
 from l2v.recipe import Contrastive, Mntp, Stage, Supervised
 from l2v.training.steps import loss_options
 
-MOST = 2000
-"""Queries that are ranked; more would cost a product of their own without telling more."""
+MAX_RANKED_QUERIES = 2000
+"""Queries that are ranked; more cost a larger matmul and make the estimate little better."""
 
 
 def evaluator(engine, stage: Stage, examples, masking: Masking | None) -> Callable[[int], dict[str, float]]:
-    """A function of the step: eval_loss, of MNTP eval_accuracy, of pairs eval_ndcg_at_10, without dropout.
+    """Returns a function from the step to a metrics row: eval_loss, for MNTP eval_accuracy, for pairs eval_ndcg_at_10.
 
-    Masks and batches are the same at every call. Every rank does the whole.
+    It runs without dropout, with the same masks and batches at every call. Every rank evaluates all examples.
     """
     group = getattr(stage, "group", None)
     sampler = Sampler(examples, batch=stage.batch, micro_tokens=stage.micro_tokens, seed=0, group=group)
@@ -58,14 +58,14 @@ def evaluator(engine, stage: Stage, examples, masking: Masking | None) -> Callab
 
 
 def ndcg_at_10(vectors_SE: np.ndarray, columns_S: np.ndarray, keys_S: np.ndarray, groups_S: np.ndarray) -> float:
-    """nDCG@10 of every query (column 0) for its positive (the segment after it) among all documents, by cosine.
+    """Mean nDCG@10 of the queries (column 0), each for its positive (the next segment) among all documents, by cosine.
 
-    Documents of one text count once, and those of the query's own group do not compete with its positive; ties count against
-    it. With one relevant document it is 1 / log2(1 + rank), 0 beyond rank 10 (Jaervelin & Kekaelaeinen 2002). groups_S: -1
-    for none. The first 2,000 queries are ranked.
+    Documents with the same text count once. Documents of the query's own group do not compete with its positive. Ties count
+    against it. With one relevant document nDCG is 1 / log2(1 + rank), and 0 beyond rank 10 (Jaervelin & Kekaelaeinen 2002).
+    groups_S: -1 for none. Only the first 2,000 queries are ranked.
     """
     unit_SE = vectors_SE / np.maximum(np.linalg.norm(vectors_SE, axis=1, keepdims=True), 1e-12)
-    at_N = np.flatnonzero(columns_S == 0)[:MOST]
+    at_N = np.flatnonzero(columns_S == 0)[:MAX_RANKED_QUERIES]
     documents = np.flatnonzero(columns_S > 0)
     at_M = documents[np.unique(keys_S[documents], return_index=True)[1]]
     own_N = (unit_SE[at_N] * unit_SE[at_N + 1]).sum(1)

@@ -12,14 +12,15 @@ import torch
 
 from l2v.machine import threads
 
-# The launcher's outer process would die of an interrupt before the ranks have saved: it ignores it, the inner one passes it on.
+# On an interrupt the launcher's outer process would end before the ranks have saved. So it ignores the signal, and the inner
+# process passes it on.
 LAUNCHER = (
     "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.argv[0] = 'deepspeed'; "
     "runpy.run_module('deepspeed.launcher.runner', run_name='__main__')"
 )
-# 0 is done; 1 and 2 are a user's to mend, or a stop that was asked for: another start would end there again.
-FINAL = (0, 1, 2)
-PAUSE = 3.0  # seconds between an end and the next start, for ports and file systems to settle
+# 0 is success. 1 and 2 are errors that the user has to fix, or a requested stop: a restart would end the same way.
+FINAL_EXIT_CODES = (0, 1, 2)
+RESTART_PAUSE = 3.0  # seconds before a restart, for ports and file systems to settle
 
 
 def launched() -> bool:
@@ -28,16 +29,17 @@ def launched() -> bool:
 
 
 def launch(module: str, argv: list[str], processes: int, *, restarts: int = 0) -> int:
-    """Run `module` in so many processes until it ends; returns the exit code.
+    """Run `module` in `processes` processes until it ends; returns the exit code.
 
-    restarts: how often it is started again after a fault (a rank that was killed, a watchdog's verdict, a crash), never after a
-    mistake of the user's or a stop. SIGINT, SIGTERM and SIGUSR1 are passed on as an interrupt: the ranks save and stop.
+    restarts: how often to start again after a fault (a killed rank, a hang that the watchdog ended, a crash). A user's error
+    or a requested stop is never restarted. SIGINT, SIGTERM and SIGUSR1 reach the ranks as an interrupt: they save and stop.
     """
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(threads(processes)))
-        # glibc gives large blocks back to the system after every op and faults them in again: 15% of a step on 2 cores.
+        # By default glibc returns large blocks to the system after every op and faults them in again: 15% of a step on 2
+        # cores.
         environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 33))
         environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 33))
     command = [sys.executable, "-c", LAUNCHER, "--num_gpus", str(processes), "--log_level", "error"]
@@ -45,28 +47,30 @@ def launch(module: str, argv: list[str], processes: int, *, restarts: int = 0) -
         command += ["--master_port", environment["MASTER_PORT"]]
     command += ["--module", module, *argv]
     for left in range(restarts, -1, -1):
-        code, asked = _once(command, environment)
-        if code in FINAL or asked or not left:
+        code, stop_requested = _run_once(command, environment)
+        if code in FINAL_EXIT_CODES or stop_requested or not left:
             return code
         again = f"restart {restarts - left + 1} of {restarts}"
-        print(f"l2v: the job ended with exit code {code}; {again} in {PAUSE:.0f} s", file=sys.stderr, flush=True)
-        time.sleep(PAUSE)
+        print(
+            f"l2v: the job ended with exit code {code}; {again} in {RESTART_PAUSE:.0f} s", file=sys.stderr, flush=True
+        )
+        time.sleep(RESTART_PAUSE)
     raise AssertionError
 
 
-def _once(command: list[str], environment: dict[str, str]) -> tuple[int, bool]:
-    """Exit code, and whether a stop was asked for."""
-    asked = False
+def _run_once(command: list[str], environment: dict[str, str]) -> tuple[int, bool]:
+    """Exit code, and whether a stop was requested."""
+    stop_requested = False
     process = subprocess.Popen(command, env=environment, start_new_session=True)
 
     def forward(*_) -> None:
-        nonlocal asked
-        asked = True
+        nonlocal stop_requested
+        stop_requested = True
         os.killpg(process.pid, signal.SIGINT)
 
     old = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        return process.wait(), asked
+        return process.wait(), stop_requested
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)

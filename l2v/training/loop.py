@@ -1,4 +1,4 @@
-"""The loop: three objectives, one way through. `train` reads like the list of what a step does; `Training` does it."""
+"""The training loop, the same for all three objectives. `train` lists the parts of a step; `Training` implements them."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ Evaluate = Callable[[int], dict[str, float]]
 
 
 class Interrupted(Exception):
-    """Training was asked to stop and left a checkpoint."""
+    """Training stopped at a signal, after writing a checkpoint."""
 
 
 @dataclass
 class Job:
-    """All that a stage's loop works with. `evaluate` is called on every rank with the step; it may be None."""
+    """Everything that a stage's loop needs. `evaluate` is called on every rank with the step; it may be None."""
 
     name: str
     stage: Stage
@@ -57,8 +57,11 @@ class Job:
 
 @dataclass
 class StepResult:
-    """One step: its plan, this rank's shares of loss and accuracy, what the ranks agreed on, the gradient norm before
-    clipping (None where DeepSpeed knows it after the update), and whether the update was applied."""
+    """One step: its plan, this rank's shares of loss and accuracy, and what the ranks agreed on.
+
+    norm: of the gradients before clipping; None until the update where only DeepSpeed computes it. applied: whether the
+    update was applied.
+    """
 
     plan: StepPlan
     shares: dict[str, torch.Tensor]
@@ -68,12 +71,12 @@ class StepResult:
 
 
 def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, torch.Tensor]:
-    """Run a stage to its last step; returns the state that `read_state` gives (fp32 weights and moments).
+    """Run a stage to its last step; returns the state from `read_state` (fp32 weights and moments).
 
     Raises:
-        Interrupted: a signal asked for a stop; a checkpoint is written.
+        Interrupted: a signal requested a stop; a checkpoint was written.
         OutOfMemory: memory ran out where a step cannot be repeated.
-        UserError: too many steps in a row could not be applied, or data, disk or an example do not work.
+        UserError: too many steps in a row could not be applied, or the data, the disk or an example failed.
     """
     training = Training(engine, job, resume)
     try:
@@ -98,9 +101,9 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
 
 
 def learning_rate(stage: Stage, step: int, steps_per_epoch: int) -> float:
-    """The rate of update `step` (from 0): linear warm-up, then linear decay to 0 at `decay_steps`.
+    """The learning rate of update `step` (from 0): linear warm-up, then linear decay to 0 at `decay_steps`.
 
-    The reference decays over `decay_epochs` full epochs and stops far earlier, so its rate hardly falls.
+    McGill's llm2vec decays over `decay_epochs` full epochs but stops far earlier, so there the rate hardly falls.
     """
     if step < stage.warmup:
         return stage.lr * step / stage.warmup
@@ -117,13 +120,13 @@ def learning_rate(stage: Stage, step: int, steps_per_epoch: int) -> float:
 class Training:
     """A stage in training: its batches, metrics, checkpoints and signals, and the parts of a step in the order they run.
 
-    Every method that communicates is a collective call: all ranks make it.
+    Every method that communicates is a collective call: all ranks must call it.
     """
 
     def __init__(self, engine, job: Job, resume: checkpoint.Checkpoint | None) -> None:
         self.engine, self.job, self.resume, self.rank = engine, job, resume, dist.get_rank()
         self.start = resume.step if resume else 0
-        # Before anything is written: it refuses examples that fit no micro-batch.
+        # Before anything is written, because it raises for examples that fit no micro-batch.
         self.batches = BatchPrefetcher(job, self.rank, dist.get_world_size())
         if resume:
             write_state(engine, job.parameters, resume.tensors, resume.step - resume.facts.get("skipped", 0))
@@ -138,7 +141,7 @@ class Training:
         self.saver = Saver(job.folder / "checkpoints", keep=job.stage.keep, active=active, log=self.log)
         job.watchdog.last_words.append(self.saver.wait)
         engine.train()
-        dtype = next(iter(job.parameters.values())).dtype  # adapters have that of the base
+        dtype = next(iter(job.parameters.values())).dtype  # adapters have the base's dtype
         self.speed = Throughput(
             engine.module.decoder, engine.device, dtype, world=dist.get_world_size(), tokens=self.tokens
         )
@@ -148,7 +151,7 @@ class Training:
         )  # fmt: skip
 
     def log(self, text: str) -> None:
-        """A line above the progress bar, on the first rank."""
+        """Print a line above the progress bar, on the first rank."""
         self.bar.note(f"{self.job.name}: {text}")
 
     def before_first_step(self) -> None:
@@ -159,13 +162,13 @@ class Training:
             self._evaluate(0)
 
     def set_learning_rate(self, step: int) -> None:
-        """The rate of this step, in every parameter group of the optimizer."""
+        """Set this step's rate in every parameter group of the optimizer."""
         self.rate = learning_rate(self.job.stage, step, self.batches.sampler.steps_per_epoch)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = self.rate
 
     def forward_and_backward(self, step: int) -> StepResult:
-        """Gradients of a step, and what the ranks agree on; repeated in smaller micro-batches where memory ran out."""
+        """Compute a step's gradients and agree on the outcome; if memory ran out, repeat in smaller micro-batches."""
         watch = self.job.watchdog
         while True:
             watch.at(f"step {step + 1}: data")
@@ -184,7 +187,7 @@ class Training:
             self.batches.shrink(step)
             self.log(
                 f"WARNING: out of memory at step {step + 1}; all ranks repeat the step with micro_tokens "
-                f"{self.batches.micro_tokens}, which changes nothing that is learned"
+                f"{self.batches.micro_tokens}; the result stays the same"
             )
 
     def _gradients(self, plan: StepPlan, units, guard: OutOfMemoryGuard) -> dict[str, torch.Tensor]:
@@ -197,7 +200,7 @@ class Training:
         return contrastive_step(engine, units, stage, counts, progress=self.bar.within, guard=guard)
 
     def update_or_skip(self, step: int, result: StepResult) -> None:
-        """Apply the gradients, or drop them all where a value is NaN or Inf; count tokens and skipped steps."""
+        """Apply the gradients, or drop them if any rank has NaN or Inf; count tokens and skipped steps."""
         with span("optimizer"):
             if result.agreed.broken:
                 discard(self.engine)
@@ -214,7 +217,7 @@ class Training:
         self.batches.audit(step, result.plan)
 
     def log_step(self, step: int, result: StepResult) -> None:
-        """A row of metrics. Device scalars are read once every `log_every` steps, so that the device is not kept waiting."""
+        """Write a row of metrics every `log_every` steps; device scalars are read only then, to avoid waiting each step."""
         self.bar.step()
         done, stage = step + 1, self.job.stage
         if done % stage.log_every and done != stage.steps:
@@ -239,7 +242,7 @@ class Training:
         self.bar.status(summary(row))
 
     def error_after(self, step: int, result: StepResult) -> UserError | None:
-        """What ends training after this step: too many skipped steps in a row, or data of the next one that cannot be read."""
+        """The error that ends training after this step: too many skipped steps in a row, or unreadable data for the next."""
         error = None
         if not result.applied:
             broken = BrokenStep(step + 1, self.batches.units, result.shares["loss"], result.shares.get("nonfinite_S"))
@@ -247,7 +250,7 @@ class Training:
         return error or self.batches.error_on_any_rank(result.agreed)
 
     def save_if_due(self, step: int, result: StepResult, error: UserError | None) -> None:
-        """A checkpoint after the last step, at every `save_every`, and before training ends for another reason."""
+        """Save a checkpoint after the last step, at every `save_every`, and before training ends for another reason."""
         done, stage = step + 1, self.job.stage
         due = stage.save_every and done % stage.save_every == 0
         if due or done == stage.steps or result.agreed.stop or error:
@@ -257,19 +260,23 @@ class Training:
         self.saver.poll()
 
     def _save(self, done: int) -> None:
-        """Every rank gives its part; rank 0 writes while training continues."""
+        """Collect the state from all ranks; rank 0 writes it while training continues."""
         tensors = read_state(self.engine, self.job.parameters)
         broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        if broken:  # the same on every rank: the state is whole on each
+        if broken:  # the same on every rank, because each has the full state
             raise UserError(
-                f"after step {done} {len(broken)} adapter tensors hold NaN or Inf ({broken[0]}); no checkpoint was written of "
-                "that, the one before is whole: lower lr or use base.precision: fp32, then start again from there"
+                f"after step {done} {len(broken)} adapter tensors hold NaN or Inf ({broken[0]}), so no checkpoint was written; "
+                "the previous checkpoint is intact: lower lr or use base.precision: fp32, then run the same command again"
             )
         facts = self.job.facts | {"tokens": self.tokens} | self.skips.facts()
         self.saver.submit(checkpoint.Checkpoint(done, tensors, facts))
 
     def stop_if_asked(self, step: int, result: StepResult) -> None:
-        """Raises Interrupted where a signal asked any rank to stop before the last step."""
+        """Stop before the last step if a signal reached any rank.
+
+        Raises:
+            Interrupted: a stop was requested.
+        """
         if not result.agreed.stop or step + 1 == self.job.stage.steps:
             return
 
@@ -277,12 +284,12 @@ class Training:
             self.saver.wait()
             return self.saver.failed
 
-        if failed := on_first_rank(failure):  # only one rank knows what reached the disk
+        if failed := on_first_rank(failure):  # only rank 0 writes checkpoints
             raise Interrupted(f"stopped after step {step + 1}, but {failed}")
         raise Interrupted(f"stopped after step {step + 1}; the same command continues from there")
 
     def evaluate_if_due(self, step: int) -> None:
-        """Held-out metrics after the last step and at every `eval_every`."""
+        """Compute held-out metrics after the last step and at every `eval_every`."""
         done, stage = step + 1, self.job.stage
         if done == stage.steps or (stage.eval_every and done % stage.eval_every == 0):
             self._evaluate(done)
@@ -290,7 +297,7 @@ class Training:
     def _evaluate(self, step: int) -> None:
         if self.job.evaluate is None:
             return
-        self.job.watchdog.at(None)  # as long as it takes
+        self.job.watchdog.at(None)  # no timeout: an evaluation may take long
         with self.speed.paused():
             self.engine.eval()
             with torch.no_grad():
@@ -298,13 +305,13 @@ class Training:
             self.engine.train()
 
     def final_state(self) -> dict[str, torch.Tensor]:
-        """The state after the last step; of a run that had no step left, that of its checkpoint."""
+        """The state after the last step; if no step was left to train, the checkpoint's state."""
         if self.resume and self.start == self.job.stage.steps:
             return self.resume.tensors
         return read_state(self.engine, self.job.parameters)
 
     def close(self) -> None:
-        """Finish what is being written; called however training ends."""
+        """Finish pending writes; called however training ends."""
         self.job.watchdog.pause()
         self.saver.close()
         self.job.watchdog.last_words.clear()

@@ -1,6 +1,6 @@
-"""What DeepSpeed holds beside the model, and what stands at the end of a stage's forward, in bytes on one rank.
+"""Memory on one rank, in bytes: what DeepSpeed holds besides the model, and what the end of a stage's forward needs.
 
-Read off DeepSpeed 0.19 and measured on its engine (tests/test_plan_memory.py), in bf16 and fp32.
+Taken from the source of DeepSpeed 0.19 and checked against its engine (tests/test_plan_memory.py), in bf16 and fp32.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ from typing import Any
 from l2v.model.memory import ExecutionMode, LayerShape, TailMemory, contrastive_tail, mntp_tail
 from l2v.recipe import Contrastive, Mntp, Simcse, Stage, Supervised
 
-LIVE = 1_000_000_000
-"""Its default `stage3_max_live_parameters`: gathered weights that it does not give back at once."""
+MAX_LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's default `stage3_max_live_parameters`: gathered weights that it does not release at once."""
 
 
 def engine_bytes(
     trainable: int, config: Mapping[str, Any], itemsize: int, world: int, largest: int = 0, *, gpu: bool = True
 ) -> dict[str, int]:
-    """Bytes by what they are for, adapters themselves among them, while a micro-batch after the first is in its backward.
+    """Bytes by purpose, including the adapters, during the backward of any micro-batch but the first.
 
-    trainable: number of adapter weights; largest: of the largest one. config: as `deepspeed_config` makes it. What is made
-    after the backward (casts for communication, Adam's own intermediate values) is less than the activations that are gone
-    by then, and does not count.
+    trainable: number of adapter weights; largest: weights of the largest adapter tensor. config: from `deepspeed_config`.
+    Tensors allocated after the backward (casts for communication, Adam's intermediate values) are not counted: they need
+    less than the activations that were freed by then.
     """
     zero = config["zero_optimization"]
     stage, bucket = zero["stage"], int(zero.get("reduce_bucket_size", trainable))
-    if not gpu:  # a processor's memory is taken when it is written to
+    if not gpu:  # host memory is only used once it is written to
         bucket = min(bucket, trainable)
     share = math.ceil(trainable / world) if stage else trainable
-    wide = itemsize < 4 or stage > 0  # plain fp32 without ZeRO updates the weights themselves
+    wide = itemsize < 4 or stage > 0  # fp32 without ZeRO updates the weights in place
     found = {
         "adapters": itemsize * (share if stage == 3 else trainable),
         "fp32 adapters": 4 * share if wide else 0,
@@ -39,7 +39,7 @@ def engine_bytes(
         "gradients": itemsize * (share if stage >= 2 else trainable),
     }
     if stage == 3:
-        found["gradient bucket"] = 4 * bucket  # in the dtype of communication, from the start
+        found["gradient bucket"] = 4 * bucket  # in the communication dtype, allocated at the start
     elif stage:
         found["gradient bucket"] = itemsize * bucket
     if zero.get("offload_optimizer", {}).get("device") == "cpu":
@@ -50,30 +50,30 @@ def engine_bytes(
 
 
 def bucket_in_backward(found: Mapping[str, int], stage: int) -> int:
-    """The gradient bucket, where it is there in the backward only; ZeRO-3 holds it all the time."""
+    """Bytes of the gradient bucket if it exists only in the backward, else 0; ZeRO-3 holds it all the time."""
     return found.get("gradient bucket", 0) if stage < 3 else 0
 
 
 def not_yet_allocated(found: Mapping[str, int], stage: int) -> int:
-    """Of `engine_bytes`, what the engine has not allocated before its first step and then keeps."""
+    """The part of `engine_bytes` that the engine allocates in its first step and then keeps."""
     late = {0: ("gradients",), 3: ("Adam's moments",)}.get(stage, ("gradients", "Adam's moments"))
     return sum(found[name] for name in late)
 
 
 def largest_micro(stage: Stage, world: int, longest: int) -> int:
-    """Tokens of the largest micro-batch: `micro_tokens`, or all that meets on a rank in one step where that is less.
+    """Tokens of the largest micro-batch: `micro_tokens`, or everything that a rank has in one step if that is less.
 
     longest: tokens of the longest example, all its texts.
     """
     if isinstance(stage, Contrastive) and stage.group is not None:
         examples = stage.group
-    else:  # shares of equal tokens: at most one example more than of equal numbers
+    else:  # ranks get equal tokens: at most one example more than with equal numbers of examples
         examples = stage.batch if world == 1 else math.ceil(stage.batch / world) + 1
     return min(stage.micro_tokens, examples * longest)
 
 
 def execution_mode(stage: Stage, *, fused: bool, kernels: bool) -> ExecutionMode:
-    """How a stage's layers run."""
+    """How a stage's layers run, for the memory estimate."""
     dropped = isinstance(stage, Simcse) and stage.attention_dropout > 0
     return ExecutionMode(fused, kernels, stage.lora.dropout > 0, dropped, stage.length)
 
@@ -81,9 +81,9 @@ def execution_mode(stage: Stage, *, fused: bool, kernels: bool) -> ExecutionMode
 def tail_memory(
     stage: Stage, shape: LayerShape, vocabulary: int, tokens: int, world: int, *, kernels: bool = True, bucket: int = 0
 ) -> TailMemory:
-    """What stands at the end of a forward of `tokens` tokens. bucket: of gradients, in the backward."""
+    """Memory at the end of a forward of `tokens` tokens. bucket: bytes of the gradient bucket, in the backward."""
     if isinstance(stage, Mntp):
-        # One standard deviation and more above the mean: labels are drawn.
+        # The number of labels is random: take more than one standard deviation above the mean.
         labels = math.ceil(tokens * stage.mask_probability + 4 * math.sqrt(tokens))
         return replace(mntp_tail(shape, tokens, min(labels, tokens), vocabulary, kernels=kernels), backward=bucket)
     assert isinstance(stage, Contrastive)
@@ -98,5 +98,5 @@ def tail_memory(
 
 
 def columns_of(stage: Stage) -> int:
-    """Segments of a full example."""
+    """Texts of an example with all its negatives."""
     return 2 + (stage.max_negatives if isinstance(stage, Supervised) else 0) if isinstance(stage, Contrastive) else 1

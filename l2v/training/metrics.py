@@ -1,4 +1,4 @@
-"""Metrics as JSON lines, TensorBoard and, if asked for, Weights & Biases; progress with rate and time left."""
+"""Metrics as JSON lines, TensorBoard and optionally Weights & Biases; a progress bar with rate and time left."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from l2v.runs.metrics import MetricsFile
 
 
 class Metrics:
-    """Writes one row per event on rank 0; on other ranks every call does nothing."""
+    """Writes one row per logged step on rank 0; on other ranks every call does nothing."""
 
     def __init__(
         self, folder: Path, tracking: Tracking, *, name: str, active: bool, resumed_at: int = 0,
         log: Callable[[str], None] = print,
     ) -> None:  # fmt: skip
-        """resumed_at: rows after this step are dropped. log: is called when a disk is full."""
+        """resumed_at: rows after this step are dropped. log: called when a file cannot be written.
+
+        Raises:
+            RecipeError: tracking.wandb is set and wandb is not installed.
+        """
         self.file: MetricsFile | None = None
         self.board, self.run = None, None
         if not active:
@@ -43,7 +47,7 @@ class Metrics:
             self.run = wandb.init(project=tracking.wandb, name=name, dir=str(folder), resume="allow")
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one row; scalars also go to TensorBoard. A full disk costs no training: rows wait until there is room."""
+        """Append one row; scalars also go to TensorBoard. A full disk does not stop training: rows wait for space."""
         if self.file is None:
             return
         self.file.append({"step": step} | values)
@@ -52,9 +56,9 @@ class Metrics:
             try:
                 for key, value in numbers.items():
                     self.board.add_scalar(key, value, step)
-            except OSError as error:  # its writer's thread has ended
+            except OSError as error:  # its writer thread has ended
                 self.log(
-                    f"WARNING: {self.folder / 'tensorboard'} cannot be written ({error}); no more is written there"
+                    f"WARNING: {self.folder / 'tensorboard'} cannot be written ({error}); TensorBoard logging stops"
                 )
                 self.board = None
         if self.run:
@@ -64,16 +68,16 @@ class Metrics:
         """Flush and close everything."""
         for sink in (self.file, self.board):
             if sink:
-                with contextlib.suppress(OSError):  # a full disk was said where a row could not be written
+                with contextlib.suppress(OSError):  # a full disk was already logged by `write`
                     sink.close()
         if self.run:
             self.run.finish()
 
 
 class Progress:
-    """A bar of steps with rate and time left; within a step of many micro-batches, how far its passes are.
+    """A progress bar of steps with rate and time left; within a step of many micro-batches it also shows their progress.
 
-    Where nobody watches a terminal it is a line every 10 seconds. Asking it costs a look at the clock.
+    Without a terminal it prints a line every 10 seconds.
     """
 
     def __init__(self, total: int, initial: int, name: str, *, active: bool) -> None:
@@ -85,7 +89,7 @@ class Progress:
         self.every, self.shown, self.text = self.bar.mininterval if active else math.inf, time.monotonic(), ""
 
     def within(self, number: int, done: int, of: int) -> None:
-        """`done` of `of` micro-batches of pass `number` are through: 1 encodes, 2 goes backward."""
+        """`done` of `of` micro-batches of pass `number` are finished: pass 1 encodes, pass 2 is the backward."""
         now = time.monotonic()
         if now - self.shown < self.every or of < 2:
             return
@@ -94,20 +98,20 @@ class Progress:
         self.bar.set_postfix_str(", ".join(parts))
 
     def step(self) -> None:
-        """One more step is done."""
+        """Count one finished step."""
         self.bar.set_postfix_str(self.text, refresh=False)
         self.bar.update(1)
         self.shown = time.monotonic()
 
     def status(self, text: str) -> None:
-        """The text after the bar from now on."""
+        """Set the text after the bar."""
         self.text = text
         self.bar.set_postfix_str(text, refresh=False)
 
     def note(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self.bar.write(text)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar and leave it on the screen."""
         self.bar.close()

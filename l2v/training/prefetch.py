@@ -1,4 +1,4 @@
-"""The next step's batches, collated in a thread while the current step computes."""
+"""Collate the next step's batches in a thread while the current step computes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from l2v.training.saver import retried
 
 
 class BatchPrefetcher:
-    """A context that prepares step after step; `micro_tokens` may shrink where memory runs out.
+    """A context manager that prepares the batches of one step after another; `shrink` lowers `micro_tokens` when memory ran
+    out.
 
-    With L2V_CHECK=1 every rank writes down which examples it has trained on, a line a step, in `audit/rank-N.jsonl`.
+    With L2V_CHECK=1 every rank records the examples it trained on in `audit/rank-N.jsonl`, one line per step.
     """
 
     def __init__(self, job, rank: int, world: int) -> None:
@@ -31,7 +32,7 @@ class BatchPrefetcher:
         self.sampler = self._sampler()
         self.units: list = []
         self._work: dict[int, Future] = {}
-        # One thread for the collator: a second OpenMP team would spin on the cores that training needs.
+        # The thread gets one OpenMP thread: a second team would spin on the cores that training needs.
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self._audit_file = job.folder / "audit" / f"rank-{rank}.jsonl" if os.environ.get("L2V_CHECK") == "1" else None
 
@@ -42,7 +43,7 @@ class BatchPrefetcher:
         self._thread.shutdown(cancel_futures=True)
 
     def get(self, step: int) -> tuple[StepPlan, list]:
-        """The plan of a step and this rank's micro-batches; starts on the next step."""
+        """The plan of a step and this rank's micro-batches; starts preparing the next step."""
         plan, self.units = self._submit(step).result()
         self._work = {at: work for at, work in self._work.items() if at >= step}
         if step + 1 < self.job.stage.steps:
@@ -53,7 +54,7 @@ class BatchPrefetcher:
         """Wait for the first step's data.
 
         Raises:
-            UserError: they cannot be read on this rank.
+            UserError: the data cannot be read on this rank.
         """
         try:
             self._submit(step).result()
@@ -65,25 +66,25 @@ class BatchPrefetcher:
             ) from None
 
     def failed(self, step: int) -> bool:
-        """Whether the data of a step that was started cannot be read; waits until that is known."""
+        """Whether the data of a step in preparation cannot be read; waits until that is known."""
         return step in self._work and self._work[step].exception() is not None
 
     def error_on_any_rank(self, agreed: Agreement) -> UserError | None:
-        """The error of all ranks where the next step's data cannot be read on one of them. A collective call if so."""
+        """The same error on all ranks if any cannot read the next step's data, else None. A collective call if so."""
         if not agreed.data:
             return None
         mine = next((work.exception() for work in self._work.values() if work.done() and work.exception()), None)
-        said = f"rank {self.rank} on {socket.gethostname()}: {type(mine).__name__}: {mine}" if mine else None
+        message = f"rank {self.rank} on {socket.gethostname()}: {type(mine).__name__}: {mine}" if mine else None
         everyone: list[Any] = [None] * self.world
-        dist.all_gather_object(everyone, said)
-        first = next(s for s in everyone if s)
+        dist.all_gather_object(everyone, message)
+        first = next(each for each in everyone if each)
         return UserError(
             f"the examples of the next step cannot be read on {first}; the steps so far are saved: fix the data or its disk and "
-            "start the same command again"
+            "run the same command again"
         )
 
     def shrink(self, step: int) -> None:
-        """Half the tokens of a forward, from this step on and for later starts; the same on every rank."""
+        """Halve the tokens of a forward from this step on, also for later starts; the same on every rank."""
         self.micro_tokens = smaller(self.job.stage, self.micro_tokens, int(self.job.examples.lengths.max()))
         write_budget(self.job.folder, self.micro_tokens)
         for work in self._work.values():
@@ -92,7 +93,7 @@ class BatchPrefetcher:
         self.sampler = self._sampler()
 
     def audit(self, step: int, plan: StepPlan) -> None:
-        """Write down what was trained on, where that is asked for."""
+        """Record the examples of a step if L2V_CHECK=1."""
         if self._audit_file is None:
             return
         self._audit_file.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Profile mode: a few steps are traced, and where their time went is written as a trace, a table and a picture."""
+"""Profile mode: trace a few steps and write where their time went, as a trace, a table and a plot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from l2v.machine import device_name
 from l2v.training.trace import STEP, Table, read, tabulate
 from l2v_kernels.spans import PREFIX, recording
 
-FIRST, LAST = 3, 5  # counted from 1: the first two steps compile kernels and fill caches
+FIRST_TRACED, LAST_TRACED = 3, 5  # counted from 1: the first two steps compile kernels and fill caches
 COLORS = {
     "gemm": "#3b6ea8", "attention": "#c2703d", "norm": "#3f8f5b", "lora": "#8a5aa8", "head": "#a83b3b", "loss": "#c9a227",
     "swiglu": "#4aa3a2", "rope": "#7a8f3f", "pooling": "#5f7f9f", "optimizer": "#6b4f3f", "communication": "#d17fa5",
@@ -30,17 +30,17 @@ MODULES = (
     (("MLP",), "swiglu"),
     (("RotaryEmbedding",), "rope"),
 )
-"""What an unfused layer's own operations are, by how its class is called; its linear layers are told apart."""
+"""Endings of class names in an unfused layer, and the kind of their own operations; linear layers are handled separately."""
 
 
 def which_steps(start: int, steps: int) -> range:
-    """The steps to trace, counted from 1, of a run that goes on after step `start`: its third to fifth, or its last."""
-    most = steps - start
-    return range(start + max(1, min(FIRST, most)), start + min(LAST, most) + 1)
+    """The steps to trace, counted from 1, in a run that starts after step `start`: its third to fifth, or its last ones."""
+    remaining = steps - start
+    return range(start + max(1, min(FIRST_TRACED, remaining)), start + min(LAST_TRACED, remaining) + 1)
 
 
 class Profile:
-    """Traces some steps on the rank that holds it. Training is the same to the bit, but slower while it is traced."""
+    """Traces some steps on one rank. Tracing slows those steps down and changes no result."""
 
     def __init__(
         self,
@@ -54,25 +54,25 @@ class Profile:
         aside: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
         log: Callable[[str], None] = print,
     ) -> None:
-        """model: a PackedDecoder. start: steps that are done, of `steps`. aside: entered while the tables are made."""
+        """model: a PackedDecoder. start: finished steps, of `steps`. aside: a context to enter while tables are written."""
         self.model, self.folder, self.device, self.aside, self.log = model, folder, device, aside, log
         self.steps = which_steps(start, steps) if active else range(0)
-        # One step for the profiler itself to get going, where there is one.
+        # One step of warm-up for the profiler, if there is a step before the first traced one.
         self.warm_up = self.steps.start - 1 if self.steps and self.steps.start > start + 1 else None
         self.running = contextlib.ExitStack()
         self.tracer: torch.profiler.profile | None = None
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the work of a step, counted from 1."""
-        if number not in self.steps and number != self.warm_up:  # and any step where it is not active
+        """Wraps the work of a step, counted from 1."""
+        if number not in self.steps and number != self.warm_up:  # always so if the profile is not active
             yield
             return
         tracer = self.tracer or self._begin()
         with torch.profiler.record_function(STEP):
             yield
             if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # what this step launched belongs to it
+                torch.cuda.synchronize(self.device)  # count all kernels that this step launched
         if number == self.steps[-1]:
             with self.aside():
                 self._end(tracer)
@@ -80,11 +80,11 @@ class Profile:
             tracer.step()
 
     def close(self) -> None:
-        """Stop tracing, wherever training ended."""
+        """Stop tracing; called however training ends."""
         self.running.close()
 
     def _begin(self) -> torch.profiler.profile:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it says that it starts and stops, in the middle of a bar
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its start and stop messages would break the progress bar
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -92,7 +92,7 @@ class Profile:
         self.running.enter_context(spans_of_modules(self.model))
         warm_up = 0 if self.warm_up is None else 1
         with warnings.catch_warnings():
-            # It says that a warm-up would be better, where there is no step for it.
+            # torch warns if there is no warm-up step; short runs have none to spare.
             warnings.simplefilter("ignore", UserWarning)
             plan = torch.profiler.schedule(wait=0, warmup=warm_up, active=len(self.steps), repeat=1)
             self.tracer = self.running.enter_context(torch.profiler.profile(activities=activities, schedule=plan))
@@ -107,12 +107,12 @@ class Profile:
             table = tabulate(read(trace))
             if self.device.type == "cuda" and table.counted != "kernels":
                 self.log(
-                    f"{trace}: no kernel is in the trace, so there is no table: the driver lets only administrators look "
-                    "(its option NVreg_RestrictProfilingToAdminUsers=0 lets everybody)"
+                    f"{trace}: the trace has no kernels, so no table is written: the driver allows profiling only for "
+                    "administrators (its option NVreg_RestrictProfilingToAdminUsers=0 allows everybody)"
                 )
                 return
             write(table, self.folder, steps=list(self.steps), device=device_name(self.device))
-        except OSError as error:  # a run of days is not lost for a picture
+        except OSError as error:  # a profile that cannot be written must not end training
             self.log(f"{self.folder}: the profile cannot be written: {error.strerror or error}")
             return
         first = sorted(table.uses, key=lambda use: -use.ms)[:4]
@@ -122,7 +122,7 @@ class Profile:
 
 @contextlib.contextmanager
 def spans_of_modules(model: nn.Module) -> Iterator[None]:
-    """Each call of a module that stands for a kind of work is a span, by hooks that are taken off again."""
+    """Inside, each call of a module with a known kind of work is a span; done with hooks that are removed at the end."""
     handles = []
     for name, module in model.named_modules():
         if kind := kind_of_module(name, module):
@@ -135,7 +135,7 @@ def spans_of_modules(model: nn.Module) -> Iterator[None]:
 
 
 def kind_of_module(name: str, module: nn.Module) -> str | None:
-    """The kind of what a module of a PackedDecoder does itself, outside its parts; None where it does nothing of a kind."""
+    """The kind of a PackedDecoder module's own work, without its submodules; None if it has no known kind."""
     if name.split(".")[0] in ("head", "with_head"):
         return "head"
     if "lora_" in name or isinstance(module, LoraLayer):
@@ -156,12 +156,12 @@ def _span_hooks(module: nn.Module, kind: str) -> list:
     def after(*_) -> None:
         open_spans.pop().__exit__(None, None, None)
 
-    # Always: recomputing a layer ends by an exception once all that is needed is there again.
+    # always_call, because recomputing a layer ends with an exception once all needed tensors are recomputed.
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
 
 
 def write(table: Table, folder: Path, *, steps: list[int], device: str) -> None:
-    """table.json, table.md and time.png."""
+    """Write table.json, table.md and time.png."""
     facts = {"traced": steps, "device": device, "torch": torch.__version__}
     text = json.dumps(facts | asdict(table), indent=1)
     (folder / "table.json").write_text(text + "\n", encoding="utf-8")
@@ -170,11 +170,11 @@ def write(table: Table, folder: Path, *, steps: list[int], device: str) -> None:
 
 
 def markdown(table: Table, steps: list[int], device: str) -> str:
-    """The table for people: kinds by their time, idle last, then what takes longest."""
+    """The table as Markdown: kinds by their time, idle last, then the longest kernels or operators."""
     idle = {"kernels": "no kernel runs", "operators": "no operator runs: Python, or waiting for data"}[table.counted]
     lines = [
-        f"{device}, torch {torch.__version__}, steps {_range(steps)}: {table.step_ms:.2f} ms a step, traced (without a trace "
-        f"it is faster). Idle: {idle}.",
+        f"{device}, torch {torch.__version__}, steps {_range(steps)}: {table.step_ms:.2f} ms a step while traced (faster "
+        f"without tracing). Idle: {idle}.",
         "",
         f"| kind | ms a step | share | {table.counted} a step |",
         "|-|-:|-:|-:|",
@@ -189,7 +189,7 @@ def markdown(table: Table, steps: list[int], device: str) -> str:
 
 
 def picture(table: Table, file: Path, title: str) -> None:
-    """Horizontal bars, the longest on top."""
+    """A plot of horizontal bars, the longest on top."""
     import matplotlib
 
     matplotlib.use("Agg")

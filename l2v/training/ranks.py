@@ -1,7 +1,7 @@
-"""Ranks that act together: one does the work or all do, an error of one reaches all, and they check that they agree.
+"""Work that ranks do together: an error on one rank is raised on all, and ranks check that they agree.
 
-A rank that fails or goes another way alone leaves the others waiting in a collective. So whatever may fail for one rank
-(a file that one node lacks) or differ between ranks (another recipe, other rows) is exchanged before training begins.
+A rank that fails alone leaves the others waiting in a collective. So anything that may fail on one rank only (a file that
+one node lacks) or differ between ranks (another recipe, other rows) is exchanged before training begins.
 """
 
 from __future__ import annotations
@@ -19,22 +19,30 @@ T = TypeVar("T")
 
 
 def ranks_here() -> int:
-    """Ranks on this machine, as the deepspeed launcher or torchrun says; 0 where neither runs."""
+    """Ranks on this machine, as set by the deepspeed launcher or torchrun; 0 without either."""
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 0)
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
-    """Do it once, on rank 0; its result, or its error, reaches every rank."""
+    """Call `work` once, on rank 0; every rank returns its result or raises its UserError. A collective call."""
     return _exchange(work, dist.get_rank() == 0)[0]
 
 
 def on_every_rank(work: Callable[[], T]) -> T:
-    """Each rank does it and keeps its own result. Errors: the UserError of the first rank that has one, on all of them."""
+    """Call `work` on every rank; each returns its own result. A collective call.
+
+    Raises:
+        UserError: that of the first rank that has one, on all ranks.
+    """
     return _exchange(work, True, share=False)
 
 
 def first_on_node(work: Callable[[], T]) -> T:
-    """Each node's first rank does it and fills the caches, then the others do it from there."""
+    """Call `work` on each node's first rank, which fills the caches, then on the others. A collective call.
+
+    Raises:
+        UserError: that of the first rank that has one, on all ranks.
+    """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     result = _exchange(work, first, share=False)
     return _exchange(lambda: result if first else work(), True, share=False)
@@ -56,9 +64,10 @@ def _exchange(work: Callable[[], T], mine: bool, *, share: bool = True) -> Any:
 
 
 def agree(facts: dict[str, Any]) -> None:
-    """Compare facts (JSON-able, nested) over the ranks. A collective call.
+    """Check that nested, JSON-serialisable facts are equal on all ranks. A collective call.
 
-    Errors: UserError on every rank, the same, that names the first key that differs, its values and whose they are.
+    Raises:
+        UserError: facts differ; the same error on every rank, with the first key that differs, its values and their ranks.
     """
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, _flat(facts, ""))
@@ -68,9 +77,9 @@ def agree(facts: dict[str, Any]) -> None:
         for rank, each in enumerate(everyone):
             holders.setdefault(json.dumps(each.get(key), default=str, ensure_ascii=False), []).append(rank)
         if len(holders) > 1:
-            said = "; ".join(f"{value} on rank {_listed(ranks)}" for value, ranks in holders.items())
+            values = "; ".join(f"{value} on rank {_listed(ranks)}" for value, ranks in holders.items())
             raise UserError(
-                f"the ranks do not agree on {key}: {said}; all ranks need the same recipe, command line, data and run folder"
+                f"the ranks do not agree on {key}: {values}; all ranks need the same recipe, command line, data and run folder"
             )
 
 

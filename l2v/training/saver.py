@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: the step goes on while a thread writes, syncs and renames."""
+"""Checkpoints written in the background: training continues while a thread writes, syncs and renames."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Log = Callable[[str], None]
 
 
 class Saver:
-    """Writes one checkpoint at a time in a thread of its own; on ranks other than 0 it does nothing.
+    """Writes one checkpoint at a time in its own thread; on ranks other than 0 it does nothing.
 
-    The tensors that it is given are copies on the host, so training may change the weights meanwhile; a second checkpoint
-    waits for the first, so at most two are in memory. A disk that is full costs no training: the failure is told loudly, the
-    older checkpoints stay, and the next one is tried again. log: prints a line.
+    The tensors are copies on the host, so training may change the weights meanwhile. A second checkpoint waits for the
+    first, so at most two are in memory. A full disk does not stop training: the failure is logged as a warning, older
+    checkpoints stay, and the next checkpoint is written as usual. log: prints a line.
     """
 
     def __init__(self, folder: Path, *, keep: int, active: bool, log: Log) -> None:
@@ -32,7 +32,7 @@ class Saver:
         self._step = 0
 
     def submit(self, checkpoint: Checkpoint) -> None:
-        """Hand a checkpoint over; waits only where the one before is not written yet."""
+        """Start writing a checkpoint; waits only if the previous one is not written yet."""
         if self._thread is None:
             return
         self.wait()
@@ -40,12 +40,12 @@ class Saver:
         self._writing = self._thread.submit(save, self.folder, checkpoint, keep=self.keep)
 
     def poll(self) -> None:
-        """Tell of a checkpoint that has reached the disk, or has not; never waits."""
+        """Log whether a finished write succeeded; never waits."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until the checkpoint on its way is safe, or has failed, or `seconds` are over."""
+        """Wait until the pending checkpoint is written or has failed, for at most `seconds`."""
         if self._writing is None:
             return
         try:
@@ -56,11 +56,11 @@ class Saver:
             return
         except UserError as error:
             self.failed = str(error)
-            self.log(f"WARNING: {error}. Training goes on, without a checkpoint newer than {self._newest()}")
+            self.log(f"WARNING: {error}. Training continues; the newest checkpoint is {self._newest()}")
         self._writing = None
 
     def close(self) -> None:
-        """Finish what is being written."""
+        """Finish pending writes and end the thread."""
         with suppress(KeyboardInterrupt):
             self.wait()
         if self._thread:
@@ -71,7 +71,7 @@ class Saver:
 
 
 def retried(work: Callable[[], object], *, times: int = 3, pause: float = 1.0):
-    """What `work` returns; an OSError (a network file system that hiccups) is tried again, `times` in all."""
+    """Returns `work()`; after an OSError (a network file system that fails for a moment) it is retried, `times` in total."""
     for left in range(times - 1, -1, -1):
         try:
             return work()

@@ -14,19 +14,22 @@ from l2v.errors import UserError
 from l2v.training.faults import keep_batch
 
 NAMED_EXAMPLES = 3
-"""Examples that a message names."""
+"""Examples that an error message lists."""
 
 
 def is_broken(loss: torch.Tensor, nonfinite_S: torch.Tensor | None) -> torch.Tensor:
-    """A device scalar bool: this rank's share of the loss, or one of its embeddings, is NaN or infinite."""
+    """Whether this rank's share of the loss or one of its embeddings is NaN or Inf: bool [] on the device."""
     broken = ~loss.isfinite()
     return broken if nonfinite_S is None else broken | nonfinite_S.any()
 
 
 @dataclass(frozen=True)
 class BrokenStep:
-    """A step (counted from 1) that was not applied: this rank's micro-batches, its share of the loss (device scalar), and
-    for every segment whether its embedding holds NaN or Inf (bool [S]; None for MNTP)."""
+    """A step (counted from 1) that was not applied.
+
+    units: this rank's micro-batches. loss: its share of the loss (device scalar). nonfinite_S: for every segment, whether
+    its embedding holds NaN or Inf (bool [S]; None for MNTP).
+    """
 
     step: int
     units: Sequence[Sequence[PackedBatch]]
@@ -36,29 +39,29 @@ class BrokenStep:
 
 @dataclass
 class Skips:
-    """How many steps were skipped, in total and in a row up to now; part of a checkpoint."""
+    """Number of skipped steps, in total and in a row up to now; stored in checkpoints."""
 
     total: int = 0
     in_a_row: int = 0
 
     @classmethod
     def of(cls, resume) -> Skips:
-        """As they stood in a checkpoint, or none."""
+        """The counts of a checkpoint, or zeros."""
         return cls(resume.facts.get("skipped", 0), resume.facts.get("skipped_in_a_row", 0)) if resume else cls()
 
     def facts(self) -> dict[str, int]:
-        """For a checkpoint."""
+        """The counts as a checkpoint stores them."""
         return {"skipped": self.total, "skipped_in_a_row": self.in_a_row}
 
     def count(self, applied: bool) -> None:
-        """One more step."""
+        """Count one step."""
         self.total += not applied
         self.in_a_row = 0 if applied else self.in_a_row + 1
 
     def report(self, broken: BrokenStep, *, limit: int, folder: Path, log: Callable[[str], None]) -> UserError | None:
-        """Warn of a skipped step; the error that ends training once `limit` were skipped in a row. A collective call.
+        """Log a skipped step; once `limit` were skipped in a row, return the error that ends training. A collective call.
 
-        folder: of the stage; the batch that cannot be learned from is kept there.
+        folder: the stage's; the batch of the last skipped step is saved there.
         """
         what, remedy = describe(broken)
         if self.in_a_row < limit:
@@ -67,13 +70,13 @@ class Skips:
         path = keep_batch(folder, broken.step, broken.units, what)
         row = f" ({self.in_a_row} steps in a row)" if self.in_a_row > 1 else ""
         return UserError(
-            f"{what}{row}, so it changed nothing; {remedy}. Every rank's part of the batch is in {path.parent}, "
-            "the state before it is saved"
+            f"{what}{row}, so it was not applied; {remedy}. Every rank's part of the batch is in {path.parent}, "
+            "and the state before it is saved"
         )
 
 
 def describe(broken: BrokenStep) -> tuple[str, str]:
-    """What of a step holds NaN or Inf, with examples and columns, and the way out. A collective call."""
+    """Which values of a step hold NaN or Inf, with examples and columns, and what the user can do. A collective call."""
     mine: list[tuple[int, int]] = []
     micros = [micro for unit in broken.units for micro in unit]
     if broken.nonfinite_S is not None:
@@ -90,7 +93,7 @@ def describe(broken: BrokenStep) -> tuple[str, str]:
         return f"step {broken.step}: {what} is NaN or Inf", "lower lr, or use base.precision: fp32"
     shown = ", ".join(_name(example, column) for example, column in bad[:NAMED_EXAMPLES])
     more = f" and {len(bad) - NAMED_EXAMPLES} more" if len(bad) > NAMED_EXAMPLES else ""
-    if len(bad) * 2 > count:  # not a matter of the text
+    if len(bad) * 2 > count:  # most embeddings are bad, so the texts are not the cause
         remedy = "lower lr, look for NaN in the base's weights, or use base.precision: fp32"
     else:
         remedy = "remove or fix the text, look for NaN in the base's weights, or use base.precision: fp32"
@@ -102,5 +105,5 @@ def describe(broken: BrokenStep) -> tuple[str, str]:
 
 def _name(example: int, column: int) -> str:
     if column < 0:
-        return "the token that fills an empty micro-batch (id 0)"
+        return "the filler token of an empty micro-batch (id 0)"
     return f"the {('query', 'positive')[column] if column < 2 else f'negative {column - 1}'} of example {example}"

@@ -1,4 +1,4 @@
-"""Train one stage of a recipe: claim its folder, open its data, build its model, run the loop, publish its adapter."""
+"""Train one stage of a recipe: claim its folder, open its data, build its model, run the loop, save its adapter."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from l2v.training.watchdog import Watchdog
 
 @dataclass
 class StageData:
-    """What a stage reads: its tokenizer, its examples, the held-out ones (None without `eval_data`), and what to log."""
+    """A stage's tokenizer, its examples, the held-out ones (None without `eval_data`), and lines to log."""
 
     texts: TextTokenizer
     examples: Any
@@ -46,7 +46,7 @@ class StageData:
 
 
 def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdog, *, fresh: bool = False) -> None:
-    """Train one stage, or continue it, or find that it is done. A collective call.
+    """Train one stage from scratch or from its newest checkpoint; a finished stage is skipped. A collective call.
 
     Raises:
         UserError: the folder belongs to another recipe, or the data, the base or an adapter cannot be used.
@@ -105,7 +105,7 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdo
 
 
 def _open_data(recipe: Recipe, name: str) -> StageData:
-    """The data of a stage. A collective call: one rank of a node prepares it, the others read what that one wrote."""
+    """The data of a stage. A collective call: one rank of each node prepares it, the others read the result."""
     stage, base = recipe.stages[name], recipe.base
     tokenizer = on_every_rank(
         lambda: load_tokenizer(
@@ -120,7 +120,7 @@ def _open_data(recipe: Recipe, name: str) -> StageData:
 
 
 def _check_data(data: StageData, name: str, stage: Stage, resume: checkpoint.Checkpoint | None) -> None:
-    """All ranks read the same examples and the same checkpoint, and there is something to learn from.
+    """Check that all ranks read the same examples and the same checkpoint, and that there are enough examples.
 
     Raises:
         UserError: ranks differ, or a contrastive stage has fewer than two examples.
@@ -139,7 +139,9 @@ def _check_data(data: StageData, name: str, stage: Stage, resume: checkpoint.Che
 def _train_checked(engine, job: Job, resume: checkpoint.Checkpoint | None, rank: int) -> dict[str, torch.Tensor]:
     """Run the loop; returns the adapter's fp32 weights. With L2V_CHECK=1 the frozen weights are compared bit by bit.
 
-    Out of memory where a step cannot be repeated: the next start uses smaller micro-batches.
+    Raises:
+        OutOfMemory: memory ran out where a step cannot be repeated; the next start uses smaller micro-batches.
+        UserError: see `l2v.training.loop.train`; or frozen weights changed.
     """
     check = os.environ.get("L2V_CHECK") == "1"
     before = frozen_checksum(engine.module) if check else None
@@ -157,15 +159,16 @@ def _train_checked(engine, job: Job, resume: checkpoint.Checkpoint | None, rank:
         agree({"the frozen weights": (before, after)})
         if before != after:
             raise UserError(
-                f"stage '{job.name}': frozen weights changed in training; the adapter does not belong to the base"
+                f"stage '{job.name}': frozen weights changed during training; the adapter does not fit the base"
             )
     return {key: final[f"weight.{key}"] for key in job.parameters}
 
 
 def check_prefixes(recipe: Recipe, name: str) -> list[str]:
-    """Matryoshka lengths against the base: what a user should know of them.
+    """Check the matryoshka lengths against the base; returns lines to log.
 
-    Errors: UserError if one is longer than the base's vectors.
+    Raises:
+        UserError: a length is longer than the base's vectors.
     """
     lengths = getattr(recipe.stages[name], "matryoshka", None)
     if lengths is None:
@@ -176,12 +179,12 @@ def check_prefixes(recipe: Recipe, name: str) -> list[str]:
             f"stage '{name}': matryoshka asks for a prefix of {lengths[-1]} and the vectors of '{recipe.base.model}' have "
             f"{hidden} dimensions; use at most {hidden}"
         )
-    beyond = f"dimensions beyond {lengths[-1]} of {hidden} are in no matryoshka length and learn nothing"
-    return [beyond] if lengths[-1] < hidden else []
+    untrained = f"dimensions beyond {lengths[-1]} of {hidden} are in no matryoshka length and learn nothing"
+    return [untrained] if lengths[-1] < hidden else []
 
 
 def _summary(examples) -> str:
-    """Number and lengths of examples, by which ranks notice that they read different rows."""
+    """Number and lengths of the examples, so that ranks notice if they read different rows."""
     digest = hashlib.blake2b(examples.lengths.tobytes() + examples.segments.tobytes(), digest_size=6).hexdigest()
     return f"{len(examples)} examples, {int(examples.lengths.sum())} tokens (lengths {digest})"
 

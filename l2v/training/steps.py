@@ -1,7 +1,7 @@
-"""One optimizer step's gradients: MNTP and contrastive, over micro-batches and ranks.
+"""Gradients of one optimizer step, MNTP and contrastive, over micro-batches and ranks.
 
-Both normalise by the count of the whole step (labels, queries) over ranks and micro-batches. DeepSpeed averages gradients
-over ranks, so a local share is multiplied by the world size.
+Both divide the loss by the step's total count (labels, queries) over all ranks and micro-batches. DeepSpeed averages
+gradients over ranks, so a rank's share is multiplied by the world size.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def mntp_step(
 ) -> dict[str, torch.Tensor]:
     """Backward through all micro-batches; returns this rank's share of the mean loss and accuracy (device scalars).
 
-    guard: keeps the rank in step if memory runs out; then what is returned means nothing.
+    guard: keeps the rank in step if memory runs out; the returned values are then meaningless.
     """
     micros = [micro for unit in units for micro in unit]
     world = dist.get_world_size()
@@ -58,7 +58,7 @@ def mntp_step(
 
 
 def loss_options(stage: Contrastive) -> dict[str, Any]:
-    """What a stage asks of `contrastive_loss`, in training and on held-out examples alike."""
+    """A stage's options of `contrastive_loss`, the same in training and on held-out examples."""
     return {
         "scale": stage.scale,
         "mask_duplicates": stage.mask_duplicates,
@@ -74,7 +74,7 @@ def loss_options(stage: Contrastive) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Candidates and queries of every rank in a step, from the plan."""
+    """Number of candidates and queries of every rank in a step, from the plan."""
 
     candidates: Sequence[int]
     queries: Sequence[int]
@@ -94,14 +94,14 @@ def contrastive_step(
     progress: Progress | None = None,
     guard: OutOfMemoryGuard | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Backward of the contrastive loss over micro-batches and ranks, exact by a gradient cache.
+    """Exact gradients of the contrastive loss over micro-batches and ranks, with a gradient cache.
 
-    A unit is a set of examples whose embeddings meet in one loss (with `negatives: global`, those of all ranks).
+    A unit is a set of examples whose embeddings share one loss (with `negatives: global`, together with those of all ranks).
 
-    units: of this rank; all ranks have equally many, of equally many micro-batches. progress: called with (pass 1 or 2,
-    micro-batches done in it, micro-batches of the step). guard: keeps the rank in step if memory runs out; then what is
-    returned means nothing.
-    Returns loss: this rank's share of the mean loss (device scalar), and nonfinite_S: bool, for every segment of the units
+    units: this rank's; all ranks have the same number, each with the same number of micro-batches. progress: called with
+    (pass 1 or 2, finished micro-batches of that pass, micro-batches of the step). guard: keeps the rank in step if memory
+    runs out; the returned values are then meaningless.
+    Returns loss, this rank's share of the mean loss (device scalar), and nonfinite_S (bool): for every segment of the units,
     in order, whether its embedding holds NaN or Inf. Nothing waits for the device.
     """
     cache = GradientCache(engine, stage, sum(map(len, units)), progress=progress, guard=guard)
@@ -120,11 +120,14 @@ def contrastive_step(
 class GradientCache:
     """Gradients of a contrastive batch in the memory of one micro-batch (Gao et al. 2021, arXiv 2101.06983).
 
-    All micro-batches of a unit are encoded without graph, but for the last, which keeps its own; the loss is taken once over
-    all embeddings; the last micro-batch goes backward, and the others are encoded again, this time with graph, and pass on
-    their part of the gradient. Dropout is keyed by text, layer and position, so both passes see the same masks. Memory: one
-    micro-batch's activations and a unit's embeddings, fp32 [S, E], with their gradient. A micro-batch is copied to the
-    device in either pass (17 bytes a token, nothing next to encoding it); to keep them there would grow with the batch.
+    1. Encode all micro-batches of a unit without a graph, except the last, which keeps its graph.
+    2. Compute the loss once over all embeddings, and its gradient with respect to them.
+    3. Run the backward of the last micro-batch. Encode each of the others again, now with a graph, and run its backward
+       from its part of the gradient.
+
+    Dropout is keyed by text, layer and position, so both passes see the same masks. Memory: one micro-batch's activations
+    and a unit's embeddings, fp32 [S, E], with their gradient. A micro-batch is copied to the device in both passes (17 bytes
+    a token, negligible next to encoding it); keeping them on the device would take memory that grows with the batch.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class GradientCache:
         self.nonfinite: list[torch.Tensor] = []
 
     def unit(self, micros: Micros, groups: Groups, *, last: bool) -> torch.Tensor:
-        """Backward of one unit; returns its loss. last: its last backward ends the step's accumulation of gradients."""
+        """Backward of one unit; returns its loss. last: this unit's last backward ends the step's gradient accumulation."""
         with torch.no_grad():
             first = [self._encode(micro) for micro in micros[:-1]]
         kept_SE = self._encode(micros[-1])
@@ -160,7 +163,7 @@ class GradientCache:
         return self.engine(micro.to(self.device), "vectors")
 
     def _encode(self, micro: PackedBatch) -> torch.Tensor:
-        """Embeddings of a micro-batch, fp32 [S, E]; zeros once memory ran out."""
+        """Embeddings of a micro-batch, fp32 [S, E]; zeros if memory ran out."""
         vectors_SE = _guarded(
             self.guard,
             lambda: self._vectors(micro),
@@ -171,20 +174,20 @@ class GradientCache:
         return vectors_SE
 
     def _loss(self, cache_SE: torch.Tensor, groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss over all embeddings of a unit, and its gradient of them."""
+        """The loss over all embeddings of a unit, and its gradient with respect to them."""
         with span("loss"):
             try:
                 loss = contrastive_loss(cache_SE, groups, **self.options)
                 (gradient_SE,) = torch.autograd.grad(loss, cache_SE)
             except (RuntimeError, MemoryError) as error:
-                # Embeddings of all ranks meet here, in collectives that cannot be resumed halfway.
+                # The embeddings of all ranks are exchanged here, in collectives that cannot be resumed halfway.
                 if self.guard is None or not is_out_of_memory(error):
                     raise
                 raise OutOfMemory(str(error).splitlines()[0]) from None
         return loss, gradient_SE
 
     def _backward(self, vectors: Callable[[], torch.Tensor], gradient_SE: torch.Tensor, *, last: bool) -> None:
-        """Pass a micro-batch's part of the gradient through its graph; a batch without loss once memory ran out."""
+        """Backward of a micro-batch from its part of the gradient; of a batch without loss if memory ran out."""
 
         def work() -> None:
             _backward(self.engine, (vectors() * gradient_SE).sum() * self.world, last=last)

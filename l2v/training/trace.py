@@ -1,7 +1,7 @@
-"""Where the time of a step goes, read off a Chrome trace that torch.profiler wrote.
+"""Where the time of a step goes, computed from a Chrome trace of torch.profiler.
 
-On a GPU the time is that of kernels, and idle is when none runs. On a CPU it is that of operators in the thread that trains,
-each without those that it calls, and idle is when none runs: Python, and waiting for data.
+On a GPU the time is that of kernels, and the GPU is idle when none runs. On a CPU it is the self time of operators in the
+training thread, and idle is when no operator runs (Python, or waiting for data).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ KERNELS = {"kernel", "gpu_memcpy", "gpu_memset"}
 LAUNCHES = {"cuda_runtime", "cuda_driver"}
 HOST = {"cpu_op", "user_annotation"} | LAUNCHES
 
-# What belongs to a kind whatever span it runs in.
+# These names always have this kind, in any span.
 ALWAYS = (
     ("communication", r"nccl|^c10d::|^gloo:|^record_param_comms"),
     ("copy", r"^Mem(cpy|set)"),
 )
-# Operators and autograd functions that are a span by themselves.
+# Operators and autograd functions that count as a span.
 FRAMES = (
     ("optimizer", r"^Optimizer\.|AccumulateGrad$"),
     ("attention", r"scaled_dot_product|_flash_attention|_efficient_attention|^FusedAttention"),
@@ -43,7 +43,8 @@ FRAMES = (
     ("head", r"^LinearCrossEntropy"),
     ("loss", r"^InfoNce|cross_entropy"),
 )
-# By name alone, where no span says more: kernels of CUDA libraries and ours, and operators of torch. The first that fits.
+# The kind by name alone, outside any span: kernels of CUDA libraries and our own, and operators of torch. The first match
+# counts.
 NAMES = (
     ("attention", r"flash|fmha|attention|^(query|key)_gradient_kernel$"),
     ("lora", r"^lora_\w+_kernel$|^dropout_kernel$"),
@@ -65,7 +66,7 @@ NAMES = (
 
 @dataclass
 class Use:
-    """What one kind of work takes of a step: milliseconds, share of the step, launches (on a CPU calls of operators)."""
+    """One kind of work in a step: milliseconds, share of the step, launches (on a CPU: operator calls)."""
 
     kind: str
     ms: float = 0.0
@@ -75,7 +76,7 @@ class Use:
 
 @dataclass
 class Table:
-    """A step's time by kind (all of KINDS; shares add up to 1), and the kernels or operators (`counted`) that take most."""
+    """A step's time by kind (all of KINDS; shares add up to 1), and the longest kernels or operators (see `counted`)."""
 
     counted: str
     steps: int
@@ -91,7 +92,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def tabulate(events: Iterable[dict[str, Any]], *, longest: int = 15) -> Table:
-    """The table of a trace whose steps are spans named STEP. Errors: ValueError without one."""
+    """The table of a trace whose steps are spans named STEP.
+
+    Raises:
+        ValueError: the trace has no such span.
+    """
     events = list(events)
     host = _Host(events)
     if not host.steps:
@@ -114,19 +119,19 @@ def kind_of_name(name: str) -> str | None:
 
 @dataclass
 class _Piece:
-    """A stretch of work, in microseconds of the trace."""
+    """A kernel or operator, with times in microseconds of the trace."""
 
     name: str
     kind: str
     start: float
     time: float
     outer: bool = True
-    """Called by no other operator."""
+    """Not called by another operator."""
 
 
 @dataclass
 class _Open:
-    """A span, operator or launch that is running in its thread."""
+    """A span, operator or launch that is still running in its thread."""
 
     event: dict[str, Any]
     end: float
@@ -138,21 +143,21 @@ class _Open:
 
 
 class _Host:
-    """What the processor did: which kind of work each launch and each operator belongs to."""
+    """The events of the CPU: the kind of work that each launch and each operator belongs to."""
 
     def __init__(self, events: list[dict[str, Any]]) -> None:
         self.steps: list[tuple[float, float]] = []
         self.launches: dict[int, str | None] = {}
-        """The frames of launches, by their correlation with kernels."""
+        """Kind of each launch, by the correlation id that it shares with its kernel."""
         self.operations: dict[int, str | None] = {}
-        """The frames of operators, by the id that kernels name, for launches that the trace lacks."""
+        """Kind of each operator, by the external id that kernels carry; for kernels whose launch is not in the trace."""
         self.done: list[_Open] = []
         of_forward: dict[Any, str | None] = {}
-        """Frames of operators that a backward belongs to, by the flow's id."""
+        """Kind of each forward operator that has a backward, by the id of the flow between them."""
         starts, ends = _flows(events)
         threads: dict[Any, list[_Open]] = defaultdict(list)
         found = [e for e in events if e.get("ph") == "X" and e.get("cat") in HOST]
-        # By time over all threads: a forward is looked at before its backward, in whichever thread that runs.
+        # In order of time over all threads, so a forward comes before its backward, which may run in another thread.
         for event in sorted(found, key=lambda e: (e["ts"], -e["dur"])):
             place, stack = (event["tid"], event["ts"]), threads[event["tid"]]
             while stack and stack[-1].end <= event["ts"]:
@@ -190,14 +195,14 @@ class _Host:
         return _first(FRAMES, name)
 
     def frame_of(self, kernel: dict[str, Any]) -> str | None:
-        """The kind of work that a kernel was launched for, where a span says so."""
+        """The kind of the span that a kernel was launched from, or None."""
         args = kernel.get("args", {})
         if args.get("correlation") in self.launches:
             return self.launches[args["correlation"]]
         return self.operations.get(args.get("External id"))
 
     def operators(self) -> Iterable[_Piece]:
-        """Those that ran within a step, each with the time that it took alone."""
+        """The operators that ran within a step, each with its self time."""
         for op in self.done:
             if op.in_step and _is_operator(op.event) and op.alone > 0:
                 name = op.event["name"]
@@ -206,12 +211,12 @@ class _Host:
 
 
 def _is_operator(event: dict[str, Any]) -> bool:
-    """Whether work was done: `aten::mm` is an operator, a span and a function of autograd only hold some."""
+    """Whether an event does work itself: `aten::mm` does; spans and autograd functions only contain operators."""
     return event["cat"] == "cpu_op" and "::" in event["name"] and "autograd::" not in event["name"]
 
 
 def _flows(events: list[dict[str, Any]]) -> tuple[dict[Any, list], dict[Any, Any]]:
-    """The profiler's arrows from forward to backward: where they start (thread, time) -> ids, where they end -> id."""
+    """The profiler's flows from forward to backward: (thread, time) of the start -> ids, (thread, time) of the end -> id."""
     starts: dict[Any, list] = defaultdict(list)
     ends: dict[Any, Any] = {}
     for event in events:
@@ -225,7 +230,7 @@ def _flows(events: list[dict[str, Any]]) -> tuple[dict[Any, list], dict[Any, Any
 
 
 def _kernels(kernels: list[dict[str, Any]], host: _Host) -> Iterable[_Piece]:
-    """What the device ran within the steps, cut to them."""
+    """The kernels within the steps, clipped to them."""
     for event in kernels:
         start, end = event["ts"], event["ts"] + event["dur"]
         name = event["name"]
@@ -236,7 +241,7 @@ def _kernels(kernels: list[dict[str, Any]], host: _Host) -> Iterable[_Piece]:
 
 
 def _share_out(pieces: list[_Piece]) -> dict[str, float]:
-    """Microseconds a kind. While several kernels run at once, each has an equal part of the time."""
+    """Microseconds by kind. While several kernels run at once, each gets an equal part of the time."""
     edges = [(piece.start, 1, piece.kind) for piece in pieces]
     edges += [(piece.start + piece.time, -1, piece.kind) for piece in pieces]
     spent: dict[str, float] = defaultdict(float)
@@ -261,7 +266,7 @@ def _add_up(pieces: list[_Piece]) -> dict[str, float]:
     return spent
 
 
-def _longest(pieces: list[_Piece], steps: int, most: int) -> list[dict[str, Any]]:
+def _longest(pieces: list[_Piece], steps: int, limit: int) -> list[dict[str, Any]]:
     time: dict[tuple[str, str], float] = defaultdict(float)
     count: Counter = Counter()
     for piece in pieces:
@@ -269,7 +274,7 @@ def _longest(pieces: list[_Piece], steps: int, most: int) -> list[dict[str, Any]
         count[piece.name, piece.kind] += 1
     return [
         {"name": name, "kind": kind, "ms": spent / 1e3 / steps, "launches": count[name, kind] / steps}
-        for (name, kind), spent in sorted(time.items(), key=lambda item: item[1], reverse=True)[:most]
+        for (name, kind), spent in sorted(time.items(), key=lambda item: item[1], reverse=True)[:limit]
     ]
 
 

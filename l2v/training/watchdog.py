@@ -1,13 +1,14 @@
-"""A watchdog in every rank: who is missing, where, and an end to the job instead of a silent hang.
+"""A watchdog in every rank: it reports which rank died or hangs, and where, and ends the job.
 
-A rank that dies or stands still leaves the others waiting in a collective, for as long as the collective's own timeout and
-without a word of who it was. So every rank tells a small store (torch's TCPStore, beside the one of the process group) where
-it is, a thread on each looks at its peers, and where one is gone or stuck for too long the reason is printed once and every
-rank ends with `EXIT_FAULT`, which `l2v train --restarts` and schedulers take as worth another start.
+Without it, a rank that dies or hangs leaves the others waiting in a collective until its timeout, with no message about the
+cause. So every rank publishes where it is in a small store (torch's TCPStore, next to that of the process group), and a
+thread on each rank checks its peers. If a peer is gone or stuck for too long, the reason is printed once and every rank ends
+with `EXIT_FAULT`, after which `l2v train --restarts` and schedulers start the job again.
 
-Peers on this machine are looked up in the process table, which tells of a death within a second or two; others by their
-heartbeat. Rank 0 judges the heartbeats of all ranks and everybody else those of rank 0, so the store carries O(ranks) requests
-a beat. A rank's mark (`at`) is counted against the timeout only within the training loop: reading data may take hours.
+Peers on the same machine are looked up in the process table, which shows a death within a second or two; others are checked
+by their heartbeat. Rank 0 checks the heartbeats of all ranks, and all others check that of rank 0, so the store serves
+O(ranks) requests per interval. A rank's position (`at`) counts against the timeout only within the training loop, because
+reading data may take hours.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ import psutil
 import torch.distributed as dist
 
 EXIT_FAULT = 75  # EX_TEMPFAIL of sysexits.h: try again
-BEAT = 1.0  # seconds between looks
-SILENT = 30.0  # seconds without a heartbeat after which a rank counts as gone
-GRACE = 3.0  # seconds in which a rank that ended may still turn out to have ended together with all others
-PATIENCE = 10.0  # seconds that the last words (a checkpoint on its way to the disk) may take
+BEAT_SECONDS = 1.0  # between two checks
+SILENT_SECONDS = 30.0  # without a heartbeat, after which a rank counts as gone
+GRACE_SECONDS = 3.0  # after a rank ended, in which all others may turn out to have ended with it
+SAVE_SECONDS = 10.0  # for a pending checkpoint to reach the disk before the process ends
 
 
 @dataclass
 class Beat:
-    """What a rank tells of itself. `age`: seconds since its last mark, by its own clock; None outside the loop."""
+    """A rank's published state. `age`: seconds since its last call of `at`, by its own clock; None outside the loop."""
 
     rank: int
     host: str
@@ -52,18 +53,19 @@ class Beat:
 
     @property
     def name(self) -> str:
-        """The rank as a sentence names it."""
+        """The rank as messages name it."""
         return f"rank {self.rank} on {self.host} (process {self.pid})"
 
 
 class Watchdog:
-    """Started by every rank together (`start`), told of progress (`at`), and left together (`leave`).
+    """All ranks start it together (`start`), report progress (`at`) and end it together (`leave`).
 
-    timeout: seconds that one mark of the training loop may last. on_fault: called in the watchdog's thread with the facts of
-    the rank that failed, before this rank ends.
+    timeout: seconds that the training loop may stay at one position. silent: seconds without a heartbeat after which a rank
+    counts as gone. on_fault: called in the watchdog's thread with the facts of the rank that failed, before this rank ends;
+    last_words are called after that, each with the seconds that it may take.
     """
 
-    def __init__(self, timeout: float, *, silent: float = SILENT) -> None:
+    def __init__(self, timeout: float, *, silent: float = SILENT_SECONDS) -> None:
         self.timeout, self.silent = timeout, silent
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.me = Beat(self.rank, socket.gethostname(), os.getpid())
@@ -93,7 +95,7 @@ class Watchdog:
                 )
             store.set_timeout(timedelta(seconds=max(5.0, self.silent / 3)))
             self._store = store
-            self._tell()
+            self._publish()
             peers: list[Any] = [None] * self.world
             dist.all_gather_object(peers, (self.me.host, self.me.pid))
             self._peers = [Beat(rank, host, pid) for rank, (host, pid) in enumerate(peers)]
@@ -104,64 +106,64 @@ class Watchdog:
         return self
 
     def at(self, where: str | None) -> None:
-        """Mark where this rank is; None ends the count (what follows may take as long as it takes)."""
+        """Record where this rank is and start its timeout; None means no timeout for what follows."""
         self.me.where, self._marked = where or "between steps", None if where is None else time.monotonic()
 
     def pause(self) -> None:
-        """End the count, but keep the place."""
+        """Stop the timeout, but keep the position."""
         self._marked = None
 
     def failed(self, why: str, **facts: Any) -> None:
-        """Say that this rank has failed, so that the others know why; its own process ends in its own way."""
+        """Publish that this rank has failed and why, for the others to report; this process ends by itself."""
         with self._lock:
             self.me.state, self.me.why, self.me.facts = "failed", why, facts
-            self._tell()
+            self._publish()
 
     def verdict(self, seconds: float) -> None:
-        """Wait for the watchdog to end this process: for a rank whose collective broke because of another rank."""
+        """Wait for the watchdog to end this process; for a rank whose collective failed because of another rank."""
         if self._thread is not None and self.world > 1:
             self._thread.join(seconds)
 
     def crashed(self, error: Exception) -> int:
-        """What to do about an exception that nobody expected: say whose it is; returns the exit code.
+        """Handle an unexpected exception: print which rank raised it; returns the exit code.
 
-        A collective that broke is most often another rank's death, and the watchdog knows whose.
+        A failed collective is most often caused by another rank's death, and then the watchdog reports which.
         """
         frames = traceback.extract_tb(error.__traceback__)[-4:]
         if self.me.state == "runs" and any(_collective(frame.filename) for frame in frames):
-            self.verdict(self.silent + 3 * GRACE)
+            self.verdict(self.silent + 3 * GRACE_SECONDS)
         traceback.print_exception(error)
         if self.me.state == "runs":
             self.failed(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         print(f"l2v: {self.me.name} failed at {self.me.where}: {self.me.why}", file=sys.stderr, flush=True)
-        time.sleep(3 * BEAT)  # the others are to read why, and the store may live in this process
+        time.sleep(3 * BEAT_SECONDS)  # the others still have to read why, and the store may live in this process
         return EXIT_FAULT
 
     def leave(self) -> None:
-        """Stop watching; this rank ends as planned, and the others are to know."""
+        """Stop watching, and publish that this rank ends as planned."""
         if self._thread is None or self._stopped.is_set():
             return
         with self._lock:
             self._stopped.set()
             if self.me.state == "runs":
                 self.me.state = "left"
-            self._tell()
+            self._publish()
         self._thread.join(timeout=5)
 
-    def _tell(self) -> bool:
-        """Write this rank's beat; False where the store cannot be reached."""
+    def _publish(self) -> bool:
+        """Write this rank's beat to the store; False if the store cannot be reached."""
         if self._store is None:
             return True
         self.me.count += 1
         self.me.age = None if self._marked is None else time.monotonic() - self._marked
-        self.me.waits, self.me.stack = self._look() if (self.me.age or 0) > self.timeout / 2 else (False, "")
+        self.me.waits, self.me.stack = self._position() if (self.me.age or 0) > self.timeout / 2 else (False, "")
         try:
             self._store.set(f"beat/{self.rank}", json.dumps(vars(self.me)))
         except (RuntimeError, OSError):
             return False
         return True
 
-    def _look(self) -> tuple[bool, str]:
+    def _position(self) -> tuple[bool, str]:
         """Whether the main thread waits for other ranks, and its innermost line of this package."""
         frame = sys._current_frames().get(self._main)
         stack = traceback.extract_stack(frame) if frame else []
@@ -173,31 +175,32 @@ class Watchdog:
     def _watch(self) -> None:
         heard = {beat.rank: (beat.count, time.monotonic()) for beat in self._peers}
         dead_since: dict[int, float] = {}
-        while not self._stopped.wait(BEAT):
+        while not self._stopped.wait(BEAT_SECONDS):
             with self._lock:
                 if self._stopped.is_set():
                     return
-                reachable = self._tell()
-            why, facts = self._judge(reachable, heard, dead_since)
+                reachable = self._publish()
+            why, facts = self._check(reachable, heard, dead_since)
             self._answered = time.monotonic()
             if why and not self._stopped.is_set():
                 self._end(why, facts, reachable)
 
     def _watch_store(self) -> None:
-        """The store lives in rank 0: where that is stopped, a request may wait for ever, and with it the thread that asks."""
-        while not self._stopped.wait(BEAT):
+        """Detect a stopped rank 0, which holds the store: a request to it may block the other thread for ever."""
+        while not self._stopped.wait(BEAT_SECONDS):
             quiet = time.monotonic() - self._answered
             if quiet > self.silent:
-                gone = f"{self._peers[0].name} has not been heard of for {quiet:.0f} s"
+                gone = f"{self._peers[0].name} sent no heartbeat for {quiet:.0f} s"
                 self._end(f"{gone}: its process is stopped or its machine is gone", {}, reachable=False)
 
-    def _judge(self, reachable: bool, heard: dict, dead_since: dict) -> tuple[str | None, dict[str, Any]]:
+    def _check(self, reachable: bool, heard: dict, dead_since: dict) -> tuple[str | None, dict[str, Any]]:
+        """Why the job has to end, or None, and the facts of the rank that failed."""
         now = time.monotonic()
         if self.world == 1:
             age = None if self._marked is None else now - self._marked
             if age is not None and age > self.timeout:
-                stack = self._look()[1]
-                return f"rank 0 has not moved for {age:.0f} s at {self.me.where}, {stack}", {}
+                stack = self._position()[1]
+                return f"no progress on rank 0 for {age:.0f} s at {self.me.where}, {stack}", {}
             return None, {}
         if reachable and self._store is not None:
             try:
@@ -222,17 +225,17 @@ class Watchdog:
                 return f"{state.name} failed at {state.where}: {state.why}", state.facts
             if state.state == "left":
                 continue
-            if now - dead_since.setdefault(peer.rank, now) > GRACE:
+            if now - dead_since.setdefault(peer.rank, now) > GRACE_SECONDS:
                 return (
-                    f"{state.name} has ended without a word at {state.where}: killed from outside, or out of host memory "
-                    "(dmesg tells)"
+                    f"{state.name} ended without a message at {state.where}: killed from outside, or out of host memory "
+                    "(see dmesg)"
                 ), {}
         watched = self._peers if self.rank == 0 else self._peers[:1]
         for peer in watched:
             quiet = now - heard[peer.rank][1]
             if peer.rank != self.rank and peer.state == "runs" and quiet > self.silent:
                 return (
-                    f"{peer.name} has not been heard of for {quiet:.0f} s, last at {peer.where}: its process is stopped or "
+                    f"{peer.name} sent no heartbeat for {quiet:.0f} s, last at {peer.where}: its process is stopped or "
                     "its machine is gone"
                 ), {}
         if self.rank == 0:
@@ -240,7 +243,7 @@ class Watchdog:
         return None, {}
 
     def _stuck(self, beats: list[Beat]) -> str | None:
-        """Ranks whose mark is too old, without those that only wait for them."""
+        """A message about the ranks that made no progress for too long, without those that only wait for them; or None."""
         old = [b for b in beats if b.state == "runs" and b.age is not None and b.age > self.timeout]
         if not old:
             return None
@@ -248,14 +251,14 @@ class Watchdog:
         if not guilty:
             running = [b for b in beats if b.state == "runs" and b.age is not None]
             if len(old) < len(running) and max(b.age or 0.0 for b in old) < 2 * self.timeout:
-                return None  # those that only wait were there first; whom they wait for is about to be as old
+                return None  # the waiting ranks time out first; the rank they wait for follows soon
             guilty = old
-        told = "; ".join(f"{b.name} at {b.where}, {b.stack}" for b in guilty[:4])
+        names = "; ".join(f"{b.name} at {b.where}, {b.stack}" for b in guilty[:4])
         more = f" and {len(guilty) - 4} more" if len(guilty) > 4 else ""
         age = max(b.age or 0.0 for b in old)
         return (
             f"no progress for {age:.0f} s (timeout {self.timeout:.0f} s), {len(old) - len(guilty)} of {self.world} ranks wait "
-            f"for {told}{more}"
+            f"for {names}{more}"
         )
 
     def _read(self, ranks) -> list[Beat]:
@@ -268,30 +271,28 @@ class Watchdog:
         return [Beat(**json.loads(value.decode())) for value in raw]
 
     def _end(self, why: str, facts: dict[str, Any], reachable: bool) -> None:
-        """Print the reason once in the job, finish what is being written, and end this process."""
-        # where the store is out of reach it is rank 0 that is gone, or as good as gone
+        """Print the reason once per job, finish pending writes, and end this process."""
+        # If the store cannot be reached, rank 0 is gone or stopped.
         here = [p for p in self._peers if p.host == self.me.host and _alive(p.pid) and (reachable or p.rank)]
         speaks = self.rank == min((p.rank for p in here), default=self.rank)
         if reachable and self._store is not None:
             try:
                 if not self._store.check(["verdict"]):
                     self._store.set("facts", json.dumps(facts))
-                # the same value for all: the first one that is written stands
+                # The same value for all ranks: the first one that is written counts.
                 speaks = self._store.compare_set("speaker", "", str(self.rank)).decode() == str(self.rank)
                 self._store.compare_set("verdict", "", why)
             except (RuntimeError, OSError):
                 pass
         if speaks:
-            print(
-                f"\nl2v: {why}; the job ends here, the same command goes on from the newest checkpoint", file=sys.stderr
-            )
+            print(f"\nl2v: {why}; the job ends; the same command resumes from the newest checkpoint", file=sys.stderr)
             sys.stderr.flush()
         for call in self.on_fault:
             call(facts)
-        for say in self.last_words:
-            say(PATIENCE)
+        for finish in self.last_words:
+            finish(SAVE_SECONDS)
         if self.rank == 0 and self._store is not None:
-            time.sleep(2 * BEAT)  # the store lives here: the others are still to read why
+            time.sleep(2 * BEAT_SECONDS)  # the store lives here, and the others still have to read why
         os._exit(EXIT_FAULT)
 
 

@@ -1,1 +1,1 @@
-"""The fastest micro-batch, recompute, backend and kernels of a stage: search them, and apply what was found."""
+"""Search the fastest micro-batch, recompute, backend and kernels of a stage, and apply the result in training."""

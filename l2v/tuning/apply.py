@@ -1,4 +1,4 @@
-"""What `l2v tune` found for a recipe on a device, and how training takes it up."""
+"""Read the settings that `l2v tune` found for a recipe on a device, and apply them in training."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ from l2v.recipe.shipped import find_recipe
 from l2v.runs.folder import has_begun, read_stage, run_folder
 
 KEYS = {"micro_tokens": int, "recompute": str}
-"""What may be tuned of a stage, because it changes where and how fast it runs and, but for rounding, not what it learns."""
+"""Settings of a stage that may be tuned: they change speed and memory, and the result only by rounding."""
 SHARED = {"backend": str, "kernels": str}
-"""The same for all stages of a run: `base.backend`, and whether kernels take their default configuration or the one that is
-fastest by the clock (`timed`, which is L2V_AUTOTUNE=1). Applied where all stages that are to run agree."""
+"""Settings that are the same for all stages of a run: `base.backend`, and whether kernels use their default configuration or
+the fastest by timing (`timed`, which is L2V_AUTOTUNE=1). They are applied if all stages that will run agree."""
 
 
 def tuned_file(recipe: str) -> Path:
-    """The file beside a recipe, NAME.tuned.json."""
+    """The file next to a recipe, NAME.tuned.json."""
     path = find_recipe(recipe)
     return path.with_name(f"{path.stem}.tuned.json")
 
 
 def place(processes: int) -> dict[str, Any]:
-    """What a choice holds for: device, processes on it, version of torch."""
-    # A processor's cores are the machine's, whatever number of threads a launcher leaves to each process.
+    """What tuned settings are valid for: device, number of processes on it, version of torch."""
+    # All cores of the CPU count, however many threads a launcher gives each process.
     name = device_name(device()) if torch.cuda.is_available() else f"{processor()}, {os.cpu_count()} cores"
     return {"device": name, "processes": processes, "torch": torch.__version__}
 
 
 def read_tuned(recipe: str) -> dict[str, Any] | None:
-    """The file's content, None where there is none. Errors: UserError if it is damaged."""
+    """The content of the tuned file, or None if it does not exist.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     path = tuned_file(recipe)
     if not path.is_file():
         return None
@@ -55,9 +59,9 @@ def read_tuned(recipe: str) -> dict[str, Any] | None:
 
 
 def apply_tuned(recipe: Recipe, name: str, overrides: Sequence[str], processes: int) -> list[str]:
-    """Put the tuned settings of this device into the recipe's stages; what the user named stays.
+    """Apply the tuned settings of this device to the recipe's stages; settings that the user gave stay.
 
-    name: the recipe as it was given. overrides: of the command line. Returns what to tell the user, one line each.
+    name: the recipe as given on the command line. overrides: those of the command line. Returns lines to log.
     """
     found = read_tuned(name)
     if found is None:
@@ -67,7 +71,7 @@ def apply_tuned(recipe: Recipe, name: str, overrides: Sequence[str], processes: 
         other = ", ".join(f"{there.get(key)} (here: {here[key]})" for key in here if here[key] != there.get(key))
         return [f"{tuned_file(name).name} was tuned on {other} and is not applied: run l2v tune here, or remove it"]
     named = {text.partition("=")[0].strip().removeprefix("stages.") for text in overrides}
-    told = _apply_shared(recipe, found["stages"], named, tuned_file(name).name)
+    notes = _apply_shared(recipe, found["stages"], named, tuned_file(name).name)
     for stage_name, stage in recipe.stages.items():
         settings = found["stages"].get(stage_name, {}).get("settings", {})
         began = _began_with(recipe, stage_name)
@@ -78,14 +82,14 @@ def apply_tuned(recipe: Recipe, name: str, overrides: Sequence[str], processes: 
             for key, value in chosen.items():
                 setattr(stage, key, value)
             text = ", ".join(f"{key} {value}" for key, value in chosen.items())
-            told.append(f"{stage_name}: {text}, {'as it began' if began else f'as {tuned_file(name).name} has it'}")
+            notes.append(f"{stage_name}: {text}, {'as it began' if began else f'as {tuned_file(name).name} has it'}")
     check(recipe, str(tuned_file(name)))
-    return told
+    return notes
 
 
 def _apply_shared(recipe: Recipe, stages: dict[str, Any], named: set[str], file: str) -> list[str]:
-    """Set what holds for the whole run; returns what to tell."""
-    told = []
+    """Apply the settings of the whole run; returns lines to log."""
+    notes = []
     began = [recipe_then["base"]["backend"] for name in recipe.stages if (recipe_then := _began_with(recipe, name))]
     tuned = {key: {stages.get(name, {}).get("settings", {}).get(key) for name in recipe.stages} for key in SHARED}
     backends, before = set(began) or tuned["backend"], recipe.base.backend
@@ -93,18 +97,18 @@ def _apply_shared(recipe: Recipe, stages: dict[str, Any], named: set[str], file:
         recipe.base.backend = backend
         try:
             check(recipe, file)
-            told.append(f"base.backend {backend}, as {'the run began' if began else f'{file} has it'}")
+            notes.append(f"base.backend {backend}, as {'the run began' if began else f'{file} has it'}")
         except RecipeError as error:  # the recipe has changed since
             recipe.base.backend = before
-            told.append(f"base.backend {backend} is not applied: {error}")
+            notes.append(f"base.backend {backend} is not applied: {error}")
     if tuned["kernels"] == {"timed"} and "L2V_AUTOTUNE" not in os.environ:
-        os.environ["L2V_AUTOTUNE"] = "1"  # before the first launch; what it finds is kept on disk for the next start
-        told.append(f"kernels timed at their first launch, as {file} has it")
-    return told
+        os.environ["L2V_AUTOTUNE"] = "1"  # before the first launch; its results are kept on disk for the next start
+        notes.append(f"kernels timed at their first launch, as {file} has it")
+    return notes
 
 
 def _began_with(recipe: Recipe, name: str) -> dict[str, Any] | None:
-    """The recipe that a stage with a checkpoint or an adapter began with: it goes on so, and its bits stay what they were."""
+    """The recipe that a stage with a checkpoint or an adapter began with; it resumes with the same, for the same bits."""
     folder = run_folder(recipe) / name
     try:
         then = (read_stage(folder) or {})["recipe"]

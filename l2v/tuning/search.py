@@ -1,9 +1,9 @@
-"""`l2v tune RECIPE`: what makes each stage fastest on this machine, measured by training itself.
+"""`l2v tune RECIPE`: the fastest settings of each stage on this machine, measured by short training runs.
 
-Every candidate is a short run of the training program in a folder of its own, so it is the product's own step that is timed,
-and one that runs out of memory takes nothing with it. First the micro-batch doubles or halves from the recipe's until it is
-slower or does not fit, then its neighbours are tried, then each way to recompute, the other attention backends, and on a GPU
-configurations of the kernels that are chosen by timing; the best two run again, in turns.
+Every candidate is a short run of the training program in its own folder, so the real training step is timed, and a candidate
+that runs out of memory affects no other. First the micro-batch is doubled or halved from the recipe's until it is slower or
+does not fit. Then sizes in between, each kind of recompute, the other attention backends and, on a GPU, kernel
+configurations chosen by timing are tried. The best two run again, alternating.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from l2v.recipe import Backend, Recipe, Stage
 from l2v.runs.metrics import read_metrics
 from l2v.tuning.apply import KEYS, SHARED
 
-WARM = 2
-"""Steps before the clock counts."""
-GAIN = 1.02
-"""A candidate must be so much faster to be worth another micro-batch; less is noise."""
+WARM_UP_STEPS = 2
+"""Steps that are not timed."""
+MIN_GAIN = 1.02
+"""A micro-batch must be faster by this factor for the next size to be tried; less is measurement noise."""
 
 
 @dataclass
 class Candidate:
-    """One way to run a stage, and its real tokens/s in each run; `failed` says why there are none."""
+    """One way to run a stage, and its tokens/s in each run; `failed` is the reason if it did not run."""
 
     micro_tokens: int
     recompute: str
@@ -52,7 +52,7 @@ class Candidate:
 
     @property
     def rate(self) -> float:
-        """Median real tokens/s, 0 where it does not run."""
+        """Median tokens/s, 0 if it did not run."""
         return statistics.median(self.rates) if self.rates else 0.0
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class Candidate:
         return text + (", kernels timed" if self.kernels == "timed" else "")
 
     def settings(self) -> dict[str, Any]:
-        """What the file says of it and training takes up."""
+        """The settings that are written to the tuned file and applied in training."""
         return {key: getattr(self, key) for key in (*KEYS, *SHARED)}
 
 
@@ -68,10 +68,10 @@ Measure = Callable[[Candidate], None]
 
 
 class Search:
-    """Coarse to fine over micro_tokens, then over recompute, backends and kernels.
+    """A coarse-to-fine search over micro_tokens, then over recompute, backends and kernels.
 
-    base: what the recipe has. measure: adds a rate to a candidate, or says why it failed. backends: the others that run here.
-    timed: whether kernels can be chosen by timing.
+    stage: the recipe's. measure: adds a rate to a candidate, or the reason why it failed. seconds: time for the search.
+    backend: the recipe's; backends: others that run here. timed: whether kernels can be chosen by timing.
     """
 
     def __init__(
@@ -90,17 +90,21 @@ class Search:
         self.tried: dict[tuple[Any, ...], Candidate] = {}
 
     def time_left(self) -> float:
-        """Seconds."""
+        """Seconds left for the search."""
         return self.ends - time.monotonic()
 
     def best(self) -> list[Candidate]:
-        """Those that ran, fastest first; of two that are alike, the one that needs fewer tokens at once."""
+        """The candidates that ran, fastest first; of two with the same rate, the one with fewer micro_tokens first."""
         return sorted((c for c in self.tried.values() if c.rates), key=lambda c: (-c.rate, c.micro_tokens))
 
     def run(self) -> Candidate:
-        """The fastest candidate. Errors: UserError if none ran."""
+        """Search; returns the fastest candidate.
+
+        Raises:
+            UserError: no candidate ran.
+        """
         start = self._try(Candidate(self.stage.micro_tokens, self.stage.recompute, self.backend))
-        while not start.rates and start.micro_tokens // 2 >= self.stage.length:  # the recipe's own does not fit
+        while not start.rates and start.micro_tokens // 2 >= self.stage.length:  # the recipe's micro-batch does not fit
             start = self._try(replace(start, micro_tokens=start.micro_tokens // 2))
         if not start.rates:
             raise UserError(f"no micro-batch of the stage runs here; the smallest, {start}: {start.failed}")
@@ -110,7 +114,7 @@ class Search:
             at = self.best()[0]
             self._try(replace(at, micro_tokens=int(at.micro_tokens * factor)))
         for how in ("none", "cheap", "layer"):
-            if how != "cheap" or self.backend == "l2v":  # fused layers alone have it, and they need that backend
+            if how != "cheap" or self.backend == "l2v":  # only fused layers support it, and they need this backend
                 self._try(replace(self.best()[0], recompute=how))
         for backend in self.backends:
             at = self.best()[0]
@@ -125,7 +129,7 @@ class Search:
     def _climb(self, at: Candidate, factor: float) -> None:
         while self.time_left() > 0:
             other = self._try(replace(at, micro_tokens=int(at.micro_tokens * factor)))
-            if other.rate < at.rate * GAIN:
+            if other.rate < at.rate * MIN_GAIN:
                 return
             at = other
 
@@ -138,21 +142,25 @@ class Search:
 
 
 class Trainer:
-    """Runs candidates as `l2v train` does, for a few steps, and reads what it writes."""
+    """Runs candidates with the training program for a few steps, and reads the metrics that it writes."""
 
     def __init__(self, args: argparse.Namespace, name: str, folder: Path) -> None:
         self.args, self.name, self.folder, self.runs = args, name, folder, 0
 
     def measure(self, candidate: Candidate) -> None:
-        """One run of a candidate. Errors: UserError if it fails for another reason than memory."""
+        """One run of a candidate.
+
+        Raises:
+            UserError: it failed for another reason than memory.
+        """
         self.runs += 1
         out = self.folder / f"{self.name}-{self.runs}"
-        steps = WARM + self.args.steps
-        own = {
+        steps = WARM_UP_STEPS + self.args.steps
+        settings = {
             "steps": steps, "micro_tokens": candidate.micro_tokens, "recompute": candidate.recompute, "log_every": 1,
             "save_every": 0, "eval_every": 0, "eval_data": "[]", "from": "base",
         }  # fmt: skip
-        overrides = [f"stages.{self.name}.{key}={value}" for key, value in own.items()]
+        overrides = [f"stages.{self.name}.{key}={value}" for key, value in settings.items()]
         overrides += [
             f"base.backend={candidate.backend}",
             f"out={out}",
@@ -167,7 +175,7 @@ class Trainer:
         environment = {k: v for k, v in os.environ.items() if k not in launched} | {"L2V_TUNED": "0"}
         if candidate.kernels == "timed":
             environment["L2V_AUTOTUNE"] = "1"
-        environment["MASTER_PORT"] = str(_free_port())  # the launcher's own may be taken by a training that runs
+        environment["MASTER_PORT"] = str(_free_port())  # another training may use the launcher's default port
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
@@ -179,11 +187,12 @@ class Trainer:
                 raise UserError(f"stage '{self.name}' does not train: {_last_line(done.stdout)}")
             candidate.failed = "out of memory"
             return
-        rows = [row for row in read_metrics(out / self.name) if row["step"] > WARM and "tokens_per_second" in row]
-        # Tokens over time, so that a long step counts as much as it lasts.
-        lasted = [row["tokens"] - before["tokens"] for before, row in itertools.pairwise(rows)]
-        times = [tokens / row["tokens_per_second"] for tokens, row in zip(lasted, rows[1:], strict=True)]
-        candidate.rates.append(sum(lasted) / sum(times))
+        rows = read_metrics(out / self.name)
+        rows = [row for row in rows if row["step"] > WARM_UP_STEPS and "tokens_per_second" in row]
+        # Total tokens over total time, so that each step counts by its duration.
+        counts = [row["tokens"] - before["tokens"] for before, row in itertools.pairwise(rows)]
+        times = [tokens / row["tokens_per_second"] for tokens, row in zip(counts, rows[1:], strict=True)]
+        candidate.rates.append(sum(counts) / sum(times))
         candidate.peak_gib = max((row["peak_memory_gib"] for row in rows if "peak_memory_gib" in row), default=None)
 
 
@@ -194,15 +203,15 @@ def _free_port() -> int:
 
 
 def _last_line(output: str) -> str:
-    said = re.findall(r"l2v: (.+)", output) or output.strip().splitlines()
-    return said[-1] if said else "it said nothing"
+    lines = re.findall(r"l2v: (.+)", output) or output.strip().splitlines()
+    return lines[-1] if lines else "it printed no message"
 
 
 def alternatives(recipe: Recipe, name: str) -> tuple[list[str], bool]:
-    """The attention backends that this stage could run with here, beside the recipe's, and whether kernels can be timed.
+    """The other attention backends that this stage can run with on this machine, and whether kernels can be timed.
 
-    Plain layers come with any backend but l2v, so what needs fused ones has no other; neither has attention dropout, whose
-    noise only l2v addresses. A deterministic run takes nothing that is chosen by timing.
+    Other backends than l2v have plain layers, so a stage that needs fused layers has none. Neither has one with attention
+    dropout, which only l2v keys by text, layer and position. A deterministic run uses nothing that is chosen by timing.
     """
     base, stage = recipe.base, recipe.stages[name]
     timed = torch.cuda.is_available() and not recipe.deterministic and base.backend == "l2v"
@@ -215,7 +224,7 @@ def alternatives(recipe: Recipe, name: str) -> tuple[list[str], bool]:
 
 
 def tune_stage(recipe: Recipe, name: str, args: argparse.Namespace, folder: Path, seconds: float) -> dict[str, Any]:
-    """The stage's entry of the file: settings, tokens/s, and all candidates."""
+    """Tune a stage; returns its entry of the tuned file: settings, tokens/s, and all candidates."""
     trainer = Trainer(args, name, folder)
     with tqdm(desc=f"tune {name}", unit="run", dynamic_ncols=True) as bar:
         best: list[Candidate] = []
@@ -235,8 +244,8 @@ def tune_stage(recipe: Recipe, name: str, args: argparse.Namespace, folder: Path
         )
         chosen = search.run()
     for candidate in [*search.best(), *(c for c in search.tried.values() if c.failed)]:
-        told = candidate.failed or f"{candidate.rate:,.0f} tokens/s"
-        print(f"{name}: {candidate}: {told}" + (f", peak {candidate.peak_gib:.1f} GiB" if candidate.peak_gib else ""))
+        result = candidate.failed or f"{candidate.rate:,.0f} tokens/s"
+        print(f"{name}: {candidate}: {result}" + (f", peak {candidate.peak_gib:.1f} GiB" if candidate.peak_gib else ""))
     return {
         "settings": chosen.settings(),
         "tokens_per_second": round(chosen.rate, 1),

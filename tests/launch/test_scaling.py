@@ -51,8 +51,8 @@ def test_one_gpu_sends_nothing(capsys):
     assert stage["wire"] == [] and stage["scaling"] == []
     assert plan.main(["llama3-8b-da", "--gpu", "h200", "--gpus", "8", "--stage", "mntp"]) == 0
     shown = capsys.readouterr().out
-    assert "sent by a rank in a step, MB" in shown and "updated adapters (all-gather)" in shown
-    assert "nodes of 8 reach each other at 400 Gb/s" in shown
+    assert "sent by each rank per step, MB" in shown and "updated adapters (all-gather)" in shown
+    assert "nodes of 8 GPUs are connected at 400 Gb/s" in shown
 
 
 def test_the_network_has_a_speed(capsys):

@@ -78,4 +78,4 @@ def test_doctor_and_calibration_name_it(auto_precision, monkeypatch, tmp_path, c
     assert doctor.main(["--seconds", "0"]) == 0
     text = capsys.readouterr().out
     hardware = r"yes +" if load.cpu_multiplies_bf16() else r"no +slow, not in hardware; "
-    assert re.search(rf"precision: bf16 +{hardware}auto takes {name} \(by L2V_AUTO_PRECISION\)$", text, re.M), text
+    assert re.search(rf"precision: bf16 +{hardware}auto is {name} \(by L2V_AUTO_PRECISION\)$", text, re.M), text

@@ -185,7 +185,7 @@ def test_files_are_those_of_plain_layers(tmp_path):
     [
         (
             {"family": "gemma", "shape": {"hidden_act": "gelu"}},
-            "its layers are GemmaDecoderLayer, and the fused layer knows",
+            "its layers are GemmaDecoderLayer, and the fused layer supports",
         ),
         ({"shape": {"hidden_act": "gelu"}}, "its activation is gelu"),
         ({"backend": "sdpa"}, "its attention backend is sdpa"),
@@ -223,7 +223,7 @@ def test_adapters_that_are_not_known():
         return found
 
     assert reason() is None
-    assert "q_proj carries a variant of LoRA" in reason(use_dora=True)
+    assert "q_proj has a variant of LoRA" in reason(use_dora=True)
     assert "has biases" in reason(lora_bias=True)
     model = get_peft_model(base.to(torch.bfloat16), LoraConfig(r=2, target_modules=["q_proj"]), "x")
     assert "is torch.float32 on a base of torch.bfloat16" in obstacle(model.get_base_model().layers[0])

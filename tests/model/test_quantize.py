@@ -155,7 +155,7 @@ def test_a_cast_changes_no_bit():
 
 
 def test_what_does_not_know_of_fp8_gets_no_number():
-    """transformers' own forward, which multiplies by weights that are not there."""
+    """transformers' own forward, which multiplies by weights that were freed."""
     model, one = fp8().eval(), batch(lengths=(9,))
     ids = {"input_ids": one.input_ids_T[None], "position_ids": one.position_ids_T[None]}
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_where_fp8_is_refused(monkeypatch):
     with pytest.raises(UserError, match=r"cannot run here: NVIDIA A100 is sm_80, .*; use base.base_precision: same"):
         check_base_precision(base(base_precision="fp8"), torch.device("cuda", 0), torch.bfloat16)
     monkeypatch.setattr("l2v_kernels.fp8.matmul._cuda_obstacle", lambda _: None)
-    with pytest.raises(UserError, match=r"fp8 multiplies into bf16, and base.precision is fp32; use bf16, or"):
+    with pytest.raises(UserError, match=r"fp8 gives bf16 results, and base.precision is fp32; use bf16, or"):
         check_base_precision(base(base_precision="fp8", precision="fp32"), torch.device("cuda", 0), torch.float32)
     check_base_precision(base(base_precision="fp8"), torch.device("cuda", 0), torch.bfloat16)
 
@@ -232,7 +232,7 @@ def test_weights_that_fp8_does_not_take(monkeypatch):
         to_fp8(model.fused, model.decoder)
     model = build("llama", "fused", **NOISY)
     base_of(model.fused.specs[0].qkv.modules[2]).weight.ds_id = 0  # as ZeRO-3 marks what it shards
-    with pytest.raises(UserError, match=r"fp8 does not go with ZeRO stage 3 \(zero.config\)"):
+    with pytest.raises(UserError, match=r"fp8 does not support ZeRO stage 3 \(zero.config\)"):
         to_fp8(model.fused, model.decoder)
 
 
@@ -335,7 +335,9 @@ def nf4(family="llama", dtype=torch.float32, lora=LORA):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_nf4_is_the_plain_model_with_rounded_weights(family):
     small, full = nf4(family)
-    assert small.fused is None and "q_proj is a Linear4bit, and the fused layer knows nn.Linear" in small.unfused_reason
+    assert (
+        small.fused is None and "q_proj is a Linear4bit, and the fused layer supports nn.Linear" in small.unfused_reason
+    )
     hidden, found = gradients(small)
     want_hidden, want = gradients(full)
     assert relative(hidden, want_hidden) <= 1e-5 and distance(found, want) <= 1e-5
@@ -406,4 +408,4 @@ def test_nf4_is_made_of_what_adapters_left(tmp_path):
 def test_what_a_user_is_told(monkeypatch):
     assert "SLOWER" in notice(base(base_precision="fp8")) and notice(base()) is None
     monkeypatch.delenv("L2V_FP8")
-    assert notice(base(base_precision="fp8")) == "frozen linears multiply in FP8"
+    assert notice(base(base_precision="fp8")) == "frozen linear layers run in FP8"

@@ -1,4 +1,4 @@
-"""Tiny decoders of every family that the fused layer knows, plain and fused, and one gradient through either."""
+"""Tiny decoders of every family that the fused layer supports, plain and fused, and one gradient through either."""
 
 import zlib
 

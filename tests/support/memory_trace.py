@@ -176,7 +176,7 @@ def _unmoved():
 
 @contextlib.contextmanager
 def fake_ranks(world: int) -> Iterator[None]:
-    """A process group of so many ranks, of which this is the first and the others are not there: collectives do nothing."""
+    """A process group of so many ranks, of which only the first exists: collectives do nothing."""
     import deepspeed
     import deepspeed.runtime.zero.partitioned_param_coordinator as coordinator
     import deepspeed.runtime.zero.utils as zero
@@ -192,7 +192,7 @@ def fake_ranks(world: int) -> Iterator[None]:
         mock.patch.object(torch.Tensor, "item", lambda self: number.get(self.dtype, 0)),
         mock.patch.object(torch.Tensor, "__bool__", lambda self: False),
         mock.patch.object(torch.Tensor, "__float__", lambda self: 1.0),
-        # Ranks compare lists, of which those that are not there have none.
+        # Ranks compare lists, which the missing ranks do not have.
         mock.patch.object(zero, "assert_ints_same_as_other_ranks", lambda *_: None),
         mock.patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda *_: None),
     ]

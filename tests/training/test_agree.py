@@ -45,12 +45,12 @@ def together(rank: int, world: int, port: int, folder: str) -> None:
 
 def test_three_ranks_together(tmp_path):
     run_ranks(together, (3, free_port(), str(tmp_path)), 3)
-    mend = "; all ranks need the same recipe, command line, data and run folder"
+    fix = "; all ranks need the same recipe, command line, data and run folder"
     for rank in range(3):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == {
             "same": "gave None",
-            "value": f"UserError: the ranks do not agree on a.c: [0] on rank 0, 2; [1] on rank 1{mend}",
-            "absent": f'UserError: the ranks do not agree on a.c: null on rank 0, 1; "x" on rank 2{mend}',
+            "value": f"UserError: the ranks do not agree on a.c: [0] on rank 0, 2; [1] on rank 1{fix}",
+            "absent": f'UserError: the ranks do not agree on a.c: null on rank 0, 1; "x" on rank 2{fix}',
             "first": "gave made by 0",
             "first fails": "UserError: rank 0 fell over",
             "every": f"gave {rank}",

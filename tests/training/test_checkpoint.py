@@ -106,7 +106,7 @@ def test_a_damaged_one_is_passed_over_with_a_warning(tmp_path, capsys, damage):
     assert_same(newest(tmp_path), 2)
     output = capsys.readouterr().out
     assert output.count("\n") == 1
-    assert output.startswith(f"warning: {tmp_path / 'step-000003'} is damaged and passed over: ")
+    assert output.startswith(f"warning: {tmp_path / 'step-000003'} is damaged and skipped: ")
 
 
 def test_if_all_are_damaged_there_is_none(tmp_path, capsys):
@@ -142,7 +142,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_older_ones(tmp_path, monkeyp
         save(tmp_path, made(3), keep=2)
     message = str(caught.value)
     assert f"{tmp_path / 'step-000003'}: the checkpoint cannot be written ({reason}" in message
-    assert "earlier checkpoints are whole: free some space and start the same command again" in message
+    assert "earlier checkpoints are complete: free some space and run the same command again" in message
     assert "\n" not in message and caught.value.exit_code == 1
     assert names(tmp_path) == ["step-000001", "step-000002"]
     assert_same(newest(tmp_path), 2)

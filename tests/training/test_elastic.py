@@ -1,4 +1,4 @@
-"""A run that goes on with another number of ranks, and another ZeRO stage: every example once an epoch, the same losses."""
+"""A run that resumes with another number of ranks or ZeRO stage: every example once per epoch, the same losses."""
 
 import json
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank is said on all: other settings, other data, an embedding that is not finite."""
+"""An error on one rank is raised on all: other settings, other data, an embedding with NaN or Inf."""
 
 import json
 from pathlib import Path
@@ -94,7 +94,7 @@ def test_an_embedding_that_is_not_finite_stops_every_rank(
     said = sentence(finish(start_ranks([[path, "--stage", "supervised"]] * world), expect=1, timeout=300))
     step = int(said.split("step ")[1].split(":")[0])
     assert f"step {step}: the embedding of the negative 1 of example 19 is NaN or Inf (1 of " in said, said
-    assert "so it changed nothing; remove or fix the text" in said
+    assert "so it was not applied; remove or fix the text" in said
     run = tmp_path / "run" / "supervised"
     rows = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows == list(range(1, step + 1)) and not (run / "adapter").exists()

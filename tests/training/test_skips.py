@@ -1,4 +1,4 @@
-"""Steps that are not finite are left out: nothing moves, they are counted, and too many in a row end the run."""
+"""Steps with NaN or Inf are skipped: no weight changes, they are counted, and too many in a row end the run."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_a_run_that_left_a_step_out_goes_on_with_the_same_bits(recipe, run_here,
 def test_too_many_in_a_row_end_the_run_and_the_batch_is_kept(recipe, run_here, tmp_path):
     path = recipe(list(range(24)), **{"stages.supervised.skip_limit": 2})
     output = run_here(path, "--stage", "supervised", expect=1)
-    assert "(2 steps in a row), so it changed nothing; " in output and "Traceback" not in output
+    assert "(2 steps in a row), so it was not applied; " in output and "Traceback" not in output
     run = tmp_path / "run/supervised"
     kept = load_file(run / "broken/step-000002-rank-0.safetensors")
     assert len(kept["0.example_ids_S"]) == 8 and kept["0.input_ids_T"].numel() == kept["0.lengths_S"].sum()

@@ -1,4 +1,4 @@
-"""Fused decoder layers of the Llama family: transformers' modules hold the parameters, forward and backward are ours."""
+"""Fused decoder layers of the Llama family: the modules of transformers hold the parameters, forward and backward are ours."""
 
 from l2v.model.fused.spec import Unsupported, obstacle
 from l2v.model.fused.stack import FusedStack, Recompute

@@ -1,9 +1,11 @@
-"""The autograd functions of a fused layer. Only what the backward needs is kept; norms and SwiGLU products are made
-again from it, products with weights never.
+"""The autograd functions of a fused layer.
 
-Matrices of adapters are arguments, so that autograd finds them; everything frozen is read from the modules, in the backward
-once more, where ZeRO-3 has gathered it again. Sums that a norm takes come out beside it, so that a residual is added where
-it is read anyway.
+Only what the backward needs is kept. Norm outputs and SwiGLU outputs are recomputed in the backward; matmuls with weights
+never are.
+
+Adapter matrices are arguments, so that autograd sees them. Frozen weights are read from the modules, in the forward and
+again in the backward, because ZeRO-3 gathers them for each. A norm also returns the residual sum that it reads, so the
+residual is added without another pass over memory.
 """
 
 from __future__ import annotations
@@ -28,15 +30,15 @@ class Call:
     """One forward of one layer."""
 
     spec: LayerSpec
-    noise: InputDropout
+    dropout: InputDropout
     cos_TD: torch.Tensor
     sin_TD: torch.Tensor
     keep_all: bool
-    """Keep norm outputs and SwiGLU products too (recompute: none)."""
+    """Also keep norm and SwiGLU outputs (recompute: none)."""
 
 
 def _adapters(group: Group, matrices: tuple[torch.Tensor, ...]) -> tuple[Adapter, ...]:
-    """The group's adapters with the matrices that autograd handed in."""
+    """The group's adapters with the matrices that autograd passed."""
     pairs = zip(matrices[::2], matrices[1::2], strict=True)
     return tuple(replace(a, a_RE=A, b_OR=B) for a, (A, B) in zip(group.adapters(), pairs, strict=True))
 
@@ -46,12 +48,12 @@ def _flat(found: lora.Gradients) -> list[torch.Tensor]:
 
 
 class GroupLinear(torch.autograd.Function):
-    """A group on an input that is kept by somebody else anyway: the output projection on what attention gave."""
+    """A group whose input is kept by another function anyway: the output projection, on attention's output."""
 
     @staticmethod
-    def forward(ctx, x_TE: torch.Tensor, group: Group, noise: InputDropout, *matrices: torch.Tensor) -> torch.Tensor:
-        y_TN, kept = lora.forward(x_TE, group.linears(), _adapters(group, matrices), noise)
-        ctx.group, ctx.noise = group, noise
+    def forward(ctx, x_TE: torch.Tensor, group: Group, dropout: InputDropout, *matrices: torch.Tensor) -> torch.Tensor:
+        y_TN, kept = lora.forward(x_TE, group.linears(), _adapters(group, matrices), dropout)
+        ctx.group, ctx.dropout = group, dropout
         ctx.save_for_backward(x_TE, *kept.tensors())
         return y_TN
 
@@ -61,17 +63,17 @@ class GroupLinear(torch.autograd.Function):
         x_TE, *kept = ctx.saved_tensors
         group = ctx.group
         found = lora.backward(
-            dy_TN, x_TE, lora.Kept.of(tuple(kept)), group.linears(), group.adapters(), ctx.noise,
+            dy_TN, x_TE, lora.Kept.of(tuple(kept)), group.linears(), group.adapters(), ctx.dropout,
             want_dx=ctx.needs_input_grad[0],
         )  # fmt: skip
         return found.dx_TE, None, None, *_flat(found)
 
 
 class ProjectHeads(torch.autograd.Function):
-    """Residual sum, norm, q, k and v with LoRA, norms of heads (Qwen3), rotation.
+    """Residual sum, norm, q, k and v with LoRA, norms per head (Qwen3), RoPE.
 
-    (residual [T, E], delta [T, E] or None) -> (sum [T, E], q [T, H, D], k [T, K, D], v [T, K, D]); without delta the sum is
-    the residual and is not returned again: its place holds None.
+    (residual [T, E], delta [T, E] or None) -> (sum [T, E], q [T, H, D], k [T, K, D], v [T, K, D]). Without delta the sum
+    equals the residual, and None is returned for it.
     """
 
     @staticmethod
@@ -80,14 +82,14 @@ class ProjectHeads(torch.autograd.Function):
         norm = spec.module.input_layernorm
         sum_TE, x_TE, rstd_T = rms_norm.forward(residual_TE, norm.weight, norm.variance_epsilon, delta_TE)
         linears = group.linears()
-        qkv_TN, kept = lora.forward(x_TE, linears, _adapters(group, matrices), call.noise)
+        qkv_TN, kept = lora.forward(x_TE, linears, _adapters(group, matrices), call.dropout)
         q, k, v = (part.unflatten(1, (-1, spec.head_dim)) for part in qkv_TN.split(linears.sizes, 1))
         before: tuple[torch.Tensor, ...] = ()
         if spec.head_norms is None:
             for heads in (q, k):
                 rotate(heads, call.cos_TD, call.sin_TD, out=heads)
         else:
-            # The norms' inputs are needed again: what is rotated is their output.
+            # The backward needs the norms' inputs, so RoPE overwrites their outputs instead.
             q, q_rstd = _norm_heads(q, spec.head_norms[0])
             k, k_rstd = _norm_heads(k, spec.head_norms[1])
             rotate(q, call.cos_TD, call.sin_TD, out=q)
@@ -124,7 +126,7 @@ class ProjectHeads(torch.autograd.Function):
             x_TE = rms_norm.normalize(sum_TE, rstd_T, norm.weight)
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         found = lora.backward(
-            dqkv_TN, x_TE, kept, linears, spec.qkv.adapters(), call.noise, want_dx=wanted
+            dqkv_TN, x_TE, kept, linears, spec.qkv.adapters(), call.dropout, want_dx=wanted
         )  # fmt: skip
         dx_TE = rms_norm.backward(found.dx_TE, sum_TE, rstd_T, norm.weight, dsum_TE) if wanted else None
         return dx_TE, (dx_TE if ctx.has_delta else None), None, *_flat(found)
@@ -137,12 +139,12 @@ def _norm_heads(heads_THD: torch.Tensor, norm: Any) -> tuple[torch.Tensor, torch
 
 
 def _added_in_swiglu(adapters: tuple[Adapter, ...]) -> bool:
-    """Whether SwiGLU adds LoRA's share of gate and up: it spares writing the share and reading it in the frozen product."""
+    """Whether SwiGLU adds LoRA's part of gate and up; that saves writing it and reading it again in the frozen matmul."""
     return bool(adapters) and max(a.rank for a in adapters) <= swiglu.MAX_RANK
 
 
 def _share(kept: lora.Kept, adapters: tuple[Adapter, ...]) -> swiglu.GateUpLora | None:
-    """What SwiGLU adds to the frozen product of gate and up; None where there is nothing, or the product has it already."""
+    """What SwiGLU adds to the frozen matmul of gate and up; None if there is no LoRA or the matmul has added it already."""
     if not _added_in_swiglu(adapters):
         return None
     assert kept.xa_TR is not None  # there are adapters
@@ -167,9 +169,9 @@ class GatedMlp(torch.autograd.Function):
         n = 2 * len(spec.gate_up.adapters())
         of_gate_up, of_down = _adapters(spec.gate_up, matrices[:n]), _adapters(spec.down, matrices[n:])
         project = lora.forward_frozen if _added_in_swiglu(of_gate_up) else lora.forward
-        gate_up_TG, kept_gate_up = project(x_TE, spec.gate_up.linears(), of_gate_up, call.noise)
+        gate_up_TG, kept_gate_up = project(x_TE, spec.gate_up.linears(), of_gate_up, call.dropout)
         product_TF = swiglu.forward(gate_up_TG, _share(kept_gate_up, of_gate_up))
-        y_TE, kept_down = lora.forward(product_TF, spec.down.linears(), of_down, call.noise)
+        y_TE, kept_down = lora.forward(product_TF, spec.down.linears(), of_down, call.dropout)
         saved = kept_gate_up.tensors()
         ctx.call, ctx.n_gate_up = call, len(saved)
         ctx.set_materialize_grads(False)
@@ -192,7 +194,7 @@ class GatedMlp(torch.autograd.Function):
         if product_TF is None:
             product_TF = swiglu.forward(gate_up_TG, share)
         of_down = lora.backward(
-            dy_TE, product_TF, kept_down, spec.down.linears(), spec.down.adapters(), call.noise
+            dy_TE, product_TF, kept_down, spec.down.linears(), spec.down.adapters(), call.dropout
         )  # fmt: skip
         del product_TF
         dgate_up_TG = swiglu.backward(of_down.dx_TE, gate_up_TG, lora=share)
@@ -200,7 +202,7 @@ class GatedMlp(torch.autograd.Function):
         if x_TE is None:
             x_TE = rms_norm.normalize(sum_TE, rstd_T, norm.weight)
         found = lora.backward(
-            dgate_up_TG, x_TE, kept_gate_up, spec.gate_up.linears(), of_gate_up, call.noise
+            dgate_up_TG, x_TE, kept_gate_up, spec.gate_up.linears(), of_gate_up, call.dropout
         )  # fmt: skip
         dx_TE = rms_norm.backward(found.dx_TE, sum_TE, rstd_T, norm.weight, dsum_TE)
         return dx_TE, dx_TE, None, *_flat(found), *_flat(of_down)

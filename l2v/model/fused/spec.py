@@ -1,4 +1,4 @@
-"""What of a transformers decoder the fused layer knows, and why it does not take another."""
+"""Which transformers decoders the fused layer supports, and the reason if it does not support one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft.tuners.lora import Linear as LoraModule
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from l2v.model.noise import AddressedDropout
+from l2v.model.keyed_dropout import KeyedDropout
 from l2v_kernels.lora_linear import Adapter, FrozenLinears, Linears
 
 FAMILIES = {
@@ -19,23 +19,23 @@ FAMILIES = {
     "Qwen2DecoderLayer": "qwen2",
     "Qwen3DecoderLayer": "qwen3",
 }
-"""Class of the layer, and the module of transformers.models that it must come from."""
+"""Class of the layer, and the module in transformers.models that it must come from."""
 
 
 class Unsupported(Exception):
-    """A layer that runs on the plain path; the message says why."""
+    """A layer cannot be fused and runs on the plain path; the message says why."""
 
 
-# Modules of transformers and PEFT are read by name, and nn.Module types every attribute as Tensor | Module: hence Any.
+# Attributes of transformers and PEFT modules are read by name, and nn.Module types each as Tensor | Module: hence Any.
 
 
 def base_of(module: nn.Module) -> Any:
-    """The frozen linear, below LoRA or bare."""
+    """The frozen linear layer, with or without LoRA around it."""
     return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
 def _active(module: nn.Module) -> str | None:
-    """The adapter that a PEFT layer adds now, or None."""
+    """The adapter that a PEFT layer currently applies, or None."""
     if not isinstance(module, LoraLayer) or module.disable_adapters or module.merged:
         return None
     names = [name for name in module.active_adapters if name in module.lora_A]
@@ -43,17 +43,17 @@ def _active(module: nn.Module) -> str | None:
 
 
 class Quantized(Protocol):
-    """Holds the weights of a group in fewer bits, in place of its modules (see `l2v.model.quantize`)."""
+    """The quantised weights of a group, used instead of its modules' weights (see `l2v.model.quantize`)."""
 
     def linears(self) -> FrozenLinears:
-        """What multiplies by them."""
+        """The weights for the fused layer."""
 
 
 class Group:
-    """Linears that read one input, as transformers and PEFT hold them.
+    """Linear layers with the same input, as modules of transformers and PEFT.
 
-    Weights are read from the modules at every call, forward and backward: ZeRO-3 gathers them anew for each, and the
-    optimizer changes adapters in place.
+    Weights are read from the modules at every call, forward and backward: ZeRO-3 gathers them for each, and the optimizer
+    changes adapters in place.
     """
 
     def __init__(self, modules: list[Any]) -> None:
@@ -61,26 +61,26 @@ class Group:
         self.quantized: Quantized | None = None
 
     def linears(self) -> FrozenLinears:
-        """The frozen part."""
+        """The frozen weights."""
         if self.quantized is not None:
             return self.quantized.linears()
         bases = [base_of(m) for m in self.modules]
         return Linears([b.weight for b in bases], [b.bias for b in bases])
 
     def adapters(self) -> tuple[Adapter, ...]:
-        """LoRA as it is now, in the order of the modules."""
+        """The current LoRA adapters, in the order of the modules."""
         found = []
         for part, module in enumerate(self.modules):
             name = _active(module)
             if name is not None:
                 drop = module.lora_dropout[name]
-                stream = drop.stream if isinstance(drop, AddressedDropout) else 0
+                stream = drop.stream if isinstance(drop, KeyedDropout) else 0
                 a, b = module.lora_A[name].weight, module.lora_B[name].weight
                 found.append(Adapter(part, a, b, module.scaling[name], stream))
         return tuple(found)
 
     def matrices(self) -> list[torch.Tensor]:
-        """A and B of each adapter in turn, for autograd to find."""
+        """A and B of each adapter in turn, as arguments for autograd."""
         return [matrix for adapter in self.adapters() for matrix in (adapter.a_RE, adapter.b_OR)]
 
 
@@ -101,7 +101,11 @@ class LayerSpec:
 
     @classmethod
     def of(cls, layer: Any) -> LayerSpec:
-        """Errors: Unsupported, with the reason."""
+        """Read a layer's module.
+
+        Raises:
+            Unsupported: it cannot be fused, with the reason.
+        """
         reason = obstacle(layer)
         if reason:
             raise Unsupported(reason)
@@ -124,17 +128,17 @@ class LayerSpec:
 
     @property
     def head_norms(self) -> tuple[nn.Module, nn.Module] | None:
-        """Qwen3's norms of queries and keys."""
+        """Norms of queries and keys per head (Qwen3), or None."""
         attention = self.module.self_attn
         return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
 
     @property
     def linears(self) -> list[Any]:
-        """All seven."""
+        """All seven linear layers."""
         return [m for group in (self.qkv, self.o, self.gate_up, self.down) for m in group.modules]
 
     def dropout(self) -> float:
-        """The probability of LoRA dropout now: that of any adapted linear, in training; all have the same."""
+        """The current probability of LoRA dropout; all linear layers have the same. 0 in eval mode."""
         for module in self.linears:
             name = _active(module)
             if name is not None:
@@ -148,13 +152,13 @@ def _family(layer: nn.Module) -> str | None:
 
 
 def obstacle(layer: Any) -> str | None:
-    """Why this layer runs on the plain path, as the rest of a sentence; None where it can be fused."""
+    """Why this layer cannot be fused, as the rest of a sentence; None if it can."""
     if _family(layer) is None:
         known = ", ".join(name.title() for name in FAMILIES.values())
-        return f"its layers are {type(layer).__name__}, and the fused layer knows those of {known}"
+        return f"its layers are {type(layer).__name__}, and the fused layer supports those of {known}"
     act = layer.self_attn.config.hidden_act
     if act not in ("silu", "swish"):
-        return f"its activation is {act}, and the fused layer knows SiLU"
+        return f"its activation is {act}, and the fused layer supports SiLU"
     if getattr(layer.self_attn.config, "_attn_implementation", "l2v") != "l2v":
         return f"its attention backend is {layer.self_attn.config._attn_implementation}; the fused layer needs base.backend=l2v"
     attention, mlp = layer.self_attn, layer.mlp
@@ -167,28 +171,28 @@ def obstacle(layer: Any) -> str | None:
         if (adapter := _active(module)) is not None:
             probabilities.add(getattr(module.lora_dropout[adapter], "p", 0.0))
     if len(probabilities) > 1:
-        return f"its adapters drop out with different probabilities, {sorted(probabilities)}"
+        return f"its adapters have different dropout probabilities, {sorted(probabilities)}"
     others = [
         n for n, m in layer.named_modules() if isinstance(m, LoraLayer) and n.rsplit(".", 1)[-1] not in sum(names, ())
     ]
-    return f"LoRA sits on {others[0]}, and the fused layer knows it on linears" if others else None
+    return f"LoRA is on {others[0]}, and the fused layer supports it on linear layers" if others else None
 
 
 def _linear_obstacle(name: str, module: Any) -> str | None:
     base = base_of(module)
     if type(base) is not nn.Linear:
-        return f"{name} is a {type(base).__name__}, and the fused layer knows nn.Linear"
+        return f"{name} is a {type(base).__name__}, and the fused layer supports nn.Linear"
     if not isinstance(module, LoraLayer):
         return None
     if type(module) is not LoraModule or any(getattr(module, "use_dora", {}).values()) or module.lora_variant:
-        return f"{name} carries a variant of LoRA ({type(module).__name__}), and the fused layer knows plain LoRA"
+        return f"{name} has a variant of LoRA ({type(module).__name__}), and the fused layer supports plain LoRA"
     if len([n for n in module.active_adapters if n in module.lora_A]) > 1:
         return f"{name} has several active adapters; merge them, or leave one active"
     adapter = _active(module)
     if adapter is None:
         return None
     if module.lora_A[adapter].bias is not None or module.lora_B[adapter].bias is not None:
-        return f"the adapter of {name} has biases, and the fused layer knows plain LoRA"
+        return f"the adapter of {name} has biases, and the fused layer supports plain LoRA"
     dtype = module.lora_A[adapter].weight.dtype
     if dtype != base.weight.dtype:
         return f"the adapter of {name} is {dtype} on a base of {base.weight.dtype}; the fused layer needs one dtype"

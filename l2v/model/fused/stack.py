@@ -1,4 +1,4 @@
-"""All layers of a decoder, fused: the residual stream travels as a sum and the last delta, added in the next norm."""
+"""All layers of a decoder, fused. The residual stream is passed on as a sum and the last delta, added in the next norm."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ Recompute = Literal["none", "cheap", "layer"]
 class FusedStack:
     """Runs a decoder's layers with fused forward and backward.
 
-    Holds no parameter: each module of the decoder keeps its own, and is called as a module, so that hooks on modules (ZeRO-3
-    gathers weights in them) run as ever. The decoder's own `forward` is left as it is.
-    recompute: `cheap` keeps what the backward cannot make by one pass over memory; `none` also keeps norm outputs and SwiGLU
-    products; `layer` keeps each layer's input and runs the layer again. gathered: an engine gathers the parameters of a
-    layer when it runs.
+    It holds no parameters: each module of the decoder keeps its own and is called as a module, so that module hooks (ZeRO-3
+    gathers weights in them) still run. The decoder's own `forward` does not change.
+    recompute: `cheap` keeps what one pass over memory cannot recompute; `none` also keeps norm and SwiGLU outputs; `layer`
+    keeps each layer's input and runs the layer again. gathered: an engine gathers the parameters of a layer when it runs.
     """
 
     def __init__(self, decoder: nn.Module, recompute: Recompute = "cheap") -> None:
-        """Errors: Unsupported where a layer is not of a known family, or adapted in a way that is not known."""
+        """Install the fused forward in the decoder's layers and final norm.
+
+        Raises:
+            Unsupported: a layer's family or its LoRA is not supported.
+        """
         inner: Any = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
         self.inner, self.recompute = inner, recompute
         self.gathered = False
@@ -44,8 +47,10 @@ class FusedStack:
         )
 
     def stack_weights(self) -> None:
-        """Put weights that read one input into one buffer, for one product. Once the model is on its device; not with
-        ZeRO-3, which owns the storage of parameters."""
+        """Store weights with the same input in one buffer, for a single matmul.
+
+        Call it once the model is on its device; not with ZeRO-3, which owns the storage of parameters.
+        """
         for spec in self.specs:
             for group in (spec.qkv, spec.gate_up):
                 stack_weights([base_of(m) for m in group.modules])
@@ -59,12 +64,15 @@ class FusedStack:
         rows_T: torch.Tensor,
         pool_weights_T: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden_TE after the final norm, in the model's dtype; with weights, each segment's weighted mean of it, float32
-        [S, E], and no normalised token in memory. Noise only in training mode."""
+        """hidden_TE after the final norm, in the model's dtype; dropout only in training mode.
+
+        With pool_weights_T: each segment's weighted mean of the hidden states, float32 [S, E], computed without storing the
+        normalised tokens.
+        """
         embedded_TE = self.inner.embed_tokens(input_ids_T.unsqueeze(0))
         cos, sin = self.inner.rotary_emb(embedded_TE, position_ids_T.unsqueeze(0))
         if self.gathered and torch.is_grad_enabled():
-            # ZeRO-3 reduces a layer's gradients when that of its input is there; without one it would do so too early.
+            # ZeRO-3 reduces a layer's gradients once its input has a gradient; without one it would do so too early.
             embedded_TE.requires_grad_()
         run = _Run(packed, seeds_T, rows_T, cos[0], sin[0])
         sum_TE, delta_TE = embedded_TE[0], None
@@ -76,25 +84,25 @@ class FusedStack:
         if self.recompute == "layer" and torch.is_grad_enabled():
             if delta_TE is not None:
                 residual_TE, delta_TE = residual_TE + delta_TE, None  # kept as one tensor instead of two
-            # Noise has an address: there is no generator whose state would have to be put back.
+            # Dropout is counter-based (Philox), so there is no generator state to restore.
             return checkpoint(
                 self._layer_once, spec, residual_TE, delta_TE, run, use_reentrant=False, preserve_rng_state=False
             )
         return self._layer_once(spec, residual_TE, delta_TE, run)
 
     def _layer_once(self, spec: LayerSpec, residual_TE, delta_TE, run):
-        noise = InputDropout(spec.dropout(), run.seeds_T, run.rows_T)
-        call = Call(spec, noise, run.cos_TD, run.sin_TD, keep_all=self.recompute == "none")
+        dropout = InputDropout(spec.dropout(), run.seeds_T, run.rows_T)
+        call = Call(spec, dropout, run.cos_TD, run.sin_TD, keep_all=self.recompute == "none")
         sum_TE, q, k, v = ProjectHeads.apply(residual_TE, delta_TE, call, *spec.qkv.matrices())
         packed, training = run.packed, spec.module.self_attn.training
         window = spec.window
         if window is not None and not packed.causal:
-            window += 1  # as transformers counts it to both sides, see l2v_kernels.integrations.transformers
+            window += 1  # transformers counts it on both sides, see l2v_kernels.integrations.transformers
         o_THD = attention(
             q, k, v, packed.cu_seqlens, scale=spec.scale, dropout_p=packed.dropout_p if training else 0.0,
             seeds_S=packed.seeds_S, stream=spec.index, causal=packed.causal, window=window, plan=packed.plan,
         )  # fmt: skip
-        a_TE = GroupLinear.apply(o_THD.flatten(1), spec.o, noise, *spec.o.matrices())
+        a_TE = GroupLinear.apply(o_THD.flatten(1), spec.o, dropout, *spec.o.matrices())
         residual_TE = residual_TE if sum_TE is None else sum_TE
         return GatedMlp.apply(residual_TE, a_TE, call, *spec.gate_up.matrices(), *spec.down.matrices())
 
@@ -119,10 +127,10 @@ def _final_norm(norm: Any, residual_TE, delta_TE, weights_T, cu_seqlens):
 
 
 def _install_fused_forward(module: Any, fused_forward) -> None:
-    """Let a module run the fused forward when called with `fused=`, and its own otherwise."""
-    own = type(module).forward
+    """Make a module run the fused forward when called with `fused=`, and its original forward otherwise."""
+    original = type(module).forward
 
     def forward(*args, fused=None, **kwargs):
-        return own(module, *args, **kwargs) if fused is None else fused_forward(*args, fused)
+        return original(module, *args, **kwargs) if fused is None else fused_forward(*args, fused)
 
     module.forward = forward
