@@ -37,12 +37,16 @@ def test_an_old_run_resumes_evaluates_and_exports(old_run, run_here, tmp_path, s
     assert change > 0 and difference <= 1e-3 * change
 
     run = read_run(old_run)
-    assert [stage.name for stage in run.stages if stage.trained] == ["mntp", "supervised"] == list(trained_stages(old_run))
+    assert (
+        [stage.name for stage in run.stages if stage.trained] == ["mntp", "supervised"] == list(trained_stages(old_run))
+    )
     assert [row["step"] for row in run.stages[1].metrics] == [1, 2, 3, 4]
 
     encoder = Encoder.from_pretrained("run")
     assert cli.main(["export", "run", "export"]) == 0
-    assert np.allclose(Encoder.from_pretrained("export").encode(sentences[:4]), encoder.encode(sentences[:4]), atol=1e-6)
+    assert np.allclose(
+        Encoder.from_pretrained("export").encode(sentences[:4]), encoder.encode(sentences[:4]), atol=1e-6
+    )
 
 
 def test_an_old_run_is_evaluated(old_run, run_here, tmp_path, capfd):
