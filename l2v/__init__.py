@@ -5,7 +5,7 @@ __all__ = ["Encoder"]
 
 
 def __getattr__(name: str):
-    # Lazy, so that the command line answers a wrong recipe without loading torch first.
+    # Lazy, so that the command line reports a wrong recipe without loading torch first.
     if name == "Encoder":
         from l2v.encoder import Encoder
 

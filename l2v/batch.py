@@ -27,7 +27,7 @@ def mix(*numbers: int) -> int:
 class Segment:
     """One text on its way into a pack.
 
-    ids: int64 [n]; pool_start: the tokens from here on are pooled; example and column: its address (query 0, positive 1,
+    ids: int64 [n]; pool_start: the tokens from here on are pooled; example and column: its place (query 0, positive 1,
     negatives from 2; view 0 and 1; document 0.. within a block); text_key: equal for equal texts; group: equal for texts of
     one group, -1 for none.
     """
@@ -48,8 +48,8 @@ class PackedBatch:
     """S segments one after another in T tokens.
 
     input_ids_T, position_ids_T: int64 (positions restart in every segment); cu_seqlens: int32 [S+1]; lengths: the same on
-    the host; pool_mask_T: bool; example_ids_S, columns_S, text_keys_S, groups_S, seeds_S: int64 (a segment's noise is a
-    function of its seed and of nothing else in the pack); label_index_L, labels_L: int64, hidden state label_index
+    the host; pool_mask_T: bool; example_ids_S, columns_S, text_keys_S, groups_S, seeds_S: int64 (a segment's dropout is a
+    function of its seed alone, not of the rest of the pack); label_index_L, labels_L: int64, hidden state label_index
     predicts label.
     """
 
@@ -68,7 +68,7 @@ class PackedBatch:
 
     @property
     def tokens(self) -> int:
-        """T, without a look at the device."""
+        """T, without a device synchronisation."""
         return sum(self.lengths)
 
     def to(self, device: torch.device | str) -> PackedBatch:
@@ -89,7 +89,7 @@ def pack(
     label_index: Sequence[int] | np.ndarray = (),
     labels: Sequence[int] | np.ndarray = (),
 ) -> PackedBatch:
-    """Concatenate segments; each gets the noise seed of (seed, step, example, column)."""
+    """Concatenate segments; each gets its dropout seed from (seed, step, example, column)."""
     if not segments:
         raise ValueError("pack() needs at least one segment")
     lengths = [len(s) for s in segments]

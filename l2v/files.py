@@ -1,8 +1,10 @@
-"""Files that are whole or not there. A leaf of the import tree."""
+"""Files that are written whole or not at all. A leaf of the import tree."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -15,20 +17,30 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it, after a kill or a power cut too, finds the old content or the new one."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path to write to; it replaces `path` when the block ends without an error.
+
+    A reader finds the old content or the new one, also after a kill or a power cut.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         sync(partial)
         partial.replace(path)
         sync(path.parent)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file as a whole, as `replacing` does."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def reason(error: BaseException) -> str:
-    """Why a file could not be written, in few words; safetensors hides the system's error in a text of its own."""
+    """The short reason why a file could not be written; safetensors hides the system's error in its own text."""
     text = getattr(error, "strerror", None) or str(error)
     return "no space left on the disk" if "No space left" in text else text

@@ -193,7 +193,7 @@ def test_a_measured_gpu_is_planned_by_what_it_reached(capsys, monkeypatch):
     ("arguments", "says"),
     [
         (["llama3-8b-da", "--gpu", "h9000"], "choose one of h200, h100, a100, l40s, rtx4090, b200, or here"),
-        (["llama3-8b-da", "--gpu", "h200", "--gpus", "0"], "--gpus and --per-node are at least 1"),
+        (["llama3-8b-da", "--gpu", "h200", "--gpus", "0"], "--gpus and --per-node must be at least 1"),
         (
             ["llama3-8b-da", "--gpu", "h200", "base.config=null", "base.model=nobody/nothing"],
             "the shape of 'nobody/nothing' is not known before it is downloaded",

@@ -238,8 +238,8 @@ def test_the_base_override_keeps_the_rest_of_the_base(load, override):
 @pytest.mark.parametrize(
     ("override", "stage", "part"),
     [
-        ("steps", None, "command line 'steps': an override reads key=value"),
-        ("=3", None, "command line '=3': an override reads key=value"),
+        ("steps", None, "command line 'steps': an override has the form key=value"),
+        ("=3", None, "command line '=3': an override has the form key=value"),
         ("steps=3", None, "command line 'steps=3': unknown key 'steps'"),
         ("sede=3", None, "command line 'sede=3': unknown key 'sede'; did you mean 'seed'?; or choose a --stage"),
         ("mnpt.steps=3", None, "unknown key 'mnpt'; did you mean 'mntp'?"),
@@ -247,7 +247,7 @@ def test_the_base_override_keeps_the_rest_of_the_base(load, override):
         ("stepz=3", "mntp", "unknown key 'stages.mntp.stepz'; did you mean 'steps'?"),
         ("mntp.steps=many", None, "command line 'mntp.steps=many': stages.mntp.steps is a whole number; found 'many'"),
         ("seed=[1", None, "command line 'seed=[1': seed is a whole number; found '[1'"),
-        ("stages.mnpt.steps=3", None, "there is no stage 'mnpt'; did you mean 'mntp'?"),
+        ("stages.mnpt.steps=3", None, "no stage 'mnpt'; did you mean 'mntp'?"),
         ("base.modle=x", None, "unknown key 'base.modle'; did you mean 'model'?"),
     ],
 )
@@ -257,7 +257,7 @@ def test_a_bad_override_is_quoted(load, override, stage, part):
 
 @pytest.mark.parametrize("overrides", [[], ["steps=3"]])
 def test_a_stage_that_is_not_there_is_named(load, overrides):
-    assert "there is no stage 'smicse'; did you mean 'simcse'?" in refused(load, overrides=overrides, stage="smicse")
+    assert "no stage 'smicse'; did you mean 'simcse'?" in refused(load, overrides=overrides, stage="smicse")
 
 
 def test_an_override_of_a_recipe_without_stages(load):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from l2v.batch import PackedBatch, Segment, pack
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 from l2v.files import reason, replace_text
 from l2v.recipe import Stage
 
@@ -56,7 +56,7 @@ class OutOfMemoryGuard:
                 if not is_out_of_memory(error):
                     raise
                 if self.engine.zero_optimization_stage() == 3 or not self._whole_bucket():
-                    raise OutOfMemory(str(error).splitlines()[0]) from None
+                    raise OutOfMemory(first_line(error)) from None
                 self.happened = True
             # outside the handler, or its traceback would keep the tensors of the step alive
             self.free()

@@ -220,7 +220,7 @@ def test_without_a_library_one_line_says_how_to_install_it(monkeypatch, tmp_path
     for name, lines in small().items():
         (tmp_path / name).write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
     report = check_folder(tmp_path)
-    assert report.notes == [f"{what} was not checked, for it needs {library}: pip install {library}"]
+    assert report.notes == [f"{what} was not checked; it needs {library}: pip install {library}"]
     assert report.ok and what not in report.findings
 
 
@@ -254,7 +254,7 @@ QUESTION = '{"id": "a-01-a", "query": "Hvad?", "positive": "a-01", "negatives": 
         ("passages.jsonl", PASSAGE[:-1] + ', "url": ""}', "line 1: unknown field 'url'"),
         ("passages.jsonl", f"{PASSAGE}\n{PASSAGE}", "line 2: the id 'a-01' was used before"),
         ("passages.jsonl", b"\xff", "not readable as UTF-8"),
-        ("questions.jsonl", QUESTION.replace("[]", '["b-01"]'), "line 1: there is no passage 'b-01' in passages.jsonl"),
+        ("questions.jsonl", QUESTION.replace("[]", '["b-01"]'), "line 1: no passage 'b-01' in passages.jsonl"),
         ("questions.jsonl", QUESTION.replace("[]", '"a-01"'), "line 1: 'negatives' is a list of passage ids"),
         ("questions.jsonl", QUESTION.replace("plain", "hard"), "line 1: 'kind' is plain or colloquial or disjoint"),
         ("questions.jsonl", "", "the set is empty"),
@@ -274,5 +274,5 @@ def test_bad_input_is_one_sentence_with_file_and_line(tmp_path, name, content, s
 
 
 def test_a_folder_without_the_files_is_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no such file; a folder needs"):
+    with pytest.raises(UserError, match="file not found; a folder needs"):
         main([str(tmp_path / "ingen")])
