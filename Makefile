@@ -28,7 +28,7 @@ test: $(READY) lint
 test-all: $(READY) lint wheel-test
 	L2V_SLOW=1 $(PYTEST) -m '' $(ARGS)
 
-lint: $(READY)
+lint: $(READY) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -37,7 +37,7 @@ types: $(READY)
 
 # The site, into build/site; a broken link or a name that does not exist stops it.
 docs: $(VENV)/.docs-ready
-	$(BIN)/python docs/site/build.py $(ARGS)
+	$(BIN)/python docs/site/make_site.py $(ARGS)
 
 $(VENV)/.docs-ready: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[docs]'

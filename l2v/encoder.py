@@ -45,14 +45,23 @@ class Encoder:
         base_only: bool = False,
         trust_remote_code: bool = False,
     ) -> Encoder:
-        """Load an encoder.
+        """Load an encoder. An argument that is not given comes from the run, or has the default below.
 
-        base_or_run: a folder or hub name of a decoder, the name of an embedded base, an export of `save`, a stage of a run
-        (`runs/NAME/supervised`) or a run (its last trained stage). adapters: PEFT LoRA folders or hub names, merged in
-        order, in float32, rounded once. What is left out comes from the run, or is: pooling mean, attention
-        bidirectional, no template, 512 tokens, precision auto (bf16 where the hardware multiplies it), backend l2v.
-        base_only: of a run or an adapter the untrained base, read as the run reads texts.
-        Raises UserError with one sentence when something is not there or does not fit.
+        Args:
+            base_or_run: a folder or hub name of a decoder, the name of an embedded base, an export of `save`, a stage of a
+                run (`runs/NAME/supervised`) or a run (its last trained stage).
+            adapters: folders or hub names of PEFT LoRA adapters, merged in order, in float32, rounded once.
+            pooling: `mean` (default), `weighted_mean`, `last` or `first`.
+            attention: `bidirectional` (default) or `causal`.
+            template: what is put before and after each text; none by default.
+            length: tokens of a text; longer ones are cut. Default 512.
+            precision: `auto` (default: bf16 where the hardware multiplies it), `bf16` or `fp32`.
+            backend: of attention: `l2v` (default), `sdpa` or `flash_attention_2`.
+            base_only: the untrained base of a run or an adapter, with the run's template and length.
+            trust_remote_code: run code that comes with a model from the hub.
+
+        Raises:
+            UserError: something does not exist or does not fit; one sentence.
         """
         base, merged, limit = _chosen(
             base_or_run, base_only, pooling=pooling, attention=attention, template=template, precision=precision,
@@ -73,14 +82,17 @@ class Encoder:
 
     @staticmethod
     def identity(base_or_run: str | Path, adapters: Sequence[str] = (), **options: Any) -> dict[str, Any]:
-        """What decides the vectors that `from_pretrained(base_or_run, adapters, **options)` would give, without loading it.
+        """What decides the vectors of `from_pretrained(base_or_run, adapters, **options)`, without loading it.
 
-        Base (its hash), adapters in order (their hashes), pooling, attention, template, length and the precision it would
-        run in here: whoever keeps vectors or scores keys them by this. Errors: as `from_pretrained`.
+        Use it as a key for stored vectors or scores: base and adapters in order (with their hashes), pooling, attention,
+        template, length, and the precision on this machine.
+
+        Raises:
+            UserError: as `from_pretrained`.
         """
         length = options.pop("length", None)
         base, merged, limit = _chosen(base_or_run, options.pop("base_only", False), **options)
-        load_config(base)  # or a name that nothing is called would only fail when it is loaded
+        load_config(base)  # so that an unknown name fails here and not when it is loaded
         return {
             "base": base.model,
             "sha256": fingerprint(base),
@@ -107,13 +119,22 @@ class Encoder:
         show_progress: bool = False,
         dimensions: int | None = None,
     ) -> np.ndarray:
-        """Vectors of texts: float32 [texts, dimension], in the order given; [dimension] for a single text.
+        """Vectors of texts. A vector depends only on its own text, never on the others.
 
-        instruction: stands before the text, is read by the model and not pooled. normalize: length 1. batch_tokens: tokens
-        in one forward. dimensions: keep so many of the vector's first dimensions, cut before normalising; meant for the
-        `matryoshka` lengths that a stage was trained on (Kusupati et al. 2022, arXiv 2205.13147). A text longer than
-        `length` is cut. A vector does not depend on the other texts.
-        Errors: UserError for an empty text, and for dimensions that are no whole number from 1 to `dimension`.
+        Args:
+            texts: one text or several. A text longer than the encoder's length is cut.
+            instruction: put before each text; the model reads it, but it is not pooled.
+            normalize: scale each vector to length 1.
+            batch_tokens: tokens in one forward.
+            show_progress: show a progress bar.
+            dimensions: keep only the first dimensions, cut before normalising; for the `matryoshka` lengths that a stage
+                was trained on (Kusupati et al. 2022, arXiv 2205.13147).
+
+        Returns:
+            float32 [texts, dimension] in the order given, or [dimension] for a single text.
+
+        Raises:
+            UserError: a text is empty, or `dimensions` is no whole number from 1 to `dimension`.
         """
         width = self.dimension if dimensions is None else dimensions
         if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= self.dimension:
@@ -148,7 +169,8 @@ class Encoder:
     def save(self, folder: str | Path) -> None:
         """Write a plain transformers checkpoint (`is_causal: false`, no remote code) with the sentence-transformers files.
 
-        `SentenceTransformer(folder)` gives the vectors of `encode`; `AutoModel.from_pretrained(folder)` the hidden states.
+        `SentenceTransformer(folder)` gives the vectors of `encode`; `AutoModel.from_pretrained(folder)` gives the hidden
+        states.
         """
         export(self.model, self.tokenizer, Path(folder), self.lineage)
 

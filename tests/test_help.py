@@ -79,6 +79,7 @@ def script(tmp_path_factory):
         ("data mine --by bm", "bm25"),
         ("eval --pooling l", "last"),
         ("bench att", "attention"),
+        ("init ", ""),
         ("nothing ", ""),
     ],
 )

@@ -47,6 +47,7 @@ MAY = {
 
 
 MAY["commands"] = {"package", *MAY} - {"kernels"}
+MAY |= {"cli": {"commands"}, "__main__": {"commands"}}
 
 
 def read(file: Path) -> str:

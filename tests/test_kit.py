@@ -67,9 +67,18 @@ def test_the_workflow_calls_targets_of_the_makefile():
     rows = job["strategy"]["matrix"]["include"]
     assert [step["run"] for step in job["steps"] if "run" in step] == ["make ${{ matrix.target }}"]
     called = {target for row in rows for target in row["target"].split()}
-    assert called <= targets and called >= {"lint", "types", "test", "wheel-test"}
+    assert called <= targets and called >= {"lint", "types", "test", "docs", "wheel-test"}
     assert {row["python"] for row in rows if row["target"] == "test"} == {"3.11", "3.12", "3.13"}
     assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]) for step in job["steps"] if "uses" in step)
+
+
+def test_every_file_that_the_guide_names_exists():
+    guide = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)\)", guide)
+    named = [n for n in re.findall(r"`([\w./-]+)`", guide) if n.count("/") and not n.startswith("git/")]
+    assert len(links) > 10 and len(named) > 10
+    for name in {*links, *named}:
+        assert (ROOT / name).exists(), name
 
 
 def test_one_version():

@@ -77,7 +77,7 @@ def test_remote_code_is_the_recipes_word_alone():
     """No call says True; where it is said at all, it is handed on from a base or an argument that is False by default."""
     assert Base("any").trust_remote_code is False
     said = {keyword(call, "trust_remote_code") for _, _, call in calls()} - {None}
-    assert said == {"base.trust_remote_code", "recipe.base.trust_remote_code", "trust_remote_code"}
+    assert said == {"base.trust_remote_code", "trust_remote_code"}
     for file in SOURCES:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.arguments):

@@ -10,7 +10,6 @@ import importlib
 import shlex
 from collections.abc import Iterator, Sequence
 
-from l2v.commands.bench import BENCHMARKS
 from l2v.commands.data import TOOLS
 from l2v.commands.parser import new_parser
 from l2v.data.corpus.config import config_folder
@@ -82,7 +81,6 @@ def script(shell: str) -> str:
     named = {
         "RECIPE": [path.stem for path in sorted(recipe_folder().glob("*.yaml"))],
         "CONFIG": [path.stem for path in sorted(config_folder().glob("*.yaml"))],
-        "NAME": list(BENCHMARKS),
     }
     values: list[str] = []
     arguments: list[str] = []

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from l2v.commands.parser import new_parser
 from l2v.data.own import look
 from l2v.errors import UserError
 from l2v.model.embedded import SMOLLM2
@@ -16,16 +17,7 @@ from l2v.recipe.new import LETTERS_A_TOKEN, OwnData, compose
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a commented recipe for your own data: pairs of question and answer, or texts alone."""
-    p = argparse.ArgumentParser(prog="l2v init", description=main.__doc__)
-    p.add_argument("name", help="the recipe's name: letters, digits, - and _")
-    p.add_argument("--data", required=True, metavar="FILE", help=".csv, .tsv, .jsonl, .parquet or .txt (a text a line)")
-    p.add_argument(
-        "--base",
-        default=SMOLLM2,
-        help=f"the decoder, a folder or a hub name (default: {SMOLLM2}, which trains on a CPU)",
-    )
-    p.add_argument("--out", metavar="FILE", help="the recipe's file (default: NAME.yaml)")
-    args = p.parse_args(argv)
+    args = parser().parse_args(argv)
     name = args.name.removesuffix(".yaml")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise UserError(f"the name '{args.name}' becomes the name of a folder: use letters, digits, - and _")
@@ -45,6 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\n{out}: {'mntp and supervised' if data.kind == 'pairs' else 'mntp and simcse'}, from {args.base}\n")
     print(_next(name, out, data))
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `l2v init`."""
+    p = new_parser(
+        "init", "Write a commented recipe for your own data: pairs of question and answer, or texts alone.",
+        "mine --data questions.csv", "mine --data texts.txt --base meta-llama/Meta-Llama-3-8B-Instruct",
+    )  # fmt: skip
+    p.add_argument("name", metavar="NAME", help="the recipe's name: letters, digits, - and _")
+    p.add_argument("--data", required=True, metavar="FILE", help=".csv, .tsv, .jsonl, .parquet or .txt (a text a line)")
+    p.add_argument(
+        "--base", default=SMOLLM2, metavar="MODEL",
+        help=f"the decoder, a folder or a hub name; the default trains on a CPU (default: {SMOLLM2})",
+    )  # fmt: skip
+    p.add_argument("--out", metavar="FILE", help="the recipe's file (default: NAME.yaml)")
+    return p
 
 
 def _seen(data: OwnData) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import datasets
 
 from l2v.data import raw, sample
-from l2v.data.columns import DEFAULTS, absent, numbered, settle
+from l2v.data.columns import absent, numbered, settle
 from l2v.data.text import sentences
 from l2v.data.tokens import text_key
 from l2v.errors import UserError, first_line
@@ -132,11 +132,13 @@ def _settled(source: Source, names: Sequence[str], kind: Kind, notes: list[str],
 
 
 def _optional(source: dict[str, Any], kind: Kind) -> list[str]:
-    """Columns that a recipe names and a row may lack; a column that no row has is an error."""
-    if kind != "pairs":
-        return []
-    named = [source["negatives"]] if source["negatives"] != DEFAULTS["negatives"] else []
-    return named + [source[key] for key in ("instruction", "document_instruction") if source[key]]
+    """Columns that a recipe names and a row may lack; a column that no row has is an error.
+
+    A column with the key's own name may be missing: mining and building write `negatives` or
+    `document_instruction` only if there are any.
+    """
+    keys = ("negatives", "instruction", "document_instruction") if kind == "pairs" else ()
+    return [source[key] for key in keys if source[key] not in (None, "", key)]
 
 
 def _unmet(wanted: list[str], names: Collection[str]) -> list[str]:
@@ -173,15 +175,14 @@ def _columns(source: Source, features: datasets.Features) -> dict[str, Any]:
 
 
 def _read_lines(path: str, shown: str, source: dict[str, Any], kind: Kind, stamp: str) -> Iterator[dict[str, Any]]:
-    wanted, count = _optional(source, kind), 0
+    wanted = _optional(source, kind)
     seen: dict[str, None] = {}
     for where, row in raw.read_rows(Path(path), shown):
-        count += 1
         if wanted:
             seen |= dict.fromkeys(row)
             wanted = _unmet(wanted, row)
         yield from normalise(row, source, kind, where)
-    if wanted and count:
+    if wanted and seen:
         raise UserError(absent(shown, wanted[0], seen))
 
 

@@ -72,14 +72,14 @@ def _extends(tree: Node) -> Node | None:
 def _parent(path: Path, node: Node) -> Path:
     """The file that `extends` names: next to the child (or absolute), else a recipe shipped with l2v."""
     name = node.value
-    beside = path.parent / Path(name).expanduser()
-    if beside.is_file():
-        return beside
+    sibling = path.parent / Path(name).expanduser()
+    if sibling.is_file():
+        return sibling
     shipped = recipe_folder() / f"{name}.yaml"
     if Path(name).name == name and shipped.is_file():
         return shipped
     known = ", ".join(sorted(file.stem for file in recipe_folder().glob("*.yaml")))
-    raise RecipeError(f"{node.where}: extends '{name}', which is neither a file ({beside}) nor one of {known}")
+    raise RecipeError(f"{node.where}: extends '{name}', which is neither a file ({sibling}) nor one of {known}")
 
 
 def _merged(parent: Node, child: Node) -> Node:

@@ -15,7 +15,7 @@ BASE = "smollm2-135m-instruct"
 
 @pytest.fixture
 def init(tmp_path, monkeypatch, capfd):
-    """init(*arguments, expect=0) -> (recipe or None, what was printed), in a folder of its own."""
+    """init(*arguments, expect=0) -> (recipe or None, what was printed), in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, expect=0):
@@ -160,7 +160,7 @@ def test_odd_names_are_quoted_in_recipe_and_command(init, tmp_path, name, header
     assert shlex.split(shown.splitlines()[-1])[-1] == name
 
 
-def test_search_is_told_the_column_that_it_would_not_take_by_itself(init, tmp_path):
+def test_the_search_command_names_a_column_that_would_not_be_guessed(init, tmp_path):
     _, shown = init("faq", "--data", faq(tmp_path / "faq.csv", header=("Titel", "Svar")))
     assert "--column" not in shown
     rows = "spørgsmål;svar;tekst\n" + "a;b;c\n" * 4

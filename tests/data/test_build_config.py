@@ -87,7 +87,7 @@ def test_a_mistake_is_a_sentence_with_its_line(tmp_path, old, new, line, says):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["ingen"], "there is no data configuration 'ingen': give a YAML file or one of debian-da"),
+        (["ingen"], "no data configuration 'ingen': give a YAML file or one of debian-da"),
         (["debian-da", "sources.9.limit=1"], "sources is a list of 2; use a number from 0 in place of '9'"),
         (["debian-da", "limit"], "an override has the form key=value, for example folder=my/files"),
         (["debian-da", "--workers", "0"], "--workers is 0 and must be at least 1"),

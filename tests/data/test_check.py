@@ -4,10 +4,9 @@ import sys
 import pytest
 
 from l2v.commands.data_check import main
-from l2v.data import check
 from l2v.data.check import rules as check_rules
 from l2v.data.check.folder import SHIPPED
-from l2v.data.check.report import check_folder
+from l2v.data.check.report import Report, check_folder
 from l2v.errors import UserError
 
 FILES = ("passages.jsonl", "questions.jsonl", "sts.jsonl", "bitext_en.jsonl")
@@ -39,7 +38,7 @@ def plant(tmp_path, monkeypatch):
     """plant(change) -> the report on the small set after `change` was made to its rows."""
     monkeypatch.setattr(check_rules, "dictionary", lambda: lambda word: word.lower() not in ("kvæhst", "halmgul"))
 
-    def run(change=lambda rows: None, words: str = "") -> check.Report:
+    def run(change=lambda rows: None, words: str = "") -> Report:
         rows = small()
         change(rows)
         for name, lines in rows.items():

@@ -88,7 +88,7 @@ def test_segments_are_isolated_bitwise(name, lengths):
         assert not torch.equal(before[0][inside], after[0][inside])
 
 
-def test_noise_does_not_depend_on_the_pack():
+def test_dropout_does_not_depend_on_the_pack():
     (q, k, v), cu_seqlens, seeds = inputs([4, 9, 4])
     chosen = {"dropout_p": 0.3, "stream": 2}
     packed = attention(q, k, v, cu_seqlens, seeds_S=seeds, **chosen)
@@ -98,7 +98,7 @@ def test_noise_does_not_depend_on_the_pack():
     assert not torch.allclose(packed, other_stream)
 
 
-def test_heads_and_positions_have_masks_of_their_own():
+def test_heads_and_positions_have_their_own_masks():
     v = torch.eye(32)[:, None]
     q = torch.zeros(32, 2, 32)
     weights = attention(q, q[:, :1], v, torch.tensor([0, 32]), dropout_p=0.5, seeds_S=torch.tensor([3]))

@@ -218,8 +218,8 @@ def test_three_ways_to_the_gradient(variant, monkeypatch):
     for way, workspace in WAYS.items():
         leaves = [x.clone().requires_grad_() for x in tensors]
         loss = info_nce(*leaves, targets, workspace=workspace, **chosen)
-        run, made = loss.grad_fn.run, loss.grad_fn.made
-        assert (run.kept is not None, made is not None) == (way == "kept", way == "one pass"), way
+        run, ready = loss.grad_fn.run, loss.grad_fn.ready
+        assert (run.kept is not None, ready is not None) == (way == "kept", way == "one pass"), way
         first = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
         second = torch.autograd.grad(loss, leaves)  # the gradients of the forward are spent, and recomputed
         for x, y, z in zip(first, second, want[1:3], strict=True):
@@ -237,7 +237,7 @@ def test_fp16_waits_for_the_loss_scale(monkeypatch):
     leaves = [x.clone().requires_grad_() for x in tensors]
     monkeypatch.setattr(OnCpu, "min_rows", 8)
     loss = info_nce(*leaves, targets, workspace=WAYS["one pass"], **chosen)
-    assert loss.grad_fn.made is None and loss.grad_fn.run.kept is None
+    assert loss.grad_fn.ready is None and loss.grad_fn.run.kept is None
     (loss * 65536).backward()
     want = plain(tensors, targets, chosen)
     for x, y in zip(leaves, want[1:3], strict=True):
@@ -338,7 +338,7 @@ def test_bad_input(name):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_row_that_is_not_finite_is_named(which, bad):
+def test_a_row_with_nan_or_inf_is_named(which, bad):
     tensors = [Q.clone(), C.clone()]
     tensors[which][2, 5] = bad
     name = ("queries", "candidates")[which]

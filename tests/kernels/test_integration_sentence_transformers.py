@@ -68,7 +68,7 @@ def test_hard_negatives_that_only_their_query_sees():
     compare(fused, by_hand, 3)
 
 
-def test_false_negatives_are_left_out():
+def test_false_negatives_are_skipped():
     fused = FusedMultipleNegativesRankingLoss(torch.nn.Identity(), false_negative_margin=0.1)
 
     def by_hand(columns):
@@ -97,7 +97,7 @@ def test_errors_say_what_is_wrong():
         FusedMultipleNegativesRankingLoss(model).compute_loss_from_embeddings(embeddings(1))
     for settings, words in (
         ({"directions": ("doc_to_query",)}, "directions are"),
-        ({"directions": ALL, "partition_mode": "per_direction"}, "hold no positive"),
+        ({"directions": ALL, "partition_mode": "per_direction"}, "have no positive"),
         ({"scale": 0.0}, "above 0"),
         ({"matryoshka_dims": [8, 8]}, "ascend"),
         ({"matryoshka_dims": []}, "ascend"),

@@ -108,7 +108,7 @@ def test_the_config_alone_makes_plain_transformers_bidirectional(family, impleme
     assert reaches_the_first(loaded.eval())
 
 
-def test_dropout_only_while_training_and_by_address():
+def test_dropout_only_in_training_and_by_its_key():
     register()
     model = build("Llama", "l2v", causal=False)
     ids, seeds = torch.randint(1, 97, (9,)), torch.tensor([11, 12])
@@ -123,7 +123,7 @@ def test_dropout_only_while_training_and_by_address():
     torch.testing.assert_close(torch.cat([repacked[:, 5:], repacked[:, :5]], 1), noisy)
 
 
-def test_every_layer_has_noise_of_its_own():
+def test_every_layer_has_its_own_masks():
     query, value = torch.zeros(1, 1, 16, 16), torch.eye(16)[None, None]
     packed = PackedAttention(torch.tensor([0, 16]), torch.tensor([7]), dropout_p=0.3)
     layers = [SimpleNamespace(training=True, layer_idx=i) for i in (0, 1, 1)]
@@ -132,7 +132,7 @@ def test_every_layer_has_noise_of_its_own():
     assert torch.equal(b, c) and not torch.equal(a, b)
 
 
-def test_gradient_checkpointing_keeps_the_noise():
+def test_gradient_checkpointing_keeps_the_masks():
     register()
     ids = torch.randint(1, 97, (9,))
     inputs = packed_inputs([4, 5], seeds_S=torch.tensor([1, 2]), dropout_p=0.3)

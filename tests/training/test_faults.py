@@ -41,7 +41,7 @@ def start_faulty(arguments: list, *, rank: int, fault: str, at: int, world: int 
     ]
 
 
-def wait_for(condition, processes, seconds: float = 200) -> None:
+def wait_for(condition, processes, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline and all(p.poll() is None for p in processes), (
@@ -174,10 +174,14 @@ def test_restarts_go_on_to_the_same_bits(tmp_path, tiny_recipe, run_cli, cli_env
         command, env=cli_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
     )
     run = tmp_path / "run/mntp"
-    wait_for(lambda: list(run.glob("checkpoints/step-*")), [process])
-    (rank,) = [p for p in _below(process.pid) if "--local_rank=0" in p.cmdline() and "l2v.train" in p.cmdline()]
-    rank.kill()
-    said = process.communicate(timeout=300)[0]
+    try:
+        wait_for(lambda: list(run.glob("checkpoints/step-*")), [process])
+        (rank,) = [p for p in _below(process.pid) if "--local_rank=0" in p.cmdline() and "l2v.train" in p.cmdline()]
+        rank.kill()
+        said = process.communicate(timeout=600)[0]
+    finally:
+        for left in [*_below(process.pid), process] if process.poll() is None else ():
+            left.kill()
     assert process.returncode == 0, said
     assert "restart 1 of 1" in said and "mntp: continues after step" in said
     assert (run / ADAPTER).read_bytes() == (tmp_path / "whole/mntp" / ADAPTER).read_bytes()

@@ -1,6 +1,6 @@
 """Build the site: pages of docs/ with their links to other files made local, and the generated reference.
 
-python docs/site/build.py [--serve]    into build/site; stops at a broken link or an unknown name
+python docs/site/make_site.py [--serve]    into build/site; stops at a broken link or an unknown name
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class Pages:
         if source in self.written:
             return self.written[source]
         inside = source.is_relative_to(DOCS)
-        target = self.out / source.relative_to(DOCS) if inside else self.out / "files" / source.relative_to(ROOT)
+        if inside:
+            target = self.out / source.relative_to(DOCS)
+        else:  # hidden files would not be rendered
+            target = Path(self.out, "files", *(part.lstrip(".") for part in source.relative_to(ROOT).parts))
         if source.is_dir():
             target = target / "index.md"
         elif not inside and source.suffix not in (".md", ".png", ".svg"):
@@ -50,14 +53,12 @@ class Pages:
     def _text(self, source: Path, target: Path) -> str:
         name = source.relative_to(ROOT)
         if source.is_dir():
-            files = subprocess.run(
-                ["git", "ls-files", "--", str(source)], cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout.splitlines()
-            shown = [
-                ROOT / file for file in files if (ROOT / file).parent == source and file.endswith((".md", ".yaml"))
+            shown = sorted(path for path in source.rglob("*") if path.suffix in (".md", ".yaml"))
+            lines = [
+                f"- [{path.relative_to(source)}]({os.path.relpath(self.add(path), target.parent)})" for path in shown
             ]
-            lines = [f"- [{file.name}]({os.path.relpath(self.add(file), target.parent)})" for file in shown]
-            return "\n".join([f"# {name}", "", *(lines or [f"- `{file}`" for file in files])]) + "\n"
+            lines = lines or [f"- `{path.relative_to(source)}`" for path in sorted(source.rglob("*.py"))]
+            return "\n".join([f"# {name}", "", *lines]) + "\n"
         text = source.read_text(encoding="utf-8")
         if source.suffix != ".md":
             return f"# {name}\n\n````{LANGUAGES.get(source.suffix, 'text')}\n{text}````\n"
