@@ -36,7 +36,7 @@ def assert_refused(output: str, *parts: str, run: Path | None = None) -> None:
 
 
 def test_a_recipe_that_is_not_there(run_here):
-    assert_refused(run_here("nowhere.yaml", expect=2), "there is no recipe 'nowhere.yaml': give a YAML file or one of")
+    assert_refused(run_here("nowhere.yaml", expect=2), "no recipe 'nowhere.yaml': give a YAML file or one of")
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_bad_input_is_one_sentence(arguments, says, capsys):
 
 
 def test_a_mistake_in_a_recipe_is_exit_code_2(capsys):
-    assert "there is no recipe 'no-such-recipe'" in said(capsys, "no-such-recipe", "--gpu", "h200", expect=2)
+    assert "no recipe 'no-such-recipe'" in said(capsys, "no-such-recipe", "--gpu", "h200", expect=2)
     gpt = "base.config={model_type: gpt2, vocab_size: 100}"
     text = said(capsys, "llama3-8b-da", "--gpu", "h200", gpt, "base.init=random", expect=2)
     assert "l2v plan knows layers with the sizes of a Llama's" in text

@@ -172,8 +172,11 @@ def test_a_missing_key_is_named(load, edit, where, sentence):
     [
         ("name: x\nbase: [a, b\nseed: 1\n", "dansk.yaml:3: not valid YAML"),
         ("name: x\n\tbase: a\n", "dansk.yaml:2: not valid YAML"),
-        ("name: x\nseed: 1\nname: y\n", "dansk.yaml:3: the key 'name' stands twice"),
-        (GOOD.replace("    batch: 4\n", "    batch: 4\n    batch: 5\n"), "dansk.yaml:11: the key 'batch' stands twice"),
+        ("name: x\nseed: 1\nname: y\n", "dansk.yaml:3: the key 'name' appears twice"),
+        (
+            GOOD.replace("    batch: 4\n", "    batch: 4\n    batch: 5\n"),
+            "dansk.yaml:11: the key 'batch' appears twice",
+        ),
         ("", "dansk.yaml: the file is empty"),
         ("- a\n- b\n", "dansk.yaml:1: a recipe is a mapping of keys; found a list"),
         ("name: \x01\n", "not valid YAML"),
@@ -269,7 +272,7 @@ def test_recipes_are_found_by_path_and_by_name(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text(GOOD)
     assert find_recipe(str(own)) == Path(own)
-    with pytest.raises(RecipeError, match=rf"there is no recipe 'nope': give a YAML file or one of .*{SHIPPED[0]}"):
+    with pytest.raises(RecipeError, match=rf"no recipe 'nope': give a YAML file or one of .*{SHIPPED[0]}"):
         find_recipe("nope")
 
 

@@ -115,7 +115,7 @@ def sentence(name: str, error: BaseException) -> str:
         return f"{name}: not found on the hub, or it needs a login (hf auth login); skipped"
     if type(error).__name__ == "OutOfMemoryError":
         return f"{name}: out of memory; give a smaller --batch-tokens; skipped"
-        return f"{name}: {type(error).__name__}: {first_line(error)}; skipped"
+    return f"{name}: {type(error).__name__}: {first_line(error)}; skipped"
 
 
 def _unreachable(error: BaseException | None) -> bool:

@@ -171,7 +171,7 @@ def misspelt(rows):
         (too_short, "lengths", "2 words"),
         (same_text, "duplicates", "line 2: the same text as"),
         (shared_words, "shared 8-grams", "share"),
-        (twins, "twins", "about one thing"),
+        (twins, "twins", "about the same thing"),
         (heldout_negative, "leaks", "its negative"),
         (same_question, "leaks", "the same question as"),
         (heldout_sentence, "leaks", "has a sentence of"),

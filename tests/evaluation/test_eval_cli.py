@@ -159,7 +159,7 @@ def test_what_fails_is_said_counted_and_left_out(tiny_base, mini, tmp_path, caps
             "'layers' is unknown; use attention, pooling",
         ),
         (["x", "--batch-tokens", "0"], 2, "--batch-tokens is 0; use 1 or more"),
-        (["x", "--stages", "--benchmark", "local:sample"], 1, "--stages needs a run; x has no stage below it"),
+        (["x", "--stages", "--benchmark", "local:sample"], 1, "--stages needs a run; x has no stages"),
         (["--published", "--results", "/no/where"], 1, "/no/where: no published results in it"),
     ],
 )
