@@ -149,12 +149,12 @@ def test_overrides_come_last(load):
         (
             "extends: two.yaml\nname: a\n",
             {"two": "name: b\nextends: child.yaml\n"},
-            r"two\.yaml:2: extends 'child\.yaml' is circular .* \(.*child\.yaml:1\)$",
+            r"two\.yaml:2: extends 'child\.yaml' is circular: .* \(.*child\.yaml:1\)$",
         ),
         (
             "extends: two.yaml\nname: a\n",
             {"two": "name: b\n\nextends: three.yaml\n", "three": "extends: two.yaml\n"},
-            r"three\.yaml:1: extends 'two\.yaml' is circular .* \(.*two\.yaml:3\)$",
+            r"three\.yaml:1: extends 'two\.yaml' is circular: .* \(.*two\.yaml:3\)$",
         ),
         ("name: a\nextends: nope.yaml\n", {}, r"child\.yaml:2: extends 'nope\.yaml', .*/nope\.yaml\) nor one of .*llama3-8b-da"),
         ("extends: two.yaml\n", {"two": "\nextends: nope\n"}, r"two\.yaml:2: extends 'nope', which is neither a file \("),
