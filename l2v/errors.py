@@ -11,3 +11,8 @@ class RecipeError(UserError):
     """The recipe or the command line is wrong; exit code 2. The message names file and line, or the key."""
 
     exit_code = 2
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its type if the message is empty."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -15,20 +17,30 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file atomically: a reader finds the old or the new content, even after a kill or a power cut."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path to write to; it replaces `path` when the block ends without an error.
+
+    A reader finds the old content or the new one, also after a kill or a power cut.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         sync(partial)
         partial.replace(path)
         sync(path.parent)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file as a whole, as `replacing` does."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def reason(error: BaseException) -> str:
-    """Why a file could not be written, in a few words; safetensors wraps the system's error in its own text."""
+    """The short reason why a file could not be written; safetensors hides the system's error in its own text."""
     text = getattr(error, "strerror", None) or str(error)
     return "no space left on the disk" if "No space left" in text else text

@@ -34,7 +34,7 @@ from l2v.runs.folder import run_folder
 from l2v.runs.metrics import read_metrics
 
 RECIPE = "smollm2-135m-da"
-# Step counts are chosen for 2 cores that multiply bf16 at this rate or more; a slower machine trains fewer steps.
+# Step counts are for 2 cores with at least this bf16 GEMM rate; a slower machine trains fewer steps.
 REFERENCE_GFLOPS = 600.0
 LEAST_SHARE = 0.1
 SEARCHES = (
@@ -49,7 +49,7 @@ def run_quickstart(overrides: Sequence[str], *, share: float | None, count: int 
     """Train, evaluate, export, search; everything is written below the run's folder.
 
     overrides: of the recipe. share: of the recipe's steps; None chooses by the machine's speed. count: questions that are
-    scored; None takes all held-out ones. fresh: train again what is trained already.
+    scored; None takes all held-out ones. fresh: train again even if the run exists.
 
     Raises:
         UserError: `count` is out of range, or training did not finish.
@@ -81,12 +81,12 @@ def run_quickstart(overrides: Sequence[str], *, share: float | None, count: int 
         f"\n{report['seconds']['all']:.0f} s in total ({report['seconds']['training']:.0f} s training). "
         f"Scores: {run}/quickstart.json, "
         f"curves: {run}/loss.png, TensorBoard: {run}/*/tensorboard, encoders: {run}/encoder-*\n"
-        f'Search on your own: l2v search {run} "hvad skal jeg gøre ved lus"'
+        f'Search it yourself: l2v search {run} "hvad skal jeg gøre ved lus"'
     )
 
 
 def _held_out(count: int | None) -> tuple[list[Question], list[sample.Passage]]:
-    """The held-out questions against all passages, or `count` of them, evenly spread, against those that they ask for."""
+    """The held-out questions against all passages, or `count` of them, evenly spread, against their own passages."""
     questions, passages = sample.questions("heldout"), list(sample.passages().values())
     if count is None:
         return questions, passages
@@ -98,7 +98,7 @@ def _held_out(count: int | None) -> tuple[list[Question], list[sample.Passage]]:
 
 
 def machine(recipe: Recipe) -> dict[str, str | int | float]:
-    """What the numbers were measured on."""
+    """The machine on which the numbers were measured."""
     import transformers
 
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -114,7 +114,7 @@ def machine(recipe: Recipe) -> dict[str, str | int | float]:
 
 
 def gemm_gflops(dtype: torch.dtype) -> float:
-    """Measured rate of the matrix product that training spends its time in (GFLOP/s), best of five."""
+    """Measured rate of a GEMM with the shapes of training (GFLOP/s), best of five."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
     x, w = torch.randn(1024, 576, device=where).to(dtype), torch.randn(1536, 576, device=where).to(dtype)
     best = 0.0
@@ -134,10 +134,10 @@ def _fit_to_machine(
     dtype = dtype_of(recipe.base.precision)
     rate = gemm_gflops(dtype)
     kept = run / "share.json"
-    if share is None and kept.is_file():  # a continued run keeps its step counts
+    if share is None and kept.is_file():  # a resumed run keeps its step counts
         share = json.loads(kept.read_text(encoding="utf-8"))["share"]
     if share is None:
-        # encoding for the scores is the same work on every machine, so training gives way more than in proportion
+        # encoding for the scores does not shrink, so training is cut more than proportionally
         share = min(1.0, max(LEAST_SHARE, round(1.2 * rate / REFERENCE_GFLOPS - 0.2, 1)))
     console.print(
         f"{recipe.name}: {str(dtype).removeprefix('torch.')}, {rate:.0f} GFLOP/s"
@@ -157,11 +157,11 @@ def _train(overrides: list[str], fresh: bool) -> None:
     with subprocess.Popen(command) as process:
         try:
             code = process.wait()
-        except KeyboardInterrupt:  # it saves a checkpoint first, then says so
+        except KeyboardInterrupt:  # it saves a checkpoint first and logs it
             process.send_signal(signal.SIGINT)
             code = process.wait()
     if code:
-        raise UserError("training did not finish; its message stands above. The same command goes on where it stopped")
+        raise UserError("training did not finish; see its message above. The same command resumes it")
 
 
 def evaluate(
@@ -197,7 +197,7 @@ def evaluate(
 def summarize(
     results: list[RetrievalResult], run: Path, recipe: Recipe, questions: list[Question], passages: int
 ) -> dict:
-    """All rows, the comparisons between stages, and what MNTP did to the held-out cross-entropy."""
+    """All rows, the comparisons between stages, and the change of the held-out cross-entropy by MNTP."""
     kinds = np.array([q.kind for q in questions])
     rows = []
     for result in results:
@@ -251,7 +251,7 @@ def render(report: dict) -> Table:
 
 
 def markdown(report: dict) -> str:
-    """The table for a README, with what stands below it."""
+    """The table for a README, with the notes below it."""
     lines = ["| " + " | ".join(HEADINGS) + " |", "|-|" + "-:|" * (len(HEADINGS) - 1)]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in report["rows"]]
     held_out = report["mntp_held_out"]
@@ -265,7 +265,7 @@ def markdown(report: dict) -> str:
     seconds, on = report["seconds"], report["machine"]
     where = f"{on['cores']} cores of {on['processor']}" if on["accelerator"] == "none" else on["accelerator"]
     lines.append(
-        f"{seconds['all']:.0f} s in all, {seconds['training']:.0f} s of them training, on {where} in {on['precision']}."
+        f"{seconds['all']:.0f} s in total, {seconds['training']:.0f} s of it training, on {where} in {on['precision']}."
     )
     return "\n".join(lines) + "\n"
 
@@ -279,7 +279,7 @@ def show_search(
     *,
     top: int,
 ) -> None:
-    """Print the passages that lie nearest to a query."""
+    """Print the passages nearest to a query."""
     scores_M = passages_ME @ encoder.encode(query)
     console.print(f"[bold]{query}[/bold]", highlight=False)
     for at in np.argsort(-scores_M)[:top]:

@@ -15,7 +15,7 @@ from l2v.recipe import Source
 def read_corpus(file: str | None, column: str, notes: list[str] | None = None) -> list[str]:
     """The texts of a file (`column`: the field that holds the text), or the passages of the Danish sample.
 
-    Empty texts are skipped. `notes` takes a sentence if the column was guessed by its name.
+    Empty texts are skipped. `notes` receives a sentence if the column was guessed by its name.
     """
     if file is None:
         return [passage.text for passage in sample.passages().values()]
@@ -25,7 +25,7 @@ def read_corpus(file: str | None, column: str, notes: list[str] | None = None) -
 def nearest(run: str, query: str, texts: list[str], *, instruction: str | None, top: int) -> list[tuple[float, str]]:
     """The `top` texts nearest to a query, best first: (cosine similarity, text).
 
-    run: what `Encoder.from_pretrained` takes. instruction: stands before the query.
+    run: what `Encoder.from_pretrained` takes. instruction: text before the query.
     """
     encoder = Encoder.from_pretrained(run)
     texts_ME = corpus_vectors(encoder, texts, Path(run))
@@ -34,7 +34,7 @@ def nearest(run: str, query: str, texts: list[str], *, instruction: str | None, 
 
 
 def corpus_vectors(encoder: Encoder, texts: list[str], run: Path) -> np.ndarray:
-    """Unit vectors of the texts, float32 [M, E], from the cache if the same encoder saw the same texts before."""
+    """Unit vectors of the texts, float32 [M, E], cached by encoder and texts."""
     from l2v.batch import mix
     from l2v.data.tokens import text_key
 
@@ -53,5 +53,5 @@ def corpus_vectors(encoder: Encoder, texts: list[str], run: Path) -> np.ndarray:
             with open(cache, "wb") as file:
                 np.save(file, vectors_ME, allow_pickle=False)
         except OSError:
-            cache.unlink(missing_ok=True)  # only the next search's speed depends on it
+            cache.unlink(missing_ok=True)  # the cache only affects the speed of the next search
     return vectors_ME

@@ -2,7 +2,7 @@
 # Train on the nodes of a hostfile, over ssh: bash launch/multi_node.sh HOSTFILE RECIPE [--stage NAME] [key=value ...]
 # Start it on one node, in the folder that all nodes share, with the environment active. Needs pdsh here and ssh without a
 # password to every node. MASTER_PORT (default 29500) is free on the first node; MASTER_ADDR, if set, is its address.
-# LOGS (default logs/DATE-TIME): a file a rank; what rank 0 says is shown here too.
+# LOGS (default logs/DATE-TIME): a file a rank; rank 0's output is shown here too.
 set -euo pipefail
 if (($# < 2)); then
   sed -n '2,5s/^# //p' "$0" >&2
@@ -10,7 +10,7 @@ if (($# < 2)); then
 fi
 hostfile=$1
 shift
-[[ -f $hostfile ]] || { echo "multi_node.sh: there is no hostfile $hostfile; copy launch/hostfile.example" >&2; exit 2; }
+[[ -f $hostfile ]] || { echo "multi_node.sh: hostfile $hostfile not found; copy launch/hostfile.example" >&2; exit 2; }
 for needed in deepspeed pdsh; do
   command -v "$needed" >/dev/null || { echo "multi_node.sh: $needed is not on the path" >&2; exit 2; }
 done
@@ -18,8 +18,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 logs=${LOGS:-logs/$(date +%Y%m%d-%H%M%S)}
 mkdir -p "$logs"
 
-# ssh carries no environment: DeepSpeed puts what stands in this file on the remote command line, where every user of the
-# node can read it. So no name that holds a secret goes there.
+# ssh carries no environment: DeepSpeed puts the content of this file on the remote command line, where every user of the
+# node can read it. So names of secrets are excluded.
 DS_ENV_FILE=$(mktemp "${TMPDIR:-/tmp}/l2v-environment.XXXXXX")
 export DS_ENV_FILE
 trap 'rm -f "$DS_ENV_FILE"' EXIT

@@ -36,7 +36,7 @@ def assert_refused(output: str, *parts: str, run: Path | None = None) -> None:
 
 
 def test_a_recipe_that_is_not_there(run_here):
-    assert_refused(run_here("nowhere.yaml", expect=2), "there is no recipe 'nowhere.yaml': give a YAML file or one of")
+    assert_refused(run_here("nowhere.yaml", expect=2), "no recipe 'nowhere.yaml': give a YAML file or one of")
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_recipe_that_is_not_there(run_here):
         ({"stages.mntp.bacth": 4}, [], ["tiny.yaml:", "unknown key 'stages.mntp.bacth'; did you mean 'batch'?"]),
         ({"stages.mntp.steps": 0}, [], ["stage 'mntp': steps is 0 and must be at least 1"]),
         ({}, ["mntp.stepz=3"], ["command line 'mntp.stepz=3': unknown key", "did you mean 'steps'?"]),
-        ({}, ["--stage", "mnpt"], ["there is no stage 'mnpt'; did you mean 'mntp'?"]),
+        ({}, ["--stage", "mnpt"], ["no stage 'mnpt'; did you mean 'mntp'?"]),
         ({"base.mask_token": "to ord"}, ["--stage", "mntp"], ["base.mask_token 'to ord' is", "choose one that is one"]),
         ({"lora.targets": ["no_proj"]}, ["--stage", "mntp"], ["lora.targets ['no_proj']"]),
         ({"base.template": {"prefix": "bruger: "}}, ["--stage", "simcse", "length=3"], ["leaves no room"]),
@@ -71,7 +71,7 @@ def test_a_recipe_mistake_is_exit_code_2(run_here, recipe, overrides, arguments,
 @pytest.mark.parametrize(
     ("stage", "content", "parts"),
     [
-        ("mntp", None, ["documents.jsonl: there is no such file; give a file, hub:NAME or sample:da/train"]),
+        ("mntp", None, ["documents.jsonl: file not found; give a file, hub:NAME or sample:da/train"]),
         ("mntp", '{"text": "god"}\n{"text": \n', ["documents.jsonl, line 2: malformed JSON", "is one object"]),
         ("mntp", '{"ord": "god"}\n', ["documents.jsonl, line 1: the field 'text' is absent; found ord"]),
         ("mntp", '{"text": "god"}\n{"text": " "}\n', ["line 2: 'text' is empty; remove the row or set skip_empty"]),
@@ -94,7 +94,7 @@ def test_bad_data_is_exit_code_1(run_here, recipe, tmp_path, stage, content, par
 
 def test_bad_held_out_data_is_found_before_training(run_here, recipe):
     output = run_here(recipe(**{"stages.mntp.eval_data": "gone.jsonl"}), "--stage", "mntp", expect=1)
-    assert_refused(output, "gone.jsonl: there is no such file")
+    assert_refused(output, "gone.jsonl: file not found")
 
 
 def test_an_example_that_fits_no_micro_batch(run_here, recipe):
@@ -138,7 +138,7 @@ def test_a_stage_whose_parent_is_not_trained(run_here, recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mended_recipe_goes_into_the_same_folder(run_here, recipe, tmp_path):
+def test_a_fixed_recipe_goes_into_the_same_folder(run_here, recipe, tmp_path):
     good = recipe()
     run_here(recipe(**{"stages.mntp.data": "gone.jsonl"}), "--stage", "mntp", expect=1)
     run_here(good := recipe(), "--stage", "mntp")
@@ -151,7 +151,9 @@ def test_a_folder_of_another_recipe_is_left_alone(run_here, recipe, tmp_path):
     before = {name: (run / name).read_bytes() for name in files(run)}
     output = run_here(path, "--stage", "mntp", "lr=1e-3", expect=1)
     assert f"l2v: {run} belongs to another recipe: stages.mntp.lr was 0.005 and is now 0.001;" in output
-    assert "choose another folder with out=..., or start anew with --fresh" in output and "Traceback" not in output
+    assert (
+        "choose another folder with out=..., or start from scratch with --fresh" in output and "Traceback" not in output
+    )
     assert {name: (run / name).read_bytes() for name in files(run)} == before
     assert "mntp: already trained" in run_here(path, "--stage", "mntp", "log_every=2")
     assert "mntp: done" in run_here(path, "--stage", "mntp", "lr=1e-3", "--fresh")
@@ -187,7 +189,7 @@ def test_a_folder_of_something_else_is_left_alone(run_here, recipe, tmp_path):
     thesis.write_text("years of work")
     for fresh in ([], ["--fresh"]):
         output = run_here(recipe(), "--stage", "mntp", *fresh, expect=1)
-        assert f"{thesis.parent} is not empty and no run of l2v: choose another folder with out=..." in output
+        assert f"{thesis.parent} is not empty and not a run of l2v: choose another folder with out=..." in output
         assert "Traceback" not in output and files(tmp_path / "run") == {"mntp/thesis.tex"}
 
 
@@ -223,7 +225,7 @@ def test_metrics_on_a_full_disk(run_here, recipe, tmp_path):
     (tmp_path / "run/mntp/metrics.jsonl").symlink_to("/dev/full")
     output = run_here(recipe(), "--stage", "mntp")
     assert (
-        "metrics.jsonl cannot be written (No space left on device); training continues, its rows wait for room"
+        "metrics.jsonl cannot be written (No space left on device); training continues, its rows wait for space"
         in output
     )
     assert output.count("its rows wait") == 1 and "mntp: done" in output and "Traceback" not in output
@@ -231,7 +233,7 @@ def test_metrics_on_a_full_disk(run_here, recipe, tmp_path):
 
 def test_texts_beyond_the_length_are_counted(run_here, recipe):
     output = run_here(recipe(**{"stages.simcse.length": 12}), "--stage", "simcse")
-    assert "simcse: 40 texts were longer than 12 tokens and were cut there; raise `length` to keep them whole" in output
+    assert "simcse: 40 texts were longer than 12 tokens and were truncated; raise `length` to keep them whole" in output
 
 
 def test_an_interrupt_before_the_first_step(run_here, recipe, tmp_path, monkeypatch):

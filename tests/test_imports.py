@@ -14,7 +14,7 @@ MAY = {
     "recipe": {"errors"},
     "batch": set(),
     "files": set(),
-    "data": {"errors", "recipe", "batch", "kernels"},
+    "data": {"errors", "files", "recipe", "batch", "kernels"},
     "objectives": {"batch", "kernels"},
     "model": {"errors", "recipe", "batch", "kernels", "data"},
     "machine": {"errors", "model"},

@@ -193,7 +193,7 @@ def test_a_measured_gpu_is_planned_by_what_it_reached(capsys, monkeypatch):
     ("arguments", "says"),
     [
         (["llama3-8b-da", "--gpu", "h9000"], "choose one of h200, h100, a100, l40s, rtx4090, b200, or here"),
-        (["llama3-8b-da", "--gpu", "h200", "--gpus", "0"], "--gpus and --per-node are at least 1"),
+        (["llama3-8b-da", "--gpu", "h200", "--gpus", "0"], "--gpus and --per-node must be at least 1"),
         (
             ["llama3-8b-da", "--gpu", "h200", "base.config=null", "base.model=nobody/nothing"],
             "the shape of 'nobody/nothing' is not known: it is not a folder with a config.json",
@@ -205,7 +205,7 @@ def test_bad_input_is_one_sentence(arguments, says, capsys):
 
 
 def test_a_mistake_in_a_recipe_is_exit_code_2(capsys):
-    assert "there is no recipe 'no-such-recipe'" in said(capsys, "no-such-recipe", "--gpu", "h200", expect=2)
+    assert "no recipe 'no-such-recipe'" in said(capsys, "no-such-recipe", "--gpu", "h200", expect=2)
     gpt = "base.config={model_type: gpt2, vocab_size: 100}"
     text = said(capsys, "llama3-8b-da", "--gpu", "h200", gpt, "base.init=random", expect=2)
     assert "l2v plan supports layers with the sizes of a Llama layer" in text

@@ -57,17 +57,17 @@ def refused(tree: dict) -> str:
         (
             "simcse",
             {"negatives": "micro"},
-            "goes with `negatives: micro`, and only with it",
+            "applies only to `negatives: micro`, which needs it",
         ),
-        ("simcse", {"group": 4}, "goes with `negatives: micro`, and only with it"),
-        ("simcse", {"negatives": "micro", "group": 3}, "batch 8 is no multiple of group 3"),
-        ("simcse", {"negatives": "micro", "group": 1}, "batch 8 is no multiple of group 1"),
+        ("simcse", {"group": 4}, "applies only to `negatives: micro`, which needs it"),
+        ("simcse", {"negatives": "micro", "group": 3}, "batch 8 is not a multiple of group 3"),
+        ("simcse", {"negatives": "micro", "group": 1}, "batch 8 is not a multiple of group 1"),
         ("simcse", {"batch": 1}, "a batch of 1 has no in-batch negatives; use at least 2"),
         ("simcse", {"attention_dropout": 1.0}, "attention_dropout is 1.0; use 0 up to 0.99"),
         (
             "simcse",
             {"attention_dropout": 0, "lora": {"dropout": 0}},
-            "with no dropout at all the two views are",
+            "without any dropout the two views are",
         ),
         ("supervised", {"max_negatives": -1}, "max_negatives must not be negative"),
         ("simcse", {"directions": ["doc_to_query"]}, "directions are doc_to_query; name query_to_doc, and each of"),
@@ -136,7 +136,7 @@ def test_attention_dropout_needs_our_backend(backend):
         "base": {"model": "b", "backend": backend},
         "stages": {"one": COMMON | {"objective": "simcse"}},
     }
-    assert f"attention_dropout 0.3 needs base.backend: l2v; {backend} cannot address its noise" in refused(tree)
+    assert f"attention_dropout 0.3 needs base.backend: l2v; {backend} has no counter-based dropout" in refused(tree)
     tree["stages"]["one"]["attention_dropout"] = 0
     from_dict(tree, "x.yaml")
 
@@ -191,7 +191,7 @@ def test_published_adapters_end_the_chain():
 )
 def test_a_circle_is_refused(links):
     stages = {name: COMMON | {"objective": "mntp", "from": from_} for name, from_ in links.items()}
-    with pytest.raises(RecipeError, match=r"stage 'a': its `from` chain runs in a circle through"):
+    with pytest.raises(RecipeError, match=r"stage 'a': its `from` chain is circular through"):
         from_dict({"name": "x", "base": "b", "stages": stages}, "x.yaml")
 
 

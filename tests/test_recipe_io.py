@@ -172,8 +172,11 @@ def test_a_missing_key_is_named(load, edit, where, sentence):
     [
         ("name: x\nbase: [a, b\nseed: 1\n", "dansk.yaml:3: not valid YAML"),
         ("name: x\n\tbase: a\n", "dansk.yaml:2: not valid YAML"),
-        ("name: x\nseed: 1\nname: y\n", "dansk.yaml:3: the key 'name' stands twice"),
-        (GOOD.replace("    batch: 4\n", "    batch: 4\n    batch: 5\n"), "dansk.yaml:11: the key 'batch' stands twice"),
+        ("name: x\nseed: 1\nname: y\n", "dansk.yaml:3: the key 'name' appears twice"),
+        (
+            GOOD.replace("    batch: 4\n", "    batch: 4\n    batch: 5\n"),
+            "dansk.yaml:11: the key 'batch' appears twice",
+        ),
         ("", "dansk.yaml: the file is empty"),
         ("- a\n- b\n", "dansk.yaml:1: a recipe is a mapping of keys; found a list"),
         ("name: \x01\n", "not valid YAML"),
@@ -238,8 +241,8 @@ def test_the_base_override_keeps_the_rest_of_the_base(load, override):
 @pytest.mark.parametrize(
     ("override", "stage", "part"),
     [
-        ("steps", None, "command line 'steps': an override reads key=value"),
-        ("=3", None, "command line '=3': an override reads key=value"),
+        ("steps", None, "command line 'steps': an override has the form key=value"),
+        ("=3", None, "command line '=3': an override has the form key=value"),
         ("steps=3", None, "command line 'steps=3': unknown key 'steps'"),
         ("sede=3", None, "command line 'sede=3': unknown key 'sede'; did you mean 'seed'?; or choose a --stage"),
         ("mnpt.steps=3", None, "unknown key 'mnpt'; did you mean 'mntp'?"),
@@ -247,7 +250,7 @@ def test_the_base_override_keeps_the_rest_of_the_base(load, override):
         ("stepz=3", "mntp", "unknown key 'stages.mntp.stepz'; did you mean 'steps'?"),
         ("mntp.steps=many", None, "command line 'mntp.steps=many': stages.mntp.steps is a whole number; found 'many'"),
         ("seed=[1", None, "command line 'seed=[1': seed is a whole number; found '[1'"),
-        ("stages.mnpt.steps=3", None, "there is no stage 'mnpt'; did you mean 'mntp'?"),
+        ("stages.mnpt.steps=3", None, "no stage 'mnpt'; did you mean 'mntp'?"),
         ("base.modle=x", None, "unknown key 'base.modle'; did you mean 'model'?"),
     ],
 )
@@ -257,7 +260,7 @@ def test_a_bad_override_is_quoted(load, override, stage, part):
 
 @pytest.mark.parametrize("overrides", [[], ["steps=3"]])
 def test_a_stage_that_is_not_there_is_named(load, overrides):
-    assert "there is no stage 'smicse'; did you mean 'simcse'?" in refused(load, overrides=overrides, stage="smicse")
+    assert "no stage 'smicse'; did you mean 'simcse'?" in refused(load, overrides=overrides, stage="smicse")
 
 
 def test_an_override_of_a_recipe_without_stages(load):
@@ -269,7 +272,7 @@ def test_recipes_are_found_by_path_and_by_name(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text(GOOD)
     assert find_recipe(str(own)) == Path(own)
-    with pytest.raises(RecipeError, match=rf"there is no recipe 'nope': give a YAML file or one of .*{SHIPPED[0]}"):
+    with pytest.raises(RecipeError, match=rf"no recipe 'nope': give a YAML file or one of .*{SHIPPED[0]}"):
         find_recipe("nope")
 
 

@@ -150,22 +150,21 @@ def refused(tmp_path, changes: dict, *overrides: str) -> str:
 @pytest.mark.parametrize("out", ["../elsewhere", "runs/../../elsewhere", ".."])
 def test_a_recipes_run_stays_where_it_is_started(tmp_path, out):
     text = refused(tmp_path, {"out": out})
-    assert (
-        f"mine.yaml:11: out '{out}' leads out of the folder that training is started in; give an absolute path, or out="
-        in text
-    )
+    assert f"mine.yaml:11: out '{out}' leads out of the working directory; give an absolute path, or out=" in text
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b", "..", "c:\\run", ""])
 def test_a_recipes_name_is_the_name_of_a_folder(tmp_path, name):
-    assert f"name '{name}' is to be the name of a folder" in refused(tmp_path, {"name": name})
+    assert f"name '{name}' becomes the name of a folder" in refused(tmp_path, {"name": name})
 
 
 def test_stages_and_configurations_stay_there_too(tmp_path):
     stage = {"objective": "simcse", "data": "x.jsonl", "batch": 2, "steps": 1, "lr": 1e-3}
     text = refused(tmp_path, {"stages": {"../simcse": stage}})
     assert "stage '../simcse': use letters, digits, - and _ in its name" in text
-    assert "zero.config '../z.json' leads out of the folder" in refused(tmp_path, {"zero": {"config": "../z.json"}})
+    assert "zero.config '../z.json' leads out of the working directory" in refused(
+        tmp_path, {"zero": {"config": "../z.json"}}
+    )
 
 
 def test_the_users_own_word_goes_anywhere(tmp_path, tiny_recipe):
@@ -179,24 +178,28 @@ def test_the_users_own_word_goes_anywhere(tmp_path, tiny_recipe):
         (
             {"token": "x"},
             [],
-            "mine.yaml:11: token is no key of a recipe; tokens come from the environment alone: set HF_TOKEN",
+            "mine.yaml:11: token is not a key of a recipe; tokens must come from the environment: set HF_TOKEN",
         ),
         (
             {"base": {"model": "m", "token": HUB_TOKEN}},
             [],
-            "mine.yaml:4: base.token is no key of a recipe; tokens come",
+            "mine.yaml:4: base.token is not a key of a recipe; tokens must come",
         ),
-        ({"base": {"model": "m", "config": {"use_auth_token": HUB_TOKEN}}}, [], "base.config.use_auth_token is no key"),
-        ({"base": {"model": f"https://hub/{HUB_TOKEN}"}}, [], "base.model holds a hub token; tokens come"),
+        (
+            {"base": {"model": "m", "config": {"use_auth_token": HUB_TOKEN}}},
+            [],
+            "base.config.use_auth_token is not a key",
+        ),
+        ({"base": {"model": f"https://hub/{HUB_TOKEN}"}}, [], "base.model contains a hub token; tokens must come"),
         (
             {"base": {"model": "https://me:secret-word@hub/m"}},
             [],
-            "base.model holds a login in its address; take it out",
+            "base.model contains a login in its address; remove it",
         ),
-        ({}, [f"base.token={HUB_TOKEN}"], "command line: base.token is no key of a recipe; tokens come"),
-        ({}, [f"token={HUB_TOKEN}"], "command line: token is no key of a recipe; tokens come"),
-        ({}, [f"base.revision={HUB_TOKEN}"], "command line: base.revision holds a hub token"),
-        ({}, ["base.model=https://me:secret-word@hub/m"], "command line: base.model holds a login in its address"),
+        ({}, [f"base.token={HUB_TOKEN}"], "command line: base.token is not a key of a recipe; tokens must come"),
+        ({}, [f"token={HUB_TOKEN}"], "command line: token is not a key of a recipe; tokens must come"),
+        ({}, [f"base.revision={HUB_TOKEN}"], "command line: base.revision contains a hub token"),
+        ({}, ["base.model=https://me:secret-word@hub/m"], "command line: base.model contains a login in its address"),
     ],
 )
 def test_secrets_have_no_place_in_a_recipe_and_are_not_repeated(tmp_path, changes, overrides, says):

@@ -1,1 +1,1 @@
-"""The command line: one module a verb of `l2v`, which parses and prints. What a verb does lives in its package."""
+"""The command line: one module per verb of `l2v`, which parses and prints. The work is done in the verb's package."""

@@ -24,11 +24,11 @@ BENCHMARKS = {
     "data_build": "data.build",
     "kills": "faults.kills",
 }
-"""What the command calls a benchmark: its module in a checkout's benchmarks/ folder."""
+"""Benchmark name to module in a checkout's benchmarks/ folder."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a benchmark of a checkout's benchmarks/ folder; what it writes on a CPU says that it is a CPU's."""
+    """Run a benchmark of a checkout's benchmarks/ folder; results on a CPU are marked as such."""
     argv = list(argv or ())
     if argv[:1] in (["-h"], ["--help"]):
         parser().print_help()
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments of `l2v bench`; a benchmark has more of its own."""
+    """The arguments of `l2v bench`; each benchmark has more."""
     p = new_parser(
         "bench", "Run a benchmark of a checkout; results name the device they were measured on.", "attention --quick"
     )

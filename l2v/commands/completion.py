@@ -1,6 +1,6 @@
 """`l2v completion bash|zsh`: completion of the command line, written out from the parsers of all verbs.
 
-A script instead of a hook: a hook would start Python, and import torch, at every press of the Tab key.
+A script instead of a hook: a hook would start Python, and import torch, at every Tab.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SCRIPT = """\
 }}
 complete -o default -F _l2v l2v
 """
-"""Where no word fits, the shell completes names of files (`-o default`)."""
+"""If no word matches, the shell completes file names (`-o default`)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "completion", "Print the script that completes commands, options and recipes; source it where your shell starts.",
         "bash > ~/.l2v-completion && echo 'source ~/.l2v-completion' >> ~/.bashrc",
     )  # fmt: skip
-    p.add_argument("shell", choices=SHELLS, help="zsh runs bash's script by its bashcompinit")
+    p.add_argument("shell", choices=SHELLS, help="zsh runs the bash script with bashcompinit")
     return p
 
 
@@ -85,7 +85,7 @@ def script(shell: str) -> str:
     values: list[str] = []
     arguments: list[str] = []
     for verb, own in parsers():
-        after: dict[str, list[str]] = {}  # words that a value may be, and the options that take one of them
+        after: dict[str, list[str]] = {}  # choices of a value, and the options that accept them
         words: list[str] = []
         for action in own._actions:
             choices = " ".join(map(str, action.choices or ()))

@@ -13,14 +13,14 @@ from l2v.commands.parser import new_parser
 from l2v.data.corpus import report
 from l2v.data.corpus.config import config_folder, load_config
 from l2v.data.corpus.run import Run
-from l2v.errors import RecipeError, UserError
+from l2v.errors import RecipeError, UserError, first_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Build a data set: Parquet, a card for the Hub, and a report of what was dropped and why.
 
-    Stopped or killed, the same command goes on. The exit code is 1 if a source could not be read to its end; the same
-    command then tries it again.
+    After an interrupt or a kill, the same command resumes. The exit code is 1 if a source could not be read to the end; the same
+    command then retries it.
     """
     args = parser().parse_intermixed_args(argv)
     if args.workers is not None and args.workers < 1:
@@ -30,13 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     try:
         done = Run(config, out, args.workers or len(os.sched_getaffinity(0))).build(fresh=args.fresh)
-    except OSError as error:  # what a source raises when it is read is told by its reader
-        said = error.strerror or str(error).splitlines()[0]
+    except OSError as error:  # errors of a source itself are reported by its reader
+        why = error.strerror or first_line(error)
         raise UserError(
-            f"{error.filename or out}: cannot be read or written: {said}; mend that and start the same command again"
+            f"{error.filename or out}: cannot be read or written: {why}; fix that and run the same command again"
         ) from None
     if done.get("already"):
-        print(f"{out} is built already; --fresh builds it anew")
+        print(f"{out} is already built; --fresh builds it from scratch")
     print(report.summary(done))
     for sentence in report.problems(done):
         print(f"l2v: {sentence}", file=sys.stderr)
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "data build", "Build a data set: Parquet, a card for the Hub, and a report of what was dropped and why.",
         "wiki-da", "debian-da folder=my/files --out data/pairs",
     )  # fmt: skip
-    p.add_argument("config", metavar="CONFIG", help=f"a YAML file, or one that comes with l2v: {known}")
+    p.add_argument("config", metavar="CONFIG", help=f"a YAML file, or a shipped one: {known}")
     p.add_argument(
         "overrides",
         nargs="*",
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", metavar="FOLDER", help="folder of the data set (default: the key `out`, or data/NAME)")
     p.add_argument(
-        "--workers", type=int, metavar="N", help="processes, the result does not depend on them (default: one a core)"
+        "--workers", type=int, metavar="N", help="processes; the result does not depend on them (default: one per core)"
     )
-    p.add_argument("--fresh", action="store_true", help="build again what is built already")
+    p.add_argument("--fresh", action="store_true", help="build from scratch even if the data set exists")
     return p

@@ -1,4 +1,4 @@
-"""`l2v data check [FOLDER]`: look a set of passages and questions over."""
+"""`l2v data check [FOLDER]`: check a set of passages and questions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The arguments of `l2v data check`."""
     p = new_parser(
-        "data check", "Check passages and questions: duplicates, leaks, spelling, balance; exit code 1 for a finding.",
+        "data check", "Check passages and questions: duplicates, leaks, spelling, balance; exit code 1 for findings.",
         "my-folder --all",
     )  # fmt: skip
     p.add_argument(
@@ -31,5 +31,5 @@ def parser() -> argparse.ArgumentParser:
         default=str(SHIPPED),
         help="the set (default: the sample that ships with l2v)",
     )
-    p.add_argument("--all", action="store_true", help="show every finding, not the first eight of each rule")
+    p.add_argument("--all", action="store_true", help="show all findings, not only the first eight per rule")
     return p

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from l2v.commands.parser import new_parser
 from l2v.errors import RecipeError
 from l2v.mining.arguments import add_source
-from l2v.mining.mine import MOST, mine_negatives
+from l2v.mining.mine import MAX_NEGATIVES, mine_negatives
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Mine hard negatives: candidates by an encoder and BM25, without those that may be answers themselves."""
+    """Mine hard negatives: candidates by an encoder and BM25, without those that may themselves be answers."""
     args = parser().parse_intermixed_args(argv)
     _check(args)
     mine_negatives(args)
@@ -20,22 +20,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if not 1 <= args.number <= MOST:
-        raise RecipeError(f"--number is {args.number}; mine 1 to {MOST} negatives a row")
+    if not 1 <= args.number <= MAX_NEGATIVES:
+        raise RecipeError(f"--number is {args.number}; mine 1 to {MAX_NEGATIVES} negatives a row")
     if args.depth < args.number:
-        raise RecipeError(f"--depth is {args.depth}; look at no fewer candidates than negatives ({args.number})")
+        raise RecipeError(f"--depth is {args.depth}; use at least as many candidates as negatives ({args.number})")
     if args.relative is not None and not 0 < args.relative <= 1:
         raise RecipeError(f"--relative is {args.relative}; use a share of the positive's score, above 0 up to 1")
     if args.absolute is not None and not 0 <= args.absolute < 2:
         raise RecipeError(f"--absolute is {args.absolute}; use a distance to the positive's score, 0 up to 2")
     if args.faiss and "encoder" not in args.by:
-        raise RecipeError("--faiss searches the encoder's vectors; add `encoder` to --by, or leave it out")
+        raise RecipeError("--faiss searches the encoder's vectors; add `encoder` to --by, or omit --faiss")
 
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of `l2v data mine`."""
     p = new_parser(
-        "data mine", "Mine hard negatives with an encoder and BM25, without candidates that may be answers themselves.",
+        "data mine", "Mine hard negatives with an encoder and BM25, without candidates that may themselves be answers.",
         "runs/NAME/supervised pairs.jsonl --out mined.jsonl --task question-da",
     )  # fmt: skip
     p.add_argument("encoder", metavar="MODEL", help="a run, a stage of it, an export or a base")
@@ -46,25 +46,27 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=".jsonl or .parquet; a table and a picture of the scores lie next to it",
     )
-    p.add_argument("--number", type=int, default=4, metavar="N", help=f"negatives a row, 1 to {MOST} (default: 4)")
+    p.add_argument(
+        "--number", type=int, default=4, metavar="N", help=f"negatives a row, 1 to {MAX_NEGATIVES} (default: 4)"
+    )
     p.add_argument(
         "--by", nargs="+", choices=("encoder", "bm25"), default=["encoder", "bm25"],
-        help="who finds candidates (default: both, taken in turn)",
+        help="searches that find candidates (default: both, alternating)",
     )  # fmt: skip
-    p.add_argument("--depth", type=int, default=50, metavar="N", help="candidates of each finder (default: 50)")
+    p.add_argument("--depth", type=int, default=50, metavar="N", help="candidates of each search (default: 50)")
     p.add_argument(
         "--relative", type=lambda t: None if t == "none" else float(t), default=0.95, metavar="SHARE",
-        help="no negative scores above this share of its positive's score, or none for no such limit (default: 0.95)",
+        help="no negative scores above this share of its positive's score, or none for no limit (default: 0.95)",
     )  # fmt: skip
-    p.add_argument("--absolute", type=float, metavar="X", help="no negative scores above its positive's score less X")
+    p.add_argument("--absolute", type=float, metavar="X", help="no negative scores above its positive's score minus X")
     p.add_argument(
-        "--cross-encoder", metavar="NAME", help="judge candidates by this sentence-transformers cross-encoder"
+        "--cross-encoder", metavar="NAME", help="score candidates with this sentence-transformers cross-encoder"
     )
     p.add_argument(
         "--corpus", metavar="FILE", help="more documents that may become negatives (CSV, JSONL, Parquet or text)"
     )
     p.add_argument("--corpus-column", default="text", metavar="COLUMN", help="their column (default: text)")
     p.add_argument("--faiss", metavar="FACTORY", help='search a FAISS index instead, for example "IVF1024,Flat"')
-    p.add_argument("--cache", metavar="FOLDER", help="keep vectors there, for other minings of the same texts")
+    p.add_argument("--cache", metavar="FOLDER", help="keep vectors in this folder for later runs on the same texts")
     add_source(p, pairs=True)
     return p

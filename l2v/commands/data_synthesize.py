@@ -1,4 +1,4 @@
-"""`l2v data synthesize PASSAGES --out FILE --model NAME [--endpoint URL]`: queries for passages, kept if they find them."""
+"""`l2v data synthesize PASSAGES --out FILE --model NAME [--endpoint URL]`: queries for passages, kept if they find it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from l2v.synthesis.wording import STYLES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Let a language model write Danish queries for passages, and keep those that find their passage again."""
+    """Let a language model write Danish queries for passages, and keep those that find their passage."""
     args = parser().parse_intermixed_args(argv)
     _check(args)
     print(synthesize(args))
@@ -59,19 +59,17 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("--number", type=int, default=1, metavar="N", help="queries a passage (default: 1)")
     p.add_argument(
-        "--styles", nargs="+", choices=tuple(STYLES), default=list(STYLES), help="how they ask (default: all)"
+        "--styles", nargs="+", choices=tuple(STYLES), default=list(STYLES), help="styles of the queries (default: all)"
     )
     p.add_argument(
         "--filter", default="bm25", metavar="bm25|none|MODEL",
-        help="keep a query if its passage is among the first that this finds (default: bm25)",
+        help="keep a query if this search ranks its passage among the first (default: bm25)",
     )  # fmt: skip
-    p.add_argument("--top", type=int, default=3, metavar="N", help="how many first ones (default: 3)")
-    p.add_argument("--seed", type=int, default=42, metavar="N", help="styles and sampling follow from it (default: 42)")
+    p.add_argument("--top", type=int, default=3, metavar="N", help="ranks that count as found (default: 3)")
+    p.add_argument("--seed", type=int, default=42, metavar="N", help="seed of styles and sampling (default: 42)")
     p.add_argument("--temperature", type=float, default=0.7, metavar="X", help="0 for greedy answers (default: 0.7)")
     p.add_argument("--most-tokens", type=int, default=64, metavar="N", help="longest answer in tokens (default: 64)")
-    p.add_argument(
-        "--concurrency", type=int, default=8, metavar="N", help="questions at the endpoint at a time (default: 8)"
-    )
+    p.add_argument("--concurrency", type=int, default=8, metavar="N", help="parallel requests (default: 8)")
     p.add_argument(
         "--retries",
         type=int,
@@ -80,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
         help="further tries after errors and malformed answers (default: 4)",
     )
     p.add_argument(
-        "--timeout", type=float, default=60.0, metavar="SECONDS", help="time an answer may take (default: 60)"
+        "--timeout", type=float, default=60.0, metavar="SECONDS", help="time limit of an answer (default: 60)"
     )
     p.add_argument("--skip-failed", action="store_true", help="finish without the queries that failed")
     p.add_argument(

@@ -18,7 +18,7 @@ PROBES = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Look the machine over, for a bug report or before a long run. Exit code 0 if training can run, else 1."""
+    """Check the machine, for a bug report or before a long run. Exit code 0 if training can run, else 1."""
     args = parser().parse_args(argv)
     report = Report()
     for probe in PROBES:

@@ -18,7 +18,7 @@ POOLINGS = ("mean", "weighted_mean", "last", "first")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Score encoders; results are kept beside the run, and the same command goes on where it stopped."""
+    """Score encoders; results are kept next to the run, and the same command resumes."""
     args = parser().parse_intermixed_args(argv)
     needs_mteb()
     if args.published:
@@ -34,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def needs_mteb() -> None:
-    """UserError with the way out where the extra is not installed."""
+    """Check that mteb is installed.
+
+    Raises:
+        UserError: if it is not; the message gives the command that installs it.
+    """
     try:
         import mteb  # noqa: F401
     except ImportError:
@@ -62,7 +66,9 @@ def parser() -> argparse.ArgumentParser:
         help="attention, pooling or both: each model with causal and bidirectional attention, and with mean, "
         "weighted_mean and last pooling (default: both)",
     )  # fmt: skip
-    p.add_argument("--baselines", metavar="NAMES", help="tfidf, minilm, or sentence-transformers models, by commas")
+    p.add_argument(
+        "--baselines", metavar="NAMES", help="tfidf, minilm, or sentence-transformers models, separated by commas"
+    )
     p.add_argument(
         "--prompts",
         default="en",
@@ -76,19 +82,19 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="a further adapter on each model, merged in order",
     )
-    p.add_argument("--pooling", choices=POOLINGS, help="another pooling than the run's")
+    p.add_argument("--pooling", choices=POOLINGS, help="pooling (default: the run's)")
     p.add_argument("--length", type=int, metavar="N", help="tokens of a text (default: the run's, or 512)")
     p.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="of the weights (default: the run's)")
     p.add_argument(
-        "--normalize", action="store_true", help="vectors of length 1 (matters to classification and clusters)"
+        "--normalize", action="store_true", help="vectors of norm 1 (matters to classification and clusters)"
     )
     p.add_argument(
         "--batch-tokens", type=int, default=16384, metavar="N", help="tokens in one forward (default: 16384)"
     )
     p.add_argument("--processes", type=int, metavar="N", help="encoding processes (default: one for each GPU)")
-    p.add_argument("--trust-remote-code", action="store_true", help="let a model from the hub bring its own code")
+    p.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model from the hub")
     p.add_argument("--out", metavar="FOLDER", help="where results go (default: RUN/eval, or eval-results)")
-    p.add_argument("--again", action="store_true", help="compute again what is kept")
+    p.add_argument("--again", action="store_true", help="recompute kept results")
     p.add_argument(
         "--published", action="store_true", help="the table of published models, means recomputed from cells"
     )

@@ -1,4 +1,4 @@
-"""`l2v init NAME --data FILE`: a commented recipe for one's own data that trains as it is."""
+"""`l2v init NAME --data FILE`: a commented recipe for your own data, ready to train."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     name = args.name.removesuffix(".yaml")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise UserError(f"the name '{args.name}' is to be one of a folder: use letters, digits, - and _")
+        raise UserError(f"the name '{args.name}' becomes the name of a folder: use letters, digits, - and _")
     out = Path(args.out or f"{name}.yaml")
     if out.suffix != ".yaml":
         raise UserError(f"--out {out}: a recipe's name ends in .yaml")
     if out.exists():
-        raise UserError(f"{out} exists and is left as it is; choose another name, or another file with --out")
+        raise UserError(f"{out} exists and was not changed; choose another name, or another file with --out")
     data = look(args.data)
     text = compose(name, args.base, data)
     try:
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _seen(data: OwnData) -> str:
-    """What the file holds and how it is read, a line each."""
+    """The content of the file and how it is read, a line each."""
     delimiter = f", delimiter {data.delimiter}" if data.delimiter else ""
     empty = f", {data.empty:,} more with an empty text (skipped)" if data.empty else ""
     chosen = ", ".join(f"{key}: {column}" for key, column in data.read_as().items())
@@ -69,7 +69,7 @@ def _seen(data: OwnData) -> str:
 
 
 def _next(name: str, out: Path, data: OwnData) -> str:
-    query = shlex.quote(data.example) if data.example else '"what you look for"'
+    query = shlex.quote(data.example) if data.example else '"your query"'
     column = "" if data.searched == data.document else f" --column {shlex.quote(data.document)}"
     return (
         "Next:\n"

@@ -27,13 +27,13 @@ COMMANDS = {
     "data": ("l2v.commands.data", "build a data set from raw text, check one, mine hard negatives, make queries"),
     "export": ("l2v.commands.export", "write a merged encoder for transformers and sentence-transformers"),
     "push": ("l2v.commands.push", "publish an encoder, its adapters or a data set on the Hub, with a card"),
-    "recipes": ("l2v.commands.recipes", "list the recipes that come with l2v, or print one"),
+    "recipes": ("l2v.commands.recipes", "list the shipped recipes, or print one"),
     "completion": ("l2v.commands.completion", "print the script that completes l2v in bash or zsh"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Dispatch to a subcommand; a user's mistake is one sentence and an exit code."""
+    """Dispatch to a subcommand; a user error is one sentence and an exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in ("-V", "--version"):
         print(f"l2v {__version__}")
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def help_text() -> str:
-    """What `l2v --help` prints."""
+    """The text of `l2v --help`."""
     commands = {name: text for name, (_, text) in COMMANDS.items()}
     options = {"-h, --help": "show this help message and exit", "-V, --version": "show the version and exit"}
     does = "Turn decoder language models into text encoders, first of all for Danish."
@@ -64,9 +64,9 @@ def help_text() -> str:
 
 
 def quiet_libraries(bars: bool = False) -> None:
-    """Leave the screen to this program: no bars and advice from libraries unless the user asked for them.
+    """Silence progress bars and warnings of libraries unless the user asked for them.
 
-    bars: the command leaves its progress to huggingface_hub.
+    bars: keep huggingface_hub's progress bars.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -74,7 +74,7 @@ def quiet_libraries(bars: bool = False) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not any(Path("/dev").glob("nvidia*")):
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
 
 
 if __name__ == "__main__":

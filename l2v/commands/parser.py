@@ -1,4 +1,4 @@
-"""One style of help for every verb: what it does in a line, its arguments, an example."""
+"""One style of help for every verb: one line on what it does, its arguments, an example."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def new_parser(verb: str, does: str, *examples: str) -> argparse.ArgumentParser:
-    """A parser of `l2v VERB`. does: one sentence; examples: what follows the verb on the command line."""
+    """A parser of `l2v VERB`. does: one sentence; examples: command lines without `l2v VERB`."""
     epilog = _examples(f"l2v {verb}", examples)
     return argparse.ArgumentParser(prog=f"l2v {verb}", description=does, epilog=epilog, formatter_class=Formatter)
 
@@ -25,7 +25,7 @@ def dispatcher_help(
     verb: str, does: str, kind: str, names: Mapping[str, str], examples: Sequence[str],
     options: Mapping[str, str] | None = None,
 ) -> str:  # fmt: skip
-    """The help of a command line that only passes on to one of `names`; verb: empty for l2v itself."""
+    """The help of a command that dispatches to one of `names`; verb: empty for l2v itself."""
     prog = f"l2v {verb}".rstrip()
     parts = [f"usage: {prog} {kind.upper()} ...", does, f"{kind}s:\n{_table(names)}"]
     parts += [f"options:\n{_table(options)}"] if options else []

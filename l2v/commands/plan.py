@@ -24,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(args.recipe, args.overrides, args.stage)
         if args.gpus < 1 or args.per_node < 1:
-            raise UserError("--gpus and --per-node are at least 1")
+            raise UserError("--gpus and --per-node must be at least 1")
         if not args.network > 0:
-            raise UserError("--network is in Gb/s and above 0")
+            raise UserError("--network is in Gb/s and must be above 0")
         gpu, dtype = device_and_dtype(args.gpu, recipe)
         gpu = replace(gpu, network=args.network / 8 * 1e9)
         shape, source = shape_of(recipe.base)
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
         "--gpu", metavar="NAME", help=f"{', '.join(SHEETS)}, or here: the device of this machine (default: here)"
     )
     p.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in total (default: 1)")
-    p.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs that share a fast link (default: 8)")
+    p.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs per node (default: 8)")
     p.add_argument(
         "--network", type=float, default=400, metavar="GBPS", help="Gb/s between nodes, all ports of one (default: 400)"
     )

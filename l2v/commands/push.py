@@ -1,4 +1,4 @@
-"""`l2v push RUN|EXPORT|DATASET [REPO]`: a card, and the way to the Hub."""
+"""`l2v push RUN|EXPORT|DATASET [REPO]`: publish on the Hub with a card."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from l2v.push.subject import Dataset, Model, Ready, find
 def main(argv: Sequence[str] | None = None) -> int:
     """Publish an encoder, its adapters or a data set on the Hugging Face Hub, with a card.
 
-    The token is the hub's own: HF_TOKEN, or what 'hf auth login' keeps.
+    The token is the hub's own: HF_TOKEN, or the one of 'hf auth login'.
     """
     args = parser().parse_intermixed_args(argv)
     source = find(Path(args.source), Path(args.results) if args.results else None)
     if args.adapter_only and not (isinstance(source, Model) and not source.export):
-        raise UserError(f"{args.source}: --adapter-only goes with a run or a stage of it")
+        raise UserError(f"{args.source}: --adapter-only needs a run or a stage of it")
     if isinstance(source, Dataset):
         return push_dataset(source, args)
     if isinstance(source, Ready):
@@ -44,12 +44,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "repo", metavar="REPO", nargs="?", help="name on the hub, USER/NAME (default: the run's or data set's name)"
     )
-    p.add_argument("--private", action="store_true", help="make a repository that only you see")
-    p.add_argument("--dry-run", metavar="FOLDER", help="write the folder, say what would be sent, send nothing")
+    p.add_argument("--private", action="store_true", help="create a private repository")
+    p.add_argument("--dry-run", metavar="FOLDER", help="write the folder and list the files, but send nothing")
     p.add_argument("--adapter-only", action="store_true", help="the LoRA adapters instead of a merged encoder")
     p.add_argument(
-        "--license", metavar="ID", help="the base's licence, as the hub calls it (default: what its card says)"
+        "--license", metavar="ID", help="the base's licence, by its identifier on the hub (default: that of its card)"
     )
-    p.add_argument("--base-model", metavar="NAME", help="the base's name on the hub, where the run names a folder")
+    p.add_argument("--base-model", metavar="NAME", help="the base's name on the hub, if the run uses a folder")
     p.add_argument("--results", metavar="FILE", help="scores of the card (default: RUN/eval/results.json)")
     return p

@@ -10,7 +10,7 @@ from l2v.quickstart import run_quickstart
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, evaluate, export, search; everything is below `runs/smollm2-135m-da` (or out=...)."""
+    """Train, evaluate, export, search; everything is written below `runs/smollm2-135m-da` (or out=...)."""
     args = parser().parse_intermixed_args(argv)
     run_quickstart(args.overrides, share=args.share, count=args.questions, fresh=args.fresh)
     return 0

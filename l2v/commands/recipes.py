@@ -16,7 +16,7 @@ from l2v.recipe.shipped import find_recipe, recipe_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """List the recipes that come with l2v, or print one as a start for your own."""
+    """List the shipped recipes, or print one as a start for your own."""
     args = parser().parse_args(argv)
     if args.resolved and not args.name:
         raise RecipeError("--resolved needs the name of a recipe, or a YAML file")
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.name:
         path = find_recipe(args.name)
         print(path.read_text(encoding="utf-8"), end="")
-        if parents := extended(path):  # on the other stream: the first may be written to a file
+        if parents := extended(path):  # on stderr: stdout may be redirected to a file
             print(
                 f"{path.stem} extends {', which extends '.join(parents)}; --resolved prints all keys", file=sys.stderr
             )
@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of `l2v recipes`."""
     p = new_parser(
         "recipes",
-        "List the recipes that come with l2v, or print one as a start for your own.",
+        "List the shipped recipes, or print one as a start for your own.",
         "llama3-8b-da > mine.yaml",
         "mine.yaml --resolved",
     )

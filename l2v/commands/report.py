@@ -1,4 +1,4 @@
-"""`l2v report RUN...`: one page that says what runs learned, from what, how fast, and where they stand."""
+"""`l2v report RUN...`: one page about runs: loss curves, scores, speed, lineage and data."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from l2v.runs.facts import read_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write a self-contained HTML page, and the same as Markdown. What is not there yet is a sentence in it."""
+    """Write a self-contained HTML page, and the same as Markdown. Missing parts are named in it."""
     args = parser().parse_intermixed_args(argv)
     if bool(args.map) != bool(args.label):
-        raise RecipeError("--map FILE and --label COLUMN go together: the texts, and the field that holds their topic")
+        raise RecipeError(
+            "--map FILE and --label COLUMN must be given together: the texts, and the field that holds their topic"
+        )
     runs = [read_run(Path(run)) for run in args.runs]
     out = Path(args.out) if args.out else runs[0].folder / "report.html"
     if out.suffix != ".html":
-        raise RecipeError(f"--out {out}: the page is a .html file")
+        raise RecipeError(f"--out {out}: the page must be a .html file")
     seb, missing = tables.seb_table(runs)
     sections = [section(run, args) for run in runs]
     title = "Report: " + ", ".join(run.name for run in runs)
@@ -49,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
         "runs/llama3-8b-da", "runs/one runs/two --out both.html --no-map",
     )  # fmt: skip
     p.add_argument("runs", nargs="+", metavar="RUN", help="folders that 'l2v train' wrote")
-    p.add_argument("--out", metavar="FILE", help="the page; the Markdown lies next to it (default: RUN/report.html)")
+    p.add_argument(
+        "--out", metavar="FILE", help="the page; the Markdown is written next to it (default: RUN/report.html)"
+    )
     p.add_argument("--no-map", action="store_true", help="without the map of embeddings, which encodes texts")
     p.add_argument("--map", metavar="FILE", help="texts of the map (default: the passages of the Danish sample)")
     p.add_argument(

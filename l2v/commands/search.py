@@ -14,10 +14,10 @@ from l2v.search import nearest, read_corpus
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Find the texts that lie nearest to a query; vectors of a corpus are kept next to the run for the next search."""
+    """Find the texts nearest to a query; vectors of a corpus are kept next to the run for the next search."""
     args = parser().parse_intermixed_args(argv)
     if not args.query.strip():
-        raise UserError("the query is empty; say what to look for")
+        raise UserError("the query is empty; give a text to search for")
     if args.top < 1:
         raise UserError(f"--top is {args.top}; show at least 1")
     notes: list[str] = []
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The arguments of `l2v search`."""
     p = new_parser(
-        "search", "Find the texts that lie nearest to a query; the vectors of a corpus are kept next to the run.",
+        "search", "Find the texts nearest to a query; the vectors of a corpus are kept next to the run.",
         'runs/smollm2-135m-da "hvordan slipper jeg af med lus"', 'my-encoder "feriedage" --texts texts.txt --top 5',
     )  # fmt: skip
     p.add_argument("run", metavar="MODEL", help="a run, a stage of it, an export or a base")
@@ -47,6 +47,6 @@ def parser() -> argparse.ArgumentParser:
         "--column", default="text", metavar="COLUMN",
         help="the field that holds the text (default: text, or a common name like it)",
     )  # fmt: skip
-    p.add_argument("--instruction", metavar="TEXT", help="instruction that stands before the query")
+    p.add_argument("--instruction", metavar="TEXT", help="instruction before the query")
     p.add_argument("--top", type=int, default=3, metavar="N", help="how many to show (default: 3)")
     return p

@@ -14,6 +14,7 @@ import torch
 from l2v import __version__
 from l2v.commands.parser import new_parser
 from l2v.errors import UserError
+from l2v.files import replace_text
 from l2v.recipe.load import load_recipe
 from l2v.tuning.apply import place, read_tuned, tuned_file
 from l2v.tuning.search import tune_stage
@@ -41,18 +42,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Tune the stages of a recipe and write what was found beside it."""
+    """Tune the stages of a recipe and write the result next to it."""
     args = parser().parse_intermixed_args(argv)
     if args.steps < 2 or args.minutes < 0:
-        raise UserError("--steps must be at least 2, for the first one starts the clock, and --minutes not negative")
+        raise UserError("--steps must be at least 2 (the first one is not timed), and --minutes must not be negative")
     recipe = load_recipe(args.recipe, args.overrides, args.stage)
     file = tuned_file(args.recipe)
     names = [args.stage] if args.stage else recipe.order()
-    # Read before anything runs: a place that cannot be written is no news after an hour.
+    # Checked before anything runs, not after an hour of measurements.
     if not os.access(file.parent, os.W_OK):
-        raise UserError(
-            f"{file} cannot be written: copy the recipe to a folder of yours (l2v recipes NAME > mine.yaml)"
-        )
+        raise UserError(f"{file} cannot be written: copy the recipe to your own folder (l2v recipes NAME > mine.yaml)")
     here = place(args.processes or max(1, torch.cuda.device_count()))
     before = read_tuned(args.recipe) or {}
     stages = before.get("stages", {}) if before.get("place") == here else {}
@@ -60,8 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in names:
             stages[name] = tune_stage(recipe, name, args, Path(folder), 60 * args.minutes)
             found = {"l2v": __version__, "place": here, "stages": stages}
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            partial.replace(file)
-    print(f"written: {file}; l2v train takes it up on this machine")
+            replace_text(file, json.dumps(found, indent=1) + "\n")
+    print(f"written: {file}; l2v train applies it on this machine")
     return 0

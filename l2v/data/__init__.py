@@ -1,1 +1,1 @@
-"""Sources, tokens, examples, batches. Knows a tokenizer, never a model."""
+"""Sources, tokens, examples, batches. It imports tokenizers, never models."""

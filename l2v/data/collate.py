@@ -14,7 +14,7 @@ from l2v_kernels.philox import DOMAIN_MASKING, philox4x32
 
 @dataclass(frozen=True)
 class Masking:
-    """How MNTP hides tokens: which share, and what stands in their place (mask token, random token, the token itself)."""
+    """How MNTP hides tokens: which share, and what replaces them (mask token, random token, or the token itself)."""
 
     probability: float
     split: tuple[float, float, float]
@@ -26,7 +26,7 @@ class Masking:
 def collate(
     examples: Examples, chosen: list[int], *, seed: int, step: int, masking: Masking | None = None
 ) -> PackedBatch:
-    """The micro-batch of these examples; with none chosen, one token that carries no loss (it keeps ranks in step)."""
+    """The micro-batch of these examples; with none chosen, one token without a loss, so that ranks stay in step."""
     segments = [segment for i in chosen for segment in _segments(examples, i, seed, step)]
     if not segments:
         return pack([Segment(np.zeros(1, dtype=np.int64), pool_start=0, example=-1, column=-1)], seed=seed, step=step)
@@ -35,7 +35,7 @@ def collate(
 
 
 def _segments(examples: Examples, index: int, seed: int, step: int) -> list[Segment]:
-    """The segments of an example; where its source asks for it, query and positive change places in half of the steps."""
+    """The segments of an example; with `swap` on its source, query and positive are exchanged in half of the steps."""
     segments, mixture = examples[index], getattr(examples, "mixture", None)
     if mixture is None or not mixture.swapped(index, seed, step):
         return segments
@@ -44,9 +44,9 @@ def _segments(examples: Examples, index: int, seed: int, step: int) -> list[Segm
 
 
 def mask(batch: PackedBatch, masking: Masking) -> PackedBatch:
-    """Hide tokens of a packed batch. Row r of a segment asks Philox at (segment seed, r): the pack plays no part.
+    """Hide tokens of a packed batch. Token r of a segment is drawn from Philox at (segment seed, r), independent of the pack.
 
-    Special tokens stay, and so does a segment's first token: it has no predecessor that could predict it.
+    Special tokens are never hidden. Neither is a segment's first token: no token before it could predict it.
     """
     lengths = torch.tensor(batch.lengths)
     seeds_T = batch.seeds_S.repeat_interleave(lengths)

@@ -1,6 +1,6 @@
 """Which column holds what: common English and Danish names, used where a recipe leaves a column at its default.
 
-A column that a recipe names always wins. A guess is made only where the default's own name is in no row, and it is said.
+A column named in the recipe always wins. A column is guessed only if no row has the default name, and the guess is logged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from l2v.recipe.source import Source
 
-# The first name that a file has is taken, so what can only be a query stands before what may be one (a title).
+# The first name found in the file is used, so names that can only be a query come before those that may be one (a title).
 QUERIES = (
     "query", "anchor", "question", "sentence1", "search", "spørgsmål", "forespørgsel", "søgning", "søgetekst", "sætning1",
     "title", "heading", "headline", "titel", "overskrift", "emne",
@@ -38,21 +38,21 @@ _LETTERS = str.maketrans({"æ": "ae", "ø": "oe", "å": "aa", "é": "e"})
 
 @dataclass(frozen=True)
 class Choice:
-    """A source with its columns settled; `guessed` are those that stand under another name than the default: key to column."""
+    """A source with its columns resolved; `guessed` maps each key to a column whose name is not the default."""
 
     source: Source
     guessed: dict[str, str]
 
     def note(self) -> str | None:
-        """What a user should know of it, None where nothing was guessed."""
+        """The sentence to log about guessed columns; None if nothing was guessed."""
         if not self.guessed:
             return None
         chosen = ", ".join(f"{key}: {column}" for key, column in self.guessed.items())
-        return f"{self.source.path}: columns taken by their names: {chosen} (a column that is named wins)"
+        return f"{self.source.path}: columns guessed by their names: {chosen} (a column named in the recipe wins)"
 
 
 def settle(source: Source, names: Sequence[str], kind: str) -> Choice:
-    """The source with each column that is at its default and in none of `names` replaced by one of a common name.
+    """The source with each default column that is missing from `names` replaced by a column with a common name.
 
     kind: documents, sentences or pairs. `names` are the file's columns.
     """
@@ -73,10 +73,10 @@ def settle(source: Source, names: Sequence[str], kind: str) -> Choice:
 def guess(key: str, names: Sequence[str]) -> str | None:
     """The column of `names` for a key (text, query, positive, negatives); None where no name is known.
 
-    Upper and lower case, spaces, `-` and `_` make no difference, nor does ae, oe, aa for æ, ø, å. For negatives it may be a
-    pattern, `negative_*`, which stands for numbered columns.
+    Case, spaces, `-` and `_` are ignored, and ae, oe, aa match æ, ø, å. For negatives the result may be a pattern,
+    `negative_*`, which means numbered columns.
     """
-    plain = {_plain(name): name for name in reversed(names)}  # of two that look alike the first is taken
+    plain = {_plain(name): name for name in reversed(names)}  # of two equal names the first wins
     for wanted in LOOKED_FOR[key]:
         if _plain(wanted) in plain:
             return plain[_plain(wanted)]
@@ -89,7 +89,7 @@ def guess(key: str, names: Sequence[str]) -> str | None:
 
 
 def numbered(pattern: str, names: Iterable[str]) -> list[str]:
-    """The columns of `negative_*`: negative_1, negative_2, ... in the order of their numbers; another name is itself."""
+    """The columns of `negative_*`: negative_1, negative_2, ... in the order of their numbers; a name without `*` is kept."""
     if not pattern.endswith("*"):
         return [pattern]
     prefix = pattern[:-1]
@@ -98,7 +98,7 @@ def numbered(pattern: str, names: Iterable[str]) -> list[str]:
 
 
 def absent(where: str, column: str, names: Iterable[object]) -> str:
-    """The sentence for a column that is not found, with those that are and the nearest of them."""
+    """The error message for a column that is not found: the columns that exist and the closest name."""
     known = [str(name) for name in names]
     close = difflib.get_close_matches(_plain(column), {_plain(name): name for name in known}, n=1, cutoff=0.6)
     hint = next((f"; did you mean '{name}'?" for name in known if close and _plain(name) == close[0]), "")

@@ -1,6 +1,6 @@
 """Danish text to sentences: abbreviations, ordinals, initials and numbers that end in a full stop do not end a sentence.
 
-`l2v.data.text` holds the published recipe's plain rule; this one is for data that is built anew.
+`l2v.data.text` holds the published recipe's plain rule; this module is used when data is built from raw text.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ NEVER_LAST = _words(
     tidl. tlf. udg. ugtl. undt. v. v.h.a. vb. vdr. vedr. vha. vol. vs. å. årg. årh. ø.
     """
 )
-"""Abbreviations that something always follows; of one letter, only in lower case."""
+"""Abbreviations that never end a sentence; those of one letter only in lower case."""
 WORDS_TOO = _words(
     """arb. art. aut. bem. def. dir. div. fig. fl. fork. fær. kand. kap. lat. lok. mag. min. par. pol. red. ref.
     reg. sek. sen. sing. spec. str. stud. tab. ty.
     """
 )
-"""Abbreviations that are words as well ("et par."): they end a sentence if a word that begins one follows."""
+"""Abbreviations that are also words ("et par."): they end a sentence if the next word is one of STARTERS."""
 DEGREES = _words("cand stud mag dr lic bac")
 MAY_BE_LAST = _words(
     """osv. m.m. m.v. mv. m.fl. mfl. etc. o.l. ol. o.lign. o.a. o.m.a. f.kr. e.kr. kr. mio. mia. mill. pct. km. cm. kg. tdr.
     d.å. s.å. u.å. inc. ltd. a/s. aps. o.s.v. e.l. el.lign. m.a. s.u. ibid. jr. sr. f.t.a. f.v.t. e.v.t. rev. ff. m. hk.
     """
 )
-"""Abbreviations that end a sentence if a new one seems to follow."""
+"""Abbreviations that end a sentence unless a digit follows."""
 MONTHS = _words("januar februar marts april maj juni juli august september oktober november december")
 ORDINAL_BEFORE = _words(
     """d. den det de i på fra til kong konge dronning prins pave kejser christian frederik margrethe valdemar erik knud
@@ -50,7 +50,7 @@ STARTERS = _words(
     hvad hvor hvem hvorfor hvordan kun selv både mens imidlertid du mit dit din vores ifølge blandt ud op ned ved
     """
 )
-"""Words that begin a sentence after a number or an initial rather than go on with a name."""
+"""Words that begin a sentence after a number or an initial rather than continue a name."""
 _BREAK = re.compile(
     r"""(?P<mark>[.!?…]+)(?P<close>["'”’»«)\]]*)(?P<space>\s+)(?P<open>["'“”„»«(\[–—-]*\s?)(?P<next>\w)"""
 )
@@ -58,7 +58,7 @@ _WORD_BEFORE = re.compile(r"(\S+)$")
 _NEXT_WORD = re.compile(r"[\w.]+")
 _NUMBER = re.compile(r"^\(?\d{1,3}$")
 REACH = 80
-"""Characters before a full stop that are looked at, so that a line of any length takes time in proportion."""
+"""Characters inspected before a full stop, so that the time grows linearly with the length of a line."""
 _STRIP = "\"'“”„»«([{–—-"
 
 

@@ -1,4 +1,4 @@
-"""Tokenised examples: what one row becomes for each objective, memory-mapped, with its address."""
+"""Tokenised examples: what one row becomes for each objective. Memory-mapped."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Examples(Protocol):
     segments: np.ndarray
     """Number of segments of every example: int64 [examples]."""
     notes: list[str]
-    """What a user should know of the data, a sentence each."""
+    """Messages about the data to log, a sentence each."""
     rows_of: np.ndarray
-    """The row that every example stands in, or begins in: int64 [examples]."""
+    """The row that every example comes from, or begins in: int64 [examples]."""
     mixture: Mixture | None
-    """How the sources of the rows are mixed; None where they simply follow one another."""
+    """How the sources of the rows are mixed; None if they are concatenated."""
 
     def __getitem__(self, index: int) -> list[Segment]: ...
 
@@ -33,8 +33,8 @@ class Examples(Protocol):
 class MntpBlocks:
     """Documents one after another, cut into blocks of exactly `length` tokens (the last one may be shorter).
 
-    With `document_mask` every document in a block is a segment of its own: attention does not cross it and positions
-    start anew. Without, a block is one segment, as in the reference.
+    With `document_mask` every document in a block is its own segment: attention does not cross its borders and
+    positions restart. Without it, a block is one segment, as in McGill's llm2vec.
     """
 
     def __init__(self, rows: datasets.Dataset, tokenizer: TextTokenizer, *, document_mask: bool = True) -> None:
@@ -81,7 +81,7 @@ class MntpBlocks:
 
 
 class Views:
-    """SimCSE: a text twice; the two segments differ only in the address of their noise."""
+    """SimCSE: a text twice; the two segments differ only in their column, and so in their dropout masks."""
 
     def __init__(self, rows: datasets.Dataset, tokenizer: TextTokenizer) -> None:
         def tokenise(batch: dict[str, list]) -> dict[str, list]:
@@ -106,7 +106,7 @@ class Views:
 
 
 class Pairs:
-    """Supervised: query, positive and up to `max_negatives` hard negatives; absent ones are absent."""
+    """Supervised: query, positive and up to `max_negatives` hard negatives; a row may have fewer or none."""
 
     def __init__(self, rows: datasets.Dataset, tokenizer: TextTokenizer, *, max_negatives: int = 1) -> None:
         def tokenise(batch: dict[str, list]) -> dict[str, list]:
@@ -152,13 +152,13 @@ def _notes(rows: datasets.Dataset, what: str, length: int) -> list[str]:
     cut = sum(rows["cut"])
     if cut:
         notes.append(
-            f"{cut} texts were longer than {length} tokens and were cut there; raise `length` to keep them whole"
+            f"{cut} texts were longer than {length} tokens and were truncated; raise `length` to keep them whole"
         )
     return notes
 
 
 def _map(rows: datasets.Dataset, function, tokenizer: TextTokenizer, name: str) -> datasets.Dataset:
-    # The fingerprint is ours: pickling a tokenizer gives another hash after its first use, and the cache would miss.
+    # Our own fingerprint: a tokenizer pickles to another hash after its first use, and the cache would miss.
     return rows.map(
         function,
         batched=True,

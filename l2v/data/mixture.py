@@ -1,6 +1,6 @@
-"""How the sources of a stage are mixed: how often each is met, who stands with whom, which pairs change places.
+"""How the sources of a stage are mixed: how often each is used, which examples share a batch, which pairs are swapped.
 
-All of it is a function of (seed, epoch) or (seed, step, example): neither ranks nor micro-batches play a part.
+All of it is a function of (seed, epoch) or (seed, step, example), independent of ranks and micro-batches.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from l2v.errors import UserError
 from l2v.recipe import Stage
 from l2v.recipe.source import Source
 
-# Apart from one another, and from the words by which a plain epoch is drawn.
+# Different from each other and from the words that a plain epoch is drawn with.
 CYCLE, MIX, POOLS, SWAP = 1, 2, 3, 4
 
 
 @dataclass
 class Mixture:
-    """The sources of examples, and what their recipe asks of them.
+    """The sources of examples and how the recipe mixes them.
 
-    members: for each source, its examples, int64. counts: how many of them an epoch meets. homogeneous: examples that meet
-    in one loss are of one source. swap: for each source, whether its pairs may change places.
+    members: for each source, its examples, int64. counts: how many of them an epoch uses. homogeneous: all examples of
+    one loss come from one source. swap: for each source, whether query and positive may be exchanged.
     """
 
     members: list[np.ndarray]
@@ -36,8 +36,8 @@ class Mixture:
     def pools(self, seed: int, epoch: int, size: int) -> list[np.ndarray]:
         """The examples of an epoch in pools of at most `size`, in order; with `homogeneous`, of one source each.
 
-        A source is an endless row of permutations, drawn from (seed, source, cycle), and an epoch takes the next `counts`
-        of it: no example is met again before all others of its source were, whatever the weight.
+        A source is an endless sequence of permutations, drawn from (seed, source, cycle). An epoch takes the next `counts`
+        examples of it, so no example is repeated before all others of its source were used, whatever the weight.
         """
         taken = [self._taken(seed, epoch, source) for source in range(len(self.members))]
         if not self.homogeneous:
@@ -62,7 +62,7 @@ class Mixture:
         return np.concatenate(parts)
 
     def swapped(self, example: int, seed: int, step: int) -> bool:
-        """Whether query and positive of this example change places in this step."""
+        """Whether query and positive of this example are exchanged in this step."""
         if not any(self.swap):
             return False
         return bool(self._swaps[example]) and mix(seed, step, example, SWAP) & 1 == 1
@@ -74,19 +74,21 @@ class Mixture:
 
 
 def draw(count: int, *address: int) -> np.ndarray:
-    """A permutation of `count`, int64, drawn from an address.
+    """A permutation of `count`, int64, drawn from a seed of several whole numbers.
 
-    Raw Philox words, not Generator.permutation: numpy promises only the former across its versions, and a run that is
-    resumed after an upgrade must go on in the same order.
+    Uses raw Philox words, not Generator.permutation: numpy keeps only the former stable across versions, and a run that
+    resumes after an upgrade must keep the same order.
     """
     return np.argsort(np.random.Philox(key=mix(*address)).random_raw(count), kind="stable")
 
 
 def mix_sources(sources: Sequence[Source], sizes: Sequence[int], rows_of: np.ndarray, stage: Stage) -> Mixture | None:
-    """The mixture that a stage's sources ask for; None where they simply follow one another.
+    """The mixture that a stage's sources ask for; None if they are concatenated.
 
-    sizes: rows of each source; rows_of: the row of every example. Errors: UserError if a source of which only one example
-    would be met shall fill batches of its own.
+    sizes: rows of each source; rows_of: the row of every example.
+
+    Raises:
+        UserError: if homogeneous batches are asked for and an epoch uses only one example of a source.
     """
     homogeneous = getattr(stage, "homogeneous", False)
     if not homogeneous and not any(s.weight != 1 or s.swap for s in sources):
@@ -99,8 +101,8 @@ def mix_sources(sources: Sequence[Source], sizes: Sequence[int], rows_of: np.nda
     for source, own, count in zip(sources, members, counts, strict=True):
         if homogeneous and len(own) and min(len(own), count) == 1:
             raise UserError(
-                f"{source.path}: homogeneous batches need at least 2 examples of a source, and an epoch meets 1 of "
-                f"{len(own)} (weight {source.weight:g}); give more rows or more weight, or leave the source out"
+                f"{source.path}: homogeneous batches need at least 2 examples of a source, and an epoch uses 1 of "
+                f"{len(own)} (weight {source.weight:g}); add rows, raise the weight, or remove the source"
             )
     notes = [
         f"{source.path}: {len(own)} examples, weight {source.weight:g}: {count} of {sum(counts)} in an epoch "

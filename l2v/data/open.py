@@ -10,7 +10,7 @@ from l2v.recipe import Mntp, Source, Stage, Supervised
 
 
 def open_examples(sources: list[Source], stage: Stage, texts: TextTokenizer) -> MntpBlocks | Pairs | Views:
-    """Rows to examples, by objective; how the sources are mixed stands beside them."""
+    """Rows to examples, by objective; the mixture of the sources is attached to them."""
     kinds: dict[type[Stage], Kind] = {Mntp: "documents", Supervised: "pairs"}
     kind = kinds.get(type(stage), "sentences")
     guesses: list[str] = []

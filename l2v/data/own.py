@@ -1,4 +1,4 @@
-"""A file of the user's own: which of its columns hold what, and how much there is to train on."""
+"""Inspect a user's file for `l2v init`: what its columns hold, and how much there is to train on."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from l2v.errors import UserError
 from l2v.recipe.new import OwnData
 from l2v.recipe.source import Source
 
-MEASURED = 10_000  # rows whose lengths are looked at
-MAX_QUERY = 60  # letters of the query that stands for the others
+MEASURED = 10_000  # rows whose lengths are measured
+MAX_QUERY = 60  # letters of the example query
 LONG = 40  # words; texts of more on average are split into sentences for SimCSE
 
 
 def look(path: str) -> OwnData:
     """Read a file once, row by row.
 
-    Raises: UserError for a file without a column of a known name (it lists those that the file has), for one with fewer than
-    two rows of text, and for what cannot be read.
+    Raises:
+        UserError: for a file without a column of a known name (the message lists its columns), for one with
+            fewer than two rows of text, and for what cannot be read.
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"{path}: there is no such file; give a .csv, .tsv, .jsonl, .parquet or .txt file")
+        raise UserError(f"{path}: file not found; give a .csv, .tsv, .jsonl, .parquet or .txt file")
     names, _ = raw.columns(file, path)
     pairs = settle(Source(path), names, "pairs").source
     texts = settle(Source(path), names, "documents").source

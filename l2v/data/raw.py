@@ -1,4 +1,4 @@
-"""The rows of one file as they are written: JSONL, CSV, TSV, Parquet or text, each with its place for messages."""
+"""The rows of one file as they are written: JSONL, CSV, TSV, Parquet or text, each with its location for messages."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any
 
 from l2v.data.tables import is_table, layout, read_table
 from l2v.data.text import parse
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 
 LINES = (".jsonl", ".jsonl.gz", ".json", ".txt", ".txt.gz")
-FIRST = 100  # rows of a JSONL file that its columns are taken from
+FIRST = 100  # rows of a JSONL file from which its columns are collected
 
 
 def is_streamed(path: Path) -> bool:
     """Whether the file is read row by row here; False for Parquet, which `datasets` maps into memory by itself.
 
-    Raises: UserError for a type of file that nothing reads.
+    Raises:
+        UserError: for an unknown file type.
     """
     name = path.name.lower()
     if name.endswith(LINES) or is_table(name):
@@ -31,7 +32,11 @@ def is_streamed(path: Path) -> bool:
 
 
 def read_rows(path: Path, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All rows of a file in order; `shown` is its name in messages. Raises: UserError for what cannot be read."""
+    """All rows of a file in order; `shown` is its name in messages.
+
+    Raises:
+        UserError: for what cannot be read.
+    """
     if is_table(path):
         yield from read_table(path, shown)
     elif is_streamed(path):
@@ -41,7 +46,7 @@ def read_rows(path: Path, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def columns(path: Path, shown: str) -> tuple[list[str], bool]:
-    """The columns of a file, and whether these are all: a JSONL file is asked for those of its first rows."""
+    """The columns of a file, and whether the list is complete: for JSONL, only the first rows are read."""
     if is_table(path):
         return layout(path, shown).names, True
     if _is_text(path):
@@ -76,7 +81,7 @@ def _parquet_file(path: Path, shown: str):
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{shown}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{shown}: not a readable Parquet file: {first_line(error)}") from None
 
 
 def _parquet(path: Path, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""The Danish sample that ships with l2v: passages, questions, hard negatives; a part of it held out from every stage.
+"""The Danish sample that ships with l2v: passages, questions, hard negatives; part of it is held out from every stage.
 
 `sample_da/passages.jsonl`: id, subject, register, split (train or heldout), text.
 `sample_da/questions.jsonl`: id, query, positive (a passage id), negatives (passage ids), kind (plain, colloquial or
@@ -31,7 +31,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Question:
-    """One question, the id of the passage that answers it, and ids of passages that only seem to."""
+    """One question, the id of the passage that answers it, and ids of passages that look like an answer but are not."""
 
     id: str
     query: str
@@ -58,7 +58,7 @@ def rows(path: str, kind: str) -> list[dict[str, Any]]:
     """Rows of `sample:da/train` or `sample:da/heldout` as documents, sentences or pairs."""
     match = re.fullmatch(r"sample:da/(train|heldout)", path)
     if not match:
-        raise UserError(f"{path}: there is no such sample; use sample:da/train or sample:da/heldout")
+        raise UserError(f"{path}: no such sample; use sample:da/train or sample:da/heldout")
     split = match.group(1)
     texts = [p.text for p in passages().values() if p.split == split]
     if kind == "documents":

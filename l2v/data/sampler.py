@@ -14,7 +14,7 @@ from l2v.errors import UserError
 
 @dataclass
 class Unit:
-    """Examples whose embeddings meet in one loss, split into micro-batches; an empty one keeps ranks in step."""
+    """Examples of one loss, split into micro-batches; an empty micro-batch keeps ranks in step."""
 
     micros: list[list[int]]
 
@@ -25,7 +25,7 @@ class Unit:
 
 @dataclass
 class StepPlan:
-    """The work of one optimizer step. units[rank] is what a rank does; all ranks have equal numbers of everything."""
+    """The work of one optimizer step. units[rank] is the work of a rank; counts are equal on all ranks."""
 
     step: int
     epoch: float
@@ -33,12 +33,12 @@ class StepPlan:
 
     @property
     def examples(self) -> list[int]:
-        """All that the step trains on, of every rank."""
+        """All examples of the step, of every rank."""
         return [i for units in self.units for unit in units for i in unit.examples]
 
 
 class Sized(Protocol):
-    """What a sampler reads of examples; a `mixture` too, where they have one."""
+    """What a sampler needs from examples; it also uses `mixture` if they have one."""
 
     @property
     def lengths(self) -> np.ndarray: ...
@@ -47,11 +47,11 @@ class Sized(Protocol):
 class Sampler:
     """Deterministic, token-balanced batches.
 
-    Every epoch is a permutation drawn from (seed, epoch); its last batch may be short, so that no example is lost or seen
-    twice. Where the examples carry a mixture (`l2v.data.mixture`), an epoch is what that says: rows of a source as often as
-    its weight, and with `homogeneous`, pools (a batch, or a group of one) of one source, of nearly equal sizes. Ranks get
+    Every epoch is a permutation drawn from (seed, epoch); its last batch may be short, so that no example is lost or
+    repeated. With a mixture (`l2v.data.mixture`), an epoch uses the rows of a source as often as its weight says and,
+    with `homogeneous`, consists of pools (a batch, or a group of one) of one source, of nearly equal sizes. Ranks get
     shares of nearly equal tokens and cut them into micro-batches of at most `micro_tokens` tokens. Each rank computes the
-    plan of all of them, so nothing has to be communicated.
+    plan of all ranks, so nothing has to be communicated.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Sampler:
         return StepPlan(step, epoch + (at + 1) / self.steps_per_epoch, shares)
 
     def _pools(self, epoch: int) -> list[np.ndarray]:
-        """The examples of an epoch, in pools that meet in one loss."""
+        """The examples of an epoch, in pools of one loss each."""
         if self._epoch is None or self._epoch[0] != epoch:
             size = self.group or self.batch
             if self.mixture:
@@ -100,7 +100,7 @@ class Sampler:
         return self._epoch[1]
 
     def _balance(self, items: Sequence[list[int]], flat: bool = True) -> list[list]:
-        """Longest first to the rank with the fewest tokens; within a rank the batch's own order."""
+        """Longest first to the rank with the fewest tokens; within a rank, the order of the batch."""
         tokens = [int(self.lengths[item].sum()) for item in items]
         load, owner = [0] * self.world, [0] * len(items)
         for at in sorted(range(len(items)), key=lambda i: (-tokens[i], i)):

@@ -19,7 +19,7 @@ from l2v.data import raw, sample
 from l2v.data.columns import absent, numbered, settle
 from l2v.data.text import sentences
 from l2v.data.tokens import text_key
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 from l2v.recipe import Source
 
 Kind = Literal["documents", "sentences", "pairs"]
@@ -40,7 +40,7 @@ NAMES = {key: key for key in ("text", *PAIRS)}
 def open_rows(sources: list[Source], kind: Kind, notes: list[str] | None = None) -> datasets.Dataset:
     """All rows of all sources, in order, validated; memory-mapped, so their size does not matter.
 
-    `notes` takes a sentence for each source whose columns were guessed by their names.
+    `notes` receives a sentence for each source whose columns were guessed by their names.
     """
     return together(open_parts(sources, kind, notes), sources)
 
@@ -55,7 +55,11 @@ def open_parts(sources: list[Source], kind: Kind, notes: list[str] | None = None
 
 
 def together(parts: list[datasets.Dataset], sources: list[Source]) -> datasets.Dataset:
-    """The rows of `open_parts`, one source after another. Errors: UserError if there is none."""
+    """The rows of `open_parts`, one source after another.
+
+    Raises:
+        UserError: if there is none.
+    """
     rows = _joined(parts)
     if len(rows) == 0:
         raise UserError(f"{', '.join(s.path for s in sources)}: the data set is empty; it needs at least one row")
@@ -63,7 +67,7 @@ def together(parts: list[datasets.Dataset], sources: list[Source]) -> datasets.D
 
 
 def scan(source: Source, kind: Kind) -> Iterator[list[dict[str, Any]]]:
-    """What each row of one file becomes, in order, nothing kept: an empty list for a row with an empty text."""
+    """What each row of one file becomes, streamed in order: an empty list for a row with an empty text."""
     rules = _columns(replace(source, skip_empty=True), PAIRS if kind == "pairs" else TEXTS)
     for where, row in raw.read_rows(Path(source.path).expanduser(), source.path):
         yield normalise(row, rules, kind, where)
@@ -87,9 +91,9 @@ def _expand(source: Source) -> list[Source]:
     else:
         found = sorted(Path(p) for p in glob.glob(str(path)))
         if not found:
-            raise UserError(f"{source.path}: no file has such a name")
+            raise UserError(f"{source.path}: no file matches")
     if source.limit and len(found) > 1:
-        raise UserError(f"{source.path}: these are {len(found)} files; limit goes with one of them")
+        raise UserError(f"{source.path}: limit applies to a single file, and this matches {len(found)} files")
     return [replace(source, path=str(file)) for file in found]
 
 
@@ -104,12 +108,12 @@ def _open(source: Source, kind: Kind, features: datasets.Features, notes: list[s
     else:
         path = Path(source.path).expanduser()
         if not path.is_file():
-            raise UserError(f"{source.path}: there is no such file; give a file, hub:NAME or sample:da/train")
+            raise UserError(f"{source.path}: file not found; give a file, hub:NAME or sample:da/train")
         names, complete = raw.columns(path, source.path)
         settled = _settled(source, names, kind, notes, complete=complete)
         if raw.is_streamed(path):
             stat = path.stat()
-            # size and time are part of the arguments, so that the cache knows an edited file from the old one
+            # size and time are part of the arguments, so that the cache detects an edited file
             stamp = f"{stat.st_size}-{stat.st_mtime_ns}"
             rows = _from_lines(path, settled, kind, features, stamp)
         else:
@@ -118,7 +122,7 @@ def _open(source: Source, kind: Kind, features: datasets.Features, notes: list[s
 
 
 def _settled(source: Source, names: Sequence[str], kind: Kind, notes: list[str], *, complete: bool = True) -> Source:
-    """The source with its columns settled, a note of each guess. complete: `names` are all columns that a row may have."""
+    """The source with its columns resolved; each guess is noted. complete: `names` are all columns that a row may have."""
     choice = settle(source, names, kind)
     if note := choice.note():
         notes.append(note)
@@ -128,9 +132,10 @@ def _settled(source: Source, names: Sequence[str], kind: Kind, notes: list[str],
 
 
 def _optional(source: dict[str, Any], kind: Kind) -> list[str]:
-    """Columns that a recipe names and a row may lack; one that no row has is a mistake.
+    """Columns that a recipe names and a row may lack; a column that no row has is an error.
 
-    Not so under the key's own name: mining and building write `negatives` or `document_instruction` only where there are any.
+    A column with the key's own name may be missing: mining and building write `negatives` or
+    `document_instruction` only if there are any.
     """
     keys = ("negatives", "instruction", "document_instruction") if kind == "pairs" else ()
     return [source[key] for key in keys if source[key] not in (None, "", key)]
@@ -154,7 +159,7 @@ def _from_lines(path: Path, source: Source, kind: Kind, features: datasets.Featu
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
             raise cause from None
-        raise UserError(f"{source.path}: cannot be read: {str(cause).splitlines()[0]}") from None
+        raise UserError(f"{source.path}: cannot be read: {first_line(cause)}") from None
     except ValueError as error:
         if "no data" not in str(error):
             raise
@@ -162,7 +167,7 @@ def _from_lines(path: Path, source: Source, kind: Kind, features: datasets.Featu
 
 
 def _columns(source: Source, features: datasets.Features) -> dict[str, Any]:
-    """All of a source that changes what a row becomes, as plain values: they are part of the cache's key."""
+    """Everything in a source that changes what a row becomes, as plain values for the cache key."""
     prompts = source.prompts()
     columns = {name: getattr(source, name) for name in (*NAMES, "group", "path", "skip_empty", "sentences")}
     columns |= {"query_prompt": prompts.query, "document_prompt": prompts.document, "symmetric": prompts.symmetric}
@@ -182,7 +187,7 @@ def _read_lines(path: str, shown: str, source: dict[str, Any], kind: Kind, stamp
 
 
 def normalise(row: dict[str, Any], source: dict[str, Any], kind: Kind, where: str) -> list[dict[str, Any]]:
-    """The row under the vocabulary's names; none where an empty text is to be skipped, many where it holds sentences."""
+    """The row under l2v's column names: none if an empty text is skipped, several if the row is split into sentences."""
 
     def text(key: str) -> str:
         column = source[key]
@@ -220,7 +225,7 @@ def _negatives(row: dict[str, Any], pattern: str, where: str) -> list[str]:
         found = [found] if isinstance(found, str) else found
         if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
             raise UserError(f"{where}: the field '{column}' is a text or a list of texts")
-        out += [n.strip() for n in found if n.strip()]  # an empty negative is an absent one
+        out += [n.strip() for n in found if n.strip()]  # an empty negative counts as absent
     return out
 
 
@@ -233,7 +238,7 @@ def _group(row: dict[str, Any], source: dict[str, Any], where: str) -> int:
     value = row[column]
     if not isinstance(value, str | int | None) or isinstance(value, bool):
         raise UserError(f"{where}: the field '{column}' is text or a whole number; found {type(value).__name__}")
-    # Numbers are counted again in every data set, so a group ends where its source does.
+    # The key includes the source: numbers restart in every data set, so a group never spans two sources.
     return -1 if value in (None, "") else text_key(f"{source['path']}\n{value}")
 
 
@@ -257,7 +262,7 @@ def _hub(source: Source) -> datasets.Dataset:
     try:
         return datasets.load_dataset(name, source.name, split=source.split, revision=source.revision)
     except Exception as error:
-        raise UserError(f"{source.path}: the Hub data set cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{source.path}: the Hub data set cannot be loaded: {first_line(error)}") from None
 
 
 def _parquet(path: Path) -> datasets.Dataset:
@@ -265,4 +270,4 @@ def _parquet(path: Path) -> datasets.Dataset:
         return datasets.load_dataset("parquet", data_files=str(path), split="train")
     except Exception as error:
         cause = error.__cause__ or error
-        raise UserError(f"{path}: not a readable Parquet file: {str(cause).splitlines()[0]}") from None
+        raise UserError(f"{path}: not a readable Parquet file: {first_line(cause)}") from None

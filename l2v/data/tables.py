@@ -16,10 +16,10 @@ from l2v.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
-MAX_FIELD = 1 << 26  # characters; an unclosed quote ends here and not with the file
-SAMPLE = 1 << 20  # characters that the delimiter is chosen by
+MAX_FIELD = 1 << 26  # characters; an unclosed quote fails here instead of at the end of the file
+SAMPLE = 1 << 20  # characters from which the delimiter is detected
 SAMPLE_ROWS = 200
-MAX_NAME = 100  # characters; a longer "column name" is a text, so the header is missing
+MAX_NAME = 100  # characters; a longer "column name" is text, so the header is missing
 BROKEN = (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError)
 
 
@@ -32,21 +32,22 @@ class Layout:
 
     @property
     def names(self) -> list[str]:
-        """The columns that have a name; one without (an index, a trailing delimiter) is not read."""
+        """The columns that have a name; a column without one (an index, a trailing delimiter) is ignored."""
         return [name for name in self.header if name]
 
 
 def is_table(path: str | Path) -> bool:
-    """Whether the file's name says CSV or TSV, plain or gzipped."""
+    """Whether the file name ends as CSV or TSV, plain or gzipped."""
     return str(path).lower().endswith(SUFFIXES)
 
 
 def layout(path: str | Path, shown: str) -> Layout:
     """The delimiter and the header of a table; `shown` is its name in messages.
 
-    The delimiter is the one by which the header has more than one column and most of the first rows have as many.
+    The delimiter is the one that gives the header more than one column and most of the first rows as many fields.
 
-    Raises: UserError for an empty file, a file without a header, a column named twice, and text that is not UTF-8.
+    Raises:
+        UserError: for an empty file, a file without a header, a column named twice, and text that is not UTF-8.
     """
     try:
         with _open(path) as stream:
@@ -57,18 +58,19 @@ def layout(path: str | Path, shown: str) -> Layout:
         raise UserError(f"{shown}: the file is empty; a table begins with a line of column names")
     candidates = sorted(DELIMITERS, key=lambda d: d != "\t") if ".tsv" in str(path).lower() else list(DELIMITERS)
     found = {delimiter: _fit(sample, delimiter) for delimiter in candidates}
-    delimiter = max(found, key=lambda d: found[d][:2])  # the first of equals
+    delimiter = max(found, key=lambda d: found[d][:2])  # on a tie the first wins
     header = tuple(name.strip() for name in found[delimiter][2])
     _check_header(header, shown)
     return Layout(delimiter, header)
 
 
 def read_table(path: str | Path, shown: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a table in order, each with its place ("FILE, line N", where the row begins) for messages.
+    """The rows of a table in order, each with its location ("FILE, line N", where the row begins) for messages.
 
-    Nothing is held but the row in hand. Rows without any text are skipped.
+    Only the current row is in memory. Rows without any text are skipped.
 
-    Raises: UserError as `layout` does, and for a row with more or fewer fields than the header or an unclosed quote.
+    Raises:
+        UserError: as `layout` does, and for a row with more or fewer fields than the header or an unclosed quote.
     """
     how = layout(path, shown)
     csv.field_size_limit(MAX_FIELD)
@@ -117,7 +119,7 @@ def _fit(sample: str, delimiter: str) -> tuple[bool, float, list[str]]:
             if total == SAMPLE_ROWS:
                 break
     except csv.Error:
-        # A last row that the sample cuts in two is no fault of the delimiter, and one row in many makes no difference.
+        # The last row may be cut off by the sample; one row in many makes no difference.
         total += 1
     if header is None:
         return False, 0.0, [sample.splitlines()[0]]
@@ -130,7 +132,7 @@ def _check_header(header: tuple[str, ...], shown: str) -> None:
         raise UserError(f"{shown}, line 1: no header; the first line of a table names its columns")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"{shown}, line 1: the column '{twice}' stands twice in the header; rename one of them")
+        raise UserError(f"{shown}, line 1: the column '{twice}' appears twice in the header; rename one of them")
 
 
 def _is_number(text: str) -> bool:
@@ -145,23 +147,23 @@ def _uneven(where: str, count: int, how: Layout) -> str:
     columns = f"{len(how.header)} column" + "s" * (len(how.header) != 1)
     return (
         f"{where}: {count} field{'s' * (count != 1)} where the header has {columns}; a text that holds a "
-        f"{DELIMITERS[how.delimiter]} or a line break stands in double quotes"
+        f"{DELIMITERS[how.delimiter]} or a line break must be in double quotes"
     )
 
 
 def _quote_trouble(error: csv.Error) -> str:
     text = str(error)
     if "unexpected end" in text or "field larger" in text:
-        return "a quote is opened here and not closed; close it, or write a quote inside a text twice"
+        return "a quote is opened here and never closed; close it, or double a quote inside a text"
     if "expected after" in text:
-        return "a quote is closed before its field ends; write a quote inside a text twice"
+        return "a quote is closed before its field ends; double a quote inside a text"
     return f"not readable as CSV: {text}"
 
 
 def _unreadable(path: str | Path, shown: str, error: Exception) -> UserError:
-    """The sentence for bytes that are not UTF-8, with their line, or for a damaged archive."""
+    """The error for bytes that are not UTF-8, with their line, or for a damaged archive."""
     if not isinstance(error, UnicodeDecodeError):
-        return UserError(f"{shown}: cannot be read to its end: {error}")
+        return UserError(f"{shown}: cannot be read to the end: {error}")
     opener = gzip.open if str(path).lower().endswith(".gz") else open
     with opener(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):

@@ -18,7 +18,7 @@ def sentences(text: str, *, least: int = 5, most: int = 100) -> list[str]:
 
 
 def parse(line: str, where: str) -> dict[str, Any]:
-    """One JSON object, or an error that names its line."""
+    """One JSON object; an error names its line."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

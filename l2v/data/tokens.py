@@ -10,36 +10,36 @@ from dataclasses import asdict
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from l2v.errors import RecipeError, UserError
+from l2v.errors import RecipeError, UserError, first_line
 from l2v.recipe import Template
 
 
 def load_tokenizer(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """A fast tokenizer (offsets are needed to tell text from template)."""
+    """A fast tokenizer (its offsets separate the text from the template)."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise UserError(f"{path}: no tokenizer can be loaded from there: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: no tokenizer can be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{path}: its tokenizer has no fast version; convert it to a tokenizer.json first")
     return tokenizer
 
 
 class TextTokenizer:
-    """Turns texts into ids for the two shapes that stages need.
+    """Turns texts into ids, in the two forms that stages need.
 
-    Documents (MNTP) are the plain text with the special tokens that the tokenizer itself adds. Embedded texts stand in
-    the base's template: prefix + instruction + text + suffix, tokenised as one string; what belongs to the text is read
-    off the character offsets, so no marker inside the text is needed.
+    Documents (MNTP) are the plain text with the special tokens that the tokenizer itself adds. Embedded texts are put
+    into the base's template: prefix + instruction + text + suffix, tokenised as one string. Character offsets show which
+    tokens belong to the text, so no marker inside it is needed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, length: int) -> None:
         self.tokenizer, self.template, self.length = tokenizer, template, length
 
     def fingerprint(self) -> str:
-        """Changes with anything that changes the ids."""
+        """A hash of everything that changes the ids."""
         facts = [self.tokenizer.backend_tokenizer.to_str(), asdict(self.template), self.length]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -48,7 +48,7 @@ class TextTokenizer:
         return self.tokenizer(list(texts), verbose=False)["input_ids"]
 
     def embedded(self, texts: Sequence[str], instruction: str | None = None) -> tuple[list[list[int]], list[int], int]:
-        """Ids, the position from which each is pooled, and how many texts were cut to `length` tokens."""
+        """Ids, the position from which each is pooled, and how many texts were truncated to `length` tokens."""
         header = self.header(instruction)
         strings = [header + text.strip() + self.template.suffix for text in texts]
         encoded = self.tokenizer(strings, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
@@ -74,7 +74,7 @@ class TextTokenizer:
         return out, starts, cut
 
     def header(self, instruction: str | None) -> str:
-        """What stands before the text: the template's prefix and the instruction, if any."""
+        """What precedes the text: the template's prefix and the instruction, if any."""
         return self.template.prefix + (self.template.instruction.format(instruction=instruction) if instruction else "")
 
     def single(self, text: str) -> int:

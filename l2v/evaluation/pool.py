@@ -1,9 +1,8 @@
-"""One encoder in each of several processes, a GPU to a process; texts are shared out in pieces of like length."""
+"""One encoder in each of several processes, one GPU per process; texts are divided into pieces of similar length."""
 
 from __future__ import annotations
 
 import queue
-import traceback
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -12,19 +11,19 @@ import torch
 from torch import multiprocessing
 
 from l2v.encoder import Encoder
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 
-PIECE = 512  # texts: small enough that processes end together, large enough to fill several packs
+PIECE = 512  # texts: small enough that processes finish together, large enough to fill several packs
 
 
 def by_length(texts: Sequence[str]) -> list[list[int]]:
-    """Places of the texts, longest first, in pieces; one empty piece for no texts."""
+    """Indices of the texts, longest first, in pieces; one empty piece if there are no texts."""
     order = sorted(range(len(texts)), key=lambda at: -len(texts[at]))
     return [order[at : at + PIECE] for at in range(0, len(order), PIECE)] or [[]]
 
 
 class Loader(Protocol):
-    """Can be sent to a process and gives an encoder there."""
+    """Can be pickled to another process, where it loads an encoder."""
 
     def load(self) -> Encoder: ...
 
@@ -32,8 +31,10 @@ class Loader(Protocol):
 class EncoderPool:
     """`encode` as an Encoder has it, over `processes` processes.
 
-    A vector does not depend on the other texts of its pack, so the number of processes changes no result. Errors: what
-    goes wrong in a process is raised here as UserError, with its last line; a process that dies is noticed.
+    A vector does not depend on the other texts of its pack, so the number of processes changes no result.
+
+    Raises:
+        UserError: if encoding fails in a process, with the first line of its error, or if a process dies.
     """
 
     def __init__(self, spec: Loader, processes: int) -> None:
@@ -49,7 +50,7 @@ class EncoderPool:
     def encode(
         self, texts: Sequence[str], pieces: Sequence[list[int]], **options: Any
     ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """Each piece (places in `texts`) with its vectors, float32 [piece, dimension], in the order they are done.
+        """Each piece (indices into `texts`) with its vectors, float32 [piece, dimension], in the order they are done.
 
         options: those of `Encoder.encode`.
         """
@@ -89,15 +90,11 @@ def _work(spec: Loader, rank: int, jobs: Any, results: Any) -> None:
             torch.set_num_threads(1)
         encoder = spec.load()
     except BaseException as error:
-        results.put((0, None, _last_line(error)))
+        results.put((0, None, first_line(error)))
         return
     while True:
         number, texts, options = jobs.get()
         try:
             results.put((number, encoder.encode(texts, **options), None))
         except BaseException as error:
-            results.put((number, None, _last_line(error)))
-
-
-def _last_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else traceback.format_exception_only(error)[-1].strip()
+            results.put((number, None, first_line(error)))

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
 
-# Retrieval is asymmetric: the instruction tells what a query is looking for, so it stands before queries alone.
+# Retrieval is asymmetric: the instruction describes the search, so it precedes queries only.
 ASYMMETRIC = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
 SIDES = ("query", "document")
 
@@ -51,8 +51,8 @@ TABLES: dict[str, Mapping[str, Any]] = {"en": ENGLISH, "da": DANISH, "mteb": {}}
 class Prompts:
     """Chooses the instruction of a text: `en`, `da`, `mteb` (mteb's own alone), `off`, or the user's YAML file.
 
-    A file maps a task's name, or its type, to a text, or to {query: ..., document: ...}; an empty text means none. What
-    it does not name falls back to mteb's own. A task's name counts before its type.
+    A file maps a task's name, or its type, to a text, or to {query: ..., document: ...}; an empty text means none.
+    Tasks that it does not name use mteb's own. A task's name takes precedence over its type.
     """
 
     def __init__(self, choice: str = "en") -> None:
@@ -61,7 +61,7 @@ class Prompts:
         self.table: Mapping[str, Any] = _read(Path(choice)) if known is None else known
 
     def instruction(self, metadata: TaskMetadata, side: str | None) -> str | None:
-        """The instruction for one side of a task (`query`, `document`, or None where both sides are alike)."""
+        """The instruction for one side of a task (`query`, `document`, or None if both sides are the same)."""
         if self.choice == "off":
             return None
         for entry in (self.table.get(metadata.name), self.table.get(metadata.type), metadata.prompt):
@@ -78,9 +78,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(f"--prompts {path}: there is no such table or file; use {names}") from None
+        raise UserError(f"--prompts {path}: no such table or file; use {names}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: not YAML: {first_line(error)}") from None
     if not isinstance(table, dict):
         raise UserError(f"{path}: must map task names or types to instructions")
     for task, entry in table.items():

@@ -1,6 +1,6 @@
-"""Published SEB results of 54 models, read from the JSON files that the package `seb` 0.13.11 carries; means from cells.
+"""Published SEB results of 54 models, read from the JSON files in the package `seb` 0.13.11; means are computed from cells.
 
-The package itself is never imported (it needs versions of other libraries that l2v cannot have): its files are read where
+The package itself is never imported (it needs library versions that conflict with l2v's): its files are read where
 it is installed (`pip install --no-deps seb==0.13.11`), from an unpacked folder, or out of its wheel. Model names and
 vector widths come from its sources by reading the syntax tree; numbers of parameters from mteb's registry of models.
 """
@@ -21,17 +21,17 @@ from l2v.evaluation.seb import SEB_DA
 PACKAGE = "seb==0.13.11"
 # The Danish models made with LLM2Vec, in the order in which they were published.
 DANISH_LLM2VEC = ("jealk/TTC-L2V-unsupervised-1", "jealk/TTC-L2V-supervised-1", "jealk/TTC-L2V-supervised-2")
-# What the Danish LLM2Vec poster ("Transforming Decoder-LLM to Top-Tier Danish Encoder Models Using LLM2Vec Approach")
-# prints as averages of its own runs; their twelve cells are not among the published results.
+# Averages that the Danish LLM2Vec poster ("Transforming Decoder-LLM to Top-Tier Danish Encoder Models Using LLM2Vec Approach")
+# (Alkestrup 2024) prints of its own runs; their twelve cells are not among the published results.
 POSTER_AVERAGES = {
     "Llama-3-8B-Instruct, untrained": 31.83,
     "AI-Sweden Llama-3-8B-instruct, untrained": 46.75,
     "unsupervised": 53.78,
     "supervised": 60.10,
 }
-# The poster prints another average for this row than the mean of its cells.
+# The poster's average for this row differs from the mean of its cells.
 POSTER_PRINTED = {"KennethEnevoldsen/dfm-sentence-encoder-large-1": 52.16}
-# Names under which mteb's registry knows models that SEB calls otherwise.
+# Names in mteb's registry of models that SEB names differently.
 _IN_MTEB = {
     "KB/bert-base-swedish-cased": "KBLab/bert-base-swedish-cased",
     "embed-multilingual-v3.0": "Cohere/Cohere-embed-multilingual-v3.0",
@@ -50,9 +50,9 @@ _LLAMA3_8B = 8_030_261_248  # of meta-llama/Meta-Llama-3-8B, the shape of every 
 class Published:
     """One model's row: scores are percent by mteb task name (None where not published), mean the mean of all twelve.
 
-    rank: by mean, 1 is best; None where a cell is missing. size: parameters. width: numbers in a vector.
-    mark: `Danish LLM2Vec` for the rows this recipe is to be measured against. printed: what the poster prints instead of
-    the mean, where that is known to differ.
+    rank: by mean, 1 is best; None if a cell is missing. size: parameters. width: numbers in a vector.
+    mark: `Danish LLM2Vec` for the rows that this recipe is compared with. printed: the mean that the poster prints, if it
+    is known to differ.
     """
 
     model: str
@@ -66,10 +66,12 @@ class Published:
 
 
 def published(results: str | Path | None = None) -> list[Published]:
-    """The rows of all published models, best first; those with a missing cell stand last.
+    """The rows of all published models, best first; those with a missing cell come last.
 
     results: the `seb` wheel, a folder with its files, or None for the installed package.
-    Errors: UserError where there are no results or a file is damaged.
+
+    Raises:
+        UserError: if there are no results or a file is damaged.
     """
     files = _Files.find(results)
     widths = _widths(files)
@@ -105,7 +107,7 @@ def markdown(rows: list[Published]) -> str:
 
 
 def notes(rows: list[Published]) -> list[str]:
-    """What stands below the table."""
+    """Notes below the table."""
     partial = [row for row in rows if row.mean is None]
     out = [
         f"{len(rows)} models from the results in `{PACKAGE}`; every mean is computed from its twelve cells. Scores in percent: "
@@ -129,7 +131,7 @@ def cells(row: Published) -> list[str]:
 
 
 def as_json(rows: list[Published]) -> dict[str, Any]:
-    """Everything the table holds, unrounded, for programs."""
+    """The content of the table, unrounded, as JSON values."""
     return {
         "source": PACKAGE,
         "tasks": [asdict(task) for task in SEB_DA],
@@ -139,7 +141,7 @@ def as_json(rows: list[Published]) -> dict[str, Any]:
 
 
 def size_text(parameters: int | None) -> str:
-    """118M, 7.1B; empty where nobody published it."""
+    """For example 118M or 7.1B; empty if unknown."""
     if parameters is None:
         return ""
     return f"{parameters / 1e9:.1f}B" if parameters >= 1e9 else f"{parameters / 1e6:.0f}M"
@@ -177,7 +179,7 @@ class _Files:
         else:
             files = cls(root / "seb" if (root / "seb" / "cache").is_dir() else root)
         if not files.models():
-            raise UserError(f"{root}: no published results below it (cache/MODEL/TASK.json); give those of {PACKAGE}")
+            raise UserError(f"{root}: no published results in it (cache/MODEL/TASK.json); give those of {PACKAGE}")
         return files
 
     def models(self) -> list[str]:
@@ -241,7 +243,7 @@ def _constant(node: ast.expr, texts: dict[str, Any]) -> Any:
 
 
 def _sizes(names: list[str]) -> dict[str, int | None]:
-    """Parameters by model name, as mteb's registry has them; None for a model that it does not know."""
+    """Parameters by model name, as mteb's registry has them; None for an unknown model."""
     from mteb import get_model_meta
 
     out: dict[str, int | None] = {}

@@ -1,4 +1,4 @@
-"""Rows to results.json, a table and a picture; means beside the poster's mean of twelve."""
+"""Rows to results.json, a table and a picture; with the mean of the twelve Danish SEB tasks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ TYPE_COLORS = {
 
 
 def seb_mean(row: Row) -> float | None:
-    """The poster's mean: the twelve Danish tasks, each by the cell that SEB scores; None where one is missing."""
+    """Mean of the twelve Danish tasks, each by the cell that SEB scores; None if one is missing."""
     cells = [seb_cell(row, task.name) for task in SEB_DA]
     found = [cell for cell in cells if cell is not None]
     return sum(found) / len(found) if len(found) == len(SEB_DA) else None
 
 
 def seb_cell(row: Row, name: str) -> float | None:
-    """A task's score as SEB counts it, or None where it is not among the row's."""
+    """A task's score by SEB's cell, or None if the row has none."""
     task, score = BY_NAME[name], row.scores.get(name)
     return score.cells.get(f"{task.split}/{task.subset}") if score else None
 
@@ -36,7 +36,7 @@ def seb_cell(row: Row, name: str) -> float | None:
 def means(row: Row, tasks: Sequence[str]) -> dict[str, float | None]:
     """`seb_da`, mteb's `task` (mean of all tasks) and `task_type` (mean of the means by type), 0 to 1.
 
-    None where a task of the mean is missing, as in mteb's own tables.
+    None if a task of the mean is missing, as in mteb's own tables.
     """
     by_type: dict[str, list[float]] = {}
     for name in tasks:
@@ -52,7 +52,7 @@ def means(row: Row, tasks: Sequence[str]) -> dict[str, float | None]:
 
 
 def as_json(rows: Sequence[Row], tasks: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
-    """Everything: facts of the run, and each row with scores, means and failures."""
+    """results.json: facts of the run, and each row with scores, means and failures."""
     return facts | {"tasks": list(tasks), "rows": [asdict(row) | {"means": means(row, tasks)} for row in rows]}
 
 
@@ -75,7 +75,7 @@ def markdown(report: dict[str, Any]) -> str:
     failed = dict.fromkeys(text for row in rows for text in row["failed"].values())
     failed |= dict.fromkeys(report.get("not_built", {}).values())
     if failed:
-        lines += ["", f"Left out ({count_failed(report)} results):", *(f"- {text}" for text in failed)]
+        lines += ["", f"Skipped ({count_failed(report)} results):", *(f"- {text}" for text in failed)]
     if report.get("notes"):
         lines += ["", *(f"- {note}" for note in report["notes"])]
     return "\n".join(lines) + "\n"
@@ -85,7 +85,7 @@ MEANS = (("seb_da", "Mean of 12 (SEB da)"), ("task", "Mean of tasks"), ("task_ty
 
 
 def count_failed(report: dict[str, Any]) -> int:
-    """Results that are missing: one for each model and task that failed."""
+    """Number of missing results: one for each model and task that failed."""
     rows = report["rows"]
     return sum(len(row["failed"]) for row in rows) + len(report.get("not_built", {})) * max(len(rows), 1)
 
@@ -101,7 +101,7 @@ def write(report: dict[str, Any], folder: Path) -> None:
 
 
 def picture(report: dict[str, Any], out: Path) -> None:
-    """A line for each model: a dot for each task, coloured by type, and a bar at the mean of what is there."""
+    """A line for each model: a dot for each task, coloured by type, and a bar at the mean of the existing scores."""
     import matplotlib
 
     matplotlib.use("Agg")

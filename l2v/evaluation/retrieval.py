@@ -57,7 +57,7 @@ def bootstrap_interval(
 
 
 def tfidf_vectorizer() -> Any:
-    """TF-IDF over character 3- to 5-grams within words: the row without a model that every table of scores carries."""
+    """TF-IDF over character 3- to 5-grams within words: the baseline without a model in every table of scores."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True)

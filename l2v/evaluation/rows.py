@@ -1,4 +1,4 @@
-"""Rows of an evaluation file: JSONL (also .gz), CSV, TSV or Parquet; what cannot be read is left out, counted and named."""
+"""Rows of an evaluation file: JSONL (also .gz), CSV, TSV or Parquet; invalid rows are skipped, counted and reported."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".csv", ".tsv", ".parquet")
 
 
 @dataclass
 class Rows:
-    """Good rows in file order, how many were left out, and where and why the first of them."""
+    """Valid rows in file order, the number of skipped ones, and where and why the first was skipped."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     dropped: int = 0
     first: str = ""
 
     def note(self) -> str | None:
-        """One sentence on what was left out."""
+        """One sentence on the skipped rows."""
         rows = "1 row" if self.dropped == 1 else f"{self.dropped} rows"
-        return f"{rows} left out, the first at {self.first}" if self.dropped else None
+        return f"{rows} skipped, the first at {self.first}" if self.dropped else None
 
 
 def read_rows(path: Path, texts: Sequence[str], others: Sequence[str] = ()) -> Rows:
     """Read a file whose rows need every field of `texts` as text that is not empty, and every field of `others`.
 
-    Errors: UserError where the file is not there, has another ending, or has no good row.
+    Raises:
+        UserError: if the file does not exist, has another suffix, or has no valid row.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -47,12 +48,12 @@ def read_rows(path: Path, texts: Sequence[str], others: Sequence[str] = ()) -> R
             out.dropped += 1
             out.first = out.first or f"{path}:{at}: {trouble}"
     if not out.rows:
-        raise UserError(out.first or f"{path}: holds no rows")
+        raise UserError(out.first or f"{path}: has no rows")
     return out
 
 
 def digest(paths: Sequence[Path], facts: Any) -> str:
-    """Changes with the bytes of any file and with the facts."""
+    """A hash of the bytes of the files and of the facts."""
     sha = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for path in paths:
         with open(path, "rb") as file:
@@ -74,7 +75,7 @@ def _trouble(row: Any, texts: Sequence[str], others: Sequence[str]) -> str | Non
 
 
 def _parsed(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line (row, for Parquet) number and row; a row that cannot be parsed is the sentence that says so."""
+    """Line (or Parquet row) number and row; for a row that cannot be parsed, the reason as text."""
     name = path.name
     if name.endswith(".parquet"):
         import pyarrow.parquet
@@ -82,7 +83,7 @@ def _parsed(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{path}: cannot be read as Parquet: {first_line(error)}") from None
     elif name.endswith((".csv", ".tsv")):
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -99,7 +100,7 @@ def _parsed(path: Path) -> Iterator[tuple[int, Any]]:
         except (OSError, EOFError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from None
     else:
-        raise UserError(f"{path}: ends on none of {', '.join(ENDINGS)}")
+        raise UserError(f"{path}: does not end in one of {', '.join(ENDINGS)}")
 
 
 def _json(line: bytes) -> Any:

@@ -1,4 +1,4 @@
-"""Run tasks with models through mteb: results kept as they come, a task that fails costs one sentence."""
+"""Run tasks with models through mteb: results are kept as they arrive, and a task that fails gives one sentence."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mteb.abstasks import AbsTask
 from mteb.cache import ResultCache
 from mteb.results import TaskResult
 
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 
 _UNREACHABLE = (
     "ConnectionError", "ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ProxyError",
@@ -29,7 +29,7 @@ _UNREACHABLE = (
 
 @dataclass
 class Score:
-    """What one model has on one task: the main score (0 to 1) of every cell, keyed `split/subset`.
+    """The result of one model on one task: the main score (0 to 1) of every cell, keyed `split/subset`.
 
     score: their mean, as mteb has it. metric: the name of the main score. cached: taken from an earlier run.
     """
@@ -45,7 +45,7 @@ class Score:
 
 @dataclass
 class Row:
-    """One model: its scores by task, a sentence for each task that failed, and what decides its vectors."""
+    """One model: its scores by task, a sentence for each task that failed, and what determines its vectors."""
 
     name: str
     identity: dict[str, Any]
@@ -55,15 +55,16 @@ class Row:
 
 
 def run_model(
-    model: Any, tasks: Sequence[AbsTask], folder: Path, *, say: Callable[[str], None] = print, again: bool = False
+    model: Any, tasks: Sequence[AbsTask], folder: Path, *, log: Callable[[str], None] = print, again: bool = False
 ) -> Row:
-    """All tasks with one model; results lie in `folder`, in mteb's own layout, and are taken from there next time.
+    """All tasks with one model; results are kept in `folder`, in mteb's layout, and reused next time.
 
-    A kept result counts if model, prompts and the data's revision are the same. again: compute everything anew.
+    A kept result is reused if model, prompts and the data's revision are the same. again: recompute everything.
+    log: called with a line for each task.
     """
     row = Row(model.name, model.identity)
     with _offline_after_failure() as stop_asking:
-        _run(model, tasks, row, ResultCache(cache_path=folder), say, again, stop_asking)
+        _run(model, tasks, row, ResultCache(cache_path=folder), log, again, stop_asking)
     row.empty_texts = model.empty
     model.close()
     return row
@@ -74,7 +75,7 @@ def _run(
     tasks: Sequence[AbsTask],
     row: Row,
     cache: ResultCache,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     again: bool,
     stop_asking: Callable[[], None],
 ) -> None:
@@ -86,7 +87,9 @@ def _run(
             with _quiet():
                 if kept is None:
                     _evaluate(model, task, cache, again)
-                result = kept or _kept(cache, task, model)  # as the file has it, so that the next run says the same
+                result = kept or _kept(
+                    cache, task, model
+                )  # as written to the file, so that the next run gives the same
             row.scores[name] = _score(task, result, time.perf_counter() - began, kept is not None)
         except KeyboardInterrupt:
             model.close()
@@ -95,25 +98,24 @@ def _run(
             row.failed[name] = sentence(name, error)
             if _unreachable(error):
                 stop_asking()
-            say(f"[{at}/{len(tasks)}] {row.failed[name]}")
+            log(f"[{at}/{len(tasks)}] {row.failed[name]}")
             continue
         score = row.scores[name]
         how = "kept" if score.cached else f"{score.seconds:.0f} s"
-        say(f"[{at}/{len(tasks)}] {model.name}: {name} {score.metric} {100 * score.score:.2f} ({how})")
+        log(f"[{at}/{len(tasks)}] {model.name}: {name} {score.metric} {100 * score.score:.2f} ({how})")
 
 
 def sentence(name: str, error: BaseException) -> str:
-    """One sentence on why a task was left out."""
+    """One sentence on why a task was skipped."""
     if isinstance(error, UserError):
-        return f"{name}: {error}; left out"
+        return f"{name}: {error}; skipped"
     if _unreachable(error):
-        return f"{name}: its data is not on this machine and the hub cannot be reached; left out"
+        return f"{name}: its data is not on this machine and the hub cannot be reached; skipped"
     if type(error).__name__ in ("DatasetNotFoundError", "RepositoryNotFoundError", "GatedRepoError"):
-        return f"{name}: the hub gives no such data set, or it needs a login (hf auth login); left out"
+        return f"{name}: not found on the hub, or it needs a login (hf auth login); skipped"
     if type(error).__name__ == "OutOfMemoryError":
-        return f"{name}: out of memory; give a smaller --batch-tokens; left out"
-    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
-    return f"{name}: {type(error).__name__}: {first}; left out"
+        return f"{name}: out of memory; give a smaller --batch-tokens; skipped"
+    return f"{name}: {type(error).__name__}: {first_line(error)}; skipped"
 
 
 def _unreachable(error: BaseException | None) -> bool:
@@ -139,13 +141,13 @@ def _evaluate(model: Any, task: AbsTask, cache: ResultCache, again: bool) -> Non
 
 
 def _kept(cache: ResultCache, task: AbsTask, model: Any) -> TaskResult | None:
-    """A complete result of the same data; one of other data is removed, so that mteb does not mix the two."""
+    """A complete result for the same data; a result for other data is removed, so that mteb does not mix the two."""
     path = cache.get_task_result_path(task.metadata.name, model.mteb_model_meta)
     if not path.is_file():
         return None
     try:
         found = TaskResult.from_disk(path)
-    except Exception:  # cut off while it was written
+    except Exception:  # truncated while it was written
         path.unlink()
         return None
     if found.dataset_revision != task.metadata.revision:
@@ -175,7 +177,7 @@ def _score(task: AbsTask, result: TaskResult, seconds: float, cached: bool) -> S
 
 @contextlib.contextmanager
 def _quiet():
-    """Without the libraries' own bars and advice. The bar of encoding writes to the screen that the program was given."""
+    """Silence the libraries' progress bars and warnings. The encoding bar writes to sys.__stderr__ and stays visible."""
     loggers = [logging.getLogger(name) for name in ("mteb", "huggingface_hub", "datasets")]
     levels = [logger.level for logger in loggers]
     silent = io.StringIO()
@@ -192,7 +194,7 @@ def _quiet():
 
 @contextlib.contextmanager
 def _offline_after_failure():
-    """Gives a function that stops the hub being asked: with no network each task would wait for its retries."""
+    """Gives a function that switches the hub off: without a network each task would wait for its retries."""
     places = (huggingface_hub.constants, datasets.config)
     before = [place.HF_HUB_OFFLINE for place in places]
 

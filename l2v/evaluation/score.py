@@ -1,4 +1,4 @@
-"""Score encoders, baselines and the stages of a run; results are kept, and a run that was stopped continues."""
+"""Score encoders, baselines and the stages of a run; results are kept, and an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -28,22 +28,58 @@ ATTENTIONS = ("causal", "bidirectional")
 RAW = {"causal": "untrained, causal", "bidirectional": "untrained, bidirectional"}
 
 
+Maker = tuple[str, str, Callable[[], Any]]
+"""A row to compute: its name, what it is made from, and a function that loads the model."""
+
+
 def evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
+    """Score the models of the command line on the tasks, write the tables; the exit code.
+
+    Raises:
+        UserError: if no task or no model is left.
+        RecipeError: if an argument is wrong.
+    """
     console = Console(soft_wrap=True)
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         console.print(text, highlight=False, markup=False)
 
     prompts = Prompts(args.prompts)
     names = args.benchmark or ["seb-da"]
     selected = select(names, args.data)
     out = Path(args.out) if args.out else _folder(args.models)
-    for text in [*selected.notes, *(f"{name}: {why}; left out" for name, why in selected.failed.items())]:
-        say(text)
+    not_built = {name: f"{name}: {why}; skipped" for name, why in selected.failed.items()}
+    for text in [*selected.notes, *not_built.values()]:
+        log(text)
     if not selected.tasks:
         raise UserError("no task is left to run")
+    makers = _makers(args, prompts)
+    facts = {
+        "command": shlex.join(["l2v", "eval", *argv]) if argv is not None else None,
+        "benchmark": names,
+        "prompts": args.prompts,
+        "local": selected.local,
+        "notes": selected.notes,
+        "not_built": not_built,
+        "machine": _machine(),
+    }
+    rows, broken, report = _score_all(makers, selected.tasks, facts, out, again=args.again, log=log)
+    log("")
+    table = reports.markdown(report)
+    console.print(Markdown(table) if console.is_terminal else table, markup=False, highlight=False)
+    for row in rows:
+        if row.empty_texts:
+            log(f"{row.name}: {row.empty_texts} empty texts got a vector of zeros")
+    failed = reports.count_failed(report) + len(broken) * len(selected.tasks)
+    done = sum(len(row.scores) for row in rows)
+    log(f"{done} results, {failed} skipped; {out}/results.json, table.md{', table.png' if done else ''}")
+    return 1 if failed else 0
+
+
+def _makers(args: argparse.Namespace, prompts: Prompts) -> list[Maker]:
+    """The baselines, then the encoders, in the order of the table."""
     processes = args.processes or max(1, torch.cuda.device_count())
-    makers: list[tuple[str, str, Callable[[], Any]]] = []  # name of the row, what it is made from, how
+    makers: list[Maker] = []
     for name in filter(None, (args.baselines or "").split(",")):
         makers.append((name, name, functools.partial(baseline, name)))
     for name, spec in specs(args):
@@ -52,48 +88,47 @@ def evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
             processes=processes,
         )  # fmt: skip
         makers.append((name, spec.source, load))
-    tasks = [task.metadata.name for task in selected.tasks]
-    facts = {
-        "command": shlex.join(["l2v", "eval", *argv]) if argv is not None else None,
-        "benchmark": names,
-        "prompts": args.prompts,
-        "local": selected.local,
-        "notes": selected.notes,
-        "not_built": {name: f"{name}: {why}; left out" for name, why in selected.failed.items()},
-        "machine": _machine(),
-    }
+    return makers
+
+
+def _score_all(
+    makers: Sequence[Maker],
+    tasks: Sequence[Any],
+    facts: dict[str, Any],
+    out: Path,
+    *,
+    again: bool,
+    log: Callable[[str], None],
+) -> tuple[list[Row], dict[str, str], dict[str, Any]]:
+    """Run every model; returns the rows, a sentence for each model that could not be loaded, and the report.
+
+    The report is written after every model, so an interrupted run leaves its table.
+    """
+    names = [task.metadata.name for task in tasks]
     rows: list[Row] = []
     broken: dict[str, str] = {}
-    gone: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    report: dict[str, Any] = {}
     for name, source, make in makers:
         try:
-            if source in gone:  # asked for already, with all the retries of a hub
-                raise UserError(gone[source])
+            if source in missing:  # requested already, with all retries of the hub
+                raise UserError(missing[source])
             model = make()
         except UserError as error:
-            gone[source] = str(error)
-            broken[name] = f"{name}: {error}; left out"
-            say(broken[name])
+            missing[source] = str(error)
+            broken[name] = f"{name}: {error}; skipped"
+            log(broken[name])
             continue
-        rows.append(run_model(model, selected.tasks, out / "cache", say=say, again=args.again))
-        report = reports.as_json(rows, tasks, facts | {"models_left_out": broken})
-        reports.write(report, out)  # after every model: a run that is stopped leaves its table
+        rows.append(run_model(model, tasks, out / "cache", log=log, again=again))
+        report = reports.as_json(rows, names, facts | {"models_left_out": broken})
+        reports.write(report, out)
     if not rows:
         raise UserError("no model could be loaded")
-    say("")
-    table = reports.markdown(report)
-    console.print(Markdown(table) if console.is_terminal else table, markup=False, highlight=False)
-    for row in rows:
-        if row.empty_texts:
-            say(f"{row.name}: {row.empty_texts} empty texts got a vector of zeros")
-    failed = reports.count_failed(report) + len(broken) * len(tasks)
-    done = sum(len(row.scores) for row in rows)
-    say(f"{done} results, {failed} left out; {out}/results.json, table.md{', table.png' if done else ''}")
-    return 1 if failed else 0
+    return rows, broken, report
 
 
 def _folder(models: Sequence[str]) -> Path:
-    """Beside the first model where it is a folder that is ours, else in the working directory."""
+    """The folder eval/ in the first model if it is a run or a stage, else eval-results in the working directory."""
     first = Path(models[0]) if models else None
     if first is not None and (is_stage(first) or stage_folders(first)):
         return first / "eval"
@@ -101,7 +136,7 @@ def _folder(models: Sequence[str]) -> Path:
 
 
 def specs(args: argparse.Namespace) -> list[tuple[str, Any]]:
-    """Name and way to load of every row that is an encoder, in the order of the table."""
+    """Name and spec of every row that is an encoder, in the order of the table."""
     common = {k: v for k in ("pooling", "length", "precision") if (v := getattr(args, k)) is not None}
     if args.trust_remote_code:
         common["trust_remote_code"] = True
@@ -130,9 +165,9 @@ def specs(args: argparse.Namespace) -> list[tuple[str, Any]]:
 
 
 def _stages(run: str) -> list[tuple[str, str, dict[str, Any]]]:
-    """Rows of a run: its base causal and bidirectional, read as its last stage reads, and every trained stage in order."""
+    """Rows of a run: its base causal and bidirectional, with the settings of the last stage, and every trained stage in order."""
     if not stage_folders(Path(run)):
-        raise UserError(f"--stages needs a run; {run} has no stage below it")
+        raise UserError(f"--stages needs a run; {run} has no stages")
     recipes = trained_stages(Path(run))
     trained = list(recipes)
     last = str(Path(run) / trained[-1])

@@ -1,6 +1,6 @@
-"""The twelve Danish tasks of the Scandinavian Embedding Benchmark (SEB, arXiv 2406.02396), under both of their names.
+"""The twelve Danish tasks of the Scandinavian Embedding Benchmark (SEB, arXiv 2406.02396), with their names in mteb and in SEB.
 
-Leaf: knows names and nothing else.
+A leaf of the import tree: names only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SebTask:
-    """One task: its name in mteb, in SEB's results, in a table's head, and which cell of mteb's result is SEB's score.
+    """One task: its name in mteb, in SEB's results, as a column heading, and which cell of mteb's result is SEB's score.
 
     subset, split: SEB scores the first evaluation split of mteb 1.1.1, and only Danish. For MASSIVE that is `validation`.
     """

@@ -1,4 +1,4 @@
-"""What a user calls a benchmark: `seb-da`, `scandinavian`, names of mteb tasks and benchmarks, `local:DIR`."""
+"""Benchmark names on the command line: `seb-da`, `scandinavian`, names of mteb tasks and benchmarks, `local:DIR`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LOCAL = "local:"
 
 @dataclass
 class Selection:
-    """Tasks in order, each once; those that cannot run with a sentence; notes on what was left out of files.
+    """Tasks in order, each once; for each failed task the reason; notes on skipped rows.
 
-    local: names of the benchmarks made from files, which stand before the names of their tasks.
+    local: names of the benchmarks made from files; they prefix the names of their tasks.
     """
 
     names: list[str]
@@ -33,15 +33,19 @@ class Selection:
 
 
 def seb_da() -> list[AbsTask]:
-    """The twelve Danish tasks of SEB from the installed mteb, cut to the split and the language that SEB scores."""
+    """The twelve Danish tasks of SEB from the installed mteb, restricted to the split and language that SEB scores."""
     return [mteb.get_task(task.name, hf_subsets=[task.subset], eval_splits=[task.split]) for task in SEB_DA]
 
 
 def select(names: Sequence[str], data: str | None = None) -> Selection:
-    """Resolve names to tasks; a task named twice (by a benchmark and on its own) counts once, the wider one.
+    """Resolve names to tasks; a task named twice (by a benchmark and by name) is run once, with the larger
+    selection.
 
-    data: the folder of the files of a local manifest. Errors: RecipeError for a name that nothing is called, with the
-    nearest that something is; UserError for a local folder that is not there.
+    data: the folder of the files of a local manifest.
+
+    Raises:
+        RecipeError: if nothing has the name; the message gives the nearest name.
+        UserError: if a local folder does not exist.
     """
     out = Selection(list(names))
     for name in names:
@@ -80,9 +84,7 @@ def _tasks(name: str, data: str | None, out: Selection) -> list[AbsTask]:
             *(task.metadata.name for task in mteb.get_tasks(exclude_superseded=False)),
         ]
         near = difflib.get_close_matches(name, known, 1, 0.5)
-        hint = (
-            f"did you mean {near[0]}?" if near else "use seb-da, scandinavian, a name that mteb knows, or local:FOLDER"
-        )
+        hint = f"did you mean {near[0]}?" if near else "use seb-da, scandinavian, a name in mteb, or local:FOLDER"
         raise RecipeError(f"--benchmark {name}: no task or benchmark of mteb {mteb.__version__}; {hint}") from None
 
 

@@ -1,1 +1,1 @@
-"""Hard negatives for pairs: candidates, a filter that knows the positive, a report of the scores."""
+"""Hard negatives for pairs: candidates, a positive-aware filter, and a report of the scores."""

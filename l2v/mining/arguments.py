@@ -14,13 +14,13 @@ TEXTS = {
 PAIRS = {
     "query": "column of the query (default: query)",
     "positive": "column of the positive (default: positive)",
-    "negatives": "column of negatives that the rows bring (default: negatives); they are candidates like all others",
-    "group": "column of groups; rows of one value are no negatives of each other",
+    "negatives": "column of the rows' negatives (default: negatives); they become candidates like all others",
+    "group": "column of groups; rows of the same group are never negatives of each other",
     "instruction": "column of the query's instruction",
     "document_instruction": "column of the documents' instruction",
     "task": "a task of l2v/recipe/tasks.py, for example question-da: instructions of both sides",
-    "query_prompt": "instruction of every query that brings none",
-    "document_prompt": "instruction of every document that brings none",
+    "query_prompt": "instruction of every query without one",
+    "document_prompt": "instruction of every document without one",
 }
 
 
@@ -38,7 +38,11 @@ def _metavar(text: str) -> str:
 
 
 def source_of(path: str, args: argparse.Namespace) -> Source:
-    """The source that the arguments describe. Errors: RecipeError for what no source may have."""
+    """The source that the arguments describe.
+
+    Raises:
+        RecipeError: if a value is not valid for a source.
+    """
     keys = (*TEXTS, *PAIRS, "text", "skip_empty", "limit")
     given = {key: getattr(args, key) for key in keys if getattr(args, key, None) is not None}
     source = Source(path=path, **given)

@@ -1,4 +1,4 @@
-"""Who comes near a query: exact search on the encoder's vectors, FAISS in its place, and BM25."""
+"""Search for candidates: exact search on the encoder's vectors, or FAISS, and BM25."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from l2v.errors import RecipeError, UserError
+from l2v.errors import RecipeError, UserError, first_line
 
 DOCUMENTS = 65536
 
@@ -15,8 +15,8 @@ DOCUMENTS = 65536
 class Exact:
     """The `depth` best documents of a query by cosine, over all of them, in blocks on the device.
 
-    documents_ME: float32 [M, E], normalised, may be memory-mapped. kinds_M: int64 [M] or None; a query meets only documents
-    of its own kind. At most DOCUMENTS x queries scores are held at a time.
+    documents_ME: float32 [M, E], normalised, may be memory-mapped. kinds_M: int64 [M] or None; a query is compared only with
+    documents of its kind. At most DOCUMENTS x queries scores are in memory at a time.
     """
 
     def __init__(self, documents_ME: np.ndarray, device: torch.device, kinds_M: np.ndarray | None = None) -> None:
@@ -25,9 +25,9 @@ class Exact:
     def search(
         self, queries_NE: np.ndarray, depth: int, kinds_N: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers [N, k] and cosines [N, k] of the best, best first, equal ones in the order of their numbers.
+        """Numbers [N, k] and cosines [N, k] of the best, best first; ties are ordered by number.
 
-        k is `depth`, or the number of documents where there are fewer; -1 stands where a query's kind has no more.
+        k is `depth`, or the number of documents if there are fewer; -1 fills the places if a query's kind has no more.
         """
         queries = torch.from_numpy(np.array(queries_NE)).to(self.device)
         best_NK = torch.empty(len(queries), 0, device=self.device)
@@ -60,10 +60,10 @@ class Faiss:
             self.index.train(documents)
             self.index.add(documents)
         except RuntimeError as error:
-            raise RecipeError(f"--faiss {factory}: FAISS refuses it: {str(error).splitlines()[0]}") from None
+            raise RecipeError(f"--faiss {factory}: FAISS rejects it: {first_line(error)}") from None
 
     def search(self, queries_NE: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `Exact.search`; -1 where the index found no more."""
+        """As `Exact.search`; -1 if the index found no more."""
         scores, at = self.index.search(np.ascontiguousarray(queries_NE), min(depth, self.index.ntotal))
         return _ordered(at, np.where(at < 0, -np.inf, scores))
 
@@ -71,7 +71,8 @@ class Faiss:
 class Bm25:
     """BM25 (Robertson & Zaragoza 2009; Lucene's variant, k1 1.5, b 0.75) by bm25s, on Danish word stems.
 
-    Errors: UserError if bm25s or PyStemmer is not installed.
+    Raises:
+        UserError: if bm25s or PyStemmer is not installed.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -80,21 +81,21 @@ class Bm25:
             import Stemmer
         except ImportError:
             raise UserError(
-                "BM25 needs the packages bm25s and PyStemmer: pip install 'l2v[mine]', or leave it out with --by encoder"
+                "BM25 needs the packages bm25s and PyStemmer: pip install 'l2v[mine]', or do without it: --by encoder"
             ) from None
         self._library, self._stemmer = bm25s, Stemmer.Stemmer("danish")
         self.count, self.words = len(texts), bm25s.BM25()
         self.words.index(self.tokens(texts), show_progress=False)
 
     def tokens(self, texts: Sequence[str]) -> list[list[str]]:
-        """Stems of each text. No stop words: the weights of BM25 see to them; words of one letter (å, ø, 7) count."""
+        """Stems of each text. No stop words: BM25 gives them low weights. Words of one letter (å, ø, 7) count."""
         return self._library.tokenize(
             list(texts), token_pattern=r"(?u)\b\w+\b", stopwords=[], stemmer=self._stemmer, return_ids=False,
             show_progress=False,
         )  # fmt: skip
 
     def search(self, queries: Sequence[str], depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `Exact.search`, with BM25's scores; -1 where no further document shares a word with the query."""
+        """As `Exact.search`, with BM25's scores; -1 if no further document shares a word with the query."""
         k = min(depth, self.count)
         at, scores = self.words.retrieve(self.tokens(queries), k=k, show_progress=False)
         at = np.asarray(at).astype(np.int64)
@@ -103,6 +104,6 @@ class Bm25:
 
 def _ordered(at: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     at = np.where(np.isneginf(scores), -1, at)
-    # By score, then by number: a library's order among equal scores is its own affair.
+    # By score, then by number: libraries order equal scores differently.
     order = np.lexsort((at, -scores), axis=1)
     return np.take_along_axis(at, order, 1), np.take_along_axis(scores, order, 1)

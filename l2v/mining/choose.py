@@ -1,4 +1,4 @@
-"""Which candidates are negatives: the positive-aware filter, and who is taken of those that are left."""
+"""Which candidates become negatives: the positive-aware filter, and the choice among the rest."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Rule:
     """When a candidate scores too high to be a negative, and how many are taken.
 
     relative: above this share of the positive's score (0.95 is TopK-PercPos of Moreira et al. 2024, arXiv 2407.15831; a
-    share of a score below 0 would reach past it, so there the same distance is kept). absolute: or above the positive's
-    score less this (their TopK-MarginPos). None leaves a rule out.
+    share of a negative score would be above it, so there the same distance is used). absolute: above the positive's score
+    minus this (their TopK-MarginPos). None disables a rule.
     """
 
     number: int = 4
@@ -33,13 +33,13 @@ class Rule:
 
 
 def plain(text: str) -> str:
-    """A text without what makes no difference: case and white space."""
+    """A text normalised for comparison: case and white space are ignored."""
     return " ".join(text.casefold().split())
 
 
 @dataclass
 class Known:
-    """What the pairs themselves say is no negative: the positives of a query, and those of its group."""
+    """Documents that the pairs rule out as negatives: the positives of a query, and those of its group."""
 
     positives: dict[str, set[int]] = field(default_factory=lambda: defaultdict(set))
     groups: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
@@ -51,7 +51,7 @@ class Known:
             self.groups[group].add(document)
 
     def reason(self, query: str, own: int, group: int, document: int, texts: Sequence[str]) -> str | None:
-        """Why a document is no negative, whatever it scores; None where nothing speaks against it. texts: plain ones."""
+        """Why a document cannot be a negative whatever its score; None if it can. texts: normalised by `plain`."""
         if document == own or texts[document] in (texts[own], plain(query)):
             return "same text"
         if document in self.positives[plain(query)] or texts[document] in {
@@ -77,7 +77,7 @@ def in_turn(lists: Iterable[Sequence[int]]) -> list[int]:
 def choose(
     candidates: Sequence[int], scores: Sequence[float], positive: float, rule: Rule
 ) -> tuple[list[int], list[int]]:
-    """Places in `candidates`, which stand in the order of preference: those taken, and those that are too close."""
+    """Indices into `candidates`, which are in order of preference: those chosen, and those that are too close."""
     ceiling = rule.ceiling(positive)
     close = [at for at, score in enumerate(scores) if score > ceiling]
     below = [at for at, score in enumerate(scores) if score <= ceiling]

@@ -1,4 +1,4 @@
-"""Hard negatives for pairs: candidates by an encoder and BM25, without those that may be answers themselves."""
+"""Hard negatives for pairs: candidates by an encoder and BM25, without those that may themselves be answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from l2v.data.sources import open_rows
 from l2v.encoder import Encoder
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 from l2v.files import replace_text
 from l2v.mining.arguments import source_of
 from l2v.mining.candidates import Bm25, Exact, Faiss
@@ -26,16 +26,16 @@ from l2v.mining.shards import Shards, check_out, write_rows, writing
 from l2v.mining.vectors import encoder_key, vectors
 from l2v.recipe.source import Source
 
-BLOCK = 1024  # queries of a shard
-MOST = 7
+BLOCK = 1024  # queries in a shard
+MAX_NEGATIVES = 7
 
 
 @dataclass
 class Pairs:
-    """The pairs, their distinct documents, and which belongs to which.
+    """The pairs, their distinct documents, and how they belong together.
 
-    own_N: number of each query's positive; groups_N: -1 for none; kinds_M, kinds_N: number of the instruction that a
-    document, and the documents of a query, stand behind; plain_M: documents without what makes no difference.
+    own_N: number of each query's positive; groups_N: -1 for none; kinds_M, kinds_N: number of the instruction before a
+    document, and before the documents of a query; plain_M: normalised documents.
     """
 
     rows: Any
@@ -106,7 +106,7 @@ def mine(
     rule: Rule,
     judge: Callable[[str, list[str]], np.ndarray] | None,
 ) -> int:
-    """Fill the shards that are missing; returns how many there are. searches: name -> (begin, end) -> numbers [n, k]."""
+    """Write the missing shards; returns the number of all shards. searches: name -> (begin, end) -> numbers [n, k]."""
     count = -(-len(pairs.rows) // BLOCK)
     missing = [number for number in range(count) if not shards.has(number)]
     todo = sum(min(BLOCK, len(pairs.rows) - number * BLOCK) for number in missing)
@@ -131,7 +131,7 @@ def _mine_one(pairs, i, lists, query_E, documents_ME, rule, judge) -> dict[str, 
     left = []
     for at in in_turn(lists.values()):
         if pairs.kinds_M[at] != pairs.kinds_N[i]:
-            continue  # embedded behind another instruction: a score that cannot be compared
+            continue  # embedded after another instruction: the scores are not comparable
         if reason := pairs.known.reason(row["query"], own, group, at, pairs.plain_M):
             dropped[reason] += at != own
         else:
@@ -175,7 +175,7 @@ def cross_encoder(name: str, device: torch.device) -> Callable[[str, list[str]],
     try:
         model = CrossEncoder(name, device=str(device))
     except Exception as error:
-        raise UserError(f"{name}: no cross-encoder can be loaded from there: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name}: no cross-encoder can be loaded: {first_line(error)}") from None
 
     def judge(query: str, documents: list[str]) -> np.ndarray:
         scores = model.predict([(query, text) for text in documents], show_progress_bar=False)
@@ -235,17 +235,17 @@ def _finish(args, out: Path, shards: Shards, count: int, pairs: Pairs, rule: Rul
             yield {k: v for k, v in row["row"].items() if not k.endswith("instruction") or k in instructed}
 
     measure = f"score of {args.cross_encoder}" if args.cross_encoder else "cosine"
-    told = {
+    facts = {
         "encoder": args.encoder,
         "pairs": f"{args.data}, {len(pairs.rows):,} rows",
         "documents": f"{len(pairs.documents):,}" + (f", with those of {args.corpus}" if args.corpus else ""),
         "candidates": f"the first {args.depth} by {' and by '.join(args.by)}",
         "judged by": measure,
-        "no negative": _told(rule),
+        "no negative": _limits(rule),
     }
     picture = out.with_suffix(".png")
     found.draw(picture, measure)
-    table = found.table(told) + f"\n![scores]({picture.name})\n"
+    table = found.table(facts) + f"\n![scores]({picture.name})\n"
     with writing(out.with_suffix(".md")):
         replace_text(out.with_suffix(".md"), table)
     write_rows(out, rows())
@@ -253,16 +253,16 @@ def _finish(args, out: Path, shards: Shards, count: int, pairs: Pairs, rule: Rul
     kept, none = sum(n * c for n, c in found.per_row.items()), found.per_row[0]
     dropped = sum(found.dropped.values())
     print(
-        f"{out}: {len(pairs.rows):,} rows, {kept:,} negatives, {dropped:,} candidates dropped, {none:,} rows without any"
+        f"{out}: {len(pairs.rows):,} rows, {kept:,} negatives, {dropped:,} candidates dropped, {none:,} rows without negatives"
     )
-    print(f"{out.with_suffix('.md')}: the scores, drawn in {picture.name}")
+    print(f"{out.with_suffix('.md')}: table of the scores; picture: {picture.name}")
     if found.poor:
         print(f"note: {found.poor}")
 
 
-def _told(rule: Rule) -> str:
+def _limits(rule: Rule) -> str:
     parts = [f"above {rule.relative:g} of the positive's score"] if rule.relative is not None else []
-    parts += [f"above the positive's score less {rule.absolute:g}"] if rule.absolute is not None else []
+    parts += [f"above the positive's score minus {rule.absolute:g}"] if rule.absolute is not None else []
     return ", ".join(parts) or "no limit"
 
 

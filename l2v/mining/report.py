@@ -1,4 +1,4 @@
-"""What mining found: a table and a picture of the scores of positives, negatives and what was dropped."""
+"""What mining found: a table and a picture of the scores of positives, negatives and dropped candidates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = {
 
 @dataclass
 class Found:
-    """Scores and counts, gathered row by row."""
+    """Scores and counts, collected row by row."""
 
     scores: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     dropped: Counter = field(default_factory=Counter)
@@ -32,7 +32,7 @@ class Found:
     examples: dict[str, tuple[float, str, str, str, float]] = field(default_factory=dict)
 
     def add(self, row: dict[str, Any]) -> None:
-        """One row as a shard holds it."""
+        """Add one row of a shard."""
         out = row["row"]
         self.scores["positives"].append(out["positive_score"])
         self.scores["kept"] += out["negative_scores"]
@@ -43,19 +43,19 @@ class Found:
         if row["closest"]:
             text, score = row["closest"]
             found = (out["positive_score"] - score, out["query"], out["positive"], text, score)
-            # One of each document: a poor encoder sets the same few above everything.
+            # One example per document: a poor encoder ranks the same few above everything.
             self.examples[text] = min(found, self.examples.get(text, found))
             self.examples = {e[3]: e for e in sorted(self.examples.values())[:EXAMPLES]}
 
     @property
     def poor(self) -> str | None:
-        """What to tell where many rows got no negative."""
+        """The note to print if many rows got no negative, else None."""
         share = self.per_row[0] / self.per_row.total()
         if share < 0.2:
             return None
         return (
-            f"{100 * share:.0f}% of the rows got no negative, as too many documents score like their positives: use a better "
-            "encoder or a --cross-encoder, look deeper (--depth), or raise --relative"
+            f"{100 * share:.0f}% of the rows got no negative, because too many documents score like their positives: use a "
+            "better encoder or a --cross-encoder, search deeper (--depth), or raise --relative"
         )
 
     def table(self, facts: dict[str, Any]) -> str:
@@ -70,18 +70,18 @@ class Found:
         rows = self.per_row.total()
         lines += ["", "## Rows", "", _row(["negatives of a row", "rows", "share"]), _row(["-"] * 3)]
         lines += [_row([n, f"{c:,}", f"{100 * c / rows:.1f} %"]) for n, c in sorted(self.per_row.items())]
-        lines += ["", "## Candidates that were dropped", "", _row(["why", "candidates"]), _row(["-"] * 2)]
+        lines += ["", "## Dropped candidates", "", _row(["reason", "candidates"]), _row(["-"] * 2)]
         lines += [_row([reason, f"{self.dropped[reason]:,}"]) for reason in REASONS]
-        lines += ["", "Kept, by who found them first: "]
+        lines += ["", "Kept, by the search that found them first: "]
         lines[-1] += ", ".join(f"{name} {count:,}" for name, count in sorted(self.origins.items())) or "none"
         if self.examples:
             lines += [
                 "",
-                "## The closest that were dropped",
+                "## Closest dropped candidates",
                 "",
-                "Often true answers; if they are not, the limit is too low, or the encoder too poor.",
+                "They are often true answers. If not, the limit is too low or the encoder too poor.",
             ]
-            lines += ["", _row(["query", "positive", "dropped", "its score", "above the positive by"]), _row(["-"] * 5)]
+            lines += ["", _row(["query", "positive", "dropped", "score", "above the positive by"]), _row(["-"] * 5)]
             lines += [_row([q, p, t, f"{s:.3f}", f"{-under:+.3f}"]) for under, q, p, t, s in self.examples.values()]
         return "\n".join(lines) + "\n"
 

@@ -1,25 +1,24 @@
-"""Work in numbered shards, each written whole or not at all: what a killed run had finished is not done again."""
+"""Work in numbered shards, each written atomically: a run resumes after a kill with the finished shards."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from l2v.errors import UserError
-from l2v.files import reason, sync
+from l2v.files import reason, replacing
 
 
 class Shards:
-    """Rows on their way to one file, kept beside it in `FILE.work` until all of them are there.
+    """Finished parts of a file, kept next to it in `FILE.work` until all of them exist.
 
-    facts: all that decides what the rows are. Shards of other facts are left alone: other options start anew, and going
-    back to the first ones finds their shards again.
+    facts: everything that determines the rows. Shards of other facts are kept: other options start from scratch, and
+    returning to the first options finds their shards again.
     """
 
     def __init__(self, out: Path, facts: dict[str, Any]) -> None:
@@ -30,11 +29,11 @@ class Shards:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def has(self, number: int) -> bool:
-        """Whether that shard is finished."""
+        """Whether the shard is finished."""
         return self._path(number).is_file()
 
     def write(self, number: int, rows: Iterable[dict[str, Any]]) -> None:
-        """Finish a shard."""
+        """Write a shard."""
         write_lines(self._path(number), rows)
 
     def read(self, count: int) -> Iterator[dict[str, Any]]:
@@ -44,7 +43,7 @@ class Shards:
                 yield from map(json.loads, lines)
 
     def clear(self) -> None:
-        """Remove the work folder; the file that it led to stands."""
+        """Remove the work folder; the finished file is kept."""
         shutil.rmtree(self.work, ignore_errors=True)
 
     def _path(self, number: int) -> Path:
@@ -52,20 +51,14 @@ class Shards:
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line, all of them or nothing."""
-    half = path.with_name(f"{path.name}.half")
-    with writing(path):
-        with half.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(path)
-        sync(path.parent)
+    """Write one JSON object a line, atomically."""
+    with writing(path), replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """The finished file, JSONL or, by its suffix, Parquet; all of it or nothing."""
+    """Write the finished file atomically, as JSONL or (by its suffix) Parquet."""
     if path.suffix != ".parquet":
         write_lines(path, rows)
         return
@@ -73,33 +66,39 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
     lines = path.with_name(f"{path.name}.jsonl")
     write_lines(lines, rows)
-    half = path.with_name(f"{path.name}.half")
     with writing(path):
-        # Memory-mapped on its way, so that its size does not matter.
-        with contextlib.closing(_Temporary(path.with_name(f"{path.name}.cache"))) as cache:
+        # Memory-mapped in between, so that its size does not matter.
+        with replacing(path) as partial, contextlib.closing(_Temporary(path.with_name(f"{path.name}.cache"))) as cache:
             made = datasets.load_dataset("json", data_files=str(lines), split="train", cache_dir=str(cache.folder))
-            made.to_parquet(str(half))
-        half.replace(path)
+            made.to_parquet(str(partial))
         lines.unlink()
 
 
 def check_out(out: str) -> Path:
-    """The path of a file that may be written. Errors: UserError for another suffix, and where a file stands already."""
+    """The path of a file that may be written.
+
+    Raises:
+        UserError: if the suffix is another one, or the file exists.
+    """
     path = Path(out).expanduser()
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{out}: write to a .jsonl or .parquet file")
     if path.exists():
-        raise UserError(f"{out}: the file exists already; remove it or choose another --out")
+        raise UserError(f"{out}: the file exists; remove it or choose another --out")
     return path
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Errors: UserError naming `path` where the file system refuses."""
+    """Turn an OSError of the block into a UserError that names `path`.
+
+    Raises:
+        UserError: if the block raises an OSError.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {reason(error)}; what was finished is kept") from None
+        raise UserError(f"{path}: cannot be written: {reason(error)}; finished work is kept") from None
 
 
 class _Temporary:

@@ -1,4 +1,4 @@
-"""Vectors of many texts in a memory-mapped file that is filled block by block and found again by what is in it."""
+"""Vectors of many texts in a memory-mapped file that is filled block by block and found again by its content."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ BLOCK = 1024
 
 
 def encoder_key(encoder: Encoder) -> str:
-    """Changes with the weights, the tokenizer, the template, the length and the precision."""
+    """A hash of the weights, the tokenizer, the template, the length and the precision."""
     digest = hashlib.sha256(encoder.tokenizer.fingerprint().encode())
     for name, weight in encoder.model.state_dict().items():
-        # Sums of whole numbers: the same in any order, on any device. Two of them, or exchanged rows would go unseen.
+        # Integer sums are the same in any order, on any device. The second one detects swapped rows.
         bits = weight.detach().contiguous().view(torch.uint8).flatten()
         whole = bits[: len(bits) // 4 * 4].view(torch.int32).to(torch.int64)
         place = torch.arange(len(whole), device=whole.device) % 65521
@@ -32,10 +32,12 @@ def encoder_key(encoder: Encoder) -> str:
 def vectors(
     encoder: Encoder, key: str, texts: Sequence[str], instructions: Sequence[str | None], folder: Path, what: str
 ) -> np.ndarray:
-    """Normalised vectors of texts, each behind its instruction: float32 [texts, E], memory-mapped from `folder`.
+    """Normalised vectors of texts, each after its instruction: float32 [texts, E], memory-mapped from `folder`.
 
-    Blocks are always cut alike, so a run that goes on ends with the bits of one that was never stopped.
-    Errors: UserError where the folder cannot be written.
+    Block boundaries are fixed, so a resumed run gives bitwise the same vectors as an uninterrupted one.
+
+    Raises:
+        UserError: if the folder cannot be written.
     """
     digest = hashlib.sha256(key.encode())
     for text, instruction in zip(texts, instructions, strict=True):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from l2v.errors import RecipeError, UserError
+from l2v.errors import RecipeError, UserError, first_line
 from l2v.model.embedded import resolve
 from l2v.recipe import Base
 
@@ -80,7 +80,7 @@ def load_config(base: Base) -> PretrainedConfig:
             raise
         except Exception as error:
             raise UserError(
-                f"the base '{base.model}' was not found: {str(error).splitlines()[0]} (give a folder or a hub name; "
+                f"the base '{base.model}' was not found: {first_line(error)} (give a folder or a hub name; "
                 "base.init=random builds its shape without weights)"
             ) from None
     for key, value in base.overrides.items():
@@ -147,7 +147,7 @@ def _load(base: Base, config: PretrainedConfig, *, head: bool, dtype: torch.dtyp
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"the base '{base.model}' cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(f"the base '{base.model}' cannot be loaded: {first_line(error)}") from None
 
 
 def set_attention(model: PreTrainedModel, *, causal: bool) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from l2v.errors import RecipeError, UserError
+from l2v.errors import RecipeError, UserError, first_line
 from l2v.recipe import Lora
 
 WEIGHTS = "adapter_model.safetensors"
@@ -39,7 +39,7 @@ def add_lora(inner: PreTrainedModel, lora: Lora, *, base_name: str, seed: int) -
     try:
         model = get_peft_model(inner, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise RecipeError(f"lora.targets {lora.targets}: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"lora.targets {lora.targets}: {first_line(error)}") from None
     model.peft_config["default"].base_model_name_or_path = base_name
     return model
 
@@ -92,7 +92,7 @@ def merge_adapters(inner: PreTrainedModel, adapters: list[str]) -> PreTrainedMod
             else:
                 model.load_adapter(folder, adapter_name=f"a{index}", autocast_adapter_dtype=True)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{adapter}: does not fit this base: {_first_line(error)}") from None
+            raise UserError(f"{adapter}: does not fit this base: {first_line(error)}") from None
     assert model is not None
     with torch.no_grad():
         for module in model.modules():
@@ -125,7 +125,7 @@ def adapter_folder(adapter: str) -> str:
     try:
         return snapshot_download(adapter, allow_patterns=["adapter_config.json", WEIGHTS])
     except Exception as error:
-        raise UserError(f"the adapter '{adapter}' is neither a folder nor on the hub: {_first_line(error)}") from None
+        raise UserError(f"the adapter '{adapter}' is neither a folder nor on the hub: {first_line(error)}") from None
 
 
 def describe_adapter(adapter: str, **facts: Any) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _read_config(folder: str) -> LoraConfig:
         config = LoraConfig.from_pretrained(folder)
     except (OSError, TypeError, ValueError, KeyError) as error:
         raise UserError(
-            f"{folder}: adapter_config.json is not a readable LoRA configuration: {_first_line(error)}"
+            f"{folder}: adapter_config.json is not a readable LoRA configuration: {first_line(error)}"
         ) from None
     if not (Path(folder) / WEIGHTS).is_file():
         raise UserError(f"{folder}: no {WEIGHTS} in that folder; l2v does not load pickled adapters")
@@ -157,15 +157,10 @@ def _check_keys(folder: str, adapter: str, inner: PreTrainedModel) -> None:
         with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
             keys = list(file.keys())
     except SafetensorError as error:
-        raise UserError(f"{adapter}: {WEIGHTS} is damaged: {_first_line(error)}") from None
+        raise UserError(f"{adapter}: {WEIGHTS} is damaged: {first_line(error)}") from None
     modules = {name for name, _ in inner.named_modules()}
     strange = [k for k in keys if k.removeprefix("base_model.model.").split(".lora_")[0] not in modules]
     if strange:
         raise UserError(
             f"{adapter}: {len(strange)} of its {len(keys)} tensors belong to no module of this base, for example {strange[0]}"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from l2v.errors import RecipeError, UserError
+from l2v.errors import RecipeError, UserError, first_line
 from l2v.model.fused import FusedStack
 from l2v.model.fused.spec import Group, base_of
 from l2v.model.packed import PackedDecoder
@@ -62,7 +62,7 @@ def check_base_precision(base: Base, where: torch.device, dtype: torch.dtype) ->
             importlib.import_module("bitsandbytes")
         except Exception as error:
             raise UserError(
-                f"base.base_precision: nf4 needs bitsandbytes, which cannot be imported: {_first_line(error)}; {USE_SAME}"
+                f"base.base_precision: nf4 needs bitsandbytes, which cannot be imported: {first_line(error)}; {USE_SAME}"
             ) from None
 
 
@@ -197,8 +197,3 @@ def _refuse_to_write(decoder: nn.Module, what: str, key: str) -> None:
         for owner in (decoder, decoder.base_model):
             owner.merge_adapter = owner.merge_and_unload = refuse
     inner.save_pretrained = refuse
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

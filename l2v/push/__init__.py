@@ -1,1 +1,1 @@
-"""An encoder, its adapters or a data set with a card, and the way to the Hub."""
+"""Publish an encoder, its adapters or a data set with a card on the Hub."""

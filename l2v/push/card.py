@@ -14,16 +14,16 @@ from l2v.report.page import table_text
 from l2v.report.tables import Row, Table, hyperparameters, local_tables, provenance, seb_rows_table
 from l2v.runs.facts import build_report
 
-TOLD = {
+DESCRIPTIONS = {
     "mntp": "masked next-token prediction",
     "simcse": "SimCSE (the same text under two dropouts)",
     "supervised": "contrastive learning on pairs",
 }
-FEW_STEPS = 200  # below it no published recipe stops; a card of such a model says so
+TRIAL_STEPS = 200  # published recipes train longer; the card of a model with fewer steps says so
 
 
 def render(model: Model, repo: str, licence: Licence, *, base: str, adapter: bool) -> str:
-    """The card. base: its name on the hub; adapter: of the adapters alone, not of a merged encoder."""
+    """The card. base: its name on the hub; adapter: the card is for the adapters, not for a merged encoder."""
     name, row = repo.rsplit("/", 1)[-1], model.row()
     earlier = earlier_adapters(model)
     template = model.settings["template"]
@@ -38,7 +38,7 @@ def render(model: Model, repo: str, licence: Licence, *, base: str, adapter: boo
         "settings": model.settings,
         "template": ", ".join(f"{key}={value!r}" for key, value in template.items()),
         "earlier": [f'f"{{folder}}/{place}"' if folder else f'"{place}"' for place, folder in earlier],
-        "stages": [{"told": TOLD.get(stage.objective, stage.objective)} for stage in model.stages],
+        "stages": [{"description": DESCRIPTIONS.get(stage.objective, stage.objective)} for stage in model.stages],
         "hyperparameters": hyperparameters(model.stages) if model.stages else None,
         "data": _data(model),
         "lineage": _lineage(model),
@@ -47,7 +47,7 @@ def render(model: Model, repo: str, licence: Licence, *, base: str, adapter: boo
         "instructions": any(
             source.get("instruction") or source.get("query_prompt") or source.get("task") for source in sources
         ),
-        "short": steps if model.stages and steps < FEW_STEPS else None,
+        "short": steps if model.stages and steps < TRIAL_STEPS else None,
     }
     environment = jinja2.Environment(loader=jinja2.PackageLoader("l2v.push", "."), undefined=jinja2.StrictUndefined)
     environment.filters["markdown"] = table_text
@@ -68,7 +68,7 @@ def render(model: Model, repo: str, licence: Licence, *, base: str, adapter: boo
 
 
 def results(row: dict[str, Any]) -> list[EvalResult]:
-    """A row of results.json as the Hub's model-index has it: one result for each cell, in percent."""
+    """A row of results.json for the Hub's model-index: one result for each cell, in percent."""
     out = []
     for name, score in row["scores"].items():
         dataset = _hub_dataset(name)
@@ -85,17 +85,17 @@ def results(row: dict[str, Any]) -> list[EvalResult]:
 
 
 def _hub_dataset(task: str) -> str:
-    """Where a task's data is on the Hub; a local task goes by its own name."""
+    """The data set of a task on the Hub; a local task keeps its own name."""
     try:
         import mteb
 
         return mteb.get_task(task).metadata.dataset["path"]
-    except Exception:  # mteb raises KeyError of several kinds, and is an extra
+    except Exception:  # mteb is optional, and raises several kinds of KeyError
         return task
 
 
 def _scores(model: Model) -> list[Table]:
-    """Its own row and those of the baselines that were computed beside it."""
+    """The model's own row and those of the baselines of the same evaluation."""
     row = model.row()
     if row is None or model.evaluation is None:
         return []
@@ -131,7 +131,7 @@ def _lineage(model: Model) -> Table:
 
 
 def _name(path: str) -> str:
-    """A source for others: the hub's name, the sample's, what a build calls itself, or a file's name without its folder."""
+    """The public name of a source: that on the hub, of the sample or of a build, or a file name without its folder."""
     if path.startswith(("hub:", "sample:")):
         return path.removeprefix("hub:")
     done = build_report(path)

@@ -1,4 +1,4 @@
-"""The base's licence, which what is made from it inherits, and what Llama's licences ask of a name and a page.
+"""The base's licence, which derived models inherit, and what Llama's licences require of a name and a page.
 
 Sources: the Meta Llama 3 Community License Agreement (18 April 2024) and those of Llama 3.1, 3.2 and 3.3, section 1.b.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 
-# By the base's name, where neither its folder nor the hub tells: the first that matches.
+# Licence by the base's name, if neither its folder nor the hub has one: the first match.
 BY_NAME = (
     (r"llama-?3\.3", "llama3.3"),
     (r"llama-?3\.2", "llama3.2"),
@@ -29,7 +29,7 @@ BY_NAME = (
 
 @dataclass(frozen=True)
 class Licence:
-    """identifier: as the hub has it. built_with, notice: what has to stand on the page and in NOTICE. prefix: of the name."""
+    """identifier: that of the hub. built_with, notice: required texts on the page and in NOTICE. prefix: of the name."""
 
     identifier: str
     built_with: str = ""
@@ -38,7 +38,7 @@ class Licence:
 
     @classmethod
     def of(cls, identifier: str) -> Licence:
-        """With what the Llama 3 licences ask for."""
+        """The licence with the requirements of the Llama 3 licences."""
         match = re.fullmatch(r"llama(3(?:\.\d)?)", identifier)
         if not match:
             return cls(identifier)
@@ -53,27 +53,33 @@ class Licence:
         )
 
     def name(self, name: str) -> str:
-        """A name that the licence allows, made from one."""
+        """The name, changed if the licence requires it."""
         if not self.prefix or name.startswith(self.prefix):
             return name
         rest = re.sub(r"^(meta-?)?llama-?(3(\.\d)?)?[-_.]?", "", name, flags=re.IGNORECASE)
         return f"{self.prefix}-{rest}" if rest else self.prefix
 
     def check_name(self, repo: str) -> None:
-        """Errors: UserError where the licence wants another name."""
+        """Check a repository name against the licence.
+
+        Raises:
+            UserError: if the licence requires another name.
+        """
         name = repo.rsplit("/", 1)[-1]
         if self.prefix and not name.startswith(self.prefix):
             better = "/".join([*repo.split("/")[:-1], self.name(name)])
             raise UserError(
-                f"{repo}: the base's licence ({self.identifier}) wants a name that begins with '{self.prefix}'; use {better}"
+                f"{repo}: the base's licence ({self.identifier}) requires a name that begins with '{self.prefix}'; use {better}"
             )
 
 
 def find_licence(base: str, name: str, given: str | None, ask_hub: Callable[[str], str | None]) -> Licence:
-    """The licence of a base: as the user says, as its folder's card says, as the hub says, or as its name tells.
+    """The licence of a base: from the user, else its folder's card, else the hub, else its name.
 
-    base: as the run names it, a folder or a name; name: what it is called on the hub.
-    Errors: UserError where none of them knows.
+    base: as the run names it, a folder or a name; name: its name on the hub.
+
+    Raises:
+        UserError: if none of them has it.
     """
     if given:
         return Licence.of(given)
@@ -88,9 +94,10 @@ def find_licence(base: str, name: str, given: str | None, ask_hub: Callable[[str
 
 
 def front_matter(file: Path) -> dict[str, Any]:
-    """The metadata of a card; empty where there is no card or no metadata.
+    """The metadata of a card; empty without a card or metadata.
 
-    Errors: UserError where its YAML cannot be read.
+    Raises:
+        UserError: if its YAML cannot be read.
     """
     import yaml
     from huggingface_hub import metadata_load
@@ -100,4 +107,4 @@ def front_matter(file: Path) -> dict[str, Any]:
     try:
         return metadata_load(file) or {}
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{file}: its front matter is no readable YAML: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{file}: its front matter is not valid YAML: {first_line(error)}") from None

@@ -1,4 +1,4 @@
-"""The folder that is uploaded: whole on disk before anything is sent."""
+"""Prepare the folder to upload; it is complete on disk before anything is sent."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from l2v.encoder import Encoder
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 from l2v.model.export import ENCODER_FILE
 from l2v.model.lora import LINEAGE, WEIGHTS
 from l2v.push import card
@@ -22,9 +22,10 @@ _PAPERS = ("LICENSE*", "LICENCE*", "USE_POLICY*")
 
 
 def make_model(model: Model, folder: Path, repo: str, licence: Licence, *, base: str, adapter: bool) -> None:
-    """Write an encoder or its adapters into `folder`, with card, notice, and the base's licence where it is a folder.
+    """Write an encoder or its adapters into `folder`, with card, notice, and the base's licence if the base is a folder.
 
-    Errors: UserError where the folder holds something else, or cannot be written.
+    Raises:
+        UserError: if the folder holds something else, or cannot be written.
     """
     if folder.exists() and any(folder.iterdir()) and not ours(folder):
         raise UserError(f"{folder} is not empty and was not written by l2v push; choose another folder")
@@ -52,7 +53,7 @@ def make_model(model: Model, folder: Path, repo: str, licence: Licence, *, base:
 
 
 def ours(folder: Path) -> bool:
-    """It has a model card that l2v wrote."""
+    """Whether the folder has a model card that l2v wrote."""
     metadata = front_matter(folder / CARD)
     return "l2v" in (metadata.get("tags") or ()) and "library_name" in metadata
 
@@ -69,12 +70,12 @@ def _adapters(model: Model, folder: Path, base: str) -> None:
 
 def _rewrite(file: Path, value: Any) -> None:
     if file.is_symlink() or (file.exists() and file.stat().st_nlink > 1):
-        file.unlink()  # a link to the file that it was copied from
+        file.unlink()  # it may be a hard link to the source file
     file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy(source: Path, names: list[str], target: Path) -> None:
-    """Files into another folder; hard links where the disk has them, since weights are large."""
+    """Copy files into another folder, as hard links if the file system allows, since weights are large."""
     for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -84,15 +85,17 @@ def copy(source: Path, names: list[str], target: Path) -> None:
 
 
 def model_files(folder: Path) -> list[str]:
-    """What is uploaded of a model's folder: everything but hidden files, the card among it."""
+    """The files of a model's folder to upload: all except hidden ones, including the card."""
     found = (path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file())
     return [path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)]
 
 
 def dataset_files(data: Dataset) -> tuple[list[str], list[str]]:
-    """What is uploaded of a data set, after its card was held against its files; and sentences on what to look at.
+    """The files of a data set to upload, after a check of its card against its files; and notes for the user.
 
-    Errors: UserError where the card is missing or has no metadata, or a split's rows are not those that the report counts.
+    Raises:
+        UserError: where the card is missing or has no metadata, or a split's rows are not those that the report
+            counts.
     """
     import pyarrow.parquet
 
@@ -104,15 +107,15 @@ def dataset_files(data: Dataset) -> tuple[list[str], list[str]]:
                 f"{folder / CARD}: its front matter has no '{key}'; build the data set again with 'l2v data build'"
             )
     shards = []
-    for split, told in data.report["splits"].items():
+    for split, expected in data.report["splits"].items():
         found = sorted(folder.glob(f"{split}-*.parquet"))
         try:
             rows = sum(pyarrow.parquet.read_metadata(file).num_rows for file in found)
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: a file of split '{split}' is damaged: {str(error).splitlines()[0]}") from None
-        if rows != told:
+            raise UserError(f"{folder}: a file of split '{split}' is damaged: {first_line(error)}") from None
+        if rows != expected:
             raise UserError(
-                f"{folder}: split '{split}' has {rows:,} rows and report.json counts {told:,}; build it again"
+                f"{folder}: split '{split}' has {rows:,} rows and report.json counts {expected:,}; build it again"
             )
         shards += [file.name for file in found]
     texts = [name for name in (CARD, "report.md", "report.json") if (folder / name).is_file()]
@@ -124,7 +127,7 @@ def dataset_files(data: Dataset) -> tuple[list[str], list[str]]:
         )
     unknown = [s["label"] for s in data.report["sources"] if s["licence"] == "unknown"]
     if unknown:
-        notes.append(f"the licence of {', '.join(unknown)} is unknown: make sure that its texts may be passed on")
+        notes.append(f"the licence of {', '.join(unknown)} is unknown: make sure that its texts may be shared")
     if any(s.get("examples") for s in data.report["sources"]):
         notes.append("report.md and report.json quote texts that were dropped, as examples")
     return [*texts, *shards], notes

@@ -1,4 +1,4 @@
-"""Make a folder ready for the Hub and send it."""
+"""Prepare a folder for the Hub and send it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ def push_model(model: Model, args: argparse.Namespace) -> int:
     base = args.base_model or HUB_NAMES.get(model.base, model.base)
     licence = find_licence(model.base, base, args.license, upload.licence_of)
     if Path(base).is_dir() or Path(base).is_absolute():
-        raise UserError(f"the base is the folder {base}; say with --base-model what it is called on the hub")
+        raise UserError(f"the base is the folder {base}; give its name on the hub with --base-model")
     repo = repo_name(args.repo, licence, model.name)
     if not (args.dry_run or upload.offline()):
         repo = upload.with_user(repo)
     elif "/" not in repo:
-        print(f"{repo} names no user: the code in the card wants USER/{repo}.")
+        print(f"{repo} has no user: the code in the card needs USER/{repo}.")
     above = model.folder.parent
     folder = empty_folder(Path(args.dry_run)) if args.dry_run else above / f"hub-{repo.rsplit('/', 1)[-1]}"
     prepare.make_model(model, folder, repo, licence, base=base, adapter=args.adapter_only)
     if model.evaluation and model.row() is None:
-        print("None of the rows in results.json is this model: its card has no scores.")
+        print("No row of results.json is this model: its card has no scores.")
     elif not model.evaluation:
-        print("Not evaluated yet: its card has no scores (l2v eval makes them).")
+        print("Not evaluated yet: its card has no scores (l2v eval computes them).")
     code = send(folder, prepare.model_files(folder), repo, "model", args)
     if not args.dry_run and not upload.offline():
         shutil.rmtree(folder, ignore_errors=True)
@@ -54,7 +54,7 @@ def repo_name(given: str | None, licence: Licence, name: str) -> str:
 
 def empty_folder(folder: Path) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is there and not empty; choose another folder for --dry-run")
+        raise UserError(f"{folder} exists and is not empty; choose another folder for --dry-run")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""What is pushed: a run's stage, an export, an adapter made ready before, or a data set that was built."""
+"""What is pushed: a run's stage, an export, a folder prepared before, or a data set that was built."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 @dataclass
 class Model:
-    """An encoder: of a run's stage, or an export that is ready.
+    """An encoder: a run's stage, or a finished export.
 
-    stages: what it went through, oldest first, where that is known. settings: template, pooling, attention, length.
+    stages: those it was trained in, oldest first, if known. settings: template, pooling, attention, length.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Model:
 
     @property
     def hashes(self) -> list[str]:
-        """SHA-256 of every adapter in it, in the order of merging: by them its row is found among scores."""
+        """SHA-256 of every adapter in it, in the order of merging; they identify its row among the scores."""
         own = (self.lineage.get("adapter") or {}).get("sha256")
         return [entry["sha256"] for entry in self.lineage["merged"]] + ([own] if own else [])
 
@@ -50,7 +50,7 @@ class Model:
 
 @dataclass
 class Dataset:
-    """What `l2v data build` wrote. report: its report.json."""
+    """A data set that `l2v data build` wrote. report: its report.json."""
 
     name: str
     folder: Path
@@ -67,9 +67,10 @@ class Ready:
 
 
 def find(source: Path, results: Path | None) -> Model | Dataset | Ready:
-    """What a folder is. results: a results.json instead of the run's own.
+    """Find out what a folder holds. results: a results.json instead of the run's own.
 
-    Errors: UserError where it is nothing that can be pushed.
+    Raises:
+        UserError: if it cannot be pushed.
     """
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; give a run, a stage of it, an export or a data set that l2v built")
@@ -91,7 +92,7 @@ def _stage(folder: Path, name: str | None, results: Path | None) -> Model:
     run = read_run(folder, results)
     stage = next((s for s in run.stages if s.name == name), None) if name else run.last
     if stage is None or stage.lineage is None:
-        raise UserError(f"{folder / (name or '')}: not trained to its end yet; run 'l2v train' again, it goes on")
+        raise UserError(f"{folder / (name or '')}: not fully trained yet; run 'l2v train' again to resume")
     through = [entry["stage"] for entry in stage.lineage["merged"] if "stage" in entry]
     base = run.recipe.base
     return Model(
@@ -116,7 +117,7 @@ def _export(folder: Path, results: Path | None) -> Model:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder / ENCODER_FILE}: damaged; export again with 'l2v export'") from None
     model = Model(folder.name, folder, base, lineage, facts, export=True)
-    if stage_folders(folder.parent):  # an export that lies in its run
+    if stage_folders(folder.parent):  # an export inside its run
         run = read_run(folder.parent, results)
         for stage in run.stages:
             if stage.lineage is not None and [*_hashes(stage.lineage), stage.lineage["adapter"]["sha256"]] == hashes:
@@ -135,7 +136,7 @@ def _hashes(lineage: dict[str, Any]) -> list[str]:
 
 
 def earlier_adapters(model: Model) -> list[tuple[str, Path | None]]:
-    """Adapters below a stage's own, oldest first: a name, and the folder where it is on this machine (None: on the hub)."""
+    """Adapters merged before a stage's own, oldest first: a name, and the folder on this machine (None: on the hub)."""
     out = []
     for at, entry in enumerate(model.lineage["merged"]):
         beside = model.folder.parent / entry.get("stage", "") / "adapter"
@@ -148,14 +149,14 @@ def earlier_adapters(model: Model) -> list[tuple[str, Path | None]]:
 
 
 def adapters_lineage(model: Model, base: str) -> dict[str, Any]:
-    """The lineage of a stage's adapter, with places in the pushed folder instead of paths of this machine."""
+    """The lineage of a stage's adapter, with paths in the pushed folder instead of local paths."""
     places = [place for place, _ in earlier_adapters(model)]
     merged = [entry | {"adapter": place} for entry, place in zip(model.lineage["merged"], places, strict=True)]
     return model.lineage | {"base": model.lineage["base"] | {"model": base}, "merged": merged}
 
 
 def export_lineage(model: Model, base: str) -> dict[str, Any]:
-    """The lineage of a merged encoder, without paths of this machine: every adapter in it by stage or name."""
+    """The lineage of a merged encoder, without local paths: every adapter in it by stage or name."""
     merged = [
         entry | {"adapter": entry.get("stage") or (Path(place).name if folder else place)}
         for entry, (place, folder) in zip(model.lineage["merged"], earlier_adapters(model), strict=True)
@@ -166,5 +167,5 @@ def export_lineage(model: Model, base: str) -> dict[str, Any]:
 
 
 def public_base(model: str) -> str:
-    """A base's name for others: on the hub, or the last part of a folder's path."""
+    """A base's public name: that on the hub, or the last part of a folder's path."""
     return HUB_NAMES.get(model) or (Path(model).name if Path(model).is_absolute() or Path(model).exists() else model)

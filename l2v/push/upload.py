@@ -1,46 +1,50 @@
-"""To the Hub, through huggingface_hub; what goes wrong there is one sentence."""
+"""Upload to the Hub through huggingface_hub; an error is one sentence."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 
 
 def check_repo(repo: str) -> None:
-    """Errors: UserError for what cannot be the name of a repository."""
+    """Check the form of a repository name.
+
+    Raises:
+        UserError: if it is not a valid repository name.
+    """
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UserError(f"{repo}: no name for a repository of the hub: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{repo}: not a valid repository name: {first_line(error)}") from None
 
 
 def offline() -> bool:
-    """The user wants no network (HF_HUB_OFFLINE)."""
+    """Whether the user switched the network off (HF_HUB_OFFLINE)."""
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def licence_of(model: str) -> str | None:
-    """What the hub says of a model's licence; None where it cannot be asked."""
+    """A model's licence on the hub; None if the hub does not answer."""
     if offline():
         return None
     try:
         data = HfApi().model_info(model, timeout=10).card_data
-    except Exception:  # no such model there, no network, no access: the name is asked next, then the user
+    except Exception:  # no such model, no network, no access: the name decides next, then the user
         return None
     return data.get("license") if data else None
 
 
 def with_user(repo: str) -> str:
-    """The full name of a repository, which the card's code needs: a bare name is the user's own.
+    """The full name of a repository, which the card's code needs: a bare name gets the user's name.
 
-    Errors: UserError where the hub cannot be asked who the user is.
+    Raises:
+        UserError: if the hub does not tell who the user is.
     """
     if "/" in repo:
         return repo
@@ -57,10 +61,12 @@ def _need_token() -> None:
 
 
 def upload(folder: Path, files: list[str], repo: str, kind: str, private: bool) -> str:
-    """Make the repository if it is not there, upload the files in commits; the address of the page.
+    """Create the repository if it does not exist and upload the files in commits; returns the address of the page.
 
-    kind: model or dataset. The token is the hub's own (HF_TOKEN, or what `hf auth login` keeps).
-    Errors: UserError with one sentence; what has arrived stays there, and the same command goes on.
+    kind: model or dataset. The token is the hub's own (HF_TOKEN, or the one of `hf auth login`).
+
+    Raises:
+        UserError: if the upload fails; uploaded files are kept, and the same command resumes.
     """
     _need_token()
     api = HfApi()
@@ -68,7 +74,7 @@ def upload(folder: Path, files: list[str], repo: str, kind: str, private: bool) 
         made = api.create_repo(repo, repo_type=kind, private=private or None, exist_ok=True)
         repo = made.repo_id
         if private and not api.repo_info(repo, repo_type=kind).private:
-            raise UserError(f"{repo} is there already and is public; choose another name, or leave out --private")
+            raise UserError(f"{repo} exists and is public; choose another name, or omit --private")
         api.upload_folder(
             repo_id=repo, repo_type=kind, folder_path=folder, allow_patterns=[_literal(file) for file in files],
             commit_message="Upload with l2v",
@@ -90,22 +96,20 @@ def sentence(repo: str, error: BaseException) -> str:
     if status == 401:
         return f"{host} does not accept the token (401): set HF_TOKEN to a valid one, or run 'hf auth login' again"
     if status == 403:
-        return f"the token may not write to {repo} (403): use one with the right to write there, or another name"
+        return f"the token may not write to {repo} (403): use a token with write access, or another name"
     if status == 404:
-        return f"{host} knows no {repo}, or hides it from this token (404)"
+        return f"{repo} does not exist on {host}, or this token has no access (404)"
     if status == 429:
-        return f"{host} asks to slow down (429): wait some minutes, then give the same command again"
+        return f"{host} limits the rate of requests (429): wait some minutes, then run the same command again"
     if status is not None and status >= 500:
-        return f"{host} failed ({status}): give the same command again later, it goes on with what is missing"
+        return f"{host} failed ({status}): run the same command again later; it uploads the missing files"
     if status is not None:
-        return (
-            f"{host} refused the upload ({status}): {_first(next(e for e in chain if isinstance(e, HfHubHTTPError)))}"
-        )
+        return f"{host} refused the upload ({status}): {first_line(next(e for e in chain if isinstance(e, HfHubHTTPError)))}"
     if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
         return "HF_HUB_OFFLINE is set, so nothing is sent; unset it to upload"
     if any(isinstance(e, ConnectionError) or type(e).__name__ in _NETWORK for e in chain):
-        return f"{host} cannot be reached: check the network, then give the same command again"
-    return f"the upload to {repo} failed: {type(error).__name__}: {_first(error)}"
+        return f"{host} cannot be reached: check the network, then run the same command again"
+    return f"the upload to {repo} failed: {type(error).__name__}: {first_line(error)}"
 
 
 _NETWORK = {
@@ -128,11 +132,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _first(error: Any) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
 def _literal(name: str) -> str:
-    """A file's name as a pattern of fnmatch that matches nothing else."""
+    """An fnmatch pattern that matches this file name only."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -1,4 +1,4 @@
-"""Combinations of recipe keys that no single field rules out."""
+"""Checks of combinations of recipe keys."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import math
 
 from l2v.errors import RecipeError
-from l2v.recipe.schema import MAX_PREFIXES, Contrastive, Mntp, Recipe, Simcse, Supervised
+from l2v.recipe.schema import MAX_PREFIXES, Contrastive, Mntp, Recipe, Simcse, Stage, Supervised
 
 
 def _need(condition: bool, sentence: str) -> None:
@@ -36,11 +36,11 @@ def _check_comparison(stage: Contrastive, at: str) -> None:
     _need(
         margin is None or -2 < margin < 2,
         f"{at}: false_negative_margin is {margin} and must lie between -2 and 2, as differences of cosines do; "
-        "null leaves every negative in",
+        "null keeps every negative",
     )
     lengths, weights = stage.matryoshka, stage.matryoshka_weights
     if lengths is None:
-        _need(weights is None, f"{at}: matryoshka_weights need matryoshka, the prefix lengths that they belong to")
+        _need(weights is None, f"{at}: matryoshka_weights need matryoshka, the prefix lengths that they weight")
         return
     ascending = bool(lengths) and lengths[0] >= 1 and all(a < b for a, b in itertools.pairwise(lengths))
     _need(
@@ -59,14 +59,14 @@ def _check_comparison(stage: Contrastive, at: str) -> None:
 
 
 def _check_base_precision(recipe: Recipe, where: str) -> None:
-    """What a frozen base in fewer bits goes with."""
+    """Which settings a frozen base in fewer bits can be combined with."""
     base, how = recipe.base, recipe.base.base_precision
     if how == "same":
         return
     at, same = f"{where}: base.base_precision: {how}", "use base.base_precision: same"
     _need(
         recipe.zero.stage < 3,
-        f"{at} does not go with zero.stage: 3, which shards the weights as they were loaded; use a lower stage, or {same}",
+        f"{at} cannot be combined with zero.stage: 3, which shards the weights as they were loaded; use a lower stage, or {same}",
     )
     if how == "fp8":
         _need(base.layers != "plain", f"{at} needs fused layers; use base.layers: auto, or {same}")
@@ -81,8 +81,74 @@ def _check_base_precision(recipe: Recipe, where: str) -> None:
         )
 
 
+def _check_names(recipe: Recipe, name: str, stage: Stage, at: str) -> None:
+    """The name of a stage, its parent and its sources."""
+    _need(name.replace("-", "").replace("_", "").isalnum(), f"{at}: use letters, digits, - and _ in its name")
+    _need(
+        stage.from_ == "base" or stage.from_ in recipe.stages,
+        f"{at}: `from: {stage.from_}` names no stage; valid: base, {', '.join(recipe.stages)}",
+    )
+    _need(bool(stage.data), f"{at}: `data` is empty; name at least one source")
+    for key in ("data", "eval_data"):
+        for i, source in enumerate(getattr(stage, key)):
+            source.check(stage.objective, f"{at}: {key}[{i}]")
+
+
+def _check_numbers(stage: Stage, at: str) -> None:
+    """The bounds of the numbers that all stages have."""
+    for key in ("batch", "micro_tokens", "length", "steps", "log_every", "keep", "skip_limit"):
+        _need(getattr(stage, key) >= 1, f"{at}: {key} is {getattr(stage, key)} and must be at least 1")
+    for key in ("warmup", "eval_every", "save_every", "weight_decay", "clip"):
+        _need(getattr(stage, key) >= 0, f"{at}: {key} is {getattr(stage, key)} and must not be negative")
+    _need(stage.lr > 0, f"{at}: lr is {stage.lr} and must be above 0")
+    _need(0 <= stage.lora.dropout < 0.99, f"{at}: lora.dropout is {stage.lora.dropout}; use 0 up to 0.99")
+    _need(stage.lora.r >= 1, f"{at}: lora.r is {stage.lora.r} and must be at least 1")
+    _need(stage.length >= 2, f"{at}: length is {stage.length}; a text needs at least 2 tokens")
+    _need(
+        stage.length <= stage.micro_tokens,
+        f"{at}: one text of length {stage.length} does not fit micro_tokens {stage.micro_tokens}; raise micro_tokens",
+    )
+
+
+def _check_masking(stage: Mntp, at: str) -> None:
+    _need(0 < stage.mask_probability < 1, f"{at}: mask_probability is {stage.mask_probability}; use 0 to 1")
+    total = sum(stage.mask_split)
+    _need(
+        abs(total - 1) < 1e-6 and min(stage.mask_split) >= 0,
+        f"{at}: mask_split (mask, random, keep) adds up to {total:g} and must add up to 1",
+    )
+
+
+def _check_contrastive(stage: Contrastive, at: str) -> None:
+    _need(stage.scale > 0, f"{at}: scale is {stage.scale} and must be above 0")
+    _need(
+        (stage.negatives == "micro") == (stage.group is not None),
+        f"{at}: `group` (examples that share their negatives) applies only to `negatives: micro`, which needs it",
+    )
+    if stage.group is not None:
+        _need(
+            stage.group >= 2 and stage.batch % stage.group == 0,
+            f"{at}: batch {stage.batch} is not a multiple of group {stage.group}",
+        )
+    _need(stage.batch >= 2, f"{at}: a batch of {stage.batch} has no in-batch negatives; use at least 2")
+    _check_comparison(stage, at)
+
+
+def _check_dropout(stage: Simcse, backend: str, at: str) -> None:
+    p = stage.attention_dropout
+    _need(0 <= p < 0.99, f"{at}: attention_dropout is {p}; use 0 up to 0.99")
+    _need(
+        p == 0 or backend == "l2v",
+        f"{at}: attention_dropout {p} needs base.backend: l2v; {backend} has no counter-based dropout",
+    )
+    _need(
+        p > 0 or stage.lora.dropout > 0,
+        f"{at}: without any dropout the two views are the same; set attention_dropout or lora.dropout",
+    )
+
+
 def check(recipe: Recipe, where: str) -> Recipe:
-    """Refuse combinations that no single field rules out. `where` names the file in the message."""
+    """Check the whole recipe. `where` names the file in the message."""
     base = recipe.base
     _need(bool(recipe.stages), f"{where}: `stages` is empty; name at least one stage with an `objective`")
     _need(
@@ -101,61 +167,17 @@ def check(recipe: Recipe, where: str) -> Recipe:
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from None
         except KeyError:
-            pass  # a `from` that names no stage, said below
+            pass  # an unknown `from` is reported below
     for name, stage in recipe.stages.items():
         at = f"{where}: stage '{name}'"
-        _need(name.replace("-", "").replace("_", "").isalnum(), f"{at}: use letters, digits, - and _ in its name")
-        _need(
-            stage.from_ == "base" or stage.from_ in recipe.stages,
-            f"{at}: `from: {stage.from_}` names no stage; valid: base, {', '.join(recipe.stages)}",
-        )
-        _need(bool(stage.data), f"{at}: `data` is empty; name at least one source")
-        for key in ("data", "eval_data"):
-            for i, source in enumerate(getattr(stage, key)):
-                source.check(stage.objective, f"{at}: {key}[{i}]")
-        for key in ("batch", "micro_tokens", "length", "steps", "log_every", "keep", "skip_limit"):
-            _need(getattr(stage, key) >= 1, f"{at}: {key} is {getattr(stage, key)} and must be at least 1")
-        for key in ("warmup", "eval_every", "save_every", "weight_decay", "clip"):
-            _need(getattr(stage, key) >= 0, f"{at}: {key} is {getattr(stage, key)} and must not be negative")
-        _need(stage.lr > 0, f"{at}: lr is {stage.lr} and must be above 0")
-        _need(0 <= stage.lora.dropout < 0.99, f"{at}: lora.dropout is {stage.lora.dropout}; use 0 up to 0.99")
-        _need(stage.lora.r >= 1, f"{at}: lora.r is {stage.lora.r} and must be at least 1")
-        _need(stage.length >= 2, f"{at}: length is {stage.length}; a text needs at least 2 tokens")
-        _need(
-            stage.length <= stage.micro_tokens,
-            f"{at}: one text of length {stage.length} does not fit micro_tokens {stage.micro_tokens}; raise micro_tokens",
-        )
+        _check_names(recipe, name, stage, at)
+        _check_numbers(stage, at)
         if isinstance(stage, Mntp):
-            _need(0 < stage.mask_probability < 1, f"{at}: mask_probability is {stage.mask_probability}; use 0 to 1")
-            total = sum(stage.mask_split)
-            _need(
-                abs(total - 1) < 1e-6 and min(stage.mask_split) >= 0,
-                f"{at}: mask_split (mask, random, keep) adds up to {total:g} and must add up to 1",
-            )
+            _check_masking(stage, at)
         if isinstance(stage, Contrastive):
-            _need(stage.scale > 0, f"{at}: scale is {stage.scale} and must be above 0")
-            _need(
-                (stage.negatives == "micro") == (stage.group is not None),
-                f"{at}: `group` (examples that share their negatives) goes with `negatives: micro`, and only with it",
-            )
-            if stage.group is not None:
-                _need(
-                    stage.group >= 2 and stage.batch % stage.group == 0,
-                    f"{at}: batch {stage.batch} is no multiple of group {stage.group}",
-                )
-            _need(stage.batch >= 2, f"{at}: a batch of {stage.batch} has no in-batch negatives; use at least 2")
-            _check_comparison(stage, at)
+            _check_contrastive(stage, at)
         if isinstance(stage, Simcse):
-            p = stage.attention_dropout
-            _need(0 <= p < 0.99, f"{at}: attention_dropout is {p}; use 0 up to 0.99")
-            _need(
-                p == 0 or base.backend == "l2v",
-                f"{at}: attention_dropout {p} needs base.backend: l2v; {base.backend} cannot address its noise",
-            )
-            _need(
-                p > 0 or stage.lora.dropout > 0,
-                f"{at}: with no dropout at all the two views are the same; set attention_dropout or lora.dropout",
-            )
+            _check_dropout(stage, base.backend, at)
         if isinstance(stage, Supervised):
             _need(stage.max_negatives >= 0, f"{at}: max_negatives must not be negative")
     return recipe

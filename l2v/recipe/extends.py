@@ -1,8 +1,8 @@
-"""`extends: NAME`: a recipe that says only what differs from another one.
+"""`extends: NAME`: a recipe that gives only the keys that differ from another recipe.
 
-Mappings are merged key by key, anything else is replaced. Exceptions: `data` and `eval_data` are replaced whole (a source is
-an item of a list, however it is written), a stage of another objective replaces the parent's whole, and `name` and `out`
-are a recipe's own. `stages: {simcse: null}` removes a stage.
+Mappings are merged key by key, anything else is replaced. Exceptions: `data` and `eval_data` are replaced whole (they are lists
+of sources, even if a single source is given), a stage of another objective replaces the parent's whole, and `name` and `out`
+are never inherited. `stages: {simcse: null}` removes a stage.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ OWN = ("name", "out")
 def read_recipe(path: Path) -> Node:
     """The tree of a recipe file with what it extends merged in; every node knows the file and line that it comes from.
 
-    Raises: RecipeError for a parent that is not found or that leads back to the file, and for what no recipe may hold.
+    Raises:
+        RecipeError: for a parent that is not found or that leads back to the file, and for what no recipe may hold.
     """
     return _read(path, [])
 
 
 def extended(path: Path) -> list[str]:
-    """The recipes that a file extends, nearest first, as they are named."""
+    """The recipes that a file extends, nearest first, by the names it gives."""
     names, tree = [], read_tree(path)
     while (node := _extends(tree)) is not None:
         names.append(str(node.value))
         path = _parent(path, node)
-        if len(names) > len(set(names)):  # a circle, which read_recipe refuses
+        if len(names) > len(set(names)):  # a circle, which read_recipe rejects
             break
         tree = read_tree(path)
     return names
@@ -55,9 +56,7 @@ def _read(path: Path, children: list[tuple[Path, str]]) -> Node:
     if circle is not None:
         if len(children) == 1:
             raise RecipeError(f"{node.where}: the recipe extends itself; name another one")
-        raise RecipeError(
-            f"{node.where}: extends '{node.value}' runs in a circle, for that recipe extends this one ({circle})"
-        )
+        raise RecipeError(f"{node.where}: extends '{node.value}' is circular: that recipe extends this one ({circle})")
     return _merged(_read(parent, children), tree)
 
 
@@ -71,7 +70,7 @@ def _extends(tree: Node) -> Node | None:
 
 
 def _parent(path: Path, node: Node) -> Path:
-    """The file that `extends` names: next to the child (or absolute), else a recipe that comes with l2v."""
+    """The file that `extends` names: next to the child (or absolute), else a recipe shipped with l2v."""
     name = node.value
     sibling = path.parent / Path(name).expanduser()
     if sibling.is_file():
@@ -109,7 +108,7 @@ def _stages(parent: Node, child: Node) -> Node:
     for name, node in child.value.items():
         if node.value is None:
             if name not in out:
-                raise RecipeError(f"{node.where}: there is no stage '{name}' to remove{nearest(name, out)}")
+                raise RecipeError(f"{node.where}: no stage '{name}' to remove{nearest(name, out)}")
             del out[name]
         elif name in out and _objective(node) in (None, _objective(out[name])):
             out[name] = _over(out[name], node)

@@ -20,13 +20,13 @@ def load_recipe(name: str, overrides: typing.Sequence[str] = (), stage: str | No
     """Read, override and validate.
 
     `overrides` are `dotted.key=value` with YAML values. A key is looked up from the top; if its first part is the name
-    of a stage, below that stage; and if `stage` is given, else below that one.
+    of a stage, below that stage; otherwise below `stage`, if it is given.
     """
     path = find_recipe(name)
     tree = read_recipe(path)
     known = _stage_names(tree)
     if stage is not None and stage not in known:
-        raise RecipeError(f"{path}: there is no stage '{stage}'{nearest(stage, known)}")
+        raise RecipeError(f"{path}: no stage '{stage}'{nearest(stage, known)}")
     for text in overrides:
         refuse_secret(text)
         _override(tree, text, stage)
@@ -64,7 +64,7 @@ def _override(tree: Node, text: str, stage: str | None) -> None:
             valid = sorted([*_names(Recipe), *stages])
             raise RecipeError(f"{where}: unknown key '{parts[0]}'{nearest(parts[0], valid)}; or choose a --stage")
     if parts[0] == "stages" and len(parts) > 1 and parts[1] not in stages:
-        raise RecipeError(f"{where}: there is no stage '{parts[1]}'{nearest(parts[1], stages)}")
+        raise RecipeError(f"{where}: no stage '{parts[1]}'{nearest(parts[1], stages)}")
     at = tree
     for part in parts[:-1]:
         if not isinstance(at.value, dict):
@@ -80,9 +80,9 @@ def _override(tree: Node, text: str, stage: str | None) -> None:
 
 
 def _follow_zero_config(tree: Node) -> None:
-    """`zero.config` becomes a path, and `zero.stage` the stage that stands in that file.
+    """`zero.config` becomes a path, and `zero.stage` the stage in that file.
 
-    A file named on the command line goes before a stage in the recipe; otherwise the two must agree.
+    A file named on the command line overrides a stage in the recipe; otherwise the two must agree.
     """
     zero = tree.value.get("zero") if isinstance(tree.value, dict) else None
     if zero is None or not isinstance(zero.value, dict):
@@ -98,7 +98,7 @@ def _follow_zero_config(tree: Node) -> None:
     overruled = config.where.startswith(BY_HAND) and not (own and own.where.startswith(BY_HAND))
     if own is not None and own.value != stage and not overruled:
         raise RecipeError(
-            f"{own.where}: zero.stage is {own.value} and {file} is for stage {stage}; leave zero.stage out, or choose another "
+            f"{own.where}: zero.stage is {own.value} and {file} is for stage {stage}; remove zero.stage, or choose another "
             "configuration"
         )
     zero.value["stage"] = Node(stage, config.where)

@@ -1,4 +1,4 @@
-"""A recipe for a file of the user's own: a commented YAML text, its sizes chosen by what the file holds."""
+"""A recipe for the user's data: commented YAML whose sizes are chosen from the content of the file."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from l2v.recipe.schema import Base, Recipe
 from l2v.recipe.shipped import recipe_folder
 from l2v.recipe.source import Source
 
-LETTERS_A_TOKEN = 2.5  # Danish in an English tokenizer, which is what most bases have
-TEMPLATE_TOKENS = 16  # what stands around a text, roughly
+LETTERS_A_TOKEN = 2.5  # Danish in an English tokenizer, as most bases have
+TEMPLATE_TOKENS = 16  # the template around a text, roughly
 SMALL = "smollm2-135m-da"  # the recipe whose base trains on a CPU
 LARGE = "llama3-8b-da"
-MOST_NEGATIVES = 7
-COLUMN = 34  # where comments begin
+MAX_NEGATIVES = 7
+COLUMN = 34  # column where comments begin
 
 
 @dataclass
 class OwnData:
     """What a file holds. source: its path and columns. rows: those with text; empty: those without. letters: of all documents
     together; long_letters: 95% of the texts have at most so many. sentences: of texts that are split for SimCSE, else 0.
-    example: a short query. searched: the column that `l2v search` would take by itself.
+    example: a short query. searched: the column that `l2v search` uses by default.
     """
 
     source: Source
@@ -43,18 +43,18 @@ class OwnData:
 
     @property
     def document(self) -> str:
-        """The column of the texts that are searched."""
+        """The column of the texts to search."""
         return self.source.positive if self.kind == "pairs" else self.source.text
 
     def read_as(self) -> dict[str, str]:
-        """What was chosen: key to column."""
+        """The chosen columns: key to column."""
         keys = ("query", "positive", "negatives") if self.kind == "pairs" else ("text",)
         return {key: getattr(self.source, key) for key in keys if key != "negatives" or self.negatives}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bounds by the size of a base: largest batch and length (tokens), micro_tokens, and learning rates of the stages."""
+    """Bounds for a base of some size: largest batch and length (tokens), micro_tokens, and learning rates of the stages."""
 
     batch: int
     blocks: int
@@ -66,13 +66,13 @@ class Sizes:
 
 
 def known_recipe(base: str) -> Recipe | None:
-    """The recipe that comes with l2v for a base of this name; its template and rates fit."""
+    """The shipped recipe for a base of this name; its template and learning rates are reused."""
     recipes = (load_recipe(str(path)) for path in sorted(recipe_folder().glob("*.yaml")))
     return next((recipe for recipe in recipes if recipe.base.model == base), None)
 
 
 def compose(name: str, base: str, data: OwnData) -> str:
-    """The recipe as text: base, LoRA, and the stages that the data can train."""
+    """The recipe as text: base, LoRA, and the stages that the data allows."""
     like = known_recipe(base)
     sizes = _sizes(like)
     head = _head(name, base, data) + _base(base, like.base if like else None, sizes)
@@ -90,7 +90,7 @@ def _sizes(like: Recipe | None) -> Sizes:
 
 
 def _batch(count: int, most: int) -> int:
-    """A power of 2 of which the data gives at least four, from 2 to `most`."""
+    """The largest power of 2 from 2 to `most` with at least four batches in the data."""
     return max(2, min(most, 1 << max(0, int(math.log2(max(1, count // 4))))))
 
 
@@ -136,9 +136,9 @@ def _head(name: str, base: str, data: OwnData) -> str:
         f"# {base} into a text encoder, on {data.rows:,} {what} of {data.source.path}{empty}.\n"
         f"#   l2v train {name}.yaml\n"
         "# Any key can be overridden on the command line: stages.mntp.steps=200, or with --stage mntp just steps=200.\n"
-        "# What each key means, and all that are not here: l2v recipes llama3-8b-da.\n\n"
+        "# What each key means, and all other keys: l2v recipes llama3-8b-da.\n\n"
         + _line("name", quoted(name), "the run's name, and its folder below runs/", 0)
-        + _line("seed", 42, "data order and dropout are a function of it", 0)
+        + _line("seed", 42, "decides data order and dropout", 0)
     )
 
 
@@ -152,7 +152,7 @@ def _base(name: str, known: Base | None, sizes: Sizes) -> str:
             out += f"    {key}: {escaped}\n"
     else:
         out += (
-            "  # template:                      # what stands around a text; an instruction-tuned base gains from its own turn\n"
+            "  # template:                      # what stands around a text; an instruction-tuned base needs its own turn\n"
             '  #   prefix: ""                   # markers (its model card has them), a base without turns needs none\n'
             '  #   suffix: ""\n'
         )
@@ -170,7 +170,7 @@ def _common(steps: int, lr: float, warmup: int = 0) -> str:
     out += _line("lr", lr, "peak learning rate")
     if warmup:
         out += _line("warmup", warmup, "steps of linear warm-up")
-    out += _line("decay_steps", 1, "the rate falls to 0 at the last step, however many there are")
+    out += _line("decay_steps", 1, "the rate falls to 0 at the last step")
     out += _line("log_every", max(1, steps // 20), "steps between rows of metrics")
     return out + _line("save_every", 100 if steps > 100 else 0, "steps between checkpoints; 0 saves at the end only")
 
@@ -180,13 +180,13 @@ def _mntp(data: OwnData, sizes: Sizes) -> str:
     blocks = max(1, int(tokens / sizes.block_length))
     batch = _batch(blocks, sizes.blocks)
     why = (
-        "    # The base has only ever looked to the left: without this stage, pairs teach it less. To train on the pairs alone,\n"
+        "    # The base only attended to the left before: without this stage, pairs gain less. To train on pairs alone,\n"
         "    # remove the stage and write `from: base` below.\n"
         if data.kind == "pairs"
         else ""
     )
     return (
-        "  mntp:                            # masked next-token prediction: the decoder learns to use what stands to the right\n"
+        "  mntp:                            # masked next-token prediction: the decoder learns to use the text to the right\n"
         + why
         + _line("objective", "mntp")
         + _line("data", _source(data, text=data.document))
@@ -205,17 +205,17 @@ def _supervised(data: OwnData, sizes: Sizes) -> str:
         columns["negatives"] = data.source.negatives
     batch = _batch(data.rows, sizes.batch)
     steps = _steps(data.rows, batch, 3, 30)
-    few = min(data.negatives, MOST_NEGATIVES)
+    few = min(data.negatives, MAX_NEGATIVES)
     negatives = (
-        f"hard negatives a row; yours bring up to {data.negatives}" if few else "your rows bring no hard negatives"
+        f"hard negatives per row; yours have up to {data.negatives}" if few else "your rows have no hard negatives"
     )
     return (
-        "  supervised:                      # a query lies near its positive, and far from the others of the batch\n"
+        "  supervised:                      # a query moves near its positive and away from the others of the batch\n"
         + _line("objective", "supervised")
-        + _line("from", "mntp", "the stage that it starts from")
+        + _line("from", "mntp", "the stage it starts from")
         + _line("data", _source(data, **columns))
-        + "    # eval_data: held-out.csv      # pairs that are not trained on, with the same columns; then eval_every: 20\n"
-        + _line("batch", batch, "pairs a step: each meets the others' positives as negatives")
+        + "    # eval_data: held-out.csv      # pairs held out from training, same columns; then eval_every: 20\n"
+        + _line("batch", batch, "pairs a step: the positives of the others are negatives")
         + _length_line(data, sizes)
         + _line("micro_tokens", sizes.micro_tokens, "tokens in memory at a time: lower it where memory is short")
         + _common(steps, sizes.rates["supervised"], max(1, steps // 10))
@@ -233,9 +233,9 @@ def _simcse(data: OwnData, sizes: Sizes) -> str:
         "  simcse:                          # a text and itself under other dropout are a pair: no labels needed\n"
         + split
         + _line("objective", "simcse")
-        + _line("from", "mntp", "the stage that it starts from")
+        + _line("from", "mntp", "the stage it starts from")
         + _line("data", _source(data, **keys))
-        + _line("batch", batch, "texts a step: each meets the others as negatives")
+        + _line("batch", batch, "texts a step: the others are negatives")
         + _length_line(data, sizes)
         + _line("micro_tokens", sizes.micro_tokens, "tokens in memory at a time: lower it where memory is short")
         + _common(_steps(count, batch, 1, 30), sizes.rates["simcse"])
@@ -247,5 +247,5 @@ def _simcse(data: OwnData, sizes: Sizes) -> str:
 def _length_line(data: OwnData, sizes: Sizes) -> str:
     length = _length(data, sizes.length)
     whole = data.long_letters / LETTERS_A_TOKEN + TEMPLATE_TOKENS <= length
-    fit = "about 95% of your texts fit" if whole else "longer texts are cut there; more takes more time and memory"
+    fit = "about 95% of your texts fit" if whole else "longer texts are truncated; more takes more time and memory"
     return _line("length", length, f"tokens of a text; {fit}")

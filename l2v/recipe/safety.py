@@ -1,6 +1,6 @@
-"""What a recipe may not hold: secrets, which would be written to every run's files, and paths that lead out of it.
+"""What a recipe must not contain: secrets, which would end up in every run's files, and paths outside the run's folder.
 
-A recipe is a file that people send each other, and all of it is kept in a run's stage.json.
+People share recipes, and a run's stage.json keeps the whole recipe.
 """
 
 from __future__ import annotations
@@ -19,20 +19,26 @@ BY_HAND = "command line"
 
 
 def refuse_secret(override: str) -> None:
-    """Look at `key=value` before any message repeats it. Raises: RecipeError for a token or a login in it."""
+    """Check `key=value` before any message repeats it.
+
+    Raises:
+        RecipeError: if it contains a token or a login.
+    """
     key, _, value = override.partition("=")
     last = key.strip().rsplit(".", 1)[-1]
     if last.lower() in TOKEN_KEYS:
-        _refuse(f"{BY_HAND}: {key.strip()} is no key of a recipe")
+        _refuse(f"{BY_HAND}: {key.strip()} is not a key of a recipe")
     _look(value, f"{BY_HAND}: {key.strip()}")
 
 
 def refuse_unsafe(tree: Any) -> None:
-    """Look over a recipe as read, with its overrides: nodes with `value` and `where`.
+    """Check a recipe as read, with its overrides: nodes with `value` and `where`.
 
-    Raises: RecipeError for a token or a password anywhere (its value is not repeated), and for `name`, `out` or
-    `zero.config` in a file that leave the folder in which training is started. An absolute path, and whatever stands on the
-    command line, is the user's own word.
+    Absolute paths and values from the command line are the user's choice and are accepted.
+
+    Raises:
+        RecipeError: for a token or a password anywhere (its value is not repeated), and for `name`, `out` or `zero.config`
+            in a file that lead out of the working directory.
     """
     _secrets(tree, "")
     top = tree.value if isinstance(tree.value, dict) else {}
@@ -42,7 +48,7 @@ def refuse_unsafe(tree: Any) -> None:
         and isinstance(name.value, str)
         and not re.fullmatch(r"[^/\\\0]*[^/\\\0.][^/\\\0]*", name.value)
     ):
-        raise RecipeError(f"{name.where}: name '{name.value}' is to be the name of a folder; leave out / and \\")
+        raise RecipeError(f"{name.where}: name '{name.value}' becomes the name of a folder; do not use / and \\")
     zero = top.get("zero")
     config = zero.value.get("config") if zero is not None and isinstance(zero.value, dict) else None
     for key, node in (("out", top.get("out")), ("zero.config", config)):
@@ -50,7 +56,7 @@ def refuse_unsafe(tree: Any) -> None:
             continue
         if ".." in re.split(r"[/\\]", node.value):
             raise RecipeError(
-                f"{node.where}: {key} '{node.value}' leads out of the folder that training is started in; give an absolute "
+                f"{node.where}: {key} '{node.value}' leads out of the working directory; give an absolute "
                 f"path, or {key}=... on the command line"
             )
 
@@ -60,7 +66,7 @@ def _secrets(node: Any, path: str) -> None:
         for key, child in node.value.items():
             dotted = f"{path}.{key}" if path else key
             if key.lower() in TOKEN_KEYS:
-                _refuse(f"{_place(child)}: {dotted} is no key of a recipe")
+                _refuse(f"{_place(child)}: {dotted} is not a key of a recipe")
             _secrets(child, dotted)
     elif isinstance(node.value, list):
         for at, child in enumerate(node.value):
@@ -71,17 +77,17 @@ def _secrets(node: Any, path: str) -> None:
 
 def _look(value: str, what: str) -> None:
     if TOKEN.search(value):
-        _refuse(f"{what} holds a hub token")
+        _refuse(f"{what} contains a hub token")
     if LOGIN.search(value):
-        raise RecipeError(f"{what} holds a login in its address; take it out, for a recipe is kept in a run's files")
+        raise RecipeError(f"{what} contains a login in its address; remove it, because a run's files keep the recipe")
 
 
 def _refuse(what: str) -> None:
     raise RecipeError(
-        f"{what}; tokens come from the environment alone: set HF_TOKEN (or WANDB_API_KEY), or run hf auth login once"
+        f"{what}; tokens must come from the environment: set HF_TOKEN (or WANDB_API_KEY), or run hf auth login once"
     )
 
 
 def _place(node: Any) -> str:
-    """Where it stands; of a command line, not the words of it."""
+    """The location of a node; for the command line without its text."""
     return BY_HAND if node.where.startswith(BY_HAND) else node.where

@@ -1,6 +1,6 @@
 """The recipe: one YAML file that holds a base model and a tree of stages.
 
-A leaf of the import tree: dataclasses only, read by `l2v.recipe.load`. Every key that a recipe may carry is a field
+A leaf of the import tree: dataclasses only, read by `l2v.recipe.load`. Every key of a recipe is a field
 here, with its type and default; anything else in a file is an error that names the nearest valid key.
 """
 
@@ -13,16 +13,16 @@ from l2v.errors import RecipeError
 from l2v.recipe.source import Source
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
-MAX_PREFIXES = 16  # as many as the kernels of l2v_kernels.info_nce take
+MAX_PREFIXES = 16  # the limit of the kernels in l2v_kernels.info_nce
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
 class Template:
-    """What stands around a text in the contrastive stages: prefix + instruction + text + suffix.
+    """The template of a text in the contrastive stages: prefix + instruction + text + suffix.
 
-    Only the text and the suffix are pooled (the reference's rule: header and instruction are left out, a trailing
-    end-of-turn token is kept).
+    Only the text and the suffix are pooled (as in McGill's llm2vec: header and instruction are excluded, a trailing
+    end-of-turn token is included).
     """
 
     prefix: str = ""
@@ -31,7 +31,7 @@ class Template:
 
 
 Backend = Literal["l2v", "sdpa", "flash_attention_2"]
-"""What computes attention."""
+"""The attention implementation."""
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Tracking:
 
 @dataclass(kw_only=True)
 class Stage:
-    """What all three stages share."""
+    """Keys of all stages."""
 
     objective: str
     from_: str = "base"
@@ -129,8 +129,8 @@ class Contrastive(Stage):
 
     What a query is compared with: `directions` (GTE, Li et al. 2023, arXiv 2308.03281) in one softmax or, `partition:
     per_direction`, one each (CLIP, Radford et al. 2021, arXiv 2103.00020). `false_negative_margin`: Zhang et al. 2025,
-    arXiv 2506.05176, section 3. `matryoshka`: Kusupati et al. 2022, arXiv 2205.13147. `homogeneous`: what meets in one loss
-    comes from one source.
+    arXiv 2506.05176, section 3. `matryoshka`: Kusupati et al. 2022, arXiv 2205.13147. `homogeneous`: all examples
+    of one loss come from one source.
     """
 
     scale: float = 20.0
@@ -147,13 +147,13 @@ class Contrastive(Stage):
 
     @property
     def grouped(self) -> bool:
-        """Some source names a column of groups; known to all ranks, whatever rows they hold."""
+        """Whether any source names a column of groups; the same on all ranks."""
         return any(source.group for source in (*self.data, *self.eval_data))
 
 
 @dataclass(kw_only=True)
 class Simcse(Contrastive):
-    """Unsupervised SimCSE: the pair is a text and itself under other dropout (Gao et al. 2021, arXiv 2104.08821)."""
+    """Unsupervised SimCSE: the pair is a text and itself under another dropout mask (Gao et al. 2021, arXiv 2104.08821)."""
 
     objective: Literal["simcse"] = "simcse"
     attention_dropout: float = 0.3
@@ -173,7 +173,7 @@ OBJECTIVES: dict[str, type[Stage]] = {"mntp": Mntp, "simcse": Simcse, "supervise
 
 @dataclass
 class Recipe:
-    """A base, what its stages share, and the tree of stages."""
+    """A base, keys shared by its stages, and the tree of stages."""
 
     name: str
     base: Base
@@ -198,7 +198,7 @@ class Recipe:
         at = self.stages[name]
         while at.adapters is None and at.from_ != "base":
             if at.from_ in names or at.from_ == name:
-                raise RecipeError(f"stage '{name}': its `from` chain runs in a circle through '{at.from_}'")
+                raise RecipeError(f"stage '{name}': its `from` chain is circular through '{at.from_}'")
             names.append(at.from_)
             at = self.stages[at.from_]
         return names[::-1]

@@ -1,4 +1,4 @@
-"""Files that come with l2v in launch/: recipes, data configurations, DeepSpeed configurations."""
+"""Files shipped with l2v in launch/: recipes, data configurations, DeepSpeed configurations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from l2v.errors import RecipeError
 
 
 def shipped_folder(part: str) -> Path:
-    """What comes with l2v in launch/`part`: inside an installed package, or in a checkout."""
+    """The folder launch/`part`: inside an installed package, or in a checkout."""
     here = Path(__file__).resolve().parents[1]
     installed = here / "launch" / part
     return installed if installed.is_dir() else here.parent / "launch" / part
@@ -25,7 +25,7 @@ def find_recipe(name: str) -> Path:
 
 
 def find_shipped(name: str, folder: Path, what: str) -> Path:
-    """A YAML file as given, or one of `folder` by its name; `what` it is called in the message."""
+    """A YAML file as given, or one of `folder` by its name; `what` is the kind of file in the message."""
     path = Path(name)
     if path.is_file():
         return path
@@ -33,4 +33,4 @@ def find_shipped(name: str, folder: Path, what: str) -> Path:
     if path.suffix != ".yaml" and shipped.is_file():
         return shipped
     known = sorted(p.stem for p in folder.glob("*.yaml"))
-    raise RecipeError(f"there is no {what} '{name}': give a YAML file or one of {', '.join(known)}")
+    raise RecipeError(f"no {what} '{name}': give a YAML file or one of {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""A source of a recipe: where rows come from, how they are read, and what part they play among others. A leaf."""
+"""A source of a recipe: where rows come from, how they are read and mixed. A leaf of the import tree."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PAIR_KEYS = ("task", "query_prompt", "document_prompt", "symmetric")
 class Source:
     """Rows to train on: `sample:da/train`, a CSV, JSONL, Parquet or text file, or `hub:NAME`; and what its columns are called.
 
-    text, query, positive, negatives: columns; one at its default that the file lacks is guessed by common names
+    text, query, positive, negatives: columns; a default that the file lacks is guessed from common names
     (`l2v.data.columns`). `negatives: negative_*` takes the columns negative_1, negative_2 and so on.
 
-    weight: how often a row is met in an epoch, 1 for once; it may be a fraction. group: a column; rows of one value are no
-    negatives of each other. query_prompt, document_prompt: instruction of every row that brings none in the columns
-    `instruction` and `document_instruction`; task: names both (`l2v.recipe.tasks`). symmetric: the query's instruction stands on
-    both sides; swap: query and positive change places in half of the steps.
+    weight: how often a row is used in an epoch; it may be a fraction. group: a column; rows with the same value are never
+    negatives of each other. query_prompt, document_prompt: instruction of every row without one in the columns
+    `instruction` and `document_instruction`; task: names both (`l2v.recipe.tasks`). symmetric: the query's instruction is used on
+    both sides; swap: query and positive are exchanged in half of the steps.
     """
 
     path: str
@@ -46,7 +46,7 @@ class Source:
     limit: int | None = None
 
     def prompts(self) -> Task:
-        """The instructions of both sides: what `task` names, overlaid with the source's own keys."""
+        """The instructions of both sides: those of `task`, overridden by the source's own keys."""
         named = find_task(self.task) if self.task else Task("")
         symmetric = named.symmetric if self.symmetric is None else self.symmetric
         query = self.query_prompt or named.query
@@ -54,7 +54,11 @@ class Source:
         return Task(query, document or None, symmetric)
 
     def check(self, objective: str, at: str) -> None:
-        """Errors: RecipeError for values that no source may have, or that mean nothing to this objective."""
+        """Check the values of a source.
+
+        Raises:
+            RecipeError: if a value is not valid, or does not apply to this objective.
+        """
         try:
             symmetric = self.prompts().symmetric
         except RecipeError as error:
@@ -62,15 +66,15 @@ class Source:
         trouble = None
         given = [key for key in PAIR_KEYS if getattr(self, key) is not None] + ["swap"] * self.swap
         if not 0 < self.weight < math.inf:
-            trouble = f"weight is {self.weight} and must be above 0; 1 meets every row once in an epoch"
+            trouble = f"weight is {self.weight} and must be above 0; 1 uses every row once in an epoch"
         elif given and objective != "supervised":
-            trouble = f"{given[0]} goes with objective: supervised, and only with it"
+            trouble = f"{given[0]} applies only to objective: supervised"
         elif self.group and objective == "mntp":
-            trouble = "group goes with the contrastive objectives, and only with them"
+            trouble = "group applies only to the contrastive objectives"
         elif self.swap and not symmetric:
-            trouble = "swap: true needs symmetric: true (or a task that is), or queries would stand as documents"
+            trouble = "swap: true needs symmetric: true (or a symmetric task), because queries become documents"
         elif symmetric and (self.document_prompt or self.document_instruction):
             key = "document_prompt" if self.document_prompt else "document_instruction"
-            trouble = f"{key} does not go with a symmetric task, whose instruction stands on both sides; leave it out"
+            trouble = f"{key} conflicts with a symmetric task, whose instruction is used on both sides; remove it"
         if trouble:
             raise RecipeError(f"{at}: {trouble}")

@@ -10,14 +10,14 @@ from l2v.errors import RecipeError
 
 @dataclass(frozen=True)
 class Task:
-    """Instruction of the query, instruction of the document (None for none), and whether the two may change places."""
+    """Instruction of the query, instruction of the document (None for none), and whether the two may be exchanged."""
 
     query: str
     document: str | None = None
     symmetric: bool = False
 
 
-# A document has no instruction of its own: it is embedded once, and then meets queries of every kind.
+# A document has no instruction: it is embedded once and compared with queries of every kind.
 TASKS: dict[str, Task] = {
     "search-da": Task("Find tekster, der er relevante for søgningen:"),
     "question-da": Task("Find den tekst, der besvarer spørgsmålet:"),
@@ -36,10 +36,14 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """The task of that name. Errors: RecipeError naming the nearest one."""
+    """The task of that name.
+
+    Raises:
+        RecipeError: if it does not exist; the message gives the nearest name.
+    """
     if name in TASKS:
         return TASKS[name]
     close = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.6)
     raise RecipeError(
-        f"there is no task '{name}'; " + (f"did you mean '{close[0]}'?" if close else f"known: {', '.join(TASKS)}")
+        f"no task '{name}'; " + (f"did you mean '{close[0]}'?" if close else f"known: {', '.join(TASKS)}")
     )

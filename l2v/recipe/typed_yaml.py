@@ -1,4 +1,4 @@
-"""YAML with line numbers -> dataclasses by their type hints; one clear sentence for every mistake."""
+"""YAML with line numbers to dataclasses by their type hints; every error is one sentence."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from l2v.errors import RecipeError
+from l2v.errors import RecipeError, first_line
 from l2v.recipe.source import Source
 
 
 @dataclass
 class Node:
-    """A YAML value (scalar, list of Node or dict of Node) and where it was written."""
+    """A YAML value (scalar, list of Node or dict of Node) and its location."""
 
     value: Any
     where: str
 
 
 def read_tree(path: Path) -> Node:
-    """The YAML file as nodes that know their lines; nothing but plain scalars, lists and mappings is made."""
+    """The YAML file as nodes with line numbers; only plain scalars, lists and mappings are constructed."""
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -36,7 +36,7 @@ def read_tree(path: Path) -> Node:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+        raise RecipeError(f"{path}: not valid YAML: {first_line(error)}") from None
     if root is None:
         raise RecipeError(f"{path}: the file is empty")
     loader = yaml.SafeLoader("")
@@ -48,7 +48,7 @@ def read_tree(path: Path) -> Node:
             for key_node, value_node in node.value:
                 key, at = str(key_node.value), f"{path}:{key_node.start_mark.line + 1}"
                 if key in out:
-                    raise RecipeError(f"{at}: the key '{key}' stands twice")
+                    raise RecipeError(f"{at}: the key '{key}' appears twice")
                 child = walk(value_node)
                 child.where = at
                 out[key] = child
@@ -64,11 +64,11 @@ def read_tree(path: Path) -> Node:
 
 
 def parse_override(text: str, example: str) -> tuple[list[str], Node]:
-    """`dotted.key=value`, the value read as YAML -> the parts of the key, and the value; `example` is for the message."""
+    """`dotted.key=value`, the value read as YAML -> the parts of the key, and the value; `example` is shown in the message."""
     key, equals, raw = text.partition("=")
     where = f"command line '{text}'"
     if not equals or not key.strip():
-        raise RecipeError(f"{where}: an override reads key=value, for example {example}")
+        raise RecipeError(f"{where}: an override has the form key=value, for example {example}")
     try:
         value = yaml.safe_load(raw) if raw else None
     except yaml.YAMLError:

@@ -1,4 +1,4 @@
-"""DeepSpeed configurations: a file, or one that comes with l2v by its name."""
+"""DeepSpeed configurations: a file, or a shipped one by its name."""
 
 from __future__ import annotations
 
@@ -11,18 +11,26 @@ from l2v.recipe.shipped import shipped_folder
 
 
 def find_config(name: str) -> Path:
-    """A path as given, or the file of a name like zero3-offload. Errors: RecipeError with the names there are."""
+    """A path as given, or the file of a name like zero3-offload.
+
+    Raises:
+        RecipeError: with the known names.
+    """
     if Path(name).is_file():
         return Path(name)
     shipped = shipped_folder("deepspeed") / f"{name}.json"
     if Path(name).name == name and shipped.is_file():
         return shipped
     known = ", ".join(sorted(path.stem for path in shipped_folder("deepspeed").glob("*.json")))
-    raise RecipeError(f"zero.config: there is no file {name}; give a DeepSpeed JSON file or one of {known}")
+    raise RecipeError(f"zero.config: {name} not found; give a DeepSpeed JSON file or one of {known}")
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """What the file holds. Errors: RecipeError with the line that is no JSON."""
+    """The content of the file.
+
+    Raises:
+        RecipeError: with the line that is not JSON.
+    """
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -1,1 +1,1 @@
-"""One page that says what runs learned, from what, how fast, and where they stand."""
+"""One page about runs: loss curves, scores, speed, lineage and data."""

@@ -1,4 +1,4 @@
-"""From facts to files: the page, the Markdown, and the pictures beside the Markdown."""
+"""Writes the report: the HTML page, the Markdown, and the pictures next to the Markdown."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from l2v.report.tables import OWN, Table
 
 
 def write(facts: dict[str, Any], out: Path) -> list[Path]:
-    """Write OUT.html, OUT.md and a folder OUT.pictures; the files, in the order in which one looks at them.
+    """Write OUT.html, OUT.md and a folder OUT.pictures; returns the files, the page first.
 
-    The page holds everything in itself: no script, no font, no picture is fetched. All text in it is escaped.
-    Errors: UserError where a file cannot be written.
+    The page is self-contained: no script, font or picture is fetched. All text in it is escaped.
+
+    Raises:
+        UserError: if a file cannot be written.
     """
     beside, folder = out.with_suffix(".md"), out.with_suffix(".pictures")
     try:
@@ -42,13 +44,13 @@ def html(facts: dict[str, Any]) -> str:
 
 
 def markdown(facts: dict[str, Any], pictures: str) -> str:
-    """The same as Markdown; `pictures` is the folder of its pictures, seen from the file."""
+    """The same as Markdown; `pictures` is the folder of its pictures, relative to the file."""
     text = _environment(escape=False).get_template("page.md").render(facts, pictures=pictures)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def file_name(picture: Picture) -> str:
-    """A picture's file beside the Markdown."""
+    """The file name of a picture next to the Markdown."""
     return re.sub(r"[^\w.-]+", "-", picture.name) + ".png"
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a report: SVG that takes the page's colours, light and dark, and PNG beside the Markdown."""
+"""Pictures of a report: SVG in the page's colours, light and dark, and PNG next to the Markdown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from l2v.evaluation.plots import COLORS, draw_loss
 from l2v.report.space import Map
 from l2v.runs.facts import StageFacts
 
-# What is drawn in these is the page's to colour. Contrast with both backgrounds is at least 3 to 1 (WCAG 2.2, 1.4.11).
+# The page replaces these colours. Contrast with both backgrounds is at least 3 to 1 (WCAG 2.2, 1.4.11).
 TOKENS = {
     "#222222": "currentColor",
     COLORS["mntp"]: "var(--blue)",
@@ -26,12 +26,12 @@ TOKENS = {
 }
 POINTS = [color for color in TOKENS if color != "#222222"]
 SHAPES = "os^Dv"
-MOST_TOPICS = len(POINTS) * len(SHAPES)  # more have no look of their own, and no legend
+MAX_TOPICS = len(POINTS) * len(SHAPES)  # more would share markers, so they get no legend
 
 
 @dataclass
 class Picture:
-    """One picture: what it shows, in a sentence for who cannot see it, and how it is drawn on a matplotlib axis."""
+    """One picture: its alternative text, and how it is drawn on a matplotlib axis."""
 
     name: str
     alt: str
@@ -39,7 +39,7 @@ class Picture:
     draw: Callable[[Any], None]
 
     def svg(self) -> str:
-        """An <svg> element without any reference to the outside."""
+        """An <svg> element without external references."""
         buffer = io.StringIO()
         self._save(
             buffer,
@@ -51,17 +51,17 @@ class Picture:
         text = text[text.index("<svg") :]
         for color, token in TOKENS.items():
             text = text.replace(color, token)
-        # One page holds several: an id that nothing refers to goes, the others are told apart by the picture.
+        # One page holds several pictures: unused ids are removed, the others get the picture's prefix.
         used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
         text = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", text)
         own = f"{zlib.crc32(self.name.encode()):08x}-"
         text = re.sub(r'( id="|url\(#|href="#)(?=[^)"])', rf"\g<1>{own}", text)
-        # The page sets the size, and says in words what is to be seen.
+        # The page sets the size and gives the alternative text.
         text = re.sub(r'( width="[\d.]+pt")|( height="[\d.]+pt")', "", text, count=2)
         return text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
 
     def png(self, file: Path) -> None:
-        """The same on white."""
+        """The same on a white background."""
         self._save(file, format="png", dpi=150)
 
     def _save(self, out: Any, **options: Any) -> None:
@@ -84,16 +84,16 @@ class Picture:
 
 
 def curve(run: str, stage: StageFacts) -> Picture | None:
-    """Loss over steps; None before the first row."""
+    """Loss over steps; None before the first row of metrics."""
     train, held_out = stage.curve("loss"), stage.curve("eval_loss")
     if not train:
         return None
     (first, before), (last, after) = train[0], train[-1]
-    told = f"{run}, {stage.name}: training loss from {before:.3f} at step {first} to {after:.3f} at step {last}"
+    text = f"{run}, {stage.name}: training loss from {before:.3f} at step {first} to {after:.3f} at step {last}"
     if held_out:
-        told += f"; held-out loss from {held_out[0][1]:.3f} to {held_out[-1][1]:.3f}"
+        text += f"; held-out loss from {held_out[0][1]:.3f} to {held_out[-1][1]:.3f}"
     return Picture(
-        f"{run}-{stage.name}", told + ".", (3.9, 2.9), lambda axis: draw_loss(axis, stage.name, stage.metrics)
+        f"{run}-{stage.name}", text + ".", (3.9, 2.9), lambda axis: draw_loss(axis, stage.name, stage.metrics)
     )
 
 
@@ -101,7 +101,7 @@ HELD_OUT = {"eval_ndcg_at_10": "held-out nDCG@10", "eval_accuracy": "held-out ac
 
 
 def quality(run: str, stage: StageFacts) -> Picture | None:
-    """What held-out texts say beside the loss: nDCG@10 of pairs, accuracy of masked tokens; None where neither was measured."""
+    """Held-out quality next to the loss: nDCG@10 of pairs or accuracy of masked tokens; None if not measured."""
     key = next((key for key in HELD_OUT if stage.curve(key)), None)
     if key is None:
         return None
@@ -116,8 +116,8 @@ def quality(run: str, stage: StageFacts) -> Picture | None:
         axis.spines[["top", "right"]].set_visible(False)
 
     (first, before), (last, after) = rows[0], rows[-1]
-    told = f"{run}, {stage.name}: {name} from {before:.3f} at step {first} to {after:.3f} at step {last}."
-    return Picture(f"{run}-{stage.name}-held-out", told, (3.9, 2.9), draw)
+    text = f"{run}, {stage.name}: {name} from {before:.3f} at step {first} to {after:.3f} at step {last}."
+    return Picture(f"{run}-{stage.name}-held-out", text, (3.9, 2.9), draw)
 
 
 def topics(run: str, found: Map) -> Picture:
@@ -132,11 +132,11 @@ def topics(run: str, found: Map) -> Picture:
             axis.plot(x, y, shape, color=color, markersize=3.5, alpha=0.8, linewidth=0, label=name)
         axis.set_xticks([])
         axis.set_yticks([])
-        if len(names) <= MOST_TOPICS:
+        if len(names) <= MAX_TOPICS:
             axis.legend(
                 frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.01), columnspacing=1,
                 handletextpad=0.1,
             )  # fmt: skip
 
-    told = f"{run}: map of {len(found.labels)} texts of {len(names)} topics; {found.told()}"
-    return Picture(f"{run}-map", told, (4.2, 4.0 + 0.2 * min(len(names), MOST_TOPICS) / 3), draw)
+    text = f"{run}: map of {len(found.labels)} texts of {len(names)} topics; {found.summary()}"
+    return Picture(f"{run}-map", text, (4.2, 4.0 + 0.2 * min(len(names), MAX_TOPICS) / 3), draw)

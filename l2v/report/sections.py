@@ -1,4 +1,4 @@
-"""What the page says of one run."""
+"""The section of one run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from l2v.runs.facts import RunFacts
 
 
 def section(run: RunFacts, args: argparse.Namespace) -> dict[str, Any]:
-    """What the page says of one run."""
+    """The section of one run."""
     from l2v.report import pictures
 
-    found, why, source = None, "Left out with --no-map.", ""
+    found, why, source = None, "Skipped with --no-map.", ""
     if not args.no_map:
         try:
             found, source = _map(run, args)
@@ -62,7 +62,7 @@ def base_facts(run: RunFacts) -> list[tuple[str, str]]:
         for key, value in (
             ("Base", base.model),
             ("Trained stages", ", ".join(stage.name for stage in run.stages if stage.trained) or "none"),
-            ("Stands for", last.name if last else ""),
+            ("Final stage", last.name if last else ""),
             ("Pooling", base.pooling),
             ("Attention", base.attention),
             ("Seed", str(run.recipe.seed)),

@@ -1,4 +1,4 @@
-"""A map: texts with a topic each, embedded and laid out in two dimensions."""
+"""A map: texts with topics, embedded and laid out in two dimensions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from l2v.data import sample
 from l2v.encoder import Encoder
 from l2v.errors import UserError
 
-MOST = 2000  # texts; more dots than a picture can show
+MAX_TEXTS = 2000  # more dots would overlap in a picture
 
 
 @dataclass
 class Map:
     """places_N2: float32 [N, 2]; labels: N topics; same: share of texts whose nearest neighbour has their topic, 0 to 1.
 
-    chance: what `same` would be if neighbours were drawn at random. how: the method that laid the texts out.
+    chance: the expected `same` of random neighbours. how: the projection method.
     """
 
     places_N2: np.ndarray
@@ -28,8 +28,8 @@ class Map:
     how: str
     source: str
 
-    def told(self) -> str:
-        """What the numbers say."""
+    def summary(self) -> str:
+        """The numbers as a sentence."""
         return (
             f"{100 * self.same:.1f}% of the texts have a text of their own topic as nearest neighbour among all "
             f"dimensions (by chance: {100 * self.chance:.1f}%)."
@@ -37,9 +37,10 @@ class Map:
 
 
 def labelled(file: str | None, text: str, label: str | None) -> tuple[list[str], list[str], str]:
-    """Texts, their topics, and where they are from: the passages of the Danish sample, or a file with a column of labels.
+    """Texts, their topics, and their origin: the passages of the Danish sample, or a file with a column of labels.
 
-    Errors: UserError where the file has no such column, or fewer than two topics.
+    Raises:
+        UserError: if the file has no such column, or fewer than two topics.
     """
     if file is None:
         passages = list(sample.passages().values())
@@ -48,13 +49,13 @@ def labelled(file: str | None, text: str, label: str | None) -> tuple[list[str],
             [p.subject for p in passages],
             "the passages of the Danish sample, by subject",
         )
-    assert label is not None  # the command line takes no file without it
+    assert label is not None  # the command line requires it with a file
     from l2v.evaluation.rows import read_rows
 
     found = read_rows(Path(file), [text], [label])
     rows = found.rows
-    if len(rows) > MOST:
-        rows = [rows[i] for i in np.random.default_rng(0).choice(len(rows), MOST, replace=False)]
+    if len(rows) > MAX_TEXTS:
+        rows = [rows[i] for i in np.random.default_rng(0).choice(len(rows), MAX_TEXTS, replace=False)]
     labels = [str(row[label]) for row in rows]
     if len(set(labels)) < 2 or len(rows) < 4:
         raise UserError(
@@ -64,9 +65,10 @@ def labelled(file: str | None, text: str, label: str | None) -> tuple[list[str],
 
 
 def lay_out(encoder: Encoder, texts: list[str], labels: list[str], source: str) -> Map:
-    """Embed the texts and place them: t-SNE (van der Maaten and Hinton 2008) from a PCA start, or PCA for a few.
+    """Embed the texts and place them: t-SNE (van der Maaten and Hinton 2008) from a PCA start, or PCA for few texts.
 
-    Errors: UserError where scikit-learn is not installed.
+    Raises:
+        UserError: if scikit-learn is not installed.
     """
     try:
         from sklearn.decomposition import PCA
@@ -83,7 +85,7 @@ def lay_out(encoder: Encoder, texts: list[str], labels: list[str], source: str) 
     if len(texts) < 50:
         places, how = PCA(2, random_state=0).fit_transform(vectors_NE), "PCA"
     else:
-        # cosine, as the encoder is used; a fixed seed, so that the same vectors give the same map
+        # cosine, as in search; a fixed seed, so that the same vectors give the same map
         layout = TSNE(2, metric="cosine", init="pca", perplexity=min(30, len(texts) // 4), random_state=0)
         places, how = layout.fit_transform(vectors_NE), "t-SNE"
     return Map(places.astype(np.float32), labels, same, chance, how, source)

@@ -1,4 +1,4 @@
-"""Tables of a report: plain heads and cells, which the page and the Markdown both print."""
+"""Tables of a report: headings and cells as text, for the page and the Markdown."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CAPTION = "The twelve Danish tasks of the Scandinavian Embedding Benchmark, in p
 
 @dataclass
 class Row:
-    """Cells as text; mark says whose row it is (empty: nobody's in particular)."""
+    """Cells as text; mark is the origin of a highlighted row (empty: not highlighted)."""
 
     cells: list[str]
     mark: str = ""
@@ -24,7 +24,7 @@ class Row:
 
 @dataclass
 class Table:
-    """caption: what it shows. words: how many columns at the left hold text; the rest are numbers. names: the one that names."""
+    """words: number of text columns at the left; the rest are numbers. names: index of the column with the row's name."""
 
     caption: str
     heads: list[str]
@@ -34,7 +34,7 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def without_empty(self) -> Table:
-        """Without the columns in which no row has anything."""
+        """The table without its empty columns."""
         kept = [at for at in range(len(self.heads)) if any(row.cells[at] for row in self.rows)]
         rows = [Row([row.cells[at] for at in kept], row.mark) for row in self.rows]
         words = sum(at < self.words for at in kept)
@@ -46,13 +46,13 @@ SebRow = tuple[str, str, float | None, Mapping[str, float | None], str, str]
 
 
 def seb_table(runs: Sequence[RunFacts]) -> tuple[Table | None, list[str]]:
-    """The twelve Danish tasks of SEB: the runs' rows among the published ones, by mean. And what could not be had."""
+    """The twelve Danish tasks of SEB: the runs' rows among the published ones, by mean. Also returns notes on what is missing."""
     missing: list[str] = []
     notes: list[str] = []
     rest: list[SebRow] = []
     averages: dict[str, float] = {}
     found = [row for run in runs for row in _seb_rows(run, len(runs) > 1)]
-    own = [row for at, row in enumerate(found) if row not in found[:at]]  # a baseline that several runs were beside
+    own = [row for at, row in enumerate(found) if row not in found[:at]]  # without repeated baselines of several runs
     try:
         from l2v.evaluation import published as module
 
@@ -95,7 +95,7 @@ def _seb_rows(run: RunFacts, several: bool) -> list[SebRow]:
 
 
 def _cells(row: dict[str, Any]) -> tuple[float | None, dict[str, float]]:
-    """The mean of the twelve (None where one is missing), and each task's cell as SEB counts it, in percent."""
+    """The mean of the twelve (None if one is missing), and each task's SEB cell, in percent."""
     scores = {}
     for name in BY_NAME.keys() & row["scores"].keys():
         task = BY_NAME[name]
@@ -106,14 +106,14 @@ def _cells(row: dict[str, Any]) -> tuple[float | None, dict[str, float]]:
 
 
 def seb_rows_table(rows: Sequence[dict[str, Any]]) -> Table | None:
-    """Rows of results.json on the twelve tasks, without the published ones; None where none has a cell."""
+    """Rows of results.json on the twelve tasks, without the published ones; None if no row has a cell."""
     found = [(row["name"], *_cells(row)) for row in rows if _cells(row)[1]]
     lines = [Row([name, _two(mean), *(_two(scores.get(task.name)) for task in SEB_DA)]) for name, mean, scores in found]
     return Table(CAPTION, ["Model", "Mean", *(task.column for task in SEB_DA)], lines) if lines else None
 
 
 def local_tables(report: dict[str, Any]) -> list[Table]:
-    """Scores of the other tasks that were evaluated, one table for what mteb knows and one for each local benchmark."""
+    """Scores of the other tasks that were evaluated, one table for mteb's tasks and one for each local benchmark."""
     groups: dict[str, list[str]] = {}
     for name in report["tasks"]:
         if name not in BY_NAME:
@@ -140,24 +140,24 @@ def local_tables(report: dict[str, Any]) -> list[Table]:
 
 
 def evaluation_notes(run: RunFacts) -> list[str]:
-    """What the evaluation left out, and which rows to compare with it lacks."""
+    """What the evaluation skipped, and which baselines are missing."""
     report = run.evaluation
     if not report:
         return []
-    told = dict.fromkeys(text for row in report["rows"] for text in row["failed"].values())
-    told |= dict.fromkeys(report.get("not_built", {}).values()) | dict.fromkeys(
+    notes = dict.fromkeys(text for row in report["rows"] for text in row["failed"].values())
+    notes |= dict.fromkeys(report.get("not_built", {}).values()) | dict.fromkeys(
         report.get("models_left_out", {}).values()
     )
-    told |= dict.fromkeys(report.get("notes", ()))
+    notes |= dict.fromkeys(report.get("notes", ()))
     known = {str(row["identity"].get("baseline", "")) for row in report["rows"]}
     for name, key in (("TF-IDF", "tfidf"), ("all-MiniLM-L6", "all-MiniLM-L6-v2")):
         if key not in known:
-            told[f"No {name} row: l2v eval RUN --baselines tfidf,minilm computes it beside the stages."] = None
-    return list(told)
+            notes[f"No {name} row: l2v eval RUN --baselines tfidf,minilm computes it with the stages."] = None
+    return list(notes)
 
 
 def quickstart_table(run: RunFacts) -> Table | None:
-    """The quickstart's own held-out questions."""
+    """The quickstart's scores on its held-out questions."""
     if not run.quickstart:
         return None
     rows = [
@@ -168,8 +168,8 @@ def quickstart_table(run: RunFacts) -> Table | None:
         for row in run.quickstart["rows"]
     ]  # fmt: skip
     heads = ["Model", "nDCG@10", "95% interval", "plain", "colloquial", "no shared word", "recall@1"]
-    told = f"{run.quickstart['queries']} held-out questions of the Danish sample against {run.quickstart['passages']} passages"
-    return Table(told, heads, rows)
+    caption = f"{run.quickstart['queries']} held-out questions of the Danish sample against {run.quickstart['passages']} passages"
+    return Table(caption, heads, rows)
 
 
 def throughput_table(run: RunFacts) -> Table:
@@ -184,10 +184,10 @@ def throughput_table(run: RunFacts) -> Table:
             ])
         )  # fmt: skip
     heads = ["Stage", "Steps", "Tokens", "Tokens/s", "MFU, of measured", "MFU, of data sheet", "Peak memory, GiB"]
-    caption = "Throughput: medians over the steps that were logged, memory at its highest"
+    caption = "Throughput: medians over the steps that were logged, peak memory"
     table = Table(caption, heads, rows).without_empty()
     if "MFU, of measured" not in table.heads:
-        table.notes.append("No MFU was written: it needs the rates that l2v doctor measures.")
+        table.notes.append("MFU was not logged: it needs the rates that l2v doctor measures.")
     return table
 
 
@@ -221,7 +221,7 @@ def lineage_table(run: RunFacts) -> Table:
 
 
 def data_table(run: RunFacts) -> Table:
-    """The sources of every stage, and what `l2v data build` wrote about them where it made them."""
+    """The sources of every stage, with the facts of `l2v data build` if it built them."""
     rows = []
     for stage in run.stages:
         for key, role in (("data", "training"), ("eval_data", "held out")):
@@ -229,12 +229,12 @@ def data_table(run: RunFacts) -> Table:
                 rows.append(Row([stage.name, role, _place(source), *provenance(source)]))
     heads = ["Stage", "Use", "Source", "Read as", "Made from", "Licence", "Rows"]
     return Table(
-        "Data: what the recipe names; origin and licence where l2v data build made it", heads, rows, words=6
+        "Data: what the recipe names; origin and licence if l2v data build built it", heads, rows, words=6
     ).without_empty()
 
 
 def hyperparameters(stages: Sequence[StageFacts]) -> Table:
-    """The keys that decide what a stage learns."""
+    """The hyperparameters of a stage."""
     keys = (
         "objective",
         "from",
@@ -266,7 +266,7 @@ def _place(source: dict[str, Any]) -> str:
 
 
 def provenance(source: dict[str, Any]) -> list[str]:
-    """How a source is read, what it is made from, under which licences, and its rows, as far as it is known here."""
+    """How a source is read, what it is made from, under which licences, and its rows, as far as known."""
     columns = "sentences" if source.get("sentences") else source.get("task") or ""
     read = ", ".join(filter(None, [columns, f"at most {source['limit']:,} rows" if source.get("limit") else ""]))
     if source["path"].startswith("sample:"):

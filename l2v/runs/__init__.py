@@ -1,1 +1,1 @@
-"""A run on disk: the only code that knows which files a run folder holds, and what stands in them."""
+"""A run on disk: the only code that knows the files of a run folder and their content."""

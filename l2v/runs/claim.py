@@ -17,8 +17,8 @@ from l2v.recipe import Recipe
 from l2v.recipe.load import from_dict, to_dict
 from l2v.runs.folder import ADAPTER, STAGE_FILE, has_begun, is_trained, run_folder
 
-# May differ between the start and the continuation of a run: they change where it runs and what it tells, not what it learns.
-FREE_KEYS = {"log_every", "eval_every", "save_every", "keep", "micro_tokens", "recompute", "eval_data"}
+# May change when a run resumes: they affect memory, speed and logging, not the trained weights.
+CHANGEABLE_KEYS = {"log_every", "eval_every", "save_every", "keep", "micro_tokens", "recompute", "eval_data"}
 
 
 def merged_adapters(recipe: Recipe, name: str) -> list[tuple[str, dict[str, str]]]:
@@ -31,14 +31,18 @@ def merged_adapters(recipe: Recipe, name: str) -> list[tuple[str, dict[str, str]
         if not adapter.is_dir():
             raise UserError(
                 f"stage '{name}' starts from '{earlier}', which is not trained yet ({adapter} is missing): train it first, "
-                "or leave out --stage, or give adapters=[...]"
+                "or omit --stage, or give adapters=[...]"
             )
         out.append((str(adapter), {"stage": earlier}))
     return out
 
 
 def claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh: bool) -> str:
-    """Make the stage's folder ours, or say why it is not."""
+    """Claim the stage's folder for this recipe: "done" if the stage is trained, else "go".
+
+    Raises:
+        UserError: if the folder belongs to another recipe or program, or cannot be written.
+    """
     parents = [adapter for adapter, _ in merged_adapters(recipe, name)]
     facts = facts | {"merged": [sha256(Path(p) / WEIGHTS) if (Path(p) / WEIGHTS).is_file() else p for p in parents]}
     mark = folder / STAGE_FILE
@@ -46,14 +50,14 @@ def claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh:
         if fresh and mark.is_file():
             shutil.rmtree(folder)
         if folder.is_dir() and any(folder.iterdir()) and not mark.is_file():
-            raise UserError(f"{folder} is not empty and no run of l2v: choose another folder with out=...")
+            raise UserError(f"{folder} is not empty and not a run of l2v: choose another folder with out=...")
         if mark.is_file():
             before = json.loads(mark.read_text(encoding="utf-8"))
             changed = difference(before, facts)
-            if changed and has_begun(folder):  # a start that failed on a wrong path left nothing to protect
+            if changed and has_begun(folder):  # a start that failed on a wrong path has nothing to keep
                 raise UserError(
                     f"{folder} belongs to another recipe: {changed}; choose another folder with out=..., "
-                    "or start anew with --fresh"
+                    "or start from scratch with --fresh"
                 )
             if is_trained(folder):
                 return "done"
@@ -67,11 +71,11 @@ def claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh:
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """What makes two runs of a stage different, as the rest of a sentence; None where one continues the other."""
+    """The first difference between two runs of a stage, as part of a sentence; None if the second continues the first."""
     if before.get("stage") != now["stage"]:
         return f"its stage is '{before.get('stage')}'"
     name = now["stage"]
-    try:  # keys that the version before did not know had their defaults
+    try:  # keys that an earlier version did not have get their defaults
         old = to_dict(from_dict(before["recipe"], STAGE_FILE))
     except RecipeError:
         old = before["recipe"]
@@ -80,15 +84,19 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
     pairs += [(f"base.{k}", old["base"].get(k), v) for k, v in new["base"].items()]
     pairs += [("seed", old["seed"], new["seed"])]
     if before.get("merged") != now["merged"]:
-        return "an adapter that it starts from was trained anew or replaced since"
+        return "an adapter that it starts from was trained again or replaced since"
     for key, was, is_now in pairs:
-        if was != is_now and key.rsplit(".", 1)[-1] not in FREE_KEYS:
+        if was != is_now and key.rsplit(".", 1)[-1] not in CHANGEABLE_KEYS:
             return f"{key} was {json.dumps(was)} and is now {json.dumps(is_now)}"
     return None
 
 
 def publish(decoder, weights: dict[str, torch.Tensor], folder: Path, lineage: dict[str, Any]) -> None:
-    """Write the adapter of a trained stage, whole or not at all."""
+    """Write the adapter of a trained stage atomically.
+
+    Raises:
+        UserError: if the disk is full or the folder cannot be written.
+    """
     partial = folder / ".adapter.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -101,6 +109,6 @@ def publish(decoder, weights: dict[str, torch.Tensor], folder: Path, lineage: di
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"{folder / 'adapter'}: cannot be written: {reason(error)}; free some space and start the same command again, it "
-            "goes on from the newest checkpoint"
+            f"{folder / 'adapter'}: cannot be written: {reason(error)}; free some space and start the same command again; it "
+            "resumes from the newest checkpoint"
         ) from None

@@ -1,4 +1,4 @@
-"""What a run's files say: stages, metrics, lineage, scores, where the data came from. Reads, computes nothing."""
+"""Reads a run's files: stages, metrics, lineage, scores, origin of the data. Computes nothing new."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from l2v.runs.metrics import read_metrics
 
 @dataclass
 class StageFacts:
-    """One stage: its part of the recipe as written, its rows of metrics, and its lineage once it is trained."""
+    """One stage: its part of the recipe as written, its rows of metrics, and its lineage if it is trained."""
 
     name: str
     objective: str
@@ -28,15 +28,15 @@ class StageFacts:
 
     @property
     def trained(self) -> bool:
-        """It has its adapter."""
+        """Whether it has its adapter."""
         return self.lineage is not None
 
     def curve(self, key: str) -> list[tuple[int, float]]:
-        """(step, value) of every row that carries the key."""
+        """(step, value) of every row with the key."""
         return [(row["step"], row[key]) for row in self.metrics if row.get(key) is not None]
 
     def throughput(self) -> dict[str, float | int | None]:
-        """steps, tokens seen, median tokens/s and MFU over the rows, most memory (GiB); None where nothing was written."""
+        """steps, tokens seen, median tokens/s and MFU over the rows, peak memory (GiB); None if not logged."""
 
         def of(key: str, reduce: Any) -> Any:
             values = [value for _, value in self.curve(key)]
@@ -66,25 +66,26 @@ class RunFacts:
 
     @property
     def last(self) -> StageFacts | None:
-        """The last trained stage, which is what the run's name stands for."""
+        """The last trained stage; the run's name refers to it."""
         return next((stage for stage in reversed(self.stages) if stage.trained), None)
 
     def tree(self) -> dict[str, Any]:
-        """The recipe as plain values, with the keys that each trained stage really had."""
+        """The recipe as plain values, with the keys that each trained stage actually used."""
         tree = to_dict(self.recipe)
         tree["stages"] = {stage.name: stage.recipe for stage in self.stages}
         return tree
 
 
 def read_run(folder: Path, results: Path | None = None) -> RunFacts:
-    """All that lies in a run's folder. results: instead of RUN/eval/results.json.
+    """Read a run's folder. results: instead of RUN/eval/results.json. Missing parts are sentences in `missing`.
 
-    Errors: UserError where the folder is no run, or a file of it is damaged. What is not there is a sentence in `missing`.
+    Raises:
+        UserError: if the folder is not a run, or one of its files is damaged.
     """
     stages = stage_folders(folder)
     if not stages:
         raise UserError(
-            f"{folder}: no run of l2v (no STAGE/{STAGE_FILE} below it); give the folder that 'l2v train' wrote"
+            f"{folder}: not a run of l2v (no STAGE/{STAGE_FILE} below it); give the folder that 'l2v train' wrote"
         )
     trees = {stage.name: stage_recipe(stage) for stage in stages}
     newest = max(stages, key=lambda stage: (stage / STAGE_FILE).stat().st_mtime).name
@@ -98,7 +99,7 @@ def read_run(folder: Path, results: Path | None = None) -> RunFacts:
         stage.lineage = read_json(folder / name / ADAPTER / LINEAGE)
         if not stage.trained:
             began = "not finished" if stage.metrics else "not trained yet"
-            run.missing.append(f"Stage {name} is {began}: l2v train goes on with it.")
+            run.missing.append(f"Stage {name} is {began}: l2v train resumes it.")
         run.stages.append(stage)
     run.quickstart = read_json(folder / "quickstart.json")
     run.evaluation = read_results(results) if results else read_json(folder / "eval" / "results.json")
@@ -110,17 +111,25 @@ def read_run(folder: Path, results: Path | None = None) -> RunFacts:
 
 
 def read_json(file: Path) -> dict[str, Any] | None:
-    """A JSON file of l2v's own; None where it is not there. Errors: UserError where it is damaged."""
+    """A JSON file that l2v wrote; None if it does not exist.
+
+    Raises:
+        UserError: if it is damaged.
+    """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read: {error}; write it anew with the command that made it") from None
+        raise UserError(f"{file}: cannot be read: {error}; write it again with the command that made it") from None
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """The results.json that a user names. Errors: UserError where it is not one."""
+    """The results.json that a user names.
+
+    Raises:
+        UserError: if it is not one.
+    """
     found = read_json(file)
     if found is None or not {"tasks", "rows"} <= found.keys():
         raise UserError(f"{file}: not the results.json that 'l2v eval' writes")
@@ -128,7 +137,7 @@ def read_results(file: Path) -> dict[str, Any]:
 
 
 def build_report(path: str) -> dict[str, Any] | None:
-    """The report of `l2v data build` beside a source's files, or None: not built by it, or not on this machine."""
+    """The report of `l2v data build` next to a source's files; None if it was not built by l2v or is not on this machine."""
     if path.startswith(("hub:", "sample:")):
         return None
     place = Path(path)

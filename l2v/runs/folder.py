@@ -38,7 +38,7 @@ def is_trained(stage: Path) -> bool:
 
 
 def has_begun(stage: Path) -> bool:
-    """Whether a stage has learned something that is kept: a checkpoint or its adapter."""
+    """Whether a stage has a checkpoint or its adapter."""
     return is_trained(stage) or any(stage.glob("checkpoints/step-*"))
 
 
@@ -71,6 +71,6 @@ def trained_stages(run: Path) -> dict[str, Recipe]:
     """
     recipes = {folder.name: stage_recipe(folder) for folder in stage_folders(run) if is_trained(folder)}
     if not recipes:
-        raise UserError(f"{run}: none of its stages is trained yet; run 'l2v train' to the end first")
+        raise UserError(f"{run}: none of its stages is trained yet; finish 'l2v train' first")
     order = {name: at for recipe in recipes.values() for at, name in enumerate(recipe.order())}
     return {name: recipes[name] for name in sorted(recipes, key=lambda name: order.get(name, -1))}

@@ -1,4 +1,4 @@
-"""metrics.jsonl of a stage: one JSON object a line, every step once."""
+"""metrics.jsonl of a stage: one JSON object per line, every step once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 def read_metrics(stage: Path) -> list[dict[str, Any]]:
-    """Rows of a stage; a last line that a running training has only half written is skipped.
+    """Rows of a stage; an incomplete last line of a running training is skipped.
 
     Raises:
-        UserError: another line is no JSON.
+        UserError: another line is not JSON.
     """
     file, rows = stage / METRICS_FILE, []
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
@@ -32,7 +32,7 @@ def read_metrics(stage: Path) -> list[dict[str, Any]]:
 
 
 class MetricsFile:
-    """Appends rows to a stage's metrics.jsonl. A full disk stops no training: rows wait until there is room."""
+    """Appends rows to a stage's metrics.jsonl. A full disk does not stop training: rows wait in memory until there is space."""
 
     def __init__(self, stage: Path, *, resumed_at: int, log: Callable[[str], None]) -> None:
         """resumed_at: rows after this step are dropped. log: is called once when the disk is full.
@@ -50,7 +50,7 @@ class MetricsFile:
             ) from None
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row, after those that wait."""
+        """Write the rows that wait, then this one."""
         self._waiting += json.dumps(row) + "\n"
         data = self._waiting.encode()
         try:
@@ -60,19 +60,19 @@ class MetricsFile:
         except OSError as error:
             if not self._warned:
                 self._log(
-                    f"WARNING: {self.path} cannot be written ({error.strerror}); training continues, its rows wait for room"
+                    f"WARNING: {self.path} cannot be written ({error.strerror}); training continues, its rows wait for space"
                 )
             self._warned = True
         self._waiting = data.decode()
 
     def close(self) -> None:
-        """Close the file; that a disk is full was logged where a row could not be written."""
+        """Close the file; a full disk was logged when a row could not be written."""
         with contextlib.suppress(OSError):
             self._file.close()
 
 
 def _cut(path: Path, step: int) -> None:
-    """Drop rows after the step that training resumes from, and one half written at a kill: every step stands once."""
+    """Drop rows after the step that training resumes from, and a row that a kill left incomplete: every step appears once."""
     if not path.is_file():
         return
     kept = []

@@ -1,1 +1,1 @@
-"""Queries for passages that have none, written by a language model; nothing of it runs unless it is asked for."""
+"""Queries for passages without any, written by a language model; used by `l2v data synthesize` only."""

@@ -12,20 +12,23 @@ from l2v.errors import UserError
 from l2v.synthesis.journal import Answer
 from l2v.synthesis.wording import Question, query_of
 
-WAIT = 0.5  # seconds before the second try; doubled for every further one
+WAIT = 0.5  # seconds before the second try; doubled for each further try
 LONGEST_WAIT = 30.0
 
 
 class Failed(Exception):
-    """No answer came, though one might another time: errors of the server, time-outs, a lost connection."""
+    """No answer, but a later try may succeed: server errors, time-outs, a lost connection."""
 
 
 class Endpoint:
-    """Asks one question at a time, from as many threads as one likes.
+    """Asks one question at a time; may be used from several threads.
 
     url: with its version, for example http://127.0.0.1:8000/v1. The key is read from the environment variable `key_name`,
-    sent to the endpoint and shown nowhere; an endpoint that wants none gets a word in its place.
-    Errors: UserError if the package openai is not installed, if the endpoint refuses the key, or does not know the model.
+    sent to the endpoint and never printed; an endpoint that needs none gets a placeholder.
+
+    Raises:
+        UserError: if the package openai is not installed, if the endpoint refuses the key, or does not know the
+            model.
     """
 
     def __init__(
@@ -38,13 +41,18 @@ class Endpoint:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"--endpoint {url}: give a URL that begins with http:// or https://")
         self._key = os.environ.get(key_name) or ""
-        # Retries are ours: one rule for errors, time-outs and answers that are none.
+        # We retry ourselves: one rule for errors, time-outs and malformed answers.
         self._client = openai.OpenAI(base_url=url, api_key=self._key or "none", max_retries=0, timeout=timeout)
         self._library, self.url, self.model, self.key_name, self.retries = openai, url, model, key_name, retries
         self._settings = {"temperature": temperature, "max_tokens": most_tokens}
 
     def ask(self, question: Question) -> Answer:
-        """One query, after up to `retries` further tries. Errors: Failed; UserError where no question can succeed."""
+        """One query, after up to `retries` further tries.
+
+        Raises:
+            Failed: if no try succeeded.
+            UserError: if no question can succeed: a rejected key, an unknown model.
+        """
         prompt_tokens = completion_tokens = 0
         for attempt in range(self.retries + 1):
             last = attempt == self.retries
@@ -58,11 +66,11 @@ class Endpoint:
                 text, used = _read(reply)
             except (self._library.AuthenticationError, self._library.PermissionDeniedError) as error:
                 raise UserError(
-                    f"{self.url}: refuses the key ({error.status_code}); set the environment variable {self.key_name}"
+                    f"{self.url}: rejects the key ({error.status_code}); set the environment variable {self.key_name}"
                 ) from None
             except self._library.NotFoundError:
                 raise UserError(
-                    f"{self.url}: knows no model '{self.model}', or has no chat completions there (404)"
+                    f"{self.url}: unknown model '{self.model}', or the URL has no chat completions (404)"
                 ) from None
             except (self._library.BadRequestError, self._library.UnprocessableEntityError):
                 return Answer(None, "refused", prompt_tokens, completion_tokens, attempt + 1)
@@ -78,7 +86,7 @@ class Endpoint:
                     ) from None
                 self._pause(question, attempt)
                 continue
-            except (self._library.APIError, ValueError, TypeError, AttributeError):  # not what an endpoint says
+            except (self._library.APIError, ValueError, TypeError, AttributeError):  # a malformed reply
                 text, used = None, (0, 0)
             prompt_tokens, completion_tokens = prompt_tokens + used[0], completion_tokens + used[1]
             if query := query_of(text, question.text):
@@ -88,7 +96,7 @@ class Endpoint:
         return Answer(None, "malformed", prompt_tokens, completion_tokens, self.retries + 1)
 
     def _pause(self, question: Question, attempt: int, asked: str | None = None) -> None:
-        # Spread out, or all threads that were refused together would come back together.
+        # Random delays, or all threads that were rejected together would retry together.
         spread = 0.5 + mix(question.seed, attempt, 1) % 1024 / 1024
         wait = WAIT * 2**attempt * spread
         with contextlib.suppress(ValueError):  # a date, which few servers send
@@ -97,11 +105,15 @@ class Endpoint:
 
 
 def _read(reply: Any) -> tuple[str | None, tuple[int, int]]:
-    """Text and (prompt, completion) tokens of a reply. Errors: TypeError or the like where it is malformed."""
+    """Text and (prompt, completion) tokens of a reply.
+
+    Raises:
+        TypeError: or AttributeError or ValueError, if it is malformed.
+    """
     usage = getattr(reply, "usage", None)
     prompt, completion = (int(getattr(usage, name, 0) or 0) for name in ("prompt_tokens", "completion_tokens"))
     choices = getattr(reply, "choices", None) or []
     choice = choices[0] if choices else None
-    if choice is None or choice.finish_reason == "length":  # cut off: half a query
+    if choice is None or choice.finish_reason == "length":  # truncated: half a query
         return None, (prompt, completion)
     return choice.message.content, (prompt, completion)

@@ -1,4 +1,4 @@
-"""Answers, each written down as it comes: they cost time or money, and none is asked for twice."""
+"""Answers, written to disk as they arrive: they cost time or money, so no question is asked twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from l2v.mining.shards import writing
 
 @dataclass(frozen=True)
 class Answer:
-    """A query, or why there is none (refused, malformed); what it took."""
+    """A query, or why there is none (refused, malformed), with tokens and tries."""
 
     query: str | None
     why: str | None = None
@@ -22,7 +22,7 @@ class Answer:
 
 
 class Journal:
-    """A file of answers by question, one a line; a line that a kill cut short is forgotten."""
+    """A file of answers by question, one a line; a line truncated by a kill is ignored."""
 
     def __init__(self, folder: Path) -> None:
         self.path, self.answers, self._lock = folder / "answers.jsonl", {}, threading.Lock()
@@ -44,7 +44,7 @@ class Journal:
             self._file = self.path.open("a", encoding="utf-8")
 
     def add(self, question: str, answer: Answer) -> None:
-        """Write one down; from any thread."""
+        """Append an answer; thread-safe."""
         line = json.dumps({"question": question} | asdict(answer), ensure_ascii=False)
         with self._lock, writing(self.path):
             self._file.write(line + "\n")
@@ -52,5 +52,5 @@ class Journal:
             self.answers[question] = answer
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Close the file."""
         self._file.close()

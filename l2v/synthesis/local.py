@@ -1,4 +1,4 @@
-"""A language model of transformers on this machine."""
+"""A language model in transformers, on this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from l2v.batch import mix
 from l2v.data.tokens import load_tokenizer
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 from l2v.model.embedded import resolve
 from l2v.model.load import device, dtype_of
 from l2v.synthesis.journal import Answer
@@ -17,7 +17,11 @@ from l2v.synthesis.wording import Question, query_of
 
 
 class Local:
-    """Answers a batch of questions at a time. Errors: UserError if no causal language model can be loaded from there."""
+    """Answers a batch of questions at a time.
+
+    Raises:
+        UserError: if no causal language model can be loaded.
+    """
 
     def __init__(self, model: str, *, retries: int, temperature: float, most_tokens: int) -> None:
         path = resolve(model)
@@ -28,16 +32,14 @@ class Local:
         try:
             loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of("auto"))
         except Exception as error:
-            raise UserError(
-                f"{model}: no language model can be loaded from there: {str(error).splitlines()[0]}"
-            ) from None
+            raise UserError(f"{model}: no language model can be loaded: {first_line(error)}") from None
         self.model, self.retries = loaded.eval().to(device()), retries
         self.settings = {"max_new_tokens": most_tokens, "pad_token_id": self.tokenizer.pad_token_id}
         self.settings |= {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
 
     @torch.inference_mode()
     def ask(self, questions: Sequence[Question]) -> list[Answer]:
-        """A query each; a malformed one is asked for again, with other noise."""
+        """One query for each question; after a malformed answer it samples again with another seed."""
         left, out, used = list(range(len(questions))), {}, [[0, 0] for _ in questions]
         for attempt in range(self.retries + 1):
             texts = [self._prompt(questions[at]) for at in left]
@@ -53,7 +55,7 @@ class Local:
                     out[at] = Answer(query, None, used[at][0], used[at][1], attempt + 1)
             left = [at for at in left if at not in out]
             if not left or not self.settings["do_sample"]:
-                break  # without noise, a model says the same again
+                break  # greedy decoding would repeat the same answer
         return [
             out.get(at) or Answer(None, "malformed", used[at][0], used[at][1], attempt + 1)
             for at in range(len(questions))

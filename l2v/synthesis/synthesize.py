@@ -1,4 +1,4 @@
-"""Queries for passages, written by a language model and kept if they find their passage again."""
+"""Queries for passages, written by a language model and kept if a search with them finds the passage."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from l2v.synthesis.journal import Answer, Journal
 from l2v.synthesis.local import Local
 from l2v.synthesis.wording import STYLES, SYSTEM, Question, question
 
-SEARCHED = 1024  # queries that look for their passages at a time
+SEARCHED = 1024  # queries that are searched at a time
 
 
 def synthesize(args: argparse.Namespace) -> str:
     """Let a language model write queries as the arguments of `l2v data synthesize` say; returns a summary.
 
     Raises:
-        UserError: queries failed (those that were answered are kept), or a file cannot be used.
+        UserError: queries failed (the answered ones are kept), or a file cannot be used.
     """
     out = check_out(args.out)
     notes: list[str] = []
@@ -48,10 +48,10 @@ def synthesize(args: argparse.Namespace) -> str:
     passages = list(different.values())
     styles = tuple(dict.fromkeys(args.styles))
     questions = [question(p, n, text, styles, args.seed) for p, text in enumerate(passages) for n in range(args.number)]
-    told = {"passages": _digest(passages), "wording": _digest([SYSTEM, *(STYLES[s].told for s in styles)])}
-    told |= {key: getattr(args, key) for key in ("model", "number", "seed", "temperature", "most_tokens")}
-    shards = Shards(out, told | {"styles": styles})
-    filter_ = _filter(args, passages, shards.work)  # a mistake there is said before anything is asked
+    facts = {"passages": _digest(passages), "wording": _digest([SYSTEM, *(STYLES[s].prompt for s in styles)])}
+    facts |= {key: getattr(args, key) for key in ("model", "number", "seed", "temperature", "most_tokens")}
+    shards = Shards(out, facts | {"styles": styles})
+    filter_ = _filter(args, passages, shards.work)  # an error here is raised before the first question
     journal = Journal(shards.folder)
     try:
         failed = _ask(args, questions, journal)
@@ -59,8 +59,8 @@ def synthesize(args: argparse.Namespace) -> str:
         journal.close()
     if failed and not args.skip_failed:
         raise UserError(
-            f"{len(failed)} of {len(questions)} queries failed (the last by {failed[-1]}); the others are kept: run the same "
-            "command again to ask for these alone, or add --skip-failed to do without them"
+            f"{len(failed)} of {len(questions)} queries failed (the last one: {failed[-1]}); the others are kept: run the same "
+            "command again to retry only these, or add --skip-failed to skip them"
         )
     rows, dropped = _consistent(questions, journal.answers, filter_, args.top)
     write_rows(out, rows)
@@ -69,7 +69,7 @@ def synthesize(args: argparse.Namespace) -> str:
 
 
 def _ask(args: argparse.Namespace, questions: list[Question], journal: Journal) -> list[str]:
-    """Ask what is not answered yet; returns why the questions failed that got no answer."""
+    """Ask the unanswered questions; returns a reason for each question that failed."""
     settings = {"retries": args.retries, "temperature": args.temperature, "most_tokens": args.most_tokens}
     missing = sum(q.key not in journal.answers for q in questions)
     bar = tqdm(total=len(questions), initial=len(questions) - missing, desc="ask", unit="query", disable=not missing)
@@ -80,7 +80,7 @@ def _ask(args: argparse.Namespace, questions: list[Question], journal: Journal) 
             endpoint = Endpoint(args.endpoint, args.model, key_name=args.key_from, timeout=args.timeout, **settings)
             return _ask_endpoint(endpoint, args.concurrency, questions, journal, bar)
         local = Local(args.model, **settings)
-        # The same batches whatever was answered before, for a batch shares its noise.
+        # Batches do not depend on what was answered before: a batch shares its sampling seed.
         for begin in range(0, len(questions), args.batch):
             batch = questions[begin : begin + args.batch]
             if all(q.key in journal.answers for q in batch):
@@ -102,7 +102,7 @@ def _ask_endpoint(
     running = {}
     try:
         while True:
-            for q in left:  # no more at hand than can run: a stop is then a stop
+            for q in left:  # submit no more than can run, so that an interrupt stops at once
                 running[pool.submit(endpoint.ask, q)] = q
                 if len(running) >= concurrency:
                     break
@@ -119,15 +119,15 @@ def _ask_endpoint(
                 bar.update(1)
             if in_a_row >= most:
                 raise UserError(
-                    f"{endpoint.url}: {in_a_row} queries in a row failed (the last by {failed[-1]}); what was answered is "
-                    "kept, and the same command goes on from there"
+                    f"{endpoint.url}: {in_a_row} queries in a row failed (the last one: {failed[-1]}); the answers so far "
+                    "are kept, and the same command resumes"
                 )
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _filter(args: argparse.Namespace, passages: list[str], folder: Path):
-    """(queries, instructions) -> numbers of the passages that each finds first, [n, top]; None for no filter."""
+    """(queries, instructions) -> numbers of the passages ranked first, [n, top]; None without a filter."""
     if args.filter == "none":
         return None
     if args.filter == "bm25":
@@ -150,7 +150,7 @@ def _filter(args: argparse.Namespace, passages: list[str], folder: Path):
 def _consistent(
     questions: list[Question], answers: dict[str, Answer], search, top: int
 ) -> tuple[list[dict[str, Any]], Counter]:
-    """The pairs that stay, and why others do not."""
+    """The pairs that are kept, and counts of the reasons for dropping others."""
     rows, seen = [], set()
     dropped: Counter[str] = Counter()
     for chosen in _batches(questions):
@@ -183,7 +183,7 @@ def _summary(args, out, read, passages, questions, answers, failed, rows, droppe
     styles = Counter(row["style"] for row in rows)
     lines = [
         f"{out}: {len(rows):,} pairs of {len(passages):,} passages"
-        + (f" ({read - len(passages):,} passages stood twice)" if read > len(passages) else ""),
+        + (f" ({read - len(passages):,} duplicate passages)" if read > len(passages) else ""),
         f"asked: {len(asked):,} queries in {sum(a.tries for a in asked):,} tries"
         + (f", {failed:,} failed" if failed else ""),
         f"kept: {', '.join(f'{styles[s]:,} {s}' for s in STYLES if styles[s]) or 'none'}",

@@ -1,4 +1,4 @@
-"""What a model is asked, in Danish, and what counts as an answer."""
+"""The Danish prompts for the model, and what counts as an answer."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LABEL = re.compile(r"^(?:\d+[.)]|[-*•]|(?:spørgsmål|søgning|søgeord|svar|q
 
 @dataclass(frozen=True)
 class Style:
-    """One way to search: what the model is told, and the task (`l2v.recipe.tasks`) of the pairs that come of it."""
+    """One style of query: the prompt for the model, and the task (`l2v.recipe.tasks`) of the resulting pairs."""
 
-    told: str
+    prompt: str
     task: str
 
 
@@ -40,7 +40,7 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Question:
-    """One query that is wanted: for which passage, the how manieth, in which style, and the seed of its noise."""
+    """One query to generate: its passage, its number, its style, and its sampling seed."""
 
     passage: int
     number: int
@@ -50,25 +50,25 @@ class Question:
 
     @property
     def key(self) -> str:
-        """Its name in the journal."""
+        """Its key in the journal."""
         return f"{self.passage}.{self.number}"
 
     def messages(self) -> list[dict[str, str]]:
-        """What a chat model is sent."""
+        """The messages for a chat model."""
         return [
             {"role": "system", "content": SYSTEM},
-            {"role": "user", "content": f"{STYLES[self.style].told}\n\nTekst:\n{self.text}"},
+            {"role": "user", "content": f"{STYLES[self.style].prompt}\n\nTekst:\n{self.text}"},
         ]
 
 
 def question(passage: int, number: int, text: str, styles: tuple[str, ...], seed: int) -> Question:
-    """The style is drawn from (seed, text) and turns with the number: where the passage stands plays no part."""
+    """The style depends on (seed, text, number) alone, not on the position of the passage."""
     address = mix(seed, text_key(text))
     return Question(passage, number, styles[(address + number) % len(styles)], mix(address, number), text)
 
 
 def query_of(answer: str | None, passage: str) -> str | None:
-    """The query in a model's answer; None where there is none: empty, several lines, too long, or the passage itself."""
+    """The query in a model's answer; None if it is not a valid query: empty, several lines, too long, or the passage itself."""
     lines = [line.strip() for line in (answer or "").splitlines() if line.strip()]
     if len(lines) != 1:
         return None

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from l2v.batch import PackedBatch, Segment, pack
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 from l2v.files import reason, replace_text
 from l2v.recipe import Stage
 
@@ -60,7 +60,7 @@ class OutOfMemoryGuard:
                 if not is_out_of_memory(error):
                     raise
                 if self.engine.zero_optimization_stage() == 3 or not self._whole_bucket():
-                    raise OutOfMemory(str(error).splitlines()[0]) from None
+                    raise OutOfMemory(first_line(error)) from None
                 self.happened = True
             # Outside the handler, because the traceback would keep the step's tensors alive.
             self.free()

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from l2v.batch import PackedBatch
+from l2v.errors import first_line
 from l2v.objectives.contrastive import Groups, contrastive_loss
 from l2v.objectives.mntp import mntp_loss_of_hidden
 from l2v.recipe import Contrastive
@@ -183,7 +184,7 @@ class GradientCache:
                 # The embeddings of all ranks are exchanged here, in collectives that cannot be resumed halfway.
                 if self.guard is None or not is_out_of_memory(error):
                     raise
-                raise OutOfMemory(str(error).splitlines()[0]) from None
+                raise OutOfMemory(first_line(error)) from None
         return loss, gradient_SE
 
     def _backward(self, vectors: Callable[[], torch.Tensor], gradient_SE: torch.Tensor, *, last: bool) -> None:

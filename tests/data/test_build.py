@@ -110,7 +110,7 @@ def test_killed_and_started_again_the_files_are_the_same(corpus, built, tmp_path
     before = {p.name: p.stat().st_mtime_ns for p in (out / ".work" / "chunks").glob("*.parquet")}
     killed(corpus[1], out, len(before) + 5)
     after = {p.name: p.stat().st_mtime_ns for p in (out / ".work" / "chunks").glob("*.parquet")}
-    assert before.items() <= after.items(), "a chunk that was there was made again"
+    assert before.items() <= after.items(), "an existing chunk was written again"
     subprocess.run(command(corpus[1], out), env=training_environment(), check=True, stderr=subprocess.DEVNULL)
     assert files(out) == files(built[1])
 
@@ -144,7 +144,7 @@ def test_a_finished_build_is_left_alone_and_another_is_refused(corpus, built, tm
     _, out = built
     before = files(out)
     assert make(corpus[1], out)["already"] and files(out) == before
-    with pytest.raises(UserError, match="holds a build of other keys or other sources; --fresh builds anew"):
+    with pytest.raises(UserError, match="holds a build with other keys or other sources; use --fresh"):
         make(corpus[1], out, overrides=("seed=1",))
     (tmp_path / "mine.txt").write_text("min egen fil")
     with pytest.raises(UserError, match="the folder is not empty and holds no build"):
@@ -293,8 +293,8 @@ def test_a_folder_of_shards_is_a_source_of_a_recipe(tmp_path):
     for name in ("b", "a"):
         datasets.Dataset.from_dict({"text": [name]}).to_parquet(str(tmp_path / f"{name}.parquet"))
     assert open_rows([Source(str(tmp_path))], "documents")["text"][:] == ["a", "b"]
-    for path, says in ((tmp_path / "*.txt", "no file has such a name"), (tmp_path / "c", "there is no such file")):
+    for path, says in ((tmp_path / "*.txt", "no file matches"), (tmp_path / "c", "file not found")):
         with pytest.raises(UserError, match=says):
             open_rows([Source(str(path))], "documents")
-    with pytest.raises(UserError, match="limit goes with one of them"):
+    with pytest.raises(UserError, match="limit applies to a single file"):
         open_rows([Source(str(tmp_path), limit=1)], "documents")

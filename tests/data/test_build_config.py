@@ -67,11 +67,11 @@ def test_overrides_reach_lists_and_make_mappings(tmp_path):
         ("[1, 50]", "[9, 5]", None, "length.query is [9, 5]; give least and most words"),
         ("threshold: 0.9", "threshold: 2", None, "near.threshold is 2; use 0 to 1"),
         ("dev: 0.1", "dev: 0.2", None, "splits add up to 1.1 and must add up to 1"),
-        ("{query: titel}", "{titel: query}", None, "columns.titel is no field of a row; choose among id, text"),
-        ("[da, sv]", "[da, nb]", None, "there is no language 'nb' in the filter; it knows da, no, nn"),
+        ("{query: titel}", "{titel: query}", None, "columns.titel is not a field of a row; choose among id, text"),
+        ("[da, sv]", "[da, nb]", None, "the language filter does not support 'nb'; it supports da, no, nn"),
         ("a.jsonl", "a.jsonl\n    markup: wiki40b", None, "wiki markup gives documents or sentences, not pairs"),
         ("a.jsonl", "a.jsonl\n    take: translation\n    format: debian", None, "needs kind: pairs and `english`"),
-        ("a.jsonl", "a.jsonl\n    packages: [p]", None, "packages and english go with format: debian"),
+        ("a.jsonl", "a.jsonl\n    packages: [p]", None, "packages and english need format: debian"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_a_sentence_with_its_line(tmp_path, old, new, line, says):
@@ -87,9 +87,9 @@ def test_a_mistake_is_a_sentence_with_its_line(tmp_path, old, new, line, says):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["ingen"], "there is no data configuration 'ingen': give a YAML file or one of debian-da"),
+        (["ingen"], "no data configuration 'ingen': give a YAML file or one of debian-da"),
         (["debian-da", "sources.9.limit=1"], "sources is a list of 2; use a number from 0 in place of '9'"),
-        (["debian-da", "limit"], "an override reads key=value, for example folder=my/files"),
+        (["debian-da", "limit"], "an override has the form key=value, for example folder=my/files"),
         (["debian-da", "--workers", "0"], "--workers is 0 and must be at least 1"),
     ],
 )
@@ -106,7 +106,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, capsys):
     config = configure(tmp_path, "documents", [source("a.jsonl")])
     assert cli.main(["data", "build", str(config), "--out", str(tmp_path / "a" / "b")]) == 1
     error = capsys.readouterr().err
-    assert "a/b: cannot be read or written: Not a directory; mend that" in error and "Traceback" not in error
+    assert "a/b: cannot be read or written: Not a directory; fix that" in error and "Traceback" not in error
 
 
 def test_the_command_builds_into_data_and_says_what_it_could_not_read(tmp_path, monkeypatch, capsys):
@@ -119,10 +119,10 @@ def test_the_command_builds_into_data_and_says_what_it_could_not_read(tmp_path, 
     config.write_text(yaml.safe_dump({k: v for k, v in tree.items() if k != "folder"}), encoding="utf-8")
     assert cli.main(["data", "build", "build.yaml", "--workers", "1"]) == 1
     said = capsys.readouterr()
-    assert "l2v: not read to its end: b.jsonl: there is no such file" in said.err
+    assert "l2v: not read to the end: b.jsonl: file not found" in said.err
     assert "redirect" in said.out and len(rows(tmp_path / "data" / "prøve")) == 6
     (tmp_path / "b.jsonl").write_text('{"text": "Den sidste tekst er kommet til nu."}\n', encoding="utf-8")
     assert cli.main(["data", "build", "build.yaml", "--workers", "1"]) == 0
     assert len(rows(tmp_path / "data" / "prøve")) == 7
     assert cli.main(["data", "build", "build.yaml", "--workers", "1"]) == 0
-    assert "is built already" in capsys.readouterr().out
+    assert "is already built" in capsys.readouterr().out

@@ -180,7 +180,7 @@ def test_malformed_rows_are_counted_and_the_rest_goes_on(tmp_path):
     ]
 
 
-def test_mixed_encodings_are_read_mended_or_counted(tmp_path):
+def test_mixed_encodings_are_read_repaired_or_counted(tmp_path):
     text = "Blåbærgrød spises på øen hver eneste sommer af alle de gamle søfolk."
     windows = json.dumps({"text": text + " Først."}, ensure_ascii=False).encode("windows-1252")
     garbled = {"text": (text + " Dernæst.").encode().decode("windows-1252")}
@@ -207,8 +207,8 @@ def test_utf_16_and_a_torn_archive_stop_their_source_alone(tmp_path):
     report = make(configure(tmp_path, "documents", sources, near=None, exact=False), tmp_path / "out")
     errors = [s["error"] for s in report["sources"]]
     assert errors[0] == "a.jsonl: the file is UTF-16; convert it to UTF-8 first"
-    assert errors[1].startswith("b.jsonl.gz: cannot be read to its end: ")
-    assert errors[2] is None and errors[3] == "d.jsonl: there is no such file"
+    assert errors[1].startswith("b.jsonl.gz: cannot be read to the end: ")
+    assert errors[2] is None and errors[3] == "d.jsonl: file not found"
     assert 100 < report["sources"][1]["kept"]["train"] < 3000 and report["sources"][2]["kept"] == {"train": 1}
 
 
@@ -228,9 +228,9 @@ def test_without_a_network_the_other_sources_are_built_and_one_sentence_says_so(
 
 
 def test_nothing_at_all_is_an_error(tmp_path):
-    with pytest.raises(UserError, match=rf"d\.jsonl: there is no such file; relative paths begin in {tmp_path}"):
+    with pytest.raises(UserError, match=rf"d\.jsonl: file not found; relative paths begin in {tmp_path}"):
         make(configure(tmp_path, "documents", [source("d.jsonl")]), tmp_path / "out")
-    write_lines(tmp_path / "e.jsonl", [{"text": danish(0)}])  # with the path mended the same folder serves
+    write_lines(tmp_path / "e.jsonl", [{"text": danish(0)}])  # with the path fixed the same folder is used
     assert make(configure(tmp_path, "documents", [source("e.jsonl")], near=None), tmp_path / "out")["splits"] == {
         "train": 1
     }

@@ -4,10 +4,9 @@ import sys
 import pytest
 
 from l2v.commands.data_check import main
-from l2v.data import check
 from l2v.data.check import rules as check_rules
 from l2v.data.check.folder import SHIPPED
-from l2v.data.check.report import check_folder
+from l2v.data.check.report import Report, check_folder
 from l2v.errors import UserError
 
 FILES = ("passages.jsonl", "questions.jsonl", "sts.jsonl", "bitext_en.jsonl")
@@ -39,7 +38,7 @@ def plant(tmp_path, monkeypatch):
     """plant(change) -> the report on the small set after `change` was made to its rows."""
     monkeypatch.setattr(check_rules, "dictionary", lambda: lambda word: word.lower() not in ("kvæhst", "halmgul"))
 
-    def run(change=lambda rows: None, words: str = "") -> check.Report:
+    def run(change=lambda rows: None, words: str = "") -> Report:
         rows = small()
         change(rows)
         for name, lines in rows.items():
@@ -172,7 +171,7 @@ def misspelt(rows):
         (too_short, "lengths", "2 words"),
         (same_text, "duplicates", "line 2: the same text as"),
         (shared_words, "shared 8-grams", "share"),
-        (twins, "twins", "about one thing"),
+        (twins, "twins", "about the same thing"),
         (heldout_negative, "leaks", "its negative"),
         (same_question, "leaks", "the same question as"),
         (heldout_sentence, "leaks", "has a sentence of"),
@@ -220,7 +219,7 @@ def test_without_a_library_one_line_says_how_to_install_it(monkeypatch, tmp_path
     for name, lines in small().items():
         (tmp_path / name).write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
     report = check_folder(tmp_path)
-    assert report.notes == [f"{what} was not checked, for it needs {library}: pip install {library}"]
+    assert report.notes == [f"{what} was not checked; it needs {library}: pip install {library}"]
     assert report.ok and what not in report.findings
 
 
@@ -254,7 +253,7 @@ QUESTION = '{"id": "a-01-a", "query": "Hvad?", "positive": "a-01", "negatives": 
         ("passages.jsonl", PASSAGE[:-1] + ', "url": ""}', "line 1: unknown field 'url'"),
         ("passages.jsonl", f"{PASSAGE}\n{PASSAGE}", "line 2: the id 'a-01' was used before"),
         ("passages.jsonl", b"\xff", "not readable as UTF-8"),
-        ("questions.jsonl", QUESTION.replace("[]", '["b-01"]'), "line 1: there is no passage 'b-01' in passages.jsonl"),
+        ("questions.jsonl", QUESTION.replace("[]", '["b-01"]'), "line 1: no passage 'b-01' in passages.jsonl"),
         ("questions.jsonl", QUESTION.replace("[]", '"a-01"'), "line 1: 'negatives' is a list of passage ids"),
         ("questions.jsonl", QUESTION.replace("plain", "hard"), "line 1: 'kind' is plain or colloquial or disjoint"),
         ("questions.jsonl", "", "the set is empty"),
@@ -274,5 +273,5 @@ def test_bad_input_is_one_sentence_with_file_and_line(tmp_path, name, content, s
 
 
 def test_a_folder_without_the_files_is_refused(tmp_path):
-    with pytest.raises(UserError, match="there is no such file; a folder needs"):
+    with pytest.raises(UserError, match="file not found; a folder needs"):
         main([str(tmp_path / "ingen")])

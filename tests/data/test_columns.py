@@ -86,7 +86,7 @@ def test_the_guess_is_one_sentence(tmp_path, write_jsonl):
     assert read["query"][:] == ["Hvad?", "Hvem?"] and read["negatives"][:] == [["Nej."], []]
     (note,) = notes
     assert note.startswith(
-        f"{path}: columns taken by their names: query: Spørgsmål, positive: Svar, negatives: negative ("
+        f"{path}: columns guessed by their names: query: Spørgsmål, positive: Svar, negatives: negative ("
     )
     notes.clear()
     open_rows([Source(path, query="Spørgsmål", positive="Svar", negatives="negative")], "pairs", notes)

@@ -144,7 +144,7 @@ def test_cut_texts_are_told(tokenizer, sentences):
     texts = TextTokenizer(tokenizer, Template(), 10)
     cut = texts.embedded(sentences[:3])[2]
     assert cut == 3
-    told = "3 texts were longer than 10 tokens and were cut there; raise `length` to keep them whole"
+    told = "3 texts were longer than 10 tokens and were truncated; raise `length` to keep them whole"
     views = Views(text_rows([*sentences[:3], "a"]), texts)
     assert views.notes == ["4 texts, 32 tokens", told]
     pairs = Pairs(pair_rows({"query": sentences[0], "positive": sentences[1], "negatives": [sentences[2]]}), texts)

@@ -147,9 +147,9 @@ def test_the_order_of_a_mixture_is_a_contract():
 
 
 def test_a_source_of_one_row_fills_no_batch_of_its_own():
-    with pytest.raises(UserError, match=r"^b\.jsonl: homogeneous batches need at least 2 .* meets 1 of 1 \(weight 1\)"):
+    with pytest.raises(UserError, match=r"^b\.jsonl: homogeneous batches need at least 2 .* uses 1 of 1 \(weight 1\)"):
         mixed([4, 1], homogeneous=True, names=["a.jsonl", "b.jsonl"])
-    with pytest.raises(UserError, match=r"meets 1 of 9 \(weight 0\.1\); give more rows or more weight"):
+    with pytest.raises(UserError, match=r"uses 1 of 9 \(weight 0\.1\); add rows, raise the weight"):
         mixed([4, 9], [1, 0.1], homogeneous=True)
 
 
@@ -252,18 +252,18 @@ def test_pairs_of_a_swapped_source_change_places_in_half_of_the_steps(bos_tokeni
     [
         ({"weight": 0}, "mntp", "weight is 0 and must be above 0"),
         ({"weight": float("inf")}, "supervised", "weight is inf and must be above 0"),
-        ({"task": "question-dk"}, "supervised", "there is no task 'question-dk'; did you mean 'question-da'?"),
-        ({"task": "?"}, "supervised", "there is no task '?'; known: search-da, "),
-        ({"query_prompt": "Find:"}, "mntp", "query_prompt goes with objective: supervised, and only with it"),
-        ({"task": "question-da"}, "simcse", "task goes with objective: supervised, and only with it"),
-        ({"swap": True}, "simcse", "swap goes with objective: supervised, and only with it"),
-        ({"group": "id"}, "mntp", "group goes with the contrastive objectives"),
+        ({"task": "question-dk"}, "supervised", "no task 'question-dk'; did you mean 'question-da'?"),
+        ({"task": "?"}, "supervised", "no task '?'; known: search-da, "),
+        ({"query_prompt": "Find:"}, "mntp", "query_prompt applies only to objective: supervised"),
+        ({"task": "question-da"}, "simcse", "task applies only to objective: supervised"),
+        ({"swap": True}, "simcse", "swap applies only to objective: supervised"),
+        ({"group": "id"}, "mntp", "group applies only to the contrastive objectives"),
         ({"swap": True}, "supervised", "swap: true needs symmetric: true"),
-        ({"symmetric": True, "document_prompt": "Svar:"}, "supervised", "document_prompt does not go with a symmetric"),
+        ({"symmetric": True, "document_prompt": "Svar:"}, "supervised", "document_prompt conflicts with a symmetric"),
         (
             {"task": "same-meaning-da", "document_instruction": "how"},
             "supervised",
-            "document_instruction does not go with a symmetric",
+            "document_instruction conflicts with a symmetric",
         ),
     ],
 )

@@ -127,7 +127,7 @@ def test_an_edited_file_is_read_again(tmp_path, write_jsonl, name):
     assert rows(path) == [{"text": "år 2"}]
 
 
-def test_a_mended_file_is_read_after_an_error(write):
+def test_a_fixed_file_is_read_after_an_error(write):
     path = write("a.jsonl", '{"text": ""}\n')
     assert "line 1" in refused(path)
     write("a.jsonl", '{"text": "Nu er den her."}\n')
@@ -219,7 +219,7 @@ def test_an_empty_source_beside_a_full_one(write):
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "gone.parquet", "gone"])
 def test_a_missing_file(tmp_path, name):
-    assert "there is no such file; give a file, hub:NAME or sample:da/train" in refused(tmp_path / name)
+    assert "file not found; give a file, hub:NAME or sample:da/train" in refused(tmp_path / name)
 
 
 def test_an_empty_folder_is_no_source(tmp_path):
@@ -273,7 +273,7 @@ def test_nothing_that_is_held_out_is_trained_on(kind):
 
 @pytest.mark.parametrize("path", ["sample:sv/train", "sample:da", "sample:da/test", "sample:"])
 def test_an_unknown_sample(path):
-    assert "there is no such sample; use sample:da/train or sample:da/heldout" in refused(path)
+    assert "no such sample; use sample:da/train or sample:da/heldout" in refused(path)
 
 
 def test_a_hub_data_set_that_is_not_there():

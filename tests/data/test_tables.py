@@ -94,12 +94,12 @@ def test_a_place_is_the_line_where_the_row_begins(tmp_path):
         ("a,b\n1,2\n\n3,4,5\n", ["a.csv, line 4: 3 fields where the header has 2 columns", "comma or a line break"]),
         ("a;b\n1;2\n3\n", ["a.csv, line 3: 1 field where the header has 2 columns", "semicolon"]),
         ('a;b\n"1\n1";2\n3;4;5\n', ["a.csv, line 4: 3 fields"]),
-        ('a,b\n1,2\n3,"4\n5,6\n7,8\n', ["a.csv, line 3: a quote is opened here and not closed"]),
+        ('a,b\n1,2\n3,"4\n5,6\n7,8\n', ["a.csv, line 3: a quote is opened here and never closed"]),
         ('a,b\n1,2\n3,"4"5\n', ["a.csv, line 3: a quote is closed before its field ends"]),
         ("1,2\n3,4\n", ["a.csv, line 1: no header; the first line of a table names its columns"]),
         (",\n,\n1,2\n", ["a.csv, line 1: no header"]),
         (f"{'Hej med dig. ' * 10};Hej\nx;y\n", ["a.csv, line 1: no header"]),
-        ("tekst,Tekst,tekst\n1,2,3\n", ["a.csv, line 1: the column 'tekst' stands twice"]),
+        ("tekst,Tekst,tekst\n1,2,3\n", ["a.csv, line 1: the column 'tekst' appears twice"]),
         (
             "a;b\n1;2\nsmør;brød\n".encode("cp1252"),
             ["a.csv, line 3: not UTF-8 (byte 0xf8, which is 'ø' in Windows-1252)"],
@@ -119,13 +119,13 @@ def test_a_quote_that_nobody_closes_does_not_take_the_whole_file_into_memory(tmp
     monkeypatch.setattr("l2v.data.tables.MAX_FIELD", 5000)
     text = 'a,b\n1,"2\n' + "3,4\n" * 5000
     assert MAX_FIELD > 1_000_000
-    assert "a.csv, line 2: a quote is opened here and not closed" in refused(tmp_path / "a.csv", text)
+    assert "a.csv, line 2: a quote is opened here and never closed" in refused(tmp_path / "a.csv", text)
 
 
 def test_a_torn_archive(tmp_path):
     whole = gzip.compress(b"a,b\n" + b"1,2\n" * 100)
-    assert "a.csv.gz: cannot be read to its end" in refused(tmp_path / "a.csv.gz", whole[:-12])
-    assert "a.csv.gz: cannot be read to its end" in refused(tmp_path / "a.csv.gz", b"a,b\n1,2\n")
+    assert "a.csv.gz: cannot be read to the end" in refused(tmp_path / "a.csv.gz", whole[:-12])
+    assert "a.csv.gz: cannot be read to the end" in refused(tmp_path / "a.csv.gz", b"a,b\n1,2\n")
 
 
 def test_tables_train_as_json_lines_do(tmp_path, write_jsonl):

@@ -134,16 +134,16 @@ def test_what_fails_is_said_counted_and_left_out(tiny_base, mini, tmp_path, caps
     assert code == 1
     said, found = capsys.readouterr().out, report(out)
     for sentence in (
-        f"x-gone: {tmp_path / 'gone.jsonl'}: no such file; left out",
-        f"x-retrieval-pairs: {tmp_path / 'pairs.jsonl'}:1: not JSON; left out",
-        "DKHateClassification: its data is not on this machine and the hub cannot be reached; left out",
+        f"x-gone: {tmp_path / 'gone.jsonl'}: no such file; skipped",
+        f"x-retrieval-pairs: {tmp_path / 'pairs.jsonl'}:1: not JSON; skipped",
+        "DKHateClassification: its data is not on this machine and the hub cannot be reached; skipped",
         "no/such-model",
     ):
         assert sentence in said
     assert "Traceback" not in said
     assert list(found["rows"][0]["scores"]) == ["x-good"] and found["rows"][0]["means"]["task"] is None
     table = (out / "table.md").read_text(encoding="utf-8")
-    assert "Left out (3 results):" in table and "- DKHateClassification: its data" in table
+    assert "Skipped (3 results):" in table and "- DKHateClassification: its data" in table
 
 
 @pytest.mark.parametrize(
@@ -159,8 +159,8 @@ def test_what_fails_is_said_counted_and_left_out(tiny_base, mini, tmp_path, caps
             "'layers' is unknown; use attention, pooling",
         ),
         (["x", "--batch-tokens", "0"], 2, "--batch-tokens is 0; use 1 or more"),
-        (["x", "--stages", "--benchmark", "local:sample"], 1, "--stages needs a run; x has no stage below it"),
-        (["--published", "--results", "/no/where"], 1, "/no/where: no published results below it"),
+        (["x", "--stages", "--benchmark", "local:sample"], 1, "--stages needs a run; x has no stages"),
+        (["--published", "--results", "/no/where"], 1, "/no/where: no published results in it"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, code, sentence, capsys, tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ def encoder(tiny_base):
 
 
 def score(model, folder, out):
-    row = run_model(model, local_benchmark(folder).tasks, out, say=lambda _: None)
+    row = run_model(model, local_benchmark(folder).tasks, out, log=lambda _: None)
     assert not row.failed, row.failed
     return {name.removeprefix("mini-"): found.score for name, found in row.scores.items()}
 
@@ -117,7 +117,7 @@ def test_group_mates_can_be_excluded_or_ignored(sentences, write_jsonl, tmp_path
     for groups, expected in wanted.items():
         task = {"type": "retrieval", "name": groups, "file": "pairs.jsonl", "groups": groups}
         (tmp_path / "eval.yaml").write_text(yaml.safe_dump({"name": "mates", "tasks": [task]}))
-        row = run_model(Tfidf(), local_benchmark(tmp_path).tasks, tmp_path / "out", say=lambda _: None)
+        row = run_model(Tfidf(), local_benchmark(tmp_path).tasks, tmp_path / "out", log=lambda _: None)
         found = row.scores[f"mates-{groups}"].score
         assert (
             found > wanted["ignore"] + 0.1 if expected is None else found == pytest.approx(expected, abs=0.01)
@@ -149,7 +149,7 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path):
     found = local_benchmark(tmp_path)
     assert [len(t.dataset["default"]["test"]["queries"]) for t in found.tasks] == [5]
     name = tmp_path.name
-    assert found.notes == [f"{name}-pairs: 5 rows left out, the first at {tmp_path / 'pairs.jsonl'}:2: not JSON"]
+    assert found.notes == [f"{name}-pairs: 5 rows skipped, the first at {tmp_path / 'pairs.jsonl'}:2: not JSON"]
     assert found.failed == {f"{name}-sts": f"{tmp_path / 'sts.jsonl'}:1: not JSON"}
 
 
@@ -157,7 +157,7 @@ def test_a_changed_file_is_scored_anew(tmp_path, write_jsonl, sentences):
     rows = [{"da": t, "en": t.upper()} for t in sentences[:20]]
     for number, expected in ((20, False), (20, True), (15, False)):
         write_jsonl(tmp_path / "bitext.jsonl", rows[:number])
-        row = run_model(Tfidf(), local_benchmark(tmp_path).tasks, tmp_path / "out", say=lambda _: None)
+        row = run_model(Tfidf(), local_benchmark(tmp_path).tasks, tmp_path / "out", log=lambda _: None)
         assert [found.cached for found in row.scores.values()] == [expected]
 
 

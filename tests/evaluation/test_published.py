@@ -70,7 +70,7 @@ def test_a_wheel_a_folder_and_the_installed_package_give_the_same_rows(rows, tmp
 
 
 def test_damaged_results_say_so(tmp_path):
-    with pytest.raises(UserError, match=r"no published results below it"):
+    with pytest.raises(UserError, match=r"no published results in it"):
         published(tmp_path)
     file = tmp_path / "x.whl"
     file.write_text("not a zip")

@@ -81,7 +81,7 @@ def ran(tiny_base, texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
     model = MtebEncoder(EncoderSpec(str(tiny_base), (), {"precision": "fp32"}), "tiny", prompts=Prompts("da"))
     said: list[str] = []
-    row = run_model(model, [fill(task, texts) for task in seb_da()], folder, say=said.append)
+    row = run_model(model, [fill(task, texts) for task in seb_da()], folder, log=said.append)
     return row, said, folder
 
 
@@ -196,7 +196,7 @@ def test_a_result_that_is_kept_is_not_computed_again(ran, tiny_base, texts, monk
     monkeypatch.setattr(EncoderSpec, "load", lambda self: pytest.fail("loaded a model for results that are there"))
     names = ["LccSentimentClassification", "TwitterHjerneRetrieval"]
     tasks = [fill(task, texts) for task in seb_da() if task.metadata.name in names]
-    again = run_model(MtebEncoder(spec, "tiny", prompts=Prompts("da")), tasks, folder, say=lambda _: None)
+    again = run_model(MtebEncoder(spec, "tiny", prompts=Prompts("da")), tasks, folder, log=lambda _: None)
     assert all(score.cached for score in again.scores.values()) and set(again.scores) == set(names)
     assert {n: s.score for n, s in again.scores.items()} == {n: row.scores[n].score for n in names}
     other = MtebEncoder(spec, "tiny", prompts=Prompts("en"))  # other prompts, other results
@@ -208,9 +208,9 @@ def test_a_task_without_network_costs_one_sentence_and_the_rest_goes_on(tiny_bas
     fill(tasks[1], texts)
     model = MtebEncoder(EncoderSpec(str(tiny_base), (), {"precision": "fp32"}), "tiny")
     said = []
-    row = run_model(model, tasks, tmp_path, say=said.append)
+    row = run_model(model, tasks, tmp_path, log=said.append)
     assert list(row.scores) == ["TwitterHjerneRetrieval"]
     assert row.failed == {
-        "DKHateClassification": "DKHateClassification: its data is not on this machine and the hub cannot be reached; left out"
+        "DKHateClassification": "DKHateClassification: its data is not on this machine and the hub cannot be reached; skipped"
     }
     assert said[0] == "[1/2] " + row.failed["DKHateClassification"]

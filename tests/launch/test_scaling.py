@@ -57,4 +57,4 @@ def test_one_gpu_sends_nothing(capsys):
 
 def test_the_network_has_a_speed(capsys):
     assert plan.main(["llama3-8b-da", "--gpu", "h200", "--network", "0"]) == 1
-    assert "--network is in Gb/s and above 0" in capsys.readouterr().err
+    assert "--network is in Gb/s and must be above 0" in capsys.readouterr().err

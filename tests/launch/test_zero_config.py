@@ -55,7 +55,7 @@ def test_a_configuration_of_ones_own(tmp_path, tiny_recipe):
     ("name", "text", "says"),
     [
         ("nowhere", None, r"zero.config: there is no file nowhere; give a DeepSpeed JSON file or one of zero0, zero1,"),
-        ("zero3.json", None, r"zero.config: there is no file zero3.json"),
+        ("zero3.json", None, r"zero.config: zero3.json not found"),
         ("broken.json", '{"a": 1,\n}', r"broken.json:2: not valid JSON"),
         ("list.json", "[]", r"list.json: a DeepSpeed configuration is a JSON object"),
         ("four.json", '{"zero_optimization": {"stage": 4}}', r"zero.stage is '4'; choose one of 0, 1, 2, 3"),

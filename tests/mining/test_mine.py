@@ -1,4 +1,4 @@
-"""`l2v data mine`: who is found, who is dropped, what is written; killed and gone on with; bad input."""
+"""`l2v data mine`: what is found, dropped and written; resuming after a kill; bad input."""
 
 import functools
 import json
@@ -136,7 +136,7 @@ def test_the_files_beside_the_rows(mined, tmp_path):
 
 def test_an_encoder_that_leaves_nothing_to_choose_from_is_told(mined, tmp_path):
     told = mined("--absolute", 1.9)[1]
-    assert "rows without any" in told and "note: 100% of the rows got no negative" in told
+    assert "rows without negatives" in told and "note: 100% of the rows got no negative" in told
     dropped = re.findall(r"^\| .* \| ([^|]+) \| [\d.-]+ \| [+-]\d", (tmp_path / "out.md").read_text(), flags=re.M)
     assert len(dropped) == len(set(dropped)) == 10, "each document once"
     (tmp_path / "out.jsonl").unlink()
@@ -246,7 +246,7 @@ def test_a_cross_encoder_judges(mined, base, tmp_path, tiny_config, pairs):
     assert full
 
 
-# killed, and gone on with
+# resuming after a kill
 
 
 def test_a_killed_run_goes_on_to_the_same_file(mined, monkeypatch, tmp_path):
@@ -337,14 +337,14 @@ def test_the_key_of_an_encoder_changes_with_its_weights(base, tmp_path):
     [
         (["--number", 0], 2, "--number is 0; mine 1 to 7 negatives a row"),
         (["--number", 8], 2, "--number is 8; mine 1 to 7"),
-        (["--depth", 2], 2, "--depth is 2; look at no fewer candidates than negatives (4)"),
+        (["--depth", 2], 2, "--depth is 2; use at least as many candidates as negatives (4)"),
         (["--relative", 1.5], 2, "--relative is 1.5; use a share of the positive's score"),
         (["--absolute", -1], 2, "--absolute is -1.0; use a distance"),
         (["--by", "bm25", "--faiss", "Flat"], 2, "--faiss searches the encoder's vectors"),
-        (["--task", "question-dk"], 2, "task: there is no task 'question-dk'; did you mean 'question-da'?"),
+        (["--task", "question-dk"], 2, "task: no task 'question-dk'; did you mean 'question-da'?"),
         (["--query", "sp"], 1, "line 1: the field 'sp' is absent; found query, positive, doc"),
-        (["--corpus", "gone.jsonl"], 1, "gone.jsonl: there is no such file"),
-        (["--cross-encoder", "gone/model"], 1, "gone/model: no cross-encoder can be loaded from there"),
+        (["--corpus", "gone.jsonl"], 1, "gone.jsonl: file not found"),
+        (["--cross-encoder", "gone/model"], 1, "gone/model: no cross-encoder can be loaded"),
     ],
 )
 def test_bad_options_are_one_sentence(mined, options, code, part):
@@ -355,7 +355,7 @@ def test_bad_options_are_one_sentence(mined, options, code, part):
 def test_bad_data_and_bad_places(mined, tmp_path, base, capsys):
     assert "out.csv: write to a .jsonl or .parquet file" in mined(out="out.csv", expect=1)[1]
     mined()
-    assert "out.jsonl: the file exists already; remove it or choose another --out" in mined(expect=1)[1]
+    assert "out.jsonl: the file exists; remove it or choose another --out" in mined(expect=1)[1]
     assert (
         "line 2: 'positive' is empty"
         in mined(rows=[{"query": "a", "positive": "b"}, {"query": "a", "positive": ""}], expect=1, out="b.jsonl")[1]

@@ -252,11 +252,11 @@ def refusal(output):
     [
         (
             {"base.base_precision": "fp8", "zero.stage": 3},
-            "fp8 does not go with zero.stage: 3, which shards the weights",
+            "fp8 cannot be combined with zero.stage: 3, which shards the weights",
         ),
         (
             {"base.base_precision": "nf4", "zero.stage": 3},
-            "nf4 does not go with zero.stage: 3, which shards the weights",
+            "nf4 cannot be combined with zero.stage: 3, which shards the weights",
         ),
         ({"base.base_precision": "fp8", "base.layers": "plain"}, "fp8 needs fused layers; use base.layers: auto, or"),
         (

@@ -110,7 +110,7 @@ def test_the_card_says_what_the_files_say(run, tmp_path, capsys):
     assert f"| tiny/run | {mean:.2f} |" in text and "| TF-IDF (characters) |" in text
     for sha in merged(run):
         assert sha in text
-    assert "| lr | 0.005 | 0.003 |" in text and "8 steps in all" in text
+    assert "| lr | 0.005 | 0.003 |" in text and "8 steps in total" in text
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         compile(code, "card", "exec")
     assert str(run.parent) not in text
@@ -196,7 +196,7 @@ def test_a_data_set_that_does_not_hold_what_its_report_counts(dataset, tmp_path,
         ({"/commit/": 403}, "may not write to mig/x (403)"),
         ({"/api/repos/create": 500}, "failed (500)"),
         ({"/lfs/": 403}, "may not write to mig/x (403)"),
-        ({"/api/repos/create": 429}, "asks to slow down (429)"),
+        ({"/api/repos/create": 429}, "limits the rate of requests (429)"),
     ],
 )
 def test_refusals_are_one_sentence_each_and_nothing_is_lost(run, hub, fail, says, capsys):
@@ -278,7 +278,7 @@ def test_the_card_in_the_bases_folder_tells_its_licence(tmp_path):
     found = find_licence(str(tmp_path), "nogen/lille", None, lambda _: "mit")
     assert found.identifier == "llama3" and found.prefix == "Llama-3"
     (tmp_path / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")
-    with pytest.raises(UserError, match="no readable YAML"):
+    with pytest.raises(UserError, match="not valid YAML"):
         find_licence(str(tmp_path), "nogen/lille", None, lambda _: None)
 
 
@@ -292,9 +292,9 @@ def test_names_that_llama_licences_allow():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["{run}", "mig/x", "--license", "mit"], "say with --base-model"),
+        (["{run}", "mig/x", "--license", "mit"], "give its name on the hub with --base-model"),
         (["{run}", "mig/x", "--base-model", "nogen/lille"], "licence of the base"),
-        (["{run}", "a/b/c", *KNOWN], "no name for a repository"),
+        (["{run}", "a/b/c", *KNOWN], "not a valid repository name"),
         (["{run}/nowhere", "mig/x"], "no such folder"),
         (["{run}/eval", "mig/x"], "neither a run"),
         (["{run}/mntp", "mig/x", "--dry-run", "{run}", *KNOWN], "not empty"),

@@ -149,12 +149,12 @@ def test_overrides_come_last(load):
         (
             "extends: two.yaml\nname: a\n",
             {"two": "name: b\nextends: child.yaml\n"},
-            r"two\.yaml:2: extends 'child\.yaml' runs in a circle, .* \(.*child\.yaml:1\)$",
+            r"two\.yaml:2: extends 'child\.yaml' is circular: .* \(.*child\.yaml:1\)$",
         ),
         (
             "extends: two.yaml\nname: a\n",
             {"two": "name: b\n\nextends: three.yaml\n", "three": "extends: two.yaml\n"},
-            r"three\.yaml:1: extends 'two\.yaml' runs in a circle, .* \(.*two\.yaml:3\)$",
+            r"three\.yaml:1: extends 'two\.yaml' is circular: .* \(.*two\.yaml:3\)$",
         ),
         ("name: a\nextends: nope.yaml\n", {}, r"child\.yaml:2: extends 'nope\.yaml', .*/nope\.yaml\) nor one of .*llama3-8b-da"),
         ("extends: two.yaml\n", {"two": "\nextends: nope\n"}, r"two\.yaml:2: extends 'nope', which is neither a file \("),
@@ -164,7 +164,7 @@ def test_overrides_come_last(load):
         (CHILD + "stages:\n  mntp:\n    stepz: 4\n", {}, r"child\.yaml:5: unknown key 'stages\.mntp\.stepz'; did you"),
         (CHILD + "sede: 4\n", {}, r"child\.yaml:3: unknown key 'sede'; did you mean 'seed'"),
         (CHILD + "stages: {mntp: {steps: ten}}\n", {}, r"child\.yaml:3: stages\.mntp\.steps is a whole number"),
-        (CHILD + "stages:\n  simsce: null\n", {}, r"child\.yaml:4: there is no stage 'simsce' to remove; did you mean 'simcse'"),
+        (CHILD + "stages:\n  simsce: null\n", {}, r"child\.yaml:4: no stage 'simsce' to remove; did you mean 'simcse'"),
         (CHILD + "stages: {mntp: null}\n", {}, r"stage 'simcse': `from: mntp` names no stage"),
         (CHILD, {"parent": PARENT.replace("seed", "sede")}, r"parent\.yaml:3: unknown key 'sede'"),
         (CHILD, {"parent": "- a\n"}, r"parent\.yaml:1: a recipe is a mapping of keys; found a list"),
@@ -181,12 +181,12 @@ def test_a_mistake_is_one_sentence_with_its_file_and_line(load, child, files, se
 @pytest.mark.parametrize(
     ("line", "part"),
     [
-        ("tracking: {wandb: hf_abcdefghijklmnopqrstuvwxyz}", "holds a hub token"),
-        ("base: {model: 'https://me:secret@host/x'}", "holds a login in its address"),
-        ("token: abc", "token is no key of a recipe"),
-        ("out: ../../elsewhere", "leads out of the folder"),
-        ("zero: {config: ../ds.json}", "leads out of the folder"),
-        ("name: a/b", "name 'a/b' is to be the name of a folder"),
+        ("tracking: {wandb: hf_abcdefghijklmnopqrstuvwxyz}", "contains a hub token"),
+        ("base: {model: 'https://me:secret@host/x'}", "contains a login in its address"),
+        ("token: abc", "token is not a key of a recipe"),
+        ("out: ../../elsewhere", "leads out of the working directory"),
+        ("zero: {config: ../ds.json}", "leads out of the working directory"),
+        ("name: a/b", "name 'a/b' becomes the name of a folder"),
     ],
 )
 def test_what_no_recipe_may_hold_no_parent_may_either(load, line, part):

@@ -185,9 +185,9 @@ def test_map_of_a_file(tmp_path, run, write_jsonl, sentences):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["nowhere"], 1, "no run of l2v"),
-        (["{run}", "--map", "x.jsonl"], 2, "--map FILE and --label COLUMN go together"),
-        (["{run}", "--out", "page.pdf"], 2, "the page is a .html file"),
+        (["nowhere"], 1, "not a run of l2v"),
+        (["{run}", "--map", "x.jsonl"], 2, "--map FILE and --label COLUMN must be given together"),
+        (["{run}", "--out", "page.pdf"], 2, "the page must be a .html file"),
     ],
 )
 def test_mistakes_are_sentences(arguments, code, says, run, capsys):

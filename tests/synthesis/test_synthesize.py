@@ -20,7 +20,7 @@ from l2v.synthesis.journal import Answer, Journal
 from l2v.synthesis.wording import STYLES, query_of, question
 
 KEY = "sk-hemmelig-nogle-123"
-STYLE_OF = {style.told: name for name, style in STYLES.items()}
+STYLE_OF = {style.prompt: name for name, style in STYLES.items()}
 
 
 class Server:
@@ -115,7 +115,7 @@ def made(server, tmp_path, write_jsonl, sentences, capsys):
 def test_every_passage_gets_a_query_in_danish(made, server, tmp_path):
     rows, told = made("--filter", "none")
     assert [row["positive"] for row in rows] == made.passages
-    assert len(server.requests) == 12 and "12 pairs of 12 passages (1 passages stood twice)" in told
+    assert len(server.requests) == 12 and "12 pairs of 12 passages (1 duplicate passages)" in told
     assert "tokens: 1,200 read, 84 written" in told and not list(tmp_path.glob("*.work"))
     for text, style, body in server.requests:
         row = next(r for r in rows if r["positive"] == text)
@@ -263,8 +263,8 @@ def test_a_server_asks_for_time(server, monkeypatch):
     ("status", "part"),
     [
         (401, "refuses the key (401); set the environment variable OPENAI_API_KEY"),
-        (403, "refuses the key (403)"),
-        (404, "knows no model 'm', or has no chat completions there (404)"),
+        (403, "rejects the key (403)"),
+        (404, "unknown model 'm', or the URL has no chat completions (404)"),
     ],
 )
 def test_what_no_question_can_pass_stops_at_once(made, server, status, part):
@@ -275,7 +275,9 @@ def test_what_no_question_can_pass_stops_at_once(made, server, status, part):
 
 def test_a_server_that_is_not_there(made):
     _, told = made("--retries", 0, "--concurrency", 2, url="http://127.0.0.1:9/v1", expect=1)
-    assert re.search(r"127\.0\.0\.1:9/v1: [89] queries in a row failed \(the last by no connection\); what was", told)
+    assert re.search(
+        r"127\.0\.0\.1:9/v1: [89] queries in a row failed \(the last one: no connection\); the answers", told
+    )
 
 
 # a local model
@@ -292,7 +294,7 @@ def model_folder(folder, tokenizer, config) -> str:
 
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"])
 def test_a_model_of_transformers(tmp_path, bos_tokenizer_folder, tiny_config, sentences, write_jsonl, capsys, template):
-    """It stammers, as its weights are random; what it says is one line, the same each time, and goes on after a stop."""
+    """Its weights are random, but each answer is one line, the same each time, and it resumes after a stop."""
     from transformers import AutoTokenizer
 
     config = tiny_config | {"max_position_embeddings": 2048}
@@ -397,6 +399,6 @@ def test_a_model_that_is_not_there(tmp_path, sentences, write_jsonl, capsys):
     data = write_jsonl(tmp_path / "p.jsonl", [{"text": sentences[0]}])
     out = ["--out", str(tmp_path / "o.jsonl"), "--filter", "none"]
     assert cli.main(["data", "synthesize", data, "--model", str(tmp_path / "gone"), *out]) == 1
-    assert "gone: no tokenizer can be loaded from there" in capsys.readouterr().err
+    assert "gone: no tokenizer can be loaded" in capsys.readouterr().err
     assert cli.main(["data", "synthesize", "gone.jsonl", "--model", "x", *out]) == 1
-    assert "gone.jsonl: there is no such file" in capsys.readouterr().err
+    assert "gone.jsonl: file not found" in capsys.readouterr().err

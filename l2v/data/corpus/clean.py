@@ -11,9 +11,12 @@ _SPACE = re.compile(r"[^\S\n]+")
 
 
 def decode(data: bytes, encoding: str) -> tuple[str, bool]:
-    """Text of bytes, and whether they were Windows-1252 where UTF-8 was looked for. Errors: UnicodeDecodeError.
+    """Text of bytes, and whether they were Windows-1252 although UTF-8 was expected.
 
     `auto` reads what is not UTF-8 as Windows-1252, the other encoding that Danish text is found in.
+
+    Raises:
+        UnicodeDecodeError: if the bytes are not in the encoding.
     """
     if encoding != "auto":
         return data.decode(encoding), False
@@ -24,24 +27,24 @@ def decode(data: bytes, encoding: str) -> tuple[str, bool]:
 
 
 def mojibake(text: str) -> tuple[str, bool]:
-    """UTF-8 that was once read as Windows-1252 ("blÃ¥bÃ¦r"), read rightly; and whether it was."""
+    """UTF-8 that was once read as Windows-1252 ("blÃ¥bÃ¦r"), decoded correctly; and whether it was such text."""
     if not _MOJIBAKE.search(text):
         return text, False
     try:
         return text.encode("windows-1252").decode("utf-8"), True
     except UnicodeError:
-        return text, False  # a mixture, or a text about encodings: it stays as it is
+        return text, False  # a mixture, or a text about encodings: left unchanged
 
 
 def normal(text: str) -> str:
-    """NFC, one kind of space, no control characters, no soft hyphens; lines stay lines."""
+    """NFC, one kind of space, no control characters, no soft hyphens; line breaks are kept."""
     text = _CONTROL.sub("", unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")))
     lines = (_SPACE.sub(" ", line).strip() for line in text.split("\n"))
     return "\n".join(line for line in lines if line)
 
 
 def key(text: str) -> str:
-    """What two equal texts have in common: words in lower case, compatibility forms unified, no punctuation."""
+    """A key that is equal for equal texts: words in lower case, compatibility forms unified, no punctuation."""
     return " ".join(words(text))
 
 
@@ -49,5 +52,5 @@ _WORD = re.compile(r"\w+")
 
 
 def words(text: str) -> list[str]:
-    """Words of a text as duplicates and leaks are looked for: lower case, without punctuation."""
+    """Words of a text for the search of duplicates and leaks: lower case, without punctuation."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())

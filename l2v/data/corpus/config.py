@@ -26,12 +26,12 @@ FIELDS = (
     "instruction",
     "document_instruction",
 )
-"""What `columns` may name: a field of a row here, by the name of the column that it is read from."""
+"""Keys that `columns` may have: a field of a row; its value is the column that it is read from."""
 
 
 @dataclass
 class Input:
-    """A source of rows: where it is, what may be done with it, and what its columns are called."""
+    """A source of rows: its location, its licence, and the names of its columns."""
 
     path: str
     licence: str
@@ -56,13 +56,13 @@ class Input:
 
     @property
     def source(self) -> str:
-        """What a row's `source` says."""
+        """The value of a row's `source`."""
         return self.label or self.path.removeprefix("hub:")
 
 
 @dataclass
 class Sentences:
-    """Which sentences stay, in words."""
+    """Smallest and largest number of words of a sentence."""
 
     least: int = 5
     most: int = 100
@@ -70,7 +70,7 @@ class Sentences:
 
 @dataclass
 class Language:
-    """The language filter: `keep` one of them, told apart from `among`, by the first `characters` of a text.
+    """The language filter: keep texts in `keep`, detected among `among`, by the first `characters` of a text.
 
     A pair is judged by both its texts together, unless its source names several `languages`.
     """
@@ -83,7 +83,7 @@ class Language:
 
 @dataclass
 class Length:
-    """Least and most words; `text` of documents and sentences, `query` and `positive` of pairs."""
+    """Smallest and largest number of words; `text` of documents and sentences, `query` and `positive` of pairs."""
 
     text: tuple[int, int] = (5, 1_000_000)
     query: tuple[int, int] = (1, 1_000)
@@ -92,7 +92,7 @@ class Length:
 
 @dataclass
 class Near:
-    """Near-duplicates by MinHash (Broder 1997): rows whose sets of `words`-grams are alike by at least `threshold`."""
+    """Near-duplicates by MinHash (Broder 1997): rows whose `words`-grams have a Jaccard similarity of at least `threshold`."""
 
     threshold: float = 0.8
     permutations: int = 128
@@ -101,7 +101,7 @@ class Near:
 
 @dataclass
 class Held:
-    """Evaluation texts that no row may hold: a file, hub:NAME, or mteb:TASK; `columns` null takes every text in it."""
+    """Evaluation texts that no row may contain: a file, hub:NAME, or mteb:TASK; with `columns: null` every text in it counts."""
 
     path: str
     columns: list[str] | None = None
@@ -112,7 +112,7 @@ class Held:
 
 @dataclass
 class Decontaminate:
-    """A row is a leak if it is an evaluation text, holds a whole one of `least` words, or shares `ngram` words in a row."""
+    """A row is a leak if it is an evaluation text, contains a whole one of `least` words, or shares `ngram` consecutive words."""
 
     sources: list[Held] = field(default_factory=list)
     ngram: int = 13
@@ -121,7 +121,7 @@ class Decontaminate:
 
 @dataclass
 class Build:
-    """All of a build."""
+    """The configuration of a build."""
 
     name: str
     kind: Kind
@@ -142,7 +142,7 @@ class Build:
     shard: int = 100_000
 
     def split_names(self) -> list[str]:
-        """Splits by share, then those that only sources name with `into`."""
+        """Splits with a share, then those that only appear as a source's `into`."""
         return list(dict.fromkeys([*self.splits, *(s.into for s in self.sources if s.into)]))
 
 
@@ -154,7 +154,8 @@ def config_folder() -> Path:
 def load_config(name: str, overrides: Sequence[str] = ()) -> Build:
     """Read, override (`dotted.key=value`, an item of a list by its number) and validate.
 
-    Errors: RecipeError with file and line, or the override, and the nearest valid key.
+    Raises:
+        RecipeError: with file and line, or the override, and the nearest valid key.
     """
     path = find_shipped(name, config_folder(), "data configuration")
     tree = read_tree(path)
@@ -193,7 +194,7 @@ def _need(condition: bool, sentence: str) -> None:
 
 
 def check(config: Build, where: str) -> Build:
-    """Refuse what no single field rules out. `where` names the file in the message."""
+    """Check rules that span several fields. `where` names the file in the message."""
     _need(config.name.replace("-", "").replace("_", "").isalnum(), f"{where}: name: use letters, digits, - and _")
     _need(bool(config.sources), f"{where}: `sources` is empty; name at least one")
     shares = config.splits
@@ -210,17 +211,18 @@ def check(config: Build, where: str) -> Build:
     for i, source in enumerate(config.sources):
         at = f"{where}: sources[{i}]"
         _need(
-            source.source not in labels, f"{at}: the label '{source.source}' was used before; give each source its own"
+            source.source not in labels,
+            f"{at}: the label '{source.source}' was used before; give each source its own label",
         )
         labels.add(source.source)
         for key in source.columns:
-            _need(key in FIELDS, f"{at}: columns.{key} is no field of a row; choose among {', '.join(FIELDS)}")
+            _need(key in FIELDS, f"{at}: columns.{key} is not a field of a row; choose among {', '.join(FIELDS)}")
         _need(
             all(isinstance(v, str) for v in source.columns.values()),
             f"{at}: columns maps a field to the name of a column, for example {{text: tekst}}",
         )
         debian = source.format == "debian"
-        _need(debian or not (source.packages or source.english), f"{at}: packages and english go with format: debian")
+        _need(debian or not (source.packages or source.english), f"{at}: packages and english need format: debian")
         _need(
             not debian or source.take == "description" or (bool(source.english) and config.kind == "pairs"),
             f"{at}: take: translation needs kind: pairs and `english`, Debian's Translation-en of the same packages",
@@ -244,7 +246,9 @@ def check(config: Build, where: str) -> Build:
 
         named = [*language.keep, *language.among, *(c for s in config.sources for c in s.languages or ())]
         for code in named:
-            _need(code in CODES, f"{where}: there is no language '{code}' in the filter; it knows {', '.join(CODES)}")
+            _need(
+                code in CODES, f"{where}: the language filter does not support '{code}'; it supports {', '.join(CODES)}"
+            )
         _need(bool(language.keep), f"{where}: language.keep is empty; `language: null` turns the filter off")
         _need(language.characters >= 20, f"{where}: language.characters must be at least 20")
     return config

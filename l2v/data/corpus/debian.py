@@ -1,7 +1,7 @@
 """Debian's package descriptions: Translation-da stanzas, joined with a Packages index and Translation-en.
 
-Formats: deb-control(5) paragraphs; a description's first line is its title, " ." stands for an empty line, and lines
-that begin with two spaces are lists or shown as they are (Debian Policy 5.6.13).
+Formats: deb-control(5) paragraphs; a description's first line is its title, " ." means an empty line, and lines
+that begin with two spaces are lists or preformatted (Debian Policy 5.6.13).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ _FIELD = re.compile(r"^([!-9;-~]+):[ \t]*(.*)$")
 
 
 def stanza(text: str) -> dict[str, str]:
-    """A paragraph's fields by lower-case name; a continuation line keeps its text behind the first space.
+    """A paragraph's fields by lower-case name; a continuation line keeps its text after the first space.
 
-    Errors: ValueError where a line is neither a field nor a continuation.
+    Raises:
+        ValueError: where a line is neither a field nor a continuation.
     """
     fields: dict[str, str] = {}
     name = ""
@@ -48,7 +49,7 @@ def description(value: str) -> tuple[str, list[str]]:
 
 @dataclass(frozen=True)
 class Package:
-    """What an index says of a package: its source package, its section, and its English description."""
+    """A package's entry in an index: its source package, its section, and its English description."""
 
     source: str
     section: str
@@ -58,7 +59,7 @@ class Package:
 class Index:
     """Packages by name, from Packages files and, for English texts, Translation-en files.
 
-    Memory grows with the distribution (about 65,000 packages), not with what is built.
+    Memory grows with the distribution (about 65,000 packages), not with the data set.
     """
 
     def __init__(self, packages: Sequence[str], english: Sequence[str], folder: str | None) -> None:
@@ -83,10 +84,14 @@ class Index:
                 try:
                     yield stanza(payload.decode("utf-8", "replace"))
                 except ValueError:
-                    continue  # one stanza of an index; its package goes without a label
+                    continue  # a malformed stanza of an index: its package gets no label
 
     def row(self, fields: dict[str, str], take: str, kind: str) -> dict[str, str]:
-        """The columns of a Translation-da stanza for `take` and `kind`. Errors: KeyError for a field that is absent."""
+        """The columns of a Translation-da stanza for `take` and `kind`.
+
+        Raises:
+            KeyError: for a field that is absent.
+        """
         name = fields["package"]
         title, paragraphs = description(fields["description-da"])
         known = self.known.get(name)

@@ -1,7 +1,7 @@
-"""Duplicates among all rows, in memory that does not grow with them: flat files, sorted a slice at a time.
+"""Duplicates among all rows, in constant memory: flat files, sorted a slice at a time.
 
-Row numbers follow the order of the data. Of rows with equal words the first stays. Rows that meet in a band of their MinHash
-signatures are compared by their shingles themselves, and one that is alike to an earlier, kept row by `threshold` goes.
+Row numbers follow the order of the data. Of rows with equal words the first is kept. Rows that share a band of their MinHash
+signatures are compared by their shingles, and a row with a similarity of `threshold` to an earlier, kept row is dropped.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import numpy as np
 from l2v.data.corpus.chunk import read_hashes
 from l2v.data.corpus.config import Build, Near
 from l2v.data.corpus.near import bands, jaccard
+from l2v.files import replace_text
 
 KEPT, EXACT, NEAR = 0, 1, 2
 SLICE = 1 << 20
-"""Rows that are read, or sorted, at a time."""
+"""Rows read or sorted at a time."""
 ROUNDS = 32
-"""How many rows of one bucket the others of it are compared with."""
+"""Number of rows of a bucket that the others in it are compared with."""
 FATES = {EXACT: "duplicate", NEAR: "near-duplicate"}
 
 
@@ -52,8 +53,11 @@ class Rows:
             yield first, min(SLICE, self.count - first)
 
 
-def gather(chunks: Sequence[Path], config: Build, folder: Path, tell: Callable[[int], None]) -> Rows:
-    """Write the hashes of all chunks as flat files; the folder appears whole, by a rename."""
+def gather(chunks: Sequence[Path], config: Build, folder: Path, advance: Callable[[int], None]) -> Rows:
+    """Write the hashes of all chunks as flat files, into a folder that is renamed when it is complete.
+
+    advance: called with the number of chunks that were added.
+    """
     count = bands(config.near.threshold, config.near.permutations)[0] if config.near else 0
     if not folder.is_dir():
         temporary = folder.with_suffix(".tmp")
@@ -75,35 +79,34 @@ def gather(chunks: Sequence[Path], config: Build, folder: Path, tell: Callable[[
                 offset = int(ends[-1]) if len(ends) else offset
                 files["shingles"].write(b"".join(hashes.shingles))
                 starts.append(starts[-1] + len(hashes.exact))
-                tell(1)
+                advance(1)
         np.save(temporary / "starts.npy", np.array(starts, np.int64))
         os.replace(temporary, folder)
     return Rows(folder, np.load(folder / "starts.npy", allow_pickle=False))
 
 
-def find(rows: Rows, config: Build, tell: Callable[[int], None]) -> tuple[np.ndarray, list[list[int]]]:
+def find(rows: Rows, config: Build, advance: Callable[[int], None]) -> tuple[np.ndarray, list[list[int]]]:
     """The fate of every row (KEPT, EXACT, NEAR; a uint8 file in memory-mapped form) and examples [row, the earlier one].
 
-    A finished answer is kept beside the rows; an interrupted one starts over, for it takes seconds a million rows.
+    advance: called after each pass. A finished result is kept next to the rows; an interrupted one starts from scratch, since it
+    takes seconds per million rows.
     """
-    path, told = rows.folder / "fate", rows.folder / "examples.json"
-    if not told.is_file():
+    path, done = rows.folder / "fate", rows.folder / "examples.json"
+    if not done.is_file():
         np.zeros(rows.count, np.uint8).tofile(path)
         fate = _map(path, rows.count)
         examples: list[list[int]] = []
         if config.exact:
             _exact(rows, fate, examples)
-        tell(1)
+        advance(1)
         if config.near:
             for band in range(bands(config.near.threshold, config.near.permutations)[0]):
                 _near(rows, fate, f"band-{band:03d}", config.near, examples)
-                tell(1)
+                advance(1)
         if isinstance(fate, np.memmap):
             fate.flush()
-        temporary = told.with_suffix(".tmp")
-        temporary.write_text(json.dumps(examples), encoding="utf-8")
-        os.replace(temporary, told)
-    return _map(path, rows.count), json.loads(told.read_text(encoding="utf-8"))
+        replace_text(done, json.dumps(examples))
+    return _map(path, rows.count), json.loads(done.read_text(encoding="utf-8"))
 
 
 def _map(path: Path, count: int) -> np.ndarray:
@@ -111,7 +114,7 @@ def _map(path: Path, count: int) -> np.ndarray:
 
 
 def _alike(rows: Rows, name: str, fate: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Kept rows whose hash another kept row has: (run numbers, row numbers), both int64, by run and then by row."""
+    """Kept rows that share a hash with another kept row: (run numbers, row numbers), both int64, by run and then by row."""
     parts = -(-rows.count // SLICE)
     for part in range(parts):
         hashes, numbers = [], []
@@ -187,7 +190,7 @@ def _drop(fate: np.ndarray, why: int, gone: np.ndarray, stays: np.ndarray, examp
 
 
 def kept_by_chunk(rows: Rows, fate: np.ndarray, splits: int) -> np.ndarray:
-    """How many rows of each split stay in each chunk: int64 [chunks, splits]."""
+    """Number of kept rows of each split in each chunk: int64 [chunks, splits]."""
     out = np.zeros((len(rows.starts) - 1, splits), np.int64)
     for chunk, (first, end) in enumerate(zip(rows.starts[:-1], rows.starts[1:], strict=True)):
         split = rows.read("split", np.uint8, int(first), int(end - first))
@@ -202,7 +205,7 @@ def fates(rows: Rows, fate: np.ndarray, chunk: int) -> tuple[np.ndarray, np.ndar
 
 
 def describe(near: Near | None) -> dict[str, Any] | None:
-    """What the search for near-duplicates is made of, for the report."""
+    """The settings of the near-duplicate search, for the report."""
     if near is None:
         return None
     count, width = bands(near.threshold, near.permutations)

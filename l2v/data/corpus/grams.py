@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 import xxhash
 
-STEP = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no position is lost modulo 2**64
+GRAM_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it modulo 2**64 loses nothing
 
 
 @lru_cache(maxsize=1 << 16)
@@ -17,7 +17,7 @@ def _word(word: str) -> int:
 
 
 def text_hash(text: str) -> int:
-    """64 bits of a text; of a billion different texts, one pair collides in 37 corpora out of 1,000."""
+    """A 64-bit hash of a text; with a billion different texts, the chance of one colliding pair is about 2.7%."""
     return xxhash.xxh3_64_intdigest(text.encode())
 
 
@@ -33,7 +33,7 @@ def gram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
         return np.empty(0, np.uint64)
     out = hashes[:count].copy()
     for i in range(1, n):
-        out *= STEP
+        out *= GRAM_MULTIPLIER
         out += hashes[i : i + count]
     return mix(out)
 

@@ -1,9 +1,9 @@
-"""The language filter: py3langid, whose model travels in its wheel and is no pickle.
+"""The language filter: py3langid, whose model comes in its wheel and is not a pickle.
 
-Chosen by sentences labelled by hand and the bitext of the Danish sample (`tests/data/test_build_language.py`, which holds it to
-these numbers): Danish told from Bokmål, Nynorsk, Swedish, English and German it keeps 131 of 135 Danish sentences and none
+Chosen by sentences labelled by hand and the bitext of the Danish sample (`tests/data/test_build_language.py`, which asserts these
+numbers): with Bokmål, Nynorsk, Swedish, English and German as the alternatives it keeps 131 of 135 Danish sentences and none
 of 20 in Bokmål, 65 in Swedish and 60 in English. lingua keeps 134 and 2 of those in Bokmål, at half the speed and thirty times
-the size, and refuses ten times as many technical texts full of English names.
+the size, and rejects ten times as many technical texts full of English names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CODES = (
     "ru",
     "tr",
 )
-"""Languages that the filter may be asked for; `no` is Bokmål."""
+"""Languages that the filter supports; `no` is Bokmål."""
 
 
 @cache
@@ -51,14 +51,14 @@ def _identifier(codes: tuple[str, ...]):
 
 
 class Detector:
-    """Names the language of a text, or None where it is too short to tell."""
+    """Detects the language of a text, or None if it is too short."""
 
     def __init__(self, settings: Language, also: Iterable[str] = ()) -> None:
         self.settings = settings
         self.codes = tuple(sorted({*settings.keep, *settings.among, *also}))
 
     def of(self, text: str) -> str | None:
-        """The code of the likeliest language; None for fewer than `short` characters."""
+        """The code of the most likely language; None for fewer than `short` characters."""
         if len(text) < self.settings.short:
             return None
         return _identifier(self.codes).classify(text[: self.settings.characters])[0]

@@ -1,14 +1,13 @@
-"""Decontamination: evaluation texts as hashes on disk, and whether a row holds one of them.
+"""Decontamination: evaluation texts as hashes on disk, and whether a row contains one of them.
 
-Three ways to be a leak: the row's words are an evaluation text's words; it holds a whole evaluation text of at least `least`
-words; it shares `ngram` words in a row with one (Brown et al. 2020, arXiv 2005.14165, appendix C, takes 13). Words are
+A row is a leak in three cases: its words equal those of an evaluation text; it contains a whole evaluation text of at least
+`least` words; it shares `ngram` consecutive words with one (Brown et al. 2020, arXiv 2005.14165, appendix C, takes 13). Words are
 compared in lower case, without punctuation. The hashes are sorted arrays that workers map into memory and share.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,13 +18,14 @@ import numpy as np
 from l2v.data.corpus import clean
 from l2v.data.corpus.config import Decontaminate, Held, Input
 from l2v.data.corpus.grams import gram_hashes, text_hash, word_hashes
-from l2v.data.corpus.readers import Reader, first_line, format_of
+from l2v.data.corpus.readers import Reader, format_of
 from l2v.data.text import parse
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
+from l2v.files import replace_text
 
 
 class Leaks:
-    """The evaluation texts of a folder that `prepare` wrote."""
+    """The evaluation texts in a folder that `prepare` wrote."""
 
     def __init__(self, folder: Path, settings: Decontaminate) -> None:
         self.ngram = settings.ngram
@@ -33,7 +33,7 @@ class Leaks:
         self.grams = {int(p.stem.split("-")[1]): _mapped(p) for p in sorted(folder.glob("grams-*.npy"))}
 
     def kind(self, words: list[str], hashes: np.ndarray) -> str | None:
-        """`exact` or `n-gram` if a text of these words, with their `word_hashes`, is a leak, else None."""
+        """`exact` or `n-gram` if a text with these words and `word_hashes` is a leak, else None."""
         if not words or not len(self.exact):
             return None
         if _holds(self.exact, np.array([text_hash(" ".join(words))], np.uint64)):
@@ -59,9 +59,9 @@ def _holds(known: np.ndarray, asked: np.ndarray) -> bool:
 
 
 def prepare(settings: Decontaminate, folder: Path, base: str | None) -> list[dict[str, Any]]:
-    """Write the hashes of all evaluation texts to `folder`; what each set held, or the sentence why it could not be read.
+    """Write the hashes of all evaluation texts to `folder`. Returns an entry for each set: its texts, or why it was not read.
 
-    The folder appears at once or not at all. Errors: none for a set that cannot be read, for the others still count.
+    sets.json is written last and marks the folder as complete. A set that cannot be read does not raise: the others still count.
     """
     if (folder / "sets.json").is_file():
         return json.loads((folder / "sets.json").read_text(encoding="utf-8"))
@@ -88,9 +88,7 @@ def prepare(settings: Decontaminate, folder: Path, base: str | None) -> list[dic
     _save(folder / "exact.npy", exact)
     for length, values in grams.items():
         _save(folder / f"grams-{length:02d}.npy", values)
-    temporary = folder / "sets.json.tmp"
-    temporary.write_text(json.dumps(sets, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, folder / "sets.json")
+    replace_text(folder / "sets.json", json.dumps(sets, ensure_ascii=False))
     return sets
 
 

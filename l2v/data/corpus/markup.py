@@ -11,7 +11,7 @@ END_MATTER = frozenset(
     ("referencer", "noter", "kilder", "fodnoter", "litteratur", "eksterne henvisninger", "eksterne links", "ekstern henvisning",
      "se også", "henvisninger", "kildehenvisninger", "galleri", "noter og referencer", "kilder og henvisninger")
 )  # fmt: skip
-"""Sections that hold lists of sources and links, never prose (Danish Wikipedia's usual heads)."""
+"""Headings of sections with sources and links but no prose, as Danish Wikipedia names them."""
 DROPPED_TAGS = frozenset(
     ("ref", "references", "table", "gallery", "math", "timeline", "score", "imagemap", "syntaxhighlight", "source", "pre",
      "code", "chem", "hiero", "mapframe", "graph", "templatestyles", "section")
@@ -26,7 +26,7 @@ _INTERWIKI = re.compile(r"^[a-z]{2,3}(-[a-z]+)?:")
 def wikitext(text: str) -> list[str]:
     """Paragraphs of prose: no templates, tables, references, files, categories, lists, headings or magic words.
 
-    A link becomes its text. Sections of references and links (`END_MATTER`) go with everything below them.
+    A link becomes its text. Sections of references and links (`END_MATTER`) are dropped with everything below them.
     """
     try:
         import mwparserfromhell
@@ -65,7 +65,7 @@ def _strip(section) -> str:
             if tag == "br":
                 out.append(" ")
             elif node.wiki_markup in ("*", "#", ":", ";"):
-                out.append(node.wiki_markup)  # _paragraphs knows a list by it
+                out.append(node.wiki_markup)  # _paragraphs recognises a list by it
             elif tag not in DROPPED_TAGS and node.contents is not None:
                 out.append(_strip(node.contents))
     return "".join(out)
@@ -82,7 +82,7 @@ def _link(node) -> str:
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Runs of lines between blank ones, joined; lines of lists and leftovers of tables are left out."""
+    """Runs of lines between blank lines, joined; list items and remains of tables are skipped."""
     out, lines = [], []
     for line in [*text.split("\n"), ""]:
         line = line.strip()
@@ -98,7 +98,7 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def wiki40b(text: str) -> list[str]:
-    """Paragraphs of a wiki40b text (Guo et al. 2020): article titles and section heads out, `_NEWLINE_` splits."""
+    """Paragraphs of a wiki40b text (Guo et al. 2020): article titles and section headings are dropped, `_NEWLINE_` splits."""
     if "_START_" not in text:
         return _plain(text)
     out, head = [], False
@@ -116,7 +116,7 @@ def wiki40b(text: str) -> list[str]:
 
 
 def wiki40b_title(text: str) -> str | None:
-    """The title behind `_START_ARTICLE_`, if there is one."""
+    """The title after `_START_ARTICLE_`, if there is one."""
     match = re.search(r"_START_ARTICLE_\s*\n\s*(.+)", text)
     return match.group(1).strip() if match else None
 

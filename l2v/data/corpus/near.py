@@ -7,11 +7,11 @@ from functools import cache
 import numpy as np
 
 from l2v.data.corpus.config import Near
-from l2v.data.corpus.grams import STEP, gram_hashes, mix
+from l2v.data.corpus.grams import GRAM_MULTIPLIER, gram_hashes, mix
 from l2v.errors import UserError
 
 RECALL = 0.99
-"""How much a missed pair weighs against a needless comparison when bands are chosen: candidates are compared anyway."""
+"""Weight of a missed pair against a needless comparison in the choice of bands; candidates are compared exactly anyway."""
 
 
 def _datasketch():
@@ -23,7 +23,7 @@ def _datasketch():
 
 
 class Signer:
-    """What near-duplicates are found by: bands of a MinHash signature, and the shingles that candidates are compared by."""
+    """Computes what the near-duplicate search needs: bands of a MinHash signature, and shingles to compare candidates."""
 
     def __init__(self, settings: Near) -> None:
         self.words = settings.words
@@ -33,7 +33,7 @@ class Signer:
     def __call__(self, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Word hashes uint64 [words] -> band hashes uint64 [bands], and shingles uint32 [shingles], ascending.
 
-        A shingle is a run of `words` words; of a shorter text, the whole of it.
+        A shingle is a run of `words` words; a shorter text is one shingle.
         """
         hashes = gram_hashes(words, min(self.words, max(1, len(words))))
         shingles = np.unique((hashes >> np.uint64(32)).astype(np.uint32))
@@ -43,13 +43,13 @@ class Signer:
         values = self.minhash.hashvalues[: self.count * self.width].astype(np.uint64).reshape(self.count, self.width)
         out = np.zeros(self.count, np.uint64)
         for column in values.T:
-            out *= STEP
+            out *= GRAM_MULTIPLIER
             out += column + np.uint64(1)
         return mix(out), shingles
 
 
 def jaccard(one: np.ndarray, two: np.ndarray) -> float:
-    """Shared shingles as a share of all; both ascending, without repeats."""
+    """Jaccard similarity: shared shingles as a share of all. Both arrays are ascending, without repeats."""
     if not len(one) or not len(two):
         return float(len(one) == len(two))
     shared = len(np.intersect1d(one, two, assume_unique=True))
@@ -58,12 +58,12 @@ def jaccard(one: np.ndarray, two: np.ndarray) -> float:
 
 @cache
 def bands(threshold: float, permutations: int) -> tuple[int, int]:
-    """Bands and rows a band that suit a threshold: datasketch's optimum with missed pairs weighing `RECALL`."""
+    """Bands and rows per band for a threshold: datasketch's optimum with missed pairs weighted by `RECALL`."""
     lsh = _datasketch().MinHashLSH(threshold=threshold, num_perm=permutations, weights=(1 - RECALL, RECALL))
     return lsh.b, lsh.r
 
 
 def found_share(similarity: float, settings: Near) -> float:
-    """The share of pairs of that Jaccard similarity that meet in at least one band: 1 - (1 - s^r)^b."""
+    """The share of pairs of that Jaccard similarity that share at least one band: 1 - (1 - s^r)^b."""
     count, width = bands(settings.threshold, settings.permutations)
     return 1 - (1 - similarity**width) ** count

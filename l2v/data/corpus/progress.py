@@ -1,4 +1,4 @@
-"""A bar with rate and time left, or a line every ten seconds where nobody watches a terminal."""
+"""A bar with rate and time left, or a line every ten seconds if stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 class Bar:
-    """Counts `unit`s; where their number is not known, the share of the bytes that was read tells the time left."""
+    """Counts `unit`s; if their total is unknown, the time left is estimated from the share of the bytes read."""
 
     def __init__(self, name: str, total: int | None, unit: str) -> None:
         live = sys.stderr.isatty()
@@ -26,21 +26,21 @@ class Bar:
         self.bar.close()
 
     def add(self, count: int) -> None:
-        """So many more are done."""
+        """Advance by `count`."""
         self.bar.update(count)
 
     def skip(self, count: int) -> None:
-        """So many were done by an earlier run."""
+        """Count units that an earlier run finished."""
         self.bar.initial += count
         self.bar.n += count
 
     def reading(self, count: int, source: tuple[int, int], share: float | None) -> None:
-        """So many more, out of source `source[0]` of `source[1]`, of which `share` is read."""
+        """Advance by `count` units of source number `source[0]` of `source[1]`, of which `share` has been read."""
         if share is not None:
             done = (source[0] + share) / source[1]
             self.bar.total = max(self.bar.n + count, round((self.bar.n + count) / max(done, 1e-6)))
         self.bar.update(count)
 
-    def note(self, text: str) -> None:
-        """A line above the bar."""
+    def log(self, text: str) -> None:
+        """Print a line above the bar."""
         self.bar.write(text, file=sys.stderr)

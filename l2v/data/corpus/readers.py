@@ -1,7 +1,7 @@
-"""Raw records of a source, in order: lines, rows, pages, stanzas. What they hold is read by the workers.
+"""Raw records of a source, in order: lines, rows, pages, stanzas. The workers parse them.
 
 A record is (where, payload): `where` names it in messages ("file, line 7"), the payload is bytes, text or a mapping of
-columns. Nothing is held but the record in hand, so that a source may be larger than memory.
+columns. Only the current record is in memory, so a source may be larger than memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from xml.etree import ElementTree
 
 from l2v.data.corpus.config import Format, Input
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 
 Record = tuple[str, bytes | str | dict[str, Any]]
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -33,7 +33,11 @@ WIDE = (b"\xff\xfe", b"\xfe\xff")
 
 
 def find_files(path: str, folder: str | None, formats: str = "") -> list[Path]:
-    """The files of a path: a file, a glob, or a folder of Parquet or JSONL files; sorted. Errors: UserError if none."""
+    """The files of a path: a file, a glob, or a folder of Parquet or JSONL files; sorted.
+
+    Raises:
+        UserError: if there are none.
+    """
     full = Path(folder or ".").expanduser() / Path(path).expanduser()
     if full.is_file():
         return [full]
@@ -45,12 +49,12 @@ def find_files(path: str, folder: str | None, formats: str = "") -> list[Path]:
     found = sorted(Path(p) for p in glob.glob(str(full)) if Path(p).is_file())
     if not found:
         hint = "" if folder else "; is `folder` set?" if not Path(path).is_absolute() else ""
-        raise UserError(f"{path}: there is no such file{hint}")
+        raise UserError(f"{path}: file not found{hint}")
     return found
 
 
 def format_of(source: Input, file: Path) -> Format:
-    """The format that a source names, or what the file's name says."""
+    """The format that a source names, or that of the file name."""
     if source.format != "auto":
         return source.format
     name = file.with_suffix("") if file.suffix in OPENERS else file
@@ -61,7 +65,11 @@ def format_of(source: Input, file: Path) -> Format:
 
 
 def resolve(source: Input, folder: str | None) -> Input:
-    """The source with its format, or its Hub revision, looked up. Errors: UserError if it is not there."""
+    """The source with its format, or its Hub revision, looked up.
+
+    Raises:
+        UserError: if it does not exist.
+    """
     if not source.path.startswith("hub:"):
         return replace(source, format=format_of(source, find_files(source.path, folder)[0]))
     name = source.path.removeprefix("hub:")
@@ -69,19 +77,14 @@ def resolve(source: Input, folder: str | None) -> Input:
         return source
     import huggingface_hub
 
-    try:  # a restart must read the same rows, whatever was pushed in between
+    try:  # a restart must read the same rows, even after a push to the hub
         return replace(source, revision=huggingface_hub.HfApi().dataset_info(name).sha)
     except Exception as error:  # the hub library raises what its transports raise
         raise UserError(f"{source.path}: the Hub data set cannot be loaded: {first_line(error)}") from None
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 class Reader:
-    """The records of one source; `progress` says how much of it has been read, from 0 to 1, or None."""
+    """The records of one source; `progress` is the share that has been read, from 0 to 1, or None."""
 
     def __init__(self, source: Input, folder: str | None) -> None:
         self.source = source
@@ -92,7 +95,7 @@ class Reader:
         self._at, self._rows, self._total = 0, 0, None
 
     def stamp(self) -> list[list[Any]]:
-        """What tells edited files from the old ones: names, sizes and times."""
+        """Names, sizes and times of the files, to detect edits."""
         return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self.files]
 
     def progress(self) -> float | None:
@@ -118,11 +121,11 @@ class Reader:
             try:
                 yield from getattr(self, f"_{how}")(file, shown)
             except BROKEN as error:
-                raise UserError(f"{shown}: cannot be read to its end: {error}") from None
+                raise UserError(f"{shown}: cannot be read to the end: {error}") from None
 
     @contextlib.contextmanager
     def _open(self, file: Path) -> Iterator[BinaryIO]:
-        """Decompressed bytes, the raw file remembered for `progress`."""
+        """Decompressed bytes; keeps the raw file for `progress`."""
         with open(file, "rb") as raw:
             self._raw = raw
             if file.suffix in OPENERS:
@@ -148,7 +151,7 @@ class Reader:
     _text = _jsonl
 
     def _csv(self, file: Path, shown: str) -> Iterator[Record]:
-        # A byte that is not UTF-8 travels as a surrogate, so that the workers can read the row in its own encoding.
+        # A byte that is not UTF-8 becomes a surrogate, so that the workers can decode the row in its own encoding.
         comma = "\t" if ".tsv" in file.suffixes else ","
         lines = (line.decode("utf-8", "surrogateescape") for _, line in self._lines(file, shown))
         rows = csv.DictReader(lines, delimiter=comma)
@@ -172,7 +175,7 @@ class Reader:
                     number += 1
                     yield f"{shown}, row {number}", row
         except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
-            raise UserError(f"{shown}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{shown}: not a readable Parquet file: {first_line(error)}") from None
 
     def _mediawiki(self, file: Path, shown: str) -> Iterator[Record]:
         with self._open(file) as stream:
@@ -222,7 +225,7 @@ FIELD_NAMES = (
 def pages(stream: BinaryIO, shown: str) -> Iterator[Record]:
     """Pages of a MediaWiki XML dump (export schema 0.10 and 0.11) one by one: title, namespace, redirect, wikitext.
 
-    Each element is cleared once it is read, so that a dump of any size takes the memory of its largest page.
+    Each element is cleared once it is read, so memory is bounded by the largest page.
     """
     root: ElementTree.Element | None = None
     page: dict[str, Any] = {}
@@ -236,7 +239,7 @@ def pages(stream: BinaryIO, shown: str) -> Iterator[Record]:
             page[tag] = element.text or ""
         elif tag == "redirect":
             page["redirect"] = element.get("title", "")
-        elif tag == "id" and "id" not in page:  # the page's own stands before those of its revision
+        elif tag == "id" and "id" not in page:  # the page's id comes before that of its revision
             page["id"] = element.text or ""
         elif tag == "page":
             number += 1

@@ -1,4 +1,4 @@
-"""A raw record to rows: parse, find the columns, take markup away, clean."""
+"""A raw record to rows: parse, find the columns, remove markup, clean."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 class Dropped(Exception):
-    """This record gives no row: the reason, and a sentence or the text for the report."""
+    """Raised for a record that gives no row: the reason, and a sentence or the text for the report."""
 
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(reason)
@@ -25,7 +25,7 @@ class Dropped(Exception):
 
 
 class Parser:
-    """Rows of a source's records. Pure: what a record gives depends on nothing but the record."""
+    """Rows of a source's records. Pure: the rows depend on the record alone."""
 
     def __init__(self, config: Build, source: Input) -> None:
         self.config, self.source = config, source
@@ -35,7 +35,7 @@ class Parser:
             self.index = Index(source.packages, source.english, config.folder)
 
     def rows(self, number: int, where: str, payload: Any, tally: Tally) -> Iterator[Row]:
-        """The rows of the record with that number in its source; what is dropped or mended is told to `tally`."""
+        """The rows of the record with that number in its source; `tally` counts what is dropped or repaired."""
         tally.records += 1
         try:
             columns = self._columns(where, payload, tally)
@@ -56,15 +56,15 @@ class Parser:
         if isinstance(payload, dict):
             if None in payload:
                 raise Dropped("malformed", f"{where}: more fields than the header names")
-            values = {k: self._mended(v, where, tally) if isinstance(v, str) else v for k, v in payload.items()}
+            values = {k: self._repaired(v, where, tally) if isinstance(v, str) else v for k, v in payload.items()}
             return self._page(values) if source.format == "mediawiki" else values
         text = self._decoded(payload, where, tally)
         if self.index is not None:
             try:
                 return self.index.row(stanza(text), source.take, self.config.kind)
             except (KeyError, ValueError) as error:
-                said = f"the field {error} is absent" if isinstance(error, KeyError) else str(error)
-                raise Dropped("malformed", f"{where}: {said}") from None
+                reason = f"the field {error} is absent" if isinstance(error, KeyError) else str(error)
+                raise Dropped("malformed", f"{where}: {reason}") from None
         if source.format == "jsonl":
             try:
                 return parse(text, where)
@@ -91,7 +91,7 @@ class Parser:
             tally.change("re-decoded", where, text)
         return text
 
-    def _mended(self, text: str, where: str, tally: Tally) -> str:
+    def _repaired(self, text: str, where: str, tally: Tally) -> str:
         try:
             data = text.encode("utf-8", "surrogateescape")  # bytes of a CSV file that were not UTF-8
         except UnicodeEncodeError:
@@ -113,7 +113,7 @@ class Parser:
             "section": self._value(columns, "section") or "",
         }
         group = self._value(columns, "group")
-        # a group that is named holds over sources: the same package in two files stays on one side of a split
+        # a named group spans sources: the same package in two files goes to the same split
         row["group"] = group or (f"{source.source}/{document}" if document else row["document"])
         for key in wanted:
             value = self._value(columns, key)
@@ -145,8 +145,8 @@ class Parser:
         return value
 
     def _clean(self, value: str, where: str, tally: Tally) -> str:
-        text, mended = clean.mojibake(value)
-        if mended:
+        text, repaired = clean.mojibake(value)
+        if repaired:
             tally.change("mojibake", where, text)
         how = "wikitext" if self.source.format == "mediawiki" else self.source.markup
         if how != "plain":
@@ -156,7 +156,7 @@ class Parser:
             done = clean.normal(text)
         if self.pairs:
             done = " ".join(done.split("\n"))
-        if done != value and not mended:
+        if done != value and not repaired:
             tally.change("cleaned", where, done)
         return done
 

@@ -1,9 +1,8 @@
-"""What a build did: report.json, report.md and the data-set card; the same bytes however it was interrupted."""
+"""What a build did: report.json, report.md and the data-set card; interruptions do not change a byte."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +15,13 @@ from l2v.data.corpus import card, duplicates, shards
 from l2v.data.corpus.chunk import read_tally
 from l2v.data.corpus.config import Build
 from l2v.data.corpus.tally import CHANGES, EXAMPLES, REASONS, Tally
+from l2v.files import replace_text
 from l2v.recipe.load import to_dict
 
 
 @dataclass(frozen=True)
 class Found:
-    """All that a report is made of."""
+    """The inputs of a report."""
 
     config: Build
     errors: dict[int, str]
@@ -34,7 +34,11 @@ class Found:
 
 
 def make(found: Found) -> dict[str, Any]:
-    """The report as plain values. Its counts add up, source by source, or it refuses."""
+    """The report as plain values.
+
+    Raises:
+        RuntimeError: if the counts of a source do not add up.
+    """
     config, names = found.config, found.config.split_names()
     tallies = [Tally() for _ in config.sources]
     source_of = [int(path.name[1:4]) for path in found.chunks]
@@ -52,7 +56,7 @@ def make(found: Found) -> dict[str, Any]:
     for source, tally in zip(config.sources, tallies, strict=True):
         if not tally.adds_up:
             raise RuntimeError(f"{source.source}: the counts of a build do not add up: {tally}")
-        tally.examples = {what: told[: config.examples] for what, told in tally.examples.items() if config.examples}
+        tally.examples = {what: texts[: config.examples] for what, texts in tally.examples.items() if config.examples}
     settings = to_dict(config)
     for key in ("folder", "out", "sources"):
         settings.pop(key)
@@ -89,7 +93,7 @@ def _ordered(counts: Counter[str], names: dict[str, str]) -> dict[str, int]:
 
 
 def _examples(found: Found, tallies: list[Tally], source_of: list[int]) -> None:
-    """A few duplicates of each source, beside the rows that they repeat."""
+    """A few duplicates of each source, with the rows that they repeat."""
     for gone, stays in found.examples:
         chunk = int(np.searchsorted(found.rows.starts, gone, side="right")) - 1
         tally, reason = tallies[source_of[chunk]], duplicates.FATES[int(found.fate[gone])]
@@ -99,20 +103,18 @@ def _examples(found: Found, tallies: list[Tally], source_of: list[int]) -> None:
 
 
 def write(done: dict[str, Any], config: Build, out: Path) -> None:
-    """Card, Markdown and JSON, the JSON last: it says that the build is finished."""
+    """Write card, Markdown and JSON; the JSON comes last and marks the build as finished."""
     texts = {
         "README.md": card.render(done, config),
         "report.md": render(done),
         "report.json": json.dumps(done, ensure_ascii=False, indent=1) + "\n",
     }
     for name, text in texts.items():
-        temporary = out / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, out / name)
+        replace_text(out / name, text)
 
 
 def summary(done: dict[str, Any]) -> str:
-    """What the command line says at the end."""
+    """What the command line prints at the end."""
     lines = [f"{done['records']:,} records, {done['made']:,} rows"]
     lines += [f"  dropped  {reason:<16}{count:>12,}  {REASONS[reason]}" for reason, count in done["dropped"].items()]
     lines += [f"  kept     {split:<16}{count:>12,}" for split, count in done["splits"].items()]
@@ -120,8 +122,8 @@ def summary(done: dict[str, Any]) -> str:
 
 
 def problems(done: dict[str, Any]) -> list[str]:
-    """A sentence for each source or evaluation set that could not be read to its end."""
-    sources = [f"not read to its end: {s['error']}" for s in done["sources"] if s["error"]]
+    """A sentence for each source or evaluation set that could not be read to the end."""
+    sources = [f"not read to the end: {s['error']}" for s in done["sources"] if s["error"]]
     return sources + [f"not checked against: {s['error']}" for s in done["evaluation_sets"] if s["error"]]
 
 
@@ -131,7 +133,7 @@ def render(done: dict[str, Any]) -> str:
     if bad := problems(done):
         parts.append("\n".join(f"**{sentence}**" for sentence in bad) + "\n")
     parts.append(
-        f"{done['records']:,} records gave {done['made']:,} rows; {sum(done['splits'].values()):,} stayed: "
+        f"{done['records']:,} records gave {done['made']:,} rows; {sum(done['splits'].values()):,} were kept: "
         + ", ".join(f"{name} {count:,}" for name, count in done["splits"].items())
         + ".\n"
     )
@@ -145,7 +147,7 @@ def render(done: dict[str, Any]) -> str:
     ]
     parts.append(card.table(heads, rows) if rows else "Nothing.")
     if done["changed"]:
-        parts.append("\n## Mended and kept\n")
+        parts.append("\n## Repaired and kept\n")
         parts.append(
             card.table(["what", "texts"], [[f"{w}: {CHANGES[w]}", f"{n:,}"] for w, n in done["changed"].items()])
         )

@@ -1,7 +1,7 @@
-"""A build from start to end, and from wherever a kill left it.
+"""A build from start to end, resumed after a kill.
 
-Everything that takes time leaves a file behind by a rename: a chunk of rows, the mark that a source is through, the fates of
-all rows, a shard. A second start of the same command finds them and goes on with the rest. `report.json` is written last.
+Every slow step writes its result atomically: a chunk of rows, the mark of a finished source, the fates of all rows, a shard.
+The same command finds these files and continues with the rest. `report.json` is written last.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -26,10 +25,11 @@ from l2v.data.corpus.progress import Bar
 from l2v.data.corpus.readers import Reader, Record, find_files, resolve
 from l2v.data.corpus.tally import Tally
 from l2v.errors import UserError
+from l2v.files import replace_text
 from l2v.recipe.load import to_dict
 
 VERSION = 1
-"""Of the files in the work folder; another version starts anew."""
+"""Version of the files in the work folder; a build of another version starts from scratch."""
 
 
 class Run:
@@ -41,10 +41,12 @@ class Run:
         self.errors: dict[int, str] = {}
 
     def build(self, *, fresh: bool = False) -> dict[str, Any]:
-        """Make the data set, its report and its card; the report as plain values.
+        """Write the data set, its report and its card; returns the report as plain values.
 
-        Errors: UserError if nothing could be built, or if `out` holds something else. A source that cannot be read to its
-        end is told in the report, and the others are built.
+        A source that cannot be read to the end is named in the report, and the others are built.
+
+        Raises:
+            UserError: if nothing could be built, or if `out` holds something else.
         """
         self._claim()
         with self._locked():
@@ -54,7 +56,7 @@ class Run:
             if done := self._finished():
                 return done
             (self.work / "chunks").mkdir(exist_ok=True)
-            for left in [*self.work.rglob("*.tmp"), *self.out.glob("*.tmp")]:
+            for left in [*self.work.rglob("*.tmp"), *self.work.rglob("*.partial"), *self.out.glob("*.partial")]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             sets = leaks.prepare(self.config.decontaminate, self.work / "leaks", self.config.folder)
             with self._pool() as submit:
@@ -84,7 +86,7 @@ class Run:
                 self._clear(but=("state.json",))
             return done
 
-    # what is there
+    # existing files
 
     def _claim(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,7 @@ class Run:
         self.work.mkdir(exist_ok=True)
 
     def _clear(self, but: tuple[str, ...] = ()) -> None:
-        """Empty the work folder, save the lock that is held."""
+        """Empty the work folder except for the lock, which is held."""
         for path in self.work.iterdir():
             if path.name not in ("lock", *but):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -116,47 +118,47 @@ class Run:
             yield
 
     def _finished(self) -> dict[str, Any] | None:
-        """The report of a finished build of these sources and keys; settles what this run stands for if there is none."""
+        """The report of a finished build of these sources and keys; else None, with the state of this build written."""
         path, last = self.work / "state.json", self.out / "report.json"
         old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        told = json.loads(last.read_text(encoding="utf-8")) if last.is_file() else None
+        done = json.loads(last.read_text(encoding="utf-8")) if last.is_file() else None
         stamps = self._resolve(old)
         keys = to_dict(self.config)
         keys.pop("out")
         held = [_stamp(held.path, self.config.folder) for held in self.config.decontaminate.sources]
         state = json.loads(json.dumps({"version": VERSION, "config": keys, "stamps": stamps, "held": held}))
-        if told is not None and old == state and not any(s["error"] for s in told["sources"]):
-            self._clear(but=("state.json",))  # what a kill after the last file left
-            return told | {"already": True}
-        if told is None and not any((self.work / "chunks").glob("*.parquet")):
-            self._clear()  # a build that failed on a wrong path left nothing to protect
+        if done is not None and old == state and not any(s["error"] for s in done["sources"]):
+            self._clear(but=("state.json",))  # files that a kill after the last step left behind
+            return done | {"already": True}
+        if done is None and not any((self.work / "chunks").glob("*.parquet")):
+            self._clear()  # a build that failed on a wrong path has nothing to keep
             old = None
-        if (told is not None and old is None) or (old is not None and not _same(old, state)):
+        if (done is not None and old is None) or (old is not None and not _same(old, state)):
             raise UserError(
-                f"{self.out}: holds a build of other keys or other sources; --fresh builds anew, --out builds elsewhere"
+                f"{self.out}: holds a build with other keys or other sources; use --fresh to build from scratch, or another --out"
             )
-        if old is not None and (told is not None or old["stamps"] != stamps):
+        if old is not None and (done is not None or old["stamps"] != stamps):
             self._again()
         _write_json(path, state)
         return None
 
     def _again(self) -> None:
-        """Forget what was made of a source that could not be read to its end, and all that came after it."""
+        """Remove the incomplete chunks of a source that could not be read to the end, and all later results."""
         self._unlink_results()
         shutil.rmtree(self.work / "rows", ignore_errors=True)
         for mark in self.work.glob("s*.done.json"):
-            told = json.loads(mark.read_text(encoding="utf-8"))
-            if told["error"]:
+            source = json.loads(mark.read_text(encoding="utf-8"))
+            if source["error"]:
                 number = int(mark.name[1:4])
                 for path in (self.work / "chunks").glob(f"s{number:03d}-*.parquet"):
-                    if int(path.stem.partition("-")[2]) >= told["records"] // self.config.chunk:
+                    if int(path.stem.partition("-")[2]) >= source["records"] // self.config.chunk:
                         path.unlink()
                 mark.unlink()
 
     def _resolve(self, old: dict[str, Any] | None) -> list[Any]:
-        """Look every source up; what tells its present state from another, or None where it is not there.
+        """Resolve every source; returns stamps that change with its files, None for a source that does not exist.
 
-        A Hub data set that an earlier start looked up keeps its revision, and needs no network for it.
+        A Hub data set that an earlier start resolved keeps its revision and needs no network.
         """
         stamps: list[Any] = []
         sources = []
@@ -171,7 +173,7 @@ class Run:
                     *(_stamp(p, folder) for p in (*source.packages, *source.english)),
                 ]
                 if None in files:
-                    raise UserError(f"{source.path}: one of its `packages` or `english` files is not there")
+                    raise UserError(f"{source.path}: one of its `packages` or `english` files does not exist")
                 stamps.append(files)
             except UserError as error:
                 self.errors[number] = str(error)
@@ -195,14 +197,14 @@ class Run:
             yield pool.submit
         except BrokenProcessPool:
             raise UserError(
-                "a worker was killed, perhaps for want of memory; the same command goes on where it stopped, with fewer "
-                "--workers if need be"
+                "a worker was killed, perhaps because memory ran out; run the same command again to resume, if needed with "
+                "fewer --workers"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _read(self, submit: Callable[..., Future]) -> list[str]:
-        """Every chunk of every source, in order; those that are there are not made again."""
+        """Every chunk of every source, in order; existing chunks are kept."""
         names: list[str] = []
         with Bar("reading", None, "record") as bar:
             for number in range(len(self.config.sources)):
@@ -212,13 +214,13 @@ class Run:
     def _read_source(self, number: int, submit: Callable[..., Future], bar: Bar) -> list[str]:
         mark = self.work / f"s{number:03d}.done.json"
         if mark.is_file():
-            told = json.loads(mark.read_text(encoding="utf-8"))
-            if told["error"]:
-                self.errors[number] = told["error"]
-            bar.skip(told["records"])
-            return [chunk_name(number, i) for i in range(told["chunks"])]
+            source = json.loads(mark.read_text(encoding="utf-8"))
+            if source["error"]:
+                self.errors[number] = source["error"]
+            bar.skip(source["records"])
+            return [chunk_name(number, i) for i in range(source["chunks"])]
         if number in self.errors:
-            bar.note(f"left out: {self.errors[number]}")
+            bar.log(f"skipped: {self.errors[number]}")
             return []
         waiting: set[Future] = set()
         records: list[Record] = []
@@ -228,7 +230,7 @@ class Run:
         def send() -> None:
             index = (count - 1) // size
             if not (self.work / "chunks" / chunk_name(number, index)).is_file():
-                while len(waiting) >= 2 * self.workers:  # so that the reader never runs ahead by more than a few chunks
+                while len(waiting) >= 2 * self.workers:  # the reader stays at most a few chunks ahead
                     done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                     waiting.difference_update(done)
                     for future in done:
@@ -247,7 +249,7 @@ class Run:
         except UserError as broken:
             error = str(broken)
             self.errors[number] = error
-            bar.note(error)
+            bar.log(error)
         if records:
             send()
             bar.reading(len(records), (number, len(self.config.sources)), 1.0)
@@ -288,7 +290,7 @@ def _here(function: Callable[..., Any], *arguments: Any) -> Future:
 
 
 def _stamp(path: str, folder: str | None) -> list[Any] | None:
-    """Name, size and time of the files of a path; None if there are none, an empty list for what is no file."""
+    """Name, size and time of the files of a path; None if there are none, an empty list for hub and mteb names."""
     if path.startswith(("hub:", "mteb:")):
         return []
     try:
@@ -298,7 +300,7 @@ def _stamp(path: str, folder: str | None) -> list[Any] | None:
 
 
 def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether a restart may go on: nothing changed but that a source is there now which was not."""
+    """Whether a restart may continue: nothing changed, except that a missing source may exist now."""
     if old["version"] != new["version"] or old["held"] != new["held"] or len(old["stamps"]) != len(new["stamps"]):
         return False
     for one, two in zip(old["stamps"], new["stamps"], strict=True):
@@ -307,11 +309,9 @@ def _same(old: dict[str, Any], new: dict[str, Any]) -> bool:
     strip = [json.loads(json.dumps(state["config"])) for state in (old, new)]
     for keys in strip:
         for source in keys["sources"]:
-            source["format"] = source["revision"] = None  # looked up
+            source["format"] = source["revision"] = None  # resolved later
     return strip[0] == strip[1]
 
 
 def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(value, ensure_ascii=False))

@@ -1,8 +1,7 @@
-"""What is left, as Parquet shards of a split: SPLIT-00000-of-00012.parquet, each a pure function of the rows before it."""
+"""The kept rows as Parquet shards of a split, SPLIT-00000-of-00012.parquet; each is a pure function of the candidate rows."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,15 @@ import pyarrow.parquet as pq
 
 from l2v.data.corpus.chunk import SCHEMAS
 from l2v.data.corpus.duplicates import KEPT, Rows
+from l2v.files import replacing
 
 GROUP = 10_000
-"""Rows of a row group."""
+"""Rows in a Parquet row group."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows `first` up to `first + count` of those that a split keeps; they lie in chunks `begin` up to `end`."""
+    """Kept rows `first` up to `first + count` of a split, counted from chunk `begin`; they are in chunks `begin` up to `end`."""
 
     path: Path
     split: int
@@ -48,12 +48,11 @@ def plan(kept: np.ndarray, names: Sequence[str], rows: int, out: Path) -> list[S
 
 
 def write(shard: Shard, kind: str, folder: Path, chunks: Sequence[Path]) -> int:
-    """Make a shard's file, by a rename, from its chunks; the number of its rows."""
+    """Write a shard's file atomically from its chunks; returns the number of its rows."""
     rows = Rows(folder, np.load(folder / "starts.npy", allow_pickle=False))
     schema = SCHEMAS[kind]
-    temporary = shard.path.with_suffix(f".{os.getpid()}.tmp")
     skip, left = shard.first, shard.count
-    with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+    with replacing(shard.path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         buffer: list[pa.Table] = []
         for chunk in range(shard.begin, shard.end):
             first, count = int(rows.starts[chunk]), int(rows.starts[chunk + 1] - rows.starts[chunk])
@@ -66,7 +65,6 @@ def write(shard: Shard, kind: str, folder: Path, chunks: Sequence[Path]) -> int:
             if sum(map(len, buffer)) >= GROUP or chunk == shard.end - 1:
                 writer.write_table(pa.concat_tables(buffer).combine_chunks())
                 buffer = []
-    os.replace(temporary, shard.path)
     return shard.count
 
 

@@ -8,33 +8,33 @@ from dataclasses import dataclass, field
 
 EXAMPLES = 3
 SHOWN = 160
-"""Characters of an example."""
+"""Largest number of characters of an example."""
 
 REASONS = {
     "malformed": "not readable as a record, or a field is absent",
     "encoding": "bytes that are neither UTF-8 nor Windows-1252",
     "redirect": "a page that only points to another one",
-    "namespace": "a page that is no article",
+    "namespace": "a page that is not an article",
     "empty": "no text is left after cleaning",
     "empty positive": "a pair without its positive",
     "empty query": "a pair without its query",
     "language": "in another language",
-    "too short": "fewer words than asked for",
-    "too long": "more words than asked for",
-    "leak, exact": "an evaluation text, or holds a whole one",
-    "leak, n-gram": "shares a run of words with an evaluation text",
+    "too short": "fewer words than the smallest length",
+    "too long": "more words than the largest length",
+    "leak, exact": "equals or contains an evaluation text",
+    "leak, n-gram": "shares consecutive words with an evaluation text",
     "duplicate": "the same words as an earlier row",
     "near-duplicate": "nearly the same words as an earlier row",
 }
-"""Why something is dropped, in the order in which it is looked for."""
+"""Why something is dropped, in the order of the checks."""
 RECORD_REASONS = ("malformed", "encoding", "redirect", "namespace", "empty")
 CHANGES = {
-    "re-decoded": "Windows-1252 among UTF-8, read as such",
-    "mojibake": "UTF-8 that had been read as Windows-1252, mended",
+    "re-decoded": "Windows-1252 among UTF-8, decoded as Windows-1252",
+    "mojibake": "UTF-8 that had been read as Windows-1252, repaired",
     "cleaned": "markup, spaces, control characters or Unicode forms changed",
-    "negatives": "empty negatives, or ones equal to the positive, left out",
+    "negatives": "empty negatives, or negatives equal to the positive, removed",
 }
-"""What is mended and kept."""
+"""What is repaired and kept."""
 
 
 @dataclass
@@ -49,23 +49,23 @@ class Tally:
     examples: dict[str, list[list[str]]] = field(default_factory=dict)
 
     def drop(self, reason: str, where: str, text: str) -> None:
-        """One more that is left out."""
+        """Count one dropped record or row."""
         self.dropped[reason] += 1
         self.show(reason, where, text)
 
     def change(self, what: str, where: str, text: str) -> None:
-        """One more that was mended."""
+        """Count one repaired text."""
         self.changed[what] += 1
         self.show(what, where, text)
 
     def show(self, what: str, where: str, text: str) -> None:
-        """Keep an example if there are few so far."""
+        """Keep an example, up to EXAMPLES of each kind."""
         kept = self.examples.setdefault(what, [])
         if len(kept) < EXAMPLES:
             kept.append([where, shorten(text)])
 
     def add(self, other: Tally) -> None:
-        """What came later in the same source."""
+        """Add the counts of later records of the same source."""
         self.records += other.records
         self.made += other.made
         for own, more in ((self.dropped, other.dropped), (self.changed, other.changed), (self.kept, other.kept)):
@@ -76,17 +76,17 @@ class Tally:
 
     @property
     def records_dropped(self) -> int:
-        """Records that gave no row."""
+        """Number of records that gave no row."""
         return sum(self.dropped[r] for r in RECORD_REASONS)
 
     @property
     def adds_up(self) -> bool:
-        """Every row that was made is either kept or dropped for one reason."""
+        """Whether every row is either kept or dropped for exactly one reason."""
         rows = sum(n for r, n in self.dropped.items() if r not in RECORD_REASONS)
         return self.made == rows + sum(self.kept.values())
 
     def to_json(self) -> str:
-        """As text, for a chunk's file."""
+        """As JSON text, for a chunk's file."""
         return json.dumps(self.plain(), ensure_ascii=False)
 
     def plain(self) -> dict:
@@ -102,7 +102,7 @@ class Tally:
 
     @classmethod
     def from_json(cls, text: str) -> Tally:
-        """What `to_json` wrote."""
+        """The tally that `to_json` wrote."""
         v = json.loads(text)
         return cls(
             v["records"], v["made"], Counter(v["dropped"]), Counter(v["changed"]), Counter(v["kept"]), v["examples"]
