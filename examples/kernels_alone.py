@@ -31,8 +31,8 @@ def main() -> None:
     difference = (o_THD - plain_attention(q_THD, k_THD, v_THD)).abs().max()
     print(f"attention: {len(LENGTHS)} texts, {sum(LENGTHS)} tokens, largest difference {difference:.1e}")
 
-    every_token = torch.ones(sum(LENGTHS), dtype=torch.bool, device=DEVICE)
-    vectors_SE = segment_pool(o_THD.flatten(1), cu_seqlens, every_token)
+    weights_T = torch.ones(sum(LENGTHS), device=DEVICE)  # every token counts alike in the mean
+    vectors_SE = segment_pool(o_THD.flatten(1), weights_T, cu_seqlens)
     queries_NE = vectors_SE[0::2].detach().requires_grad_()  # every second text is a question,
     answers_NE = vectors_SE[1::2].detach().requires_grad_()  # the text after it is its answer
     targets_N = torch.arange(len(queries_NE), device=DEVICE)
