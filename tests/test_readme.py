@@ -133,6 +133,27 @@ def test_a_prediction_runs_as_written(monkeypatch, capsys):
     assert "supervised" in capsys.readouterr().out
 
 
+def test_own_data_in_three_commands(tmp_path, monkeypatch):
+    """`l2v init` as written gives a recipe that loads; the two commands after it name its file, run and texts."""
+    init, train, search = (c[1:] for c in commands(README) if c[1] == "init" or any("faq" in word for word in c))
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"Hvad er nummer {n}?;Det er svar nummer {n}.\n" for n in range(20))
+    (tmp_path / "faq.csv").write_text("Spørgsmål;Svar\n" + rows, encoding="utf-8")
+    module, _, function = MAIN.partition(":")
+    assert getattr(importlib.import_module(module), function)(init) == 0
+    recipe = load_recipe(train[1])
+    assert search[1] == f"runs/{recipe.name}" and search[-2:] == ["--texts", "faq.csv"]
+    assert {source.path for source in recipe.stages["supervised"].data} == {"faq.csv"}
+
+
+def test_the_recipe_that_extends_another_loads(tmp_path, monkeypatch):
+    (block,) = blocks((DOCS / "training.md").read_text(encoding="utf-8"), "yaml")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "support-da.yaml").write_text(block, encoding="utf-8")
+    recipe = load_recipe("support-da.yaml")
+    assert (recipe.name, list(recipe.stages)) == ("support-da", ["mntp", "simcse", "supervised"])
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
 def test_the_table_is_the_committed_run(page):
     written = (RESULTS / "quickstart.md").read_text(encoding="utf-8")
