@@ -25,13 +25,10 @@ sys.exit(code)
 
 
 class Program:
-    """`l2v` in the folder `self.path`. `l2v train` is the one rank of a launcher, which saves the launcher's twenty seconds.
-
-    commands: the arguments of every call so far.
-    """
+    """`l2v` in the folder `self.path`. `l2v train` is the one rank of a launcher, which saves the launcher's twenty seconds."""
 
     def __init__(self, folder: Path) -> None:
-        self.path, self.commands = folder, []
+        self.path = folder
         address = str(folder / "socket")
         program = folder / "l2v"
         program.write_text(CLIENT.format(python=sys.executable, address=address), encoding="utf-8")
@@ -56,12 +53,13 @@ class Program:
                 channel, _ = self._listener.accept()
             except OSError:
                 return
-            with channel, channel.makefile("rb") as question:
-                asked = json.load(question)
-                channel.sendall(json.dumps(self._answer(asked)).encode())
+            threading.Thread(target=self._reply, args=(channel,), daemon=True).start()
+
+    def _reply(self, channel: socket.socket) -> None:
+        with channel, channel.makefile("rb") as question:
+            channel.sendall(json.dumps(self._answer(json.load(question))).encode())
 
     def _answer(self, asked: dict) -> tuple[int, str]:
-        self.commands.append(asked["arguments"])
         environment = asked["env"]
         if asked["arguments"][0] == "train":
             environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
