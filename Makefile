@@ -31,6 +31,7 @@ test-all: $(READY) lint wheel-test
 lint: $(READY) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python .ci/words.py
 
 types: $(READY)
 	$(BIN)/mypy
