@@ -44,7 +44,8 @@ def embed(model, part: dict[str, torch.Tensor], how: str = "mean") -> torch.Tens
     return (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
 
 
-def main() -> None:
+def write_models() -> None:
+    """The base and two adapters, all random."""
     torch.manual_seed(11)
     config = LlamaConfig(
         vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -62,24 +63,34 @@ def main() -> None:
         adapter.save_pretrained(HERE / name)
         (HERE / name / "README.md").unlink(missing_ok=True)
 
-    generator = torch.Generator().manual_seed(5)
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, float] = {}
 
-    def keep(name: str, part: dict[str, torch.Tensor]) -> None:
-        tensors.update({f"{name}.{key}": value for key, value in part.items()})
+def encoder() -> PeftModel:
+    """The base with the first adapter merged and the second on it, trainable."""
+    merged = PeftModel.from_pretrained(bidirectional().model, HERE / "mntp_adapter").merge_and_unload()
+    return PeftModel.from_pretrained(merged, HERE / "contrastive_adapter", is_trainable=True)
 
-    def gradients(name: str, model: torch.nn.Module) -> None:
-        for key, parameter in model.named_parameters():
-            if parameter.grad is not None and "lora_" in key:
-                tensors[f"{name}.grad.{key.replace('.default.', '.')}"] = parameter.grad.clone()
 
+def gradients(name: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The gradient of every LoRA tensor, under the names of cases.safetensors."""
+    return {
+        f"{name}.grad.{key.replace('.default.', '.')}": parameter.grad.clone()
+        for key, parameter in model.named_parameters()
+        if parameter.grad is not None and "lora_" in key
+    }
+
+
+def named(name: str, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{name}.{key}": value for key, value in part.items()}
+
+
+def hidden_case(generator: torch.Generator) -> dict[str, torch.Tensor]:
     part = padded(generator, 3, 12, 0)
-    keep("hidden", part)
     with torch.no_grad():
         hidden = bidirectional().model(input_ids=part["input_ids"], attention_mask=part["attention_mask"])[0]
-    tensors["hidden.last_hidden_state"] = hidden
+    return named("hidden", part) | {"hidden.last_hidden_state": hidden}
 
+
+def mntp_case(generator: torch.Generator) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     causal_lm = bidirectional()
     causal_lm.model = PeftModel.from_pretrained(causal_lm.model, HERE / "mntp_adapter", is_trainable=True)
     ids = torch.randint(3, 90, (4, 16), generator=generator)
@@ -87,35 +98,45 @@ def main() -> None:
     hide[:, 1] = True
     labels = ids.where(hide, -100)
     shown = ids.where(~hide, 4)
-    tensors |= {"mntp.input_ids": shown, "mntp.labels": labels}
     logits = causal_lm.lm_head(causal_lm.model(input_ids=shown)[0])
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     loss.backward()
-    scalars["mntp.loss"] = loss.item()
-    gradients("mntp", causal_lm.model)
+    tensors = {"mntp.input_ids": shown, "mntp.labels": labels} | gradients("mntp", causal_lm.model)
+    return tensors, {"mntp.loss": loss.item()}
 
-    def encoder() -> PeftModel:
-        merged = PeftModel.from_pretrained(bidirectional().model, HERE / "mntp_adapter").merge_and_unload()
-        return PeftModel.from_pretrained(merged, HERE / "contrastive_adapter", is_trainable=True)
 
+def pool_case(generator: torch.Generator) -> dict[str, torch.Tensor]:
     part = padded(generator, 4, 14, 3)
-    keep("pool", part)
     with torch.no_grad():
-        for how in ("mean", "weighted_mean", "eos_token"):
-            tensors[f"pool.{how}"] = embed(encoder(), part, how)
+        pooled = {f"pool.{how}": embed(encoder(), part, how) for how in ("mean", "weighted_mean", "eos_token")}
+    return named("pool", part) | pooled
 
+
+def contrastive_case(
+    generator: torch.Generator, name: str, columns: str, scale: float
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    tensors: dict[str, torch.Tensor] = {}
+    parts = [padded(generator, 6, 11 + at, 2) for at in range(len(columns))]
+    for column, part in zip(columns, parts, strict=True):
+        tensors |= named(f"{name}.{column}", part)
+    model = encoder()
+    queries, *documents = (F.normalize(embed(model, part), dim=-1) for part in parts)
+    scores = scale * queries @ torch.cat(documents).T
+    loss = F.cross_entropy(scores, torch.arange(len(queries)))
+    loss.backward()
+    return tensors | gradients(name, model), {f"{name}.loss": loss.item(), f"{name}.scale": scale}
+
+
+def main() -> None:
+    write_models()
+    generator = torch.Generator().manual_seed(5)
+    tensors = hidden_case(generator)
+    more, scalars = mntp_case(generator)
+    tensors |= more | pool_case(generator)
     for name, columns, scale in (("pairs", "qd", 20.0), ("triplets", "qdn", 50.0)):
-        parts = [padded(generator, 6, 11 + at, 2) for at in range(len(columns))]
-        for column, part in zip(columns, parts, strict=True):
-            keep(f"{name}.{column}", part)
-        model = encoder()
-        queries, *documents = (F.normalize(embed(model, part), dim=-1) for part in parts)
-        scores = scale * queries @ torch.cat(documents).T
-        loss = F.cross_entropy(scores, torch.arange(len(queries)))
-        loss.backward()
-        scalars |= {f"{name}.loss": loss.item(), f"{name}.scale": scale}
-        gradients(name, model)
-
+        more, values = contrastive_case(generator, name, columns, scale)
+        tensors |= more
+        scalars |= values
     save_file({k: v.contiguous() for k, v in tensors.items()}, HERE / "cases.safetensors")
     (HERE / "cases.json").write_text(json.dumps(scalars, indent=1) + "\n")
 
