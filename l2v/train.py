@@ -19,34 +19,50 @@ import torch.distributed as dist
 
 from l2v.errors import UserError
 from l2v.machine import gpu_trouble
-from l2v.model.embedded import resolve
-from l2v.model.load import device, dtype_of
 from l2v.recipe import Recipe
 from l2v.recipe.load import load_recipe, to_dict
-from l2v.training.engine import be_deterministic, start_distributed
 from l2v.training.launcher import launch, launched
-from l2v.training.loop import Interrupted
 from l2v.training.ranks import agree, first_on_node, on_every_rank, ranks_here
-from l2v.training.stage import train_stage
-from l2v.training.watchdog import Watchdog
 from l2v.tuning.apply import apply_tuned
+
+STOPPED_EARLY = "stopped before the first step; nothing has changed"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the stages in order; returns the exit code: 0 done, 1 and 2 errors that the user can fix, others a fault."""
     args = parser().parse_intermixed_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # meant for PEFT, not for users
-    watch = None
+    if launched():
+        return _train(args)
     try:
-        read = functools.partial(_read, args)
         if trouble := gpu_trouble():  # torch would silently train on the CPU
             raise UserError(trouble)
-        if not launched():
-            read()  # report a wrong recipe before the launcher takes twenty seconds
-            arguments = list(sys.argv[1:] if argv is None else argv)
-            return launch("l2v.train", arguments, processes(args), restarts=args.restarts)
+        _read(args)  # report a wrong recipe before the launcher takes twenty seconds
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        return launch("l2v.train", arguments, processes(args), restarts=args.restarts)
+    except UserError as error:
+        print(f"l2v: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"l2v: {STOPPED_EARLY}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _train(args: argparse.Namespace) -> int:
+    """Train as one rank of a launcher."""
+    # Imported here: a process that only starts the launcher does without DeepSpeed and transformers, which take seconds.
+    from l2v.model.embedded import resolve
+    from l2v.training.engine import be_deterministic, start_distributed
+    from l2v.training.loop import Interrupted
+    from l2v.training.stage import train_stage
+    from l2v.training.watchdog import Watchdog
+
+    watch = None
+    try:
+        if trouble := gpu_trouble():
+            raise UserError(trouble)
         rank, world = start_distributed(_timeout(args))
-        recipe, notes = on_every_rank(read)
+        recipe, notes = on_every_rank(functools.partial(_read, args))
         watch = Watchdog(recipe.timeout).start()
         for line in notes if rank == 0 else ():
             print(line, flush=True)
@@ -64,11 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (Interrupted, KeyboardInterrupt) as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
-            print(
-                f"l2v: {str(stopped) or 'stopped before the first step; nothing has changed'}",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"l2v: {str(stopped) or STOPPED_EARLY}", file=sys.stderr, flush=True)
         return 1
     except Exception as error:
         if watch is None:
@@ -135,6 +147,8 @@ def processes(args: argparse.Namespace) -> int:
 
 def _place(recipe: Recipe, world: int) -> dict[str, Any]:
     """Facts about a rank's environment that must be the same on all ranks."""
+    from l2v.model.load import device, dtype_of
+
     seen = {"world size": world, "device": device().type, "precision": str(dtype_of(recipe.base.precision))}
     return seen | {"version of torch": torch.__version__}
 

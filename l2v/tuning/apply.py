@@ -12,7 +12,6 @@ import torch
 
 from l2v.errors import RecipeError, UserError
 from l2v.machine import device_name, processor
-from l2v.model.load import device
 from l2v.recipe import Recipe
 from l2v.recipe.checks import check
 from l2v.recipe.shipped import find_recipe
@@ -34,7 +33,7 @@ def tuned_file(recipe: str) -> Path:
 def place(processes: int) -> dict[str, Any]:
     """What tuned settings are valid for: device, number of processes on it, version of torch."""
     # All cores of the CPU count, however many threads a launcher gives each process.
-    name = device_name(device()) if torch.cuda.is_available() else f"{processor()}, {os.cpu_count()} cores"
+    name = device_name(torch.device("cuda")) if torch.cuda.is_available() else f"{processor()}, {os.cpu_count()} cores"
     return {"device": name, "processes": processes, "torch": torch.__version__}
 
 
