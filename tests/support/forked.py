@@ -22,9 +22,10 @@ from typing import TextIO
 AT_IMPORT = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "TRITON_INTERPRET", "HF_DATASETS_CACHE", "LD_PRELOAD")
 """Variables that are read while modules load: a server serves one set of values."""
 TRAINING = (
-    "l2v.train", "l2v.training.stage", "deepspeed", "deepspeed.ops.op_builder.all_ops", "transformers.models.llama.modeling_llama",
-    "deepspeed.module_inject.auto_ep_layer", "peft.utils.transformers_weight_conversion", "torch._dynamo.testing",
-    "torch._inductor.compile_fx", "torch.utils.tensorboard",
+    "l2v.train", "l2v.training.stage", "deepspeed", "deepspeed.ops.op_builder.all_ops",
+    "transformers.models.llama.modeling_llama", "deepspeed.module_inject.auto_ep_layer",
+    "peft.utils.transformers_weight_conversion", "torch._dynamo.testing", "torch._inductor.compile_fx",
+    "torch.utils.tensorboard",
 )  # fmt: skip
 KERNELS = ("torch", "triton.language", "torch.testing")
 _servers: dict[tuple, "Server"] = {}

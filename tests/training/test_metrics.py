@@ -10,7 +10,7 @@ def shown(active: bool, every: float, monkeypatch) -> str:
     bar = Progress(3, 0, "simcse", active=active)
     bar.every = bar.bar.mininterval = every
     bar.within(1, 1, 1)  # a step of one micro-batch has no passes worth telling
-    bar.say("loss 1.0")
+    bar.status("loss 1.0")
     bar.step()
     for number in (1, 2):
         for done in range(1, 5):
