@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import yaml
@@ -133,7 +134,7 @@ def _head(name: str, base: str, data: OwnData) -> str:
     what = "pairs" if data.kind == "pairs" else "texts"
     empty = f" ({data.empty:,} more have an empty text and are skipped)" if data.empty else ""
     return (
-        f"# {base} into a text encoder, on {data.rows:,} {what} of {data.source.path}{empty}.\n"
+        f"# {base} into a text encoder, on {data.rows:,} {what} of {Path(data.source.path).name}{empty}.\n"
         f"#   l2v train {name}.yaml\n"
         "# Any key can be overridden on the command line: stages.mntp.steps=200, or with --stage mntp just steps=200.\n"
         "# What each key means, and all other keys: l2v recipes llama3-8b-da.\n\n"
