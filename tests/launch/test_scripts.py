@@ -79,7 +79,7 @@ def test_a_failure_keeps_its_exit_code_and_shows_last_words(script, tmp_path):
     ("arguments", "says"),
     [
         ((), "bash launch/multi_node.sh HOSTFILE RECIPE"),
-        (("nofile", "mine"), "there is no hostfile nofile; copy launch/"),
+        (("nofile", "mine"), "hostfile nofile not found; copy launch/"),
     ],
 )
 def test_what_is_missing_is_said(script, arguments, says):

@@ -44,7 +44,7 @@ def test_a_configuration_of_ones_own(tmp_path, tiny_recipe):
     recipe = tiny_recipe(tmp_path, **{"zero.stage": 1})
     assert load_recipe(str(recipe), [f"zero.config={own}"]).zero.stage == 2
     for overrides in ([f"zero.config={own}", "zero.stage=3"], ["zero.stage=3", f"zero.config={own}"]):
-        with pytest.raises(RecipeError, match=r"zero.stage is 3 and .*own.json is for stage 2; leave zero.stage out"):
+        with pytest.raises(RecipeError, match=r"zero.stage is 3 and .*own.json is for stage 2; remove zero.stage"):
             load_recipe(str(recipe), overrides)
     recipe = tiny_recipe(tmp_path, **{"zero.config": str(own), "zero.stage": 1})
     with pytest.raises(RecipeError, match=r"tiny.yaml:\d+: zero.stage is 1 and .*own.json is for stage 2"):
@@ -54,7 +54,7 @@ def test_a_configuration_of_ones_own(tmp_path, tiny_recipe):
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("nowhere", None, r"zero.config: there is no file nowhere; give a DeepSpeed JSON file or one of zero0, zero1,"),
+        ("nowhere", None, r"zero.config: nowhere not found; give a DeepSpeed JSON file or one of zero0, zero1,"),
         ("zero3.json", None, r"zero.config: zero3.json not found"),
         ("broken.json", '{"a": 1,\n}', r"broken.json:2: not valid JSON"),
         ("list.json", "[]", r"list.json: a DeepSpeed configuration is a JSON object"),

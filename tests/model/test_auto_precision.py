@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from l2v import Encoder, doctor
+from l2v import Encoder
+from l2v.commands import doctor
 from l2v.errors import UserError
 from l2v.machine import calibration, calibration_file
 from l2v.model import load

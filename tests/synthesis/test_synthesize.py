@@ -201,7 +201,7 @@ def test_a_passing_trouble_is_tried_again(made, server, trouble):
 def test_lasting_trouble_keeps_the_rest_and_the_same_command_goes_on(made, server):
     server.plan = lambda text, nth: (500, {}) if text in made.passages[:2] else None
     _, told = made("--filter", "none", "--retries", 1, expect=1)
-    assert told.startswith("l2v: 2 of 12 queries failed (the last by status 500); the others are kept: run the same")
+    assert told.startswith("l2v: 2 of 12 queries failed (the last one: status 500); the others are kept: run the same")
     assert len(server.requests) == 10 + 2 * 2
     server.plan, server.requests = (lambda text, nth: None), []
     rows, _ = made("--filter", "none", "--retries", 1)
@@ -262,7 +262,7 @@ def test_a_server_asks_for_time(server, monkeypatch):
 @pytest.mark.parametrize(
     ("status", "part"),
     [
-        (401, "refuses the key (401); set the environment variable OPENAI_API_KEY"),
+        (401, "rejects the key (401); set the environment variable OPENAI_API_KEY"),
         (403, "rejects the key (403)"),
         (404, "unknown model 'm', or the URL has no chat completions (404)"),
     ],
