@@ -15,10 +15,13 @@ from l2v.recipe import Source
 def read_corpus(file: str | None, column: str, notes: list[str] | None = None) -> list[str]:
     """The texts of a file (`column`: the field that holds the text), or the passages of the Danish sample.
 
-    Empty texts are skipped. `notes` receives a sentence if the column was guessed by its name.
+    Empty texts are skipped. `notes` receives a sentence if the column was guessed by its name, or the sample is searched.
     """
     if file is None:
-        return [passage.text for passage in sample.passages().values()]
+        texts = [passage.text for passage in sample.passages().values()]
+        if notes is not None:
+            notes.append(f"searching the {len(texts)} passages of the Danish sample; --texts FILE searches your own")
+        return texts
     return list(open_rows([Source(path=file, text=column, skip_empty=True)], "documents", notes)["text"])
 
 

@@ -132,7 +132,7 @@ def _source(data: OwnData, **columns: str | bool) -> str:
 
 def _head(name: str, base: str, data: OwnData) -> str:
     what = "pairs" if data.kind == "pairs" else "texts"
-    empty = f" ({data.empty:,} more have an empty text and are skipped)" if data.empty else ""
+    empty = f" (rows skipped for an empty text: {data.empty:,})" if data.empty else ""
     return (
         f"# {base} into a text encoder, on {data.rows:,} {what} of {Path(data.source.path).name}{empty}.\n"
         f"#   l2v train {name}.yaml\n"
