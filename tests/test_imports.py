@@ -2,9 +2,12 @@
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from support.processes import training_environment
 
 from l2v.commands import data, main
 
@@ -151,3 +154,11 @@ def test_the_kernel_library_knows_nothing_of_l2v():
         assert "l2v" not in used, file
         if "integrations" not in file.parts:
             assert not used & {"transformers", "peft", "deepspeed", "datasets"}, file
+
+
+def test_starting_the_launcher_loads_neither_deepspeed_nor_transformers():
+    code = "import sys, l2v.train; print(*{'deepspeed', 'transformers', 'peft', 'datasets'} & sys.modules.keys())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=training_environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []

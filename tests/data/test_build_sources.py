@@ -164,6 +164,21 @@ def test_columns_of_csv_parquet_jsonl_and_the_hubs_loader(tmp_path):
     assert [r["instruction"] for r in found] == [None] * 6 + ["Find teksten"] * 2
 
 
+@pytest.mark.parametrize(("name", "comma"), [("a.csv", ","), ("a.tsv", "\t")])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_line_breaks_inside_quotes_are_part_of_the_text(tmp_path, name, comma, end):
+    """Without them the words around them would run together; a blank line between rows is no row."""
+    long = end.join([danish(0), danish(1), "", danish(2)])
+    lines = [f"query{comma}positive", f'Hvad står her?{comma}"{long}"', "", f"Og her?{comma}{danish(3)}"]
+    (tmp_path / name).write_bytes((end.join(lines) + end).encode())
+    write_lines(tmp_path / "a.jsonl", [{"query": "Hvad står her?", "positive": long.replace(end, "\n")},
+                                       {"query": "Og her?", "positive": danish(3)}])  # fmt: skip
+    for file in (name, "a.jsonl"):
+        make(configure(tmp_path, "pairs", [source(file)], near=None), tmp_path / f"out-{file}")
+    found, expected = ([(r["query"], r["positive"]) for r in rows(tmp_path / f"out-{f}")] for f in (name, "a.jsonl"))
+    assert found == expected and len(found) == 2 and f"{danish(0)} {danish(1)}" in found[0][1]
+
+
 def test_malformed_rows_are_counted_and_the_rest_goes_on(tmp_path):
     lines = [
         {"text": danish(0)}, '{"text": "afbrudt', "[1, 2]", {"tekst": "forkert felt"}, {"text": 7},

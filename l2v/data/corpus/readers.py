@@ -134,14 +134,17 @@ class Reader:
             else:
                 yield raw
 
-    def _lines(self, file: Path, shown: str) -> Iterator[tuple[int, bytes]]:
+    def _lines(self, file: Path, shown: str, *, whole: bool = False) -> Iterator[tuple[int, bytes]]:
+        """Numbered lines that are not blank, without their ends; `whole`: every line as it stands."""
         with self._open(file) as stream:
             for number, line in enumerate(stream, start=1):
                 if number == 1:
                     if line.startswith(WIDE):
                         raise UserError(f"{shown}: the file is UTF-16; convert it to UTF-8 first")
                     line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
+                if whole:
+                    yield number, line
+                elif line.strip():
                     yield number, line.rstrip(b"\r\n")
 
     def _jsonl(self, file: Path, shown: str) -> Iterator[Record]:
@@ -153,7 +156,8 @@ class Reader:
     def _csv(self, file: Path, shown: str) -> Iterator[Record]:
         # A byte that is not UTF-8 becomes a surrogate, so that the workers can decode the row in its own encoding.
         comma = "\t" if ".tsv" in file.suffixes else ","
-        lines = (line.decode("utf-8", "surrogateescape") for _, line in self._lines(file, shown))
+        # Line ends stay: inside quotes they are part of the text, and without them its words would run together.
+        lines = (line.decode("utf-8", "surrogateescape") for _, line in self._lines(file, shown, whole=True))
         rows = csv.DictReader(lines, delimiter=comma)
         try:
             for row in rows:
