@@ -10,7 +10,7 @@ from l2v.errors import RecipeError
 
 TOOLS = {
     "build": "build a data set from raw text",
-    "check": "check a set of passages and questions",
+    "check": "check data before training on it",
     "mine": "mine hard negatives for pairs",
     "synthesize": "let a language model write queries for passages",
 }

@@ -19,8 +19,8 @@ from l2v.errors import RecipeError, UserError, first_line
 def main(argv: Sequence[str] | None = None) -> int:
     """Build a data set: Parquet, a card for the Hub, and a report of what was dropped and why.
 
-    After an interrupt or a kill, the same command resumes. The exit code is 1 if a source could not be read to the end; the same
-    command then retries it.
+    After an interrupt or a kill, the same command resumes. The exit code is 1 if a source is not complete; the same command then
+    retries it.
     """
     args = parser().parse_intermixed_args(argv)
     if args.workers is not None and args.workers < 1:
@@ -28,8 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = load_config(args.config, args.overrides)
     out = Path(args.out or config.out or f"data/{config.name}").expanduser()
     begun = time.monotonic()
+    run = Run(config, out, args.workers or len(os.sched_getaffinity(0)), keep_going=args.keep_going)
     try:
-        done = Run(config, out, args.workers or len(os.sched_getaffinity(0))).build(fresh=args.fresh)
+        done = run.build(fresh=args.fresh)
     except OSError as error:  # errors of a source itself are reported by its reader
         why = error.strerror or first_line(error)
         raise UserError(
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ) from None
     if done.get("already"):
         print(f"{out} is already built; --fresh builds it from scratch")
+    for note in run.notes:
+        print(note)
     print(report.summary(done))
     for sentence in report.problems(done):
         print(f"l2v: {sentence}", file=sys.stderr)
@@ -61,6 +64,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", metavar="FOLDER", help="folder of the data set (default: the key `out`, or data/NAME)")
     p.add_argument(
         "--workers", type=int, metavar="N", help="processes; the result does not depend on them (default: one per core)"
+    )
+    p.add_argument(
+        "--keep-going", action="store_true", help="take what is left of a source of which more than half cannot be read"
     )
     p.add_argument("--fresh", action="store_true", help="build from scratch even if the data set exists")
     return p

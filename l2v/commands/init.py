@@ -46,7 +46,12 @@ def parser() -> argparse.ArgumentParser:
         "mine --data questions.csv", "mine --data texts.txt --base meta-llama/Meta-Llama-3-8B-Instruct",
     )  # fmt: skip
     p.add_argument("name", metavar="NAME", help="the recipe's name: letters, digits, - and _")
-    p.add_argument("--data", required=True, metavar="FILE", help=".csv, .tsv, .jsonl, .parquet or .txt (a text a line)")
+    p.add_argument(
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="a file, folder or glob: .csv, .tsv, .jsonl, .json, .parquet, .xlsx or .txt (a text a line)",
+    )
     p.add_argument(
         "--base", default=SMOLLM2, metavar="MODEL",
         help=f"the decoder, a folder or a hub name; the default trains on a CPU (default: {SMOLLM2})",
@@ -61,8 +66,9 @@ def _seen(data: OwnData) -> str:
     empty = f", {data.empty:,} more with an empty text (skipped)" if data.empty else ""
     chosen = ", ".join(f"{key}: {column}" for key, column in data.read_as().items())
     tokens = round(data.long_letters / LETTERS_A_TOKEN)
+    notes = "".join(f"{note}\n" for note in data.notes if "guessed" not in note)  # the next line says what was guessed
     return (
-        f"{data.source.path}: {data.rows:,} {data.kind}{empty}{delimiter}\n"
+        f"{data.source.path}: {data.rows:,} {data.kind}{empty}{delimiter}\n{notes}"
         f"columns {', '.join(data.columns)}; read as {chosen}\n"
         f"95% of the texts are shorter than about {tokens:,} tokens"
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from l2v.data.reading import listed
 from l2v.recipe.source import Source
 
 # The first name found in the file is used, so names that can only be a query come before those that may be one (a title).
@@ -20,7 +21,7 @@ QUERIES = (
     "title", "heading", "headline", "titel", "overskrift", "emne",
 )  # fmt: skip
 POSITIVES = (
-    "positive", "passage", "answer", "sentence2", "response", "positiv", "svar", "sætning2", "document", "dokument",
+    "positive", "pos", "passage", "answer", "sentence2", "response", "positiv", "svar", "sætning2", "document", "dokument",
     "text", "tekst", "afsnit", "body", "brødtekst", "content", "indhold", "description", "beskrivelse", "abstract",
     "summary", "resumé",
 )  # fmt: skip
@@ -31,7 +32,12 @@ TEXTS = (
 NEGATIVES = (
     "negatives", "negative", "hard_negatives", "hard_negative", "neg", "negativ", "negativer", "forkert", "forkert_svar",
 )  # fmt: skip
-LOOKED_FOR = {"text": (*TEXTS, *POSITIVES), "query": QUERIES, "positive": POSITIVES, "negatives": NEGATIVES}
+SCORES = ("score", "label", "similarity", "similarity_score", "lighed", "relevance", "relevans")
+LABELS = ("label", "category", "topic", "class", "kategori", "emne", "etiket", "klasse", "mærkat")
+LOOKED_FOR = {
+    "text": (*TEXTS, *POSITIVES), "query": QUERIES, "positive": POSITIVES, "negatives": NEGATIVES, "score": SCORES,
+    "label": LABELS,
+}  # fmt: skip
 DEFAULTS = {f.name: f.default for f in fields(Source)}
 _LETTERS = str.maketrans({"æ": "ae", "ø": "oe", "å": "aa", "é": "e"})
 
@@ -43,12 +49,12 @@ class Choice:
     source: Source
     guessed: dict[str, str]
 
-    def note(self) -> str | None:
-        """The sentence to log about guessed columns; None if nothing was guessed."""
+    def note(self, where: str | None = None) -> str | None:
+        """The sentence to log about guessed columns; None if nothing was guessed. where: the file, default the source."""
         if not self.guessed:
             return None
         chosen = ", ".join(f"{key}: {column}" for key, column in self.guessed.items())
-        return f"{self.source.path}: columns guessed by their names: {chosen} (a column named in the recipe wins)"
+        return f"{where or self.source.path}: columns guessed by their names: {chosen} (a column that you name wins)"
 
 
 def settle(source: Source, names: Sequence[str], kind: str) -> Choice:
@@ -56,7 +62,7 @@ def settle(source: Source, names: Sequence[str], kind: str) -> Choice:
 
     kind: documents, sentences or pairs. `names` are the file's columns.
     """
-    keys = ("query", "positive", "negatives") if kind == "pairs" else ("text",)
+    keys = ("query", "positive", "negatives", "score") if kind == "pairs" else ("text",)
     chosen: dict[str, str] = {}
     for key in keys:
         current = getattr(source, key)
@@ -71,7 +77,7 @@ def settle(source: Source, names: Sequence[str], kind: str) -> Choice:
 
 
 def guess(key: str, names: Sequence[str]) -> str | None:
-    """The column of `names` for a key (text, query, positive, negatives); None where no name is known.
+    """The column of `names` for a key (text, query, positive, negatives, score); None where no name is known.
 
     Case, spaces, `-` and `_` are ignored, and ae, oe, aa match æ, ø, å. For negatives the result may be a pattern,
     `negative_*`, which means numbered columns.
@@ -100,9 +106,10 @@ def numbered(pattern: str, names: Iterable[str]) -> list[str]:
 def absent(where: str, column: str, names: Iterable[object]) -> str:
     """The error message for a column that is not found: the columns that exist and the closest name."""
     known = [str(name) for name in names]
+    found = listed(known, 20) or "nothing"
     close = difflib.get_close_matches(_plain(column), {_plain(name): name for name in known}, n=1, cutoff=0.6)
     hint = next((f"; did you mean '{name}'?" for name in known if close and _plain(name) == close[0]), "")
-    return f"{where}: the field '{column}' is absent; found {', '.join(known) or 'nothing'}{hint}"
+    return f"{where}: the field '{column}' is absent; found {found}{hint}"
 
 
 def _plain(name: str) -> str:

@@ -1,92 +1,177 @@
-"""The rows of one file as they are written: JSONL, CSV, TSV, Parquet or text, each with its location for messages."""
+"""The rows of one file as they are written, whatever its form, each with its location for messages."""
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import zlib
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from l2v.data.decoding import text_lines
+from l2v.data.find import kind_of
+from l2v.data.reading import Reading
 from l2v.data.tables import is_table, layout, read_table
-from l2v.data.text import parse
+from l2v.data.text import check_text, parse
 from l2v.errors import UserError, first_line
 
-LINES = (".jsonl", ".jsonl.gz", ".json", ".txt", ".txt.gz")
 FIRST = 100  # rows of a JSONL file from which its columns are collected
+Row = tuple[str, dict[str, Any]]
+Opened = Callable[[BinaryIO], object]
 
 
-def is_streamed(path: Path) -> bool:
-    """Whether the file is read row by row here; False for Parquet, which `datasets` maps into memory by itself.
-
-    Raises:
-        UserError: for an unknown file type.
-    """
-    name = path.name.lower()
-    if name.endswith(LINES) or is_table(name):
-        return True
-    if name.endswith(".parquet"):
-        return False
-    raise UserError(f"{path}: unknown file type '{path.suffix}'; use .csv, .tsv, .jsonl, .parquet or .txt")
-
-
-def read_rows(path: Path, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(
+    path: Path,
+    shown: str,
+    reading: Reading | None = None,
+    *,
+    whole: bool = False,
+    opened: Opened | None = None,
+    only: Collection[str] | None = None,
+) -> Iterator[Row]:
     """All rows of a file in order; `shown` is its name in messages.
 
+    reading: counts what cannot be read and other encodings. whole: a text file is one row, not a row a line. opened:
+    receives the file that is open, to measure progress. only: of Parquet, read just these columns, where it has any.
+
     Raises:
-        UserError: for what cannot be read.
+        UserError: for what cannot be read (rows: unless `reading` keeps going).
     """
-    if is_table(path):
-        yield from read_table(path, shown)
-    elif is_streamed(path):
-        yield from _lines(path, shown)
+    reading = reading or Reading()
+    kind = kind_of(path)
+    if kind == "table":
+        yield from read_table(path, shown, reading, opened)
+    elif kind == "lines":
+        yield from _json_lines(path, shown, reading, opened)
+    elif kind == "json":
+        yield from _json(path, shown, reading, opened)
+    elif kind == "parquet":
+        yield from _parquet(path, shown, opened, only)
+    elif kind == "workbook":
+        from l2v.data.workbook import read_workbook
+
+        yield from read_workbook(path, shown, reading)
     else:
-        yield from _parquet(path, shown)
+        yield from _text(path, shown, reading, whole, opened)
 
 
 def columns(path: Path, shown: str) -> tuple[list[str], bool]:
-    """The columns of a file, and whether the list is complete: for JSONL, only the first rows are read."""
-    if is_table(path):
+    """The columns of a file, and whether the list is complete: for JSON, only the first rows are read."""
+    kind = kind_of(path)
+    if kind == "table":
         return layout(path, shown).names, True
-    if _is_text(path):
+    if kind == "text":
         return ["text"], True
-    if is_streamed(path):
-        first = itertools.islice(_lines(path, shown), FIRST)
-        return list(dict.fromkeys(key for _, row in first for key in row)), False
-    return _parquet_file(path, shown).schema_arrow.names, True
+    if kind == "parquet":
+        return _parquet_file(path, shown).schema_arrow.names, True
+    if kind == "workbook":
+        from l2v.data.workbook import header
+
+        return header(path, shown), True
+    # A row that cannot be read is reported by what reads all of them.
+    first = itertools.islice(read_rows(path, shown, Reading(keep_going=True)), FIRST)
+    return list(dict.fromkeys(key for _, row in first for key in row)), False
 
 
-def _is_text(path: Path) -> bool:
-    return path.name.lower().endswith((".txt", ".txt.gz"))
+def delimiter(path: Path, shown: str) -> str | None:
+    """The delimiter of a table; None for a file of another kind."""
+    return layout(path, shown).delimiter if is_table(path) else None
 
 
-def _lines(path: Path, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
-    text = _is_text(path)
+def _text(path: Path, shown: str, reading: Reading, whole: bool, opened: Opened | None) -> Iterator[Row]:
+    lines = text_lines(path, shown, reading, opened)
+    if whole:
+        yield shown, {"text": "".join(lines).strip()}
+        return
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield f"{shown}, line {number}", {"text": line.strip()}
+
+
+def _json_lines(
+    path: Path, shown: str, reading: Reading, opened: Opened | None, lines: Iterator[str] | None = None
+) -> Iterator[Row]:
+    for number, line in enumerate(lines or text_lines(path, shown, reading, opened), start=1):
+        if not line.strip():
+            continue
+        where = f"{shown}, line {number}"
+        try:
+            row = parse(line, where)
+        except UserError as error:
+            reading.lose(error)
+            continue
+        yield where, row
+
+
+def _json(path: Path, shown: str, reading: Reading, opened: Opened | None) -> Iterator[Row]:
+    """A list of objects (or of texts), an object that holds one such list, or an object a line."""
+    lines = text_lines(path, shown, reading, opened)
+    first = next((line for line in lines if line.strip()), "")
+    if not first:
+        return
+    second = next((line for line in lines if line.strip()), "")
+    if second.lstrip().startswith("{") and _is_json(first) and first.lstrip().startswith("{"):
+        # Blank lines before the second object are rare; then the numbers of the lines are too small by those.
+        yield from _json_lines(path, shown, reading, opened, itertools.chain([first, second], lines))
+        return
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{shown}, line {number}"
-                    yield where, {"text": line.strip()} if text else parse(line, where)
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise UserError(f"{shown}: not readable as UTF-8 text: {error}") from None
+        tree = json.loads("".join([first, second, *lines]))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{shown}, line {error.lineno}: malformed JSON ({error.msg} at column {error.colno})") from None
+    items = tree
+    if isinstance(tree, dict):
+        lists = [value for value in tree.values() if isinstance(value, list)]
+        if len(lists) != 1 and second:
+            raise UserError(f"{shown}: one JSON object; give a list of objects, or one object a line (.jsonl)")
+        items = lists[0] if len(lists) == 1 else [tree]
+    for number, item in enumerate(items, start=1):
+        where = f"{shown}, item {number}"
+        row = {"text": item} if isinstance(item, str) else item
+        try:
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: an item is an object of fields, or a text; found {type(item).__name__}")
+            check_text(row, where)
+        except UserError as error:
+            reading.lose(error)
+            continue
+        yield where, row
 
 
-def _parquet_file(path: Path, shown: str):
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _parquet_file(path: Path, shown: str, stream: BinaryIO | None = None):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(stream or path)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{shown}: not a readable Parquet file: {first_line(error)}") from None
 
 
-def _parquet(path: Path, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(path: Path, shown: str, opened: Opened | None, only: Collection[str] | None) -> Iterator[Row]:
+    import pyarrow as pa
+
     number = 0
-    for batch in _parquet_file(path, shown).iter_batches(batch_size=256):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{shown}, row {number}", row
+    with open(path, "rb") as stream:
+        if opened:
+            opened(stream)
+        file = _parquet_file(path, shown, stream)
+        wanted = [name for name in file.schema_arrow.names if name in only] if only else []
+        batches = file.iter_batches(batch_size=256, columns=wanted or None)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"{shown}: cannot be read to the end: {first_line(error)}") from None
+            if batch is None:
+                return
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{shown}, row {number}", row

@@ -18,7 +18,11 @@ def sentences(text: str, *, least: int = 5, most: int = 100) -> list[str]:
 
 
 def parse(line: str, where: str) -> dict[str, Any]:
-    """One JSON object; an error names its line."""
+    """One JSON object.
+
+    Raises:
+        UserError: the line is not one, or a text in it is no valid text; the message names the line.
+    """
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -27,4 +31,19 @@ def parse(line: str, where: str) -> dict[str, Any]:
         ) from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: each line is one JSON object; found {type(row).__name__}")
+    if "\\u" in line:
+        check_text(row, where)
     return row
+
+
+def check_text(row: dict[str, Any], where: str) -> None:
+    r"""Check that every text in a row of JSON can be encoded: an escape such as \ud83d alone is valid JSON and no text.
+
+    Raises:
+        UserError: half of a surrogate pair; the message names the field.
+    """
+    for key, value in row.items():
+        try:
+            json.dumps([key, value], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: '{ascii(key)[1:-1]}' holds half of a surrogate pair, which is no text") from None

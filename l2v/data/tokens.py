@@ -73,6 +73,15 @@ class TextTokenizer:
             starts.append(start)
         return out, starts, cut
 
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of the texts alone: no template, no special tokens, never truncated."""
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+    def overhead(self) -> int:
+        """Tokens that the template and the tokenizer's special tokens add to a text without an instruction."""
+        ids = self.tokenizer(f"{self.template.prefix}a{self.template.suffix}", verbose=False)["input_ids"]
+        return len(ids) - len(self.plain(["a"])[0])
+
     def header(self, instruction: str | None) -> str:
         """What precedes the text: the template's prefix and the instruction, if any."""
         return self.template.prefix + (self.template.instruction.format(instruction=instruction) if instruction else "")

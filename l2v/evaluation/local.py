@@ -15,9 +15,13 @@ from typing import Any
 import yaml
 from mteb.abstasks import AbsTask
 
+from l2v.data import raw
+from l2v.data.columns import guess
+from l2v.data.decoding import plain_name
+from l2v.data.find import READABLE, is_readable
 from l2v.errors import RecipeError, UserError
 from l2v.evaluation.local_tasks import BUILD, Built
-from l2v.evaluation.rows import ENDINGS, digest
+from l2v.evaluation.rows import digest
 
 MANIFEST = "eval.yaml"
 _LANGUAGE = re.compile(r"[a-z]{3}-[A-Z][a-z]{3}")
@@ -33,6 +37,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     | {"least": 4, "samples_per_label": 8},
     "clustering": _COMMON | {"text": "text", "label": "label", "least": 2},
     "sts": _COMMON | {"first": "a", "second": "b", "score": "score"},
+}
+# Fields that are guessed by their names where a file lacks the default: the key of `l2v.data.columns` for each.
+GUESSED = {
+    "retrieval": {"query": "query", "positive": "positive"},
+    "classification": {"text": "text", "label": "label"},
+    "clustering": {"text": "text", "label": "label"},
+    "sts": {"first": "query", "second": "positive", "score": "score"},
 }
 PREFIXES = {"pairs": "retrieval"} | {kind: kind for kind in FIELDS}
 
@@ -77,11 +88,12 @@ def local_benchmark(source: str | Path, data: str | Path | None = None) -> Local
     else:
         raise UserError(f"local:{source}: no such folder or manifest")
     if not entries:
-        raise UserError(f"{path}: has no {MANIFEST} and no file called {', '.join(PREFIXES)}* ({', '.join(ENDINGS)})")
+        raise UserError(f"{path}: has no {MANIFEST} and no file called {', '.join(PREFIXES)}* ({READABLE})")
     out = LocalBenchmark(name)
     for entry in entries:
         full = f"{name}-{entry['name']}"
         try:
+            guessed = _guess_fields(folder, entry)
             built = BUILD[entry["type"]](full, folder, entry, _revision(folder, entry))
         except RecipeError:
             raise
@@ -89,10 +101,27 @@ def local_benchmark(source: str | Path, data: str | Path | None = None) -> Local
             out.failed[full] = str(error)
             continue
         out.tasks.append(_loaded(built))
-        out.notes += [f"{full}: {note}" for note in built.notes]
+        out.notes += [f"{full}: {note}" for note in [*guessed, *built.notes]]
     if len({task.metadata.name for task in out.tasks}) < len(out.tasks):
         raise RecipeError(f"{manifest}: two tasks have the same name; give each its own 'name'")
     return out
+
+
+def _guess_fields(folder: Path, entry: dict[str, Any]) -> list[str]:
+    """Replace default fields that the file lacks by fields with a common name; returns a sentence about them."""
+    file, kind = folder / entry["file"], entry["type"]
+    if not file.is_file() or not is_readable(file):
+        return []
+    names, _ = raw.columns(file, str(file))
+    chosen: dict[str, str] = {}
+    for key, as_key in GUESSED.get(kind, {}).items():
+        if entry[key] == FIELDS[kind][key] and entry[key] not in names:
+            taken = {*chosen.values(), *(entry[other] for other in GUESSED[kind] if other != key)}
+            if column := guess(as_key, [name for name in names if name not in taken]):
+                chosen[key] = column
+    entry |= chosen
+    said = ", ".join(f"{key}: {column}" for key, column in chosen.items())
+    return [f"{entry['file']}: columns guessed by their names: {said}"] if said else []
 
 
 def _loaded(built: Built) -> AbsTask:
@@ -107,16 +136,14 @@ def _revision(folder: Path, entry: dict[str, Any]) -> str:
 
 
 def _kind(file: Path) -> str | None:
-    if not file.name.endswith(ENDINGS):
+    if not is_readable(file):
         return None
     return next((kind for prefix, kind in PREFIXES.items() if file.name.lower().startswith(prefix)), None)
 
 
 def _by_name(file: Path, kind: str) -> dict[str, Any]:
-    stem = next(
-        file.name.removesuffix(ending) for ending in sorted(ENDINGS, key=len)[::-1] if file.name.endswith(ending)
-    )
-    return FIELDS[kind] | {"type": kind, "file": file.name, "name": stem}
+    ending = len(Path(plain_name(file)).suffix) + len(file.name) - len(plain_name(file))
+    return FIELDS[kind] | {"type": kind, "file": file.name, "name": file.name[:-ending]}
 
 
 def _manifest(path: Path) -> tuple[str, list[dict[str, Any]]]:

@@ -24,7 +24,8 @@ COLUMN = 34  # column where comments begin
 
 @dataclass
 class OwnData:
-    """What a file holds. source: its path and columns. rows: those with text; empty: those without. letters: of all documents
+    """What a file (or several) holds. source: its path and columns. rows: those with text; empty: those without; bad: those
+    that cannot be read; notes: what reading met, to print. letters: of all documents
     together; long_letters: 95% of the texts have at most so many. sentences: of texts that are split for SimCSE, else 0.
     example: a short query. searched: the column that `l2v search` uses by default.
     """
@@ -35,6 +36,9 @@ class OwnData:
     delimiter: str | None = None
     rows: int = 0
     empty: int = 0
+    bad: int = 0
+    files: int = 1
+    notes: list[str] = field(default_factory=list)
     letters: int = 0
     long_letters: int = 0
     negatives: int = 0
@@ -123,8 +127,12 @@ def quoted(text: str) -> str:
 
 
 def _source(data: OwnData, **columns: str | bool) -> str:
-    keys = {"path": data.source.path, **columns}
-    if data.empty:
+    # Several files may have other columns each, which are guessed when they are read.
+    keys: dict[str, str | bool] = {"path": data.source.path}
+    keys |= {key: value for key, value in columns.items() if data.files == 1 or key == "sentences"}
+    if data.bad:
+        keys["skip_bad"] = True
+    elif data.empty:
         keys["skip_empty"] = True
     inner = ", ".join(f"{key}: {str(v).lower() if isinstance(v, bool) else quoted(v)}" for key, v in keys.items())
     return "{" + inner + "}"
@@ -132,7 +140,8 @@ def _source(data: OwnData, **columns: str | bool) -> str:
 
 def _head(name: str, base: str, data: OwnData) -> str:
     what = "pairs" if data.kind == "pairs" else "texts"
-    empty = f" (rows skipped for an empty text: {data.empty:,})" if data.empty else ""
+    skipped = [(data.empty, "for an empty text"), (data.bad, "because they cannot be read")]
+    empty = "".join(f" (rows skipped {why}: {count:,})" for count, why in skipped if count)
     return (
         f"# {base} into a text encoder, on {data.rows:,} {what} of {Path(data.source.path).name}{empty}.\n"
         f"#   l2v train {name}.yaml\n"

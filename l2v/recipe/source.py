@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from l2v.errors import RecipeError
 from l2v.recipe.tasks import Task, find_task
 
-PAIR_KEYS = ("task", "query_prompt", "document_prompt", "symmetric")
+PAIR_KEYS = ("task", "query_prompt", "document_prompt", "symmetric", "score", "min_score")
 
 
 @dataclass
 class Source:
-    """Rows to train on: `sample:da/train`, a CSV, JSONL, Parquet or text file, or `hub:NAME`; and what its columns are called.
+    """Rows to train on: a file, a folder, a glob, `hub:NAME` or `sample:da/train`; and what its columns are called.
 
-    text, query, positive, negatives: columns; a default that the file lacks is guessed from common names
-    (`l2v.data.columns`). `negatives: negative_*` takes the columns negative_1, negative_2 and so on.
+    Files: CSV, TSV, JSON, JSONL, Parquet, Excel, text (`l2v.data.raw`), also compressed. text, query, positive, negatives:
+    columns; a default that the file lacks is guessed from common names (`l2v.data.columns`). `negatives: negative_*` takes
+    the columns negative_1, negative_2 and so on. A list in `positive` is several answers: a pair each.
+
+    score: a column of numbers, guessed as well; pairs below `min_score` are skipped, by default those with 0 where the
+    scores are 0 and 1. whole: a text file is one text, not a text a line. skip_empty: skip rows with an empty text;
+    skip_bad: and those that cannot be read, up to half of the source; both are counted and logged.
 
     weight: how often a row is used in an epoch; it may be a fraction. group: a column; rows with the same value are never
     negatives of each other. query_prompt, document_prompt: instruction of every row without one in the columns
@@ -35,6 +40,8 @@ class Source:
     instruction: str | None = None
     document_instruction: str | None = None
     group: str | None = None
+    score: str | None = None
+    min_score: float | None = None
     weight: float = 1.0
     task: str | None = None
     query_prompt: str | None = None
@@ -42,6 +49,8 @@ class Source:
     symmetric: bool | None = None
     swap: bool = False
     skip_empty: bool = False
+    skip_bad: bool = False
+    whole: bool = False
     sentences: bool = False
     limit: int | None = None
 

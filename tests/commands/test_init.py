@@ -209,8 +209,8 @@ def test_out_may_be_elsewhere(init, tmp_path):
         ("a.csv", "spørgsmål;svar\nHvad?;Det;er\n", ["a.csv, line 2: 3 fields where the header has 2 columns"]),
         ("a.csv", 'spørgsmål;svar\nHvad?;"Det\n', ["a.csv, line 2: a quote is opened here and never closed"]),
         ("a.jsonl", '{"query": "a", "positive": 3}\n', ["line 1: the field 'positive' is text; found int"]),
-        ("a.docx", "x", ["unknown file type '.docx'; use .csv, .tsv, .jsonl, .parquet or .txt"]),
-        ("b.csv", None, ["file not found; give a .csv"]),
+        ("a.docx", "x", ["unknown file type '.docx'; save it as .txt"]),
+        ("b.csv", None, ["file not found; give a file, a folder"]),
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_sentence_and_no_recipe(init, tmp_path, name, content, parts):
@@ -247,8 +247,6 @@ def test_from_a_table_to_a_searched_encoder(init, base, run_here, capfd, tmp_pat
     capfd.readouterr()
     assert cli.main([*search, "--top", "2"]) == 0
     found = capfd.readouterr()
-    assert found.err.startswith(
-        "faq.csv: columns guessed by their names: text: Svar (a column named in the recipe wins)\n"
-    )
+    assert found.err.startswith("faq.csv: columns guessed by their names: text: Svar (a column that you name wins)\n")
     # A text that spans lines is one result.
     assert found.out.count('Tag en taske; og "mad", med.') == 2 and found.out.count("Man sejler til") == 2

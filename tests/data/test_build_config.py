@@ -119,7 +119,7 @@ def test_the_command_builds_into_data_and_says_what_it_could_not_read(tmp_path, 
     config.write_text(yaml.safe_dump({k: v for k, v in tree.items() if k != "folder"}), encoding="utf-8")
     assert cli.main(["data", "build", "build.yaml", "--workers", "1"]) == 1
     said = capsys.readouterr()
-    assert "l2v: not read to the end: b.jsonl: file not found" in said.err
+    assert "l2v: incomplete source: b.jsonl: file not found" in said.err
     assert "redirect" in said.out and len(rows(tmp_path / "data" / "prøve")) == 6
     (tmp_path / "b.jsonl").write_text('{"text": "Den sidste tekst er kommet til nu."}\n', encoding="utf-8")
     assert cli.main(["data", "build", "build.yaml", "--workers", "1"]) == 0

@@ -199,7 +199,7 @@ def test_mixed_encodings_are_read_repaired_or_counted(tmp_path):
     text = "Blåbærgrød spises på øen hver eneste sommer af alle de gamle søfolk."
     windows = json.dumps({"text": text + " Først."}, ensure_ascii=False).encode("windows-1252")
     garbled = {"text": (text + " Dernæst.").encode().decode("windows-1252")}
-    broken = b'{"text": "\x81\x8d\xff"}'
+    broken = b'{"text": "\x81\xb1\xb2\xb1\xb2"}'
     write_lines(tmp_path / "a.jsonl", [{"text": text}, windows, garbled, broken])
     (tmp_path / "b.csv").write_bytes(b"id,text\n1," + (text + " Til sidst.").encode("windows-1252") + b"\n")
     report = make(configure(tmp_path, "documents", [source("a.jsonl"), source("b.csv")], near=None), tmp_path / "out")
@@ -213,7 +213,7 @@ def test_mixed_encodings_are_read_repaired_or_counted(tmp_path):
     assert strict["dropped"] == {"encoding": 2}
 
 
-def test_utf_16_and_a_torn_archive_stop_their_source_alone(tmp_path):
+def test_utf_16_is_read_and_a_torn_archive_stops_its_source_alone(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json.dumps({"text": danish(0)}).encode("utf-16"))
     whole = gzip.compress("".join(json.dumps({"text": danish(i)}) + "\n" for i in range(3000)).encode())
     (tmp_path / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
@@ -221,9 +221,9 @@ def test_utf_16_and_a_torn_archive_stop_their_source_alone(tmp_path):
     sources = [source(p) for p in ("a.jsonl", "b.jsonl.gz", "c.jsonl", "d.jsonl")]
     report = make(configure(tmp_path, "documents", sources, near=None, exact=False), tmp_path / "out")
     errors = [s["error"] for s in report["sources"]]
-    assert errors[0] == "a.jsonl: the file is UTF-16; convert it to UTF-8 first"
+    assert errors[0] is None and report["sources"][0]["kept"] == {"train": 1}
     assert errors[1].startswith("b.jsonl.gz: cannot be read to the end: ")
-    assert errors[2] is None and errors[3] == "d.jsonl: file not found"
+    assert errors[2] is None and errors[3] == "d.jsonl: file not found; did you mean 'c.jsonl'?"
     assert 100 < report["sources"][1]["kept"]["train"] < 3000 and report["sources"][2]["kept"] == {"train": 1}
 
 

@@ -96,5 +96,6 @@ def test_the_guess_is_one_sentence(tmp_path, write_jsonl):
 def test_columns_of_json_lines_are_those_of_many_rows(tmp_path, write_jsonl):
     rows = [{"query": "a", "positive": "b", "negative": "unread"}, {"query": "a", "positive": "b", "negatives": ["c"]}]
     notes = []
-    assert open_rows([Source(write_jsonl(tmp_path / "a.jsonl", rows))], "pairs", notes)["negatives"][:] == [[], ["c"]]
-    assert notes == []
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert open_rows([Source(path)], "pairs", notes)["negatives"][:] == [[], ["c"]]
+    assert notes == [f"{path}: columns that are not used: negative"]

@@ -165,7 +165,10 @@ def test_a_bad_line_is_named_with_its_remedy(write, name, line, parts):
     [
         ({"query": ""}, "line 1: 'query' is empty; remove the row or set skip_empty: true on its source"),
         ({"positive": " "}, "line 1: 'positive' is empty; remove the row or set skip_empty: true on its source"),
-        ({"positive": ["a"]}, "line 1: the field 'positive' is text; found list"),
+        ({"positive": {"a": "b"}}, "line 1: the field 'positive' is text; found dict"),
+        ({"positive": ["a", 1]}, "line 1: the field 'positive' is a text or a list of texts"),
+        ({"positive": ["", " "]}, "line 1: 'positive' is empty; remove the row"),
+        ({"positive": "halv \ud83d"}, "line 1: 'positive' holds half of a surrogate pair, which is no text"),
         ({"negatives": [1]}, "line 1: the field 'negatives' is a text or a list of texts"),
         ({"negatives": ["a", None]}, "line 1: the field 'negatives' is a text or a list of texts"),
         ({"negatives": {"a": "b"}}, "line 1: the field 'negatives' is a text or a list of texts"),
@@ -219,21 +222,16 @@ def test_an_empty_source_beside_a_full_one(write):
 
 @pytest.mark.parametrize("name", ["gone.jsonl", "gone.parquet", "gone"])
 def test_a_missing_file(tmp_path, name):
-    assert "file not found; give a file, hub:NAME or sample:da/train" in refused(tmp_path / name)
+    assert "file not found; give a file, a folder, hub:NAME or sample:da/train" in refused(tmp_path / name)
 
 
 def test_an_empty_folder_is_no_source(tmp_path):
-    assert "the folder holds no .parquet file" in refused(tmp_path)
+    assert "the folder holds no file that can be read" in refused(tmp_path)
 
 
 def test_an_unknown_suffix(write):
-    known = "use .csv, .tsv, .jsonl, .parquet or .txt"
-    assert f"unknown file type '.docx'; {known}" in refused(write("a.docx", "text\nhej\n"))
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_not_utf8(write, name):
-    assert "not readable as UTF-8 text" in refused(write(name, '{"text": "æøå"}\n'.encode("latin-1")))
+    assert "unknown file type '.docx'; save it as .txt" in refused(write("a.docx", "text\nhej\n"))
+    assert "unknown file type '.dat'; use .csv, .tsv, .jsonl, .json" in refused(write("a.dat", "text\nhej\n"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "plain"])

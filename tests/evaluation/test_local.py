@@ -147,10 +147,13 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path):
     (tmp_path / "pairs.jsonl").write_bytes(b"\n".join([good[0], *bad, *good[1:]]))
     (tmp_path / "sts.jsonl").write_bytes(b"nothing\n")
     found = local_benchmark(tmp_path)
-    assert [len(t.dataset["default"]["test"]["queries"]) for t in found.tasks] == [5]
-    name = tmp_path.name
-    assert found.notes == [f"{name}-pairs: 5 rows skipped, the first at {tmp_path / 'pairs.jsonl'}:2: not JSON"]
-    assert found.failed == {f"{name}-sts": f"{tmp_path / 'sts.jsonl'}:1: not JSON"}
+    assert [len(t.dataset["default"]["test"]["queries"]) for t in found.tasks] == [6]
+    name, file = tmp_path.name, tmp_path / "pairs.jsonl"
+    (note,) = found.notes
+    assert note.startswith(f"{name}-pairs: 4 rows skipped, the first at {file}, line 2: malformed JSON")
+    assert note.endswith(f"; {file}: not UTF-8, read as Windows-1252 (1 line)")
+    assert list(found.failed) == [f"{name}-sts"]
+    assert f"{tmp_path / 'sts.jsonl'}, line 1: malformed JSON" in found.failed[f"{name}-sts"]
 
 
 def test_a_changed_file_is_scored_anew(tmp_path, write_jsonl, sentences):

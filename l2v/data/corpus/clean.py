@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from l2v.data.decoding import legacy_of
+
 _MOJIBAKE = re.compile(r"Ã[\u0080-\u00bf¦¸¥†˜…™©‰¶¼„–œ ]|â€[\u0080-\u00bf™œ“”¦]|Â[\u00a0-\u00bf]")
+_ESCAPED = re.compile(r"[\udc80-\udcff]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u2060\ufeff\ufffe\uffff]|\u00ad")
 _SPACE = re.compile(r"[^\S\n]+")
 
 
 def decode(data: bytes, encoding: str) -> tuple[str, bool]:
-    """Text of bytes, and whether they were Windows-1252 although UTF-8 was expected.
+    """Text of bytes, and whether they were in another encoding although UTF-8 was expected.
 
-    `auto` reads what is not UTF-8 as Windows-1252, the other encoding that Danish text is found in.
+    `auto` reads what is not UTF-8 in the encoding of Windows, DOS or the old Mac that fits Danish text best.
 
     Raises:
         UnicodeDecodeError: if the bytes are not in the encoding.
@@ -23,7 +26,12 @@ def decode(data: bytes, encoding: str) -> tuple[str, bool]:
     try:
         return data.decode("utf-8"), False
     except UnicodeDecodeError:
-        return data.decode("windows-1252"), True
+        return data.decode(legacy_of(data)), True
+
+
+def restored(text: str) -> str:
+    """The text with surrogates that stand for bytes decoded."""
+    return decode(text.encode("utf-8", "surrogateescape"), "auto")[0] if _ESCAPED.search(text) else text
 
 
 def mojibake(text: str) -> tuple[str, bool]:

@@ -13,7 +13,7 @@ from l2v.recipe.shipped import find_shipped, shipped_folder
 from l2v.recipe.typed_yaml import Node, build, parse_override, read_tree
 
 Kind = Literal["documents", "sentences", "pairs"]
-Format = Literal["auto", "jsonl", "parquet", "csv", "text", "mediawiki", "debian"]
+Format = Literal["auto", "jsonl", "json", "parquet", "csv", "excel", "text", "mediawiki", "debian"]
 FIELDS = (
     "id",
     "text",
@@ -39,7 +39,7 @@ class Input:
     origin: str | None = None
     format: Format = "auto"
     markup: Literal["plain", "wiki40b", "wikitext"] = "plain"
-    encoding: Literal["auto", "utf-8", "windows-1252"] = "auto"
+    encoding: Literal["auto", "utf-8", "windows-1252", "cp850", "mac-roman"] = "auto"
     name: str | None = None
     split: str = "train"
     revision: str | None = None

@@ -103,10 +103,12 @@ def _texts(held: Held, base: str | None) -> Iterator[str]:
     source = Input(path=held.path, licence="", name=held.name, split=held.split, revision=held.revision)
     reader = Reader(source, base)
     for where, payload in reader:
+        if isinstance(payload, UserError):
+            raise payload
         if isinstance(payload, dict):
-            row = payload
+            row = {key: clean.restored(value) if isinstance(value, str) else value for key, value in payload.items()}
         else:
-            text, _ = clean.decode(payload, "auto") if isinstance(payload, bytes) else (payload, False)
+            text = clean.decode(payload, "auto")[0] if isinstance(payload, bytes) else clean.restored(payload)
             row = parse(text, where) if format_of(source, reader.files[0]) == "jsonl" else {"text": text}
         if held.columns:
             for column in held.columns:

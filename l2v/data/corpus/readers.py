@@ -1,39 +1,35 @@
 """Raw records of a source, in order: lines, rows, pages, stanzas. The workers parse them.
 
-A record is (where, payload): `where` names it in messages ("file, line 7"), the payload is bytes, text or a mapping of
-columns. Only the current record is in memory, so a source may be larger than memory.
+A record is (where, payload): `where` names it in messages ("file, line 7"), the payload is bytes, text (with surrogates for
+bytes that are not UTF-8), a mapping of columns, or the error of a record that cannot be read. Only the current record is in
+memory, so a source may be larger than memory.
 """
 
 from __future__ import annotations
 
-import bz2
-import contextlib
-import csv
-import glob
-import gzip
-import lzma
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 from xml.etree import ElementTree
 
+from l2v.data import find, raw
+from l2v.data.columns import absent, guess
 from l2v.data.corpus.config import Format, Input
+from l2v.data.decoding import BROKEN, open_bytes, plain_name, text_lines
+from l2v.data.reading import Reading
+from l2v.data.tables import read_table
 from l2v.errors import UserError, first_line
 
-Record = tuple[str, bytes | str | dict[str, Any]]
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-SUFFIXES: dict[str, Format] = {
-    ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text",
-    ".xml": "mediawiki",
+Record = tuple[str, bytes | str | dict[str, Any] | UserError]
+FORMATS: dict[str, Format] = {
+    "table": "csv", "lines": "jsonl", "json": "json", "parquet": "parquet", "workbook": "excel", "text": "text",
 }  # fmt: skip
-BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
-WIDE = (b"\xff\xfe", b"\xfe\xff")
+GUESSED = {"pairs": ("query", "positive", "negatives"), "documents": ("text",), "sentences": ("text",)}
 
 
-def find_files(path: str, folder: str | None, formats: str = "") -> list[Path]:
-    """The files of a path: a file, a glob, or a folder of Parquet or JSONL files; sorted.
+def find_files(path: str, folder: str | None) -> list[Path]:
+    """The files of a path, sorted: a file, a glob, or the readable files of a folder.
 
     Raises:
         UserError: if there are none.
@@ -41,46 +37,80 @@ def find_files(path: str, folder: str | None, formats: str = "") -> list[Path]:
     full = Path(folder or ".").expanduser() / Path(path).expanduser()
     if full.is_file():
         return [full]
-    if full.is_dir():
-        for pattern in ("*.parquet", "*.jsonl", "*.jsonl.gz"):
-            if found := sorted(full.glob(pattern)):
-                return found
-        raise UserError(f"{path}: the folder holds no .parquet, .jsonl or .jsonl.gz file")
-    found = sorted(Path(p) for p in glob.glob(str(full)) if Path(p).is_file())
-    if not found:
-        hint = "" if folder else "; is `folder` set?" if not Path(path).is_absolute() else ""
-        raise UserError(f"{path}: file not found{hint}")
-    return found
+    try:
+        return find.find_files(path, folder or ".")
+    except UserError as error:
+        hint = "" if folder or Path(path).is_absolute() or full.is_dir() else "; is `folder` set?"
+        raise UserError(f"{error}{hint}") from None
 
 
 def format_of(source: Input, file: Path) -> Format:
     """The format that a source names, or that of the file name."""
     if source.format != "auto":
         return source.format
-    name = file.with_suffix("") if file.suffix in OPENERS else file
-    if name.suffix not in SUFFIXES:
-        known = ", ".join(SUFFIXES)
-        raise UserError(f"{source.path}: unknown file type '{name.suffix}'; use one of {known}, or name its `format`")
-    return SUFFIXES[name.suffix]
+    if plain_name(file).endswith(".xml"):
+        return "mediawiki"
+    try:
+        return FORMATS[find.kind_of(file)]
+    except UserError as error:
+        raise UserError(f"{error}, or name its `format`") from None
 
 
-def resolve(source: Input, folder: str | None) -> Input:
-    """The source with its format, or its Hub revision, looked up.
+def resolve(source: Input, folder: str | None, kind: str) -> tuple[Input, list[str]]:
+    """The source with its format and columns, or its Hub revision, looked up; and sentences on guessed columns.
 
     Raises:
-        UserError: if it does not exist.
+        UserError: if it does not exist, or has no column for a text of a row.
     """
     if not source.path.startswith("hub:"):
-        return replace(source, format=format_of(source, find_files(source.path, folder)[0]))
+        files = find_files(source.path, folder)
+        if source.format == "auto" and len({format_of(source, file) for file in files}) == 1:
+            source = replace(source, format=format_of(source, files[0]))
+        return _with_columns(source, files, kind)
     name = source.path.removeprefix("hub:")
     if source.revision or Path(name).exists():
-        return source
+        return source, []
     import huggingface_hub
 
     try:  # a restart must read the same rows, even after a push to the hub
-        return replace(source, revision=huggingface_hub.HfApi().dataset_info(name).sha)
+        return replace(source, revision=huggingface_hub.HfApi().dataset_info(name).sha), []
     except Exception as error:  # the hub library raises what its transports raise
         raise UserError(f"{source.path}: the Hub data set cannot be loaded: {first_line(error)}") from None
+
+
+def _with_columns(source: Input, files: list[Path], kind: str) -> tuple[Input, list[str]]:
+    """Columns that the source does not name and its first file lacks, guessed by their names."""
+    if format_of(source, files[0]) not in ("csv", "jsonl", "json", "parquet", "excel"):
+        return source, []
+    if not find.is_readable(files[0]):  # a format that the source names, in a file of another ending
+        return source, []
+    names, complete = raw.columns(files[0], source.path)
+    chosen: dict[str, str] = {}
+    for key in GUESSED[kind]:
+        if key in source.columns or key in names:
+            continue
+        taken = {*source.columns.values(), *chosen.values()}
+        if column := guess(key, [name for name in names if name not in taken]):
+            chosen[key] = column
+    columns = source.columns | chosen
+    for key in GUESSED[kind]:
+        column = columns.get(key, key)
+        if complete and column not in names and (key != "negatives" or key in source.columns) and "*" not in column:
+            raise UserError(absent(source.path, column, names))
+    said = ", ".join(f"{key}: {column}" for key, column in chosen.items())
+    notes = [f"{source.path}: columns guessed by their names: {said} (a column that you name wins)"] if said else []
+    return replace(source, columns=columns), notes
+
+
+@dataclass
+class _Lost(Reading):
+    """Errors of rows that cannot be read, which become records of their own."""
+
+    keep_going: bool = True
+    waiting: list[UserError] = field(default_factory=list)
+
+    def lose(self, error: UserError, *, file: bool = False) -> None:
+        self.waiting.append(error)
 
 
 class Reader:
@@ -90,6 +120,7 @@ class Reader:
         self.source = source
         self.hub = source.path.startswith("hub:")
         self.files = [] if self.hub else find_files(source.path, folder)
+        self.mixed = source.format == "auto" and len({format_of(source, file) for file in self.files}) > 1
         self.sizes = [file.stat().st_size for file in self.files]
         self._raw: BinaryIO | None = None
         self._at, self._rows, self._total = 0, 0, None
@@ -116,73 +147,47 @@ class Reader:
     def _all(self) -> Iterator[Record]:
         for at, file in enumerate(self.files):
             self._at = at
-            how = format_of(self.source, file)
+            # A mixture of files has no single format that the workers could parse.
+            how = "parsed" if self.mixed else format_of(self.source, file)
             shown = self.source.path if len(self.files) == 1 else file.name
             try:
                 yield from getattr(self, f"_{how}")(file, shown)
             except BROKEN as error:
                 raise UserError(f"{shown}: cannot be read to the end: {error}") from None
 
-    @contextlib.contextmanager
-    def _open(self, file: Path) -> Iterator[BinaryIO]:
-        """Decompressed bytes; keeps the raw file for `progress`."""
-        with open(file, "rb") as raw:
-            self._raw = raw
-            if file.suffix in OPENERS:
-                with OPENERS[file.suffix](raw, "rb") as stream:
-                    yield stream
-            else:
-                yield raw
-
-    def _lines(self, file: Path, shown: str, *, whole: bool = False) -> Iterator[tuple[int, bytes]]:
-        """Numbered lines that are not blank, without their ends; `whole`: every line as it stands."""
-        with self._open(file) as stream:
-            for number, line in enumerate(stream, start=1):
-                if number == 1:
-                    if line.startswith(WIDE):
-                        raise UserError(f"{shown}: the file is UTF-16; convert it to UTF-8 first")
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if whole:
-                    yield number, line
-                elif line.strip():
-                    yield number, line.rstrip(b"\r\n")
+    def _opened(self, raw: BinaryIO) -> None:
+        """Keep the file as it is on the disk for `progress`."""
+        self._raw = raw
 
     def _jsonl(self, file: Path, shown: str) -> Iterator[Record]:
-        for number, line in self._lines(file, shown):
-            yield f"{shown}, line {number}", line
+        for number, line in enumerate(text_lines(file, shown, None, self._opened, escape=True), start=1):
+            if line.strip():
+                yield f"{shown}, line {number}", line.rstrip("\r\n")
 
     _text = _jsonl
 
     def _csv(self, file: Path, shown: str) -> Iterator[Record]:
-        # A byte that is not UTF-8 becomes a surrogate, so that the workers can decode the row in its own encoding.
-        comma = "\t" if ".tsv" in file.suffixes else ","
-        # Line ends stay: inside quotes they are part of the text, and without them its words would run together.
-        lines = (line.decode("utf-8", "surrogateescape") for _, line in self._lines(file, shown, whole=True))
-        rows = csv.DictReader(lines, delimiter=comma)
-        try:
-            for row in rows:
-                yield f"{shown}, line {rows.line_num}", row
-        except csv.Error as error:
-            raise UserError(f"{shown}, line {rows.line_num}: not readable as CSV: {error}") from None
+        lost = _Lost()
+        yield from self._with_lost(read_table(file, shown, lost, self._opened, escape=True), lost)
 
-    def _parquet(self, file: Path, shown: str) -> Iterator[Record]:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    def _parsed(self, file: Path, shown: str) -> Iterator[Record]:
+        lost, only = _Lost(), {*self.source.columns.values(), *FIELD_NAMES}
+        yield from self._with_lost(raw.read_rows(file, shown, lost, opened=self._opened, only=only), lost)
 
-        try:
-            table = pq.ParquetFile(file)
-            names = set(table.schema_arrow.names)
-            wanted = [c for c in names if c in set(self.source.columns.values()) | set(FIELD_NAMES)]
-            number = 0
-            for batch in table.iter_batches(batch_size=256, columns=wanted or None):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{shown}, row {number}", row
-        except (pa.ArrowInvalid, pa.ArrowException, OSError) as error:
-            raise UserError(f"{shown}: not a readable Parquet file: {first_line(error)}") from None
+    _json = _parquet = _excel = _parsed
+
+    def _with_lost(self, rows: Iterator[tuple[str, dict[str, Any]]], lost: _Lost) -> Iterator[Record]:
+        while True:
+            record = next(rows, None)
+            for error in lost.waiting:
+                yield str(error).partition(": ")[0], error
+            lost.waiting.clear()
+            if record is None:
+                return
+            yield record
 
     def _mediawiki(self, file: Path, shown: str) -> Iterator[Record]:
-        with self._open(file) as stream:
+        with open_bytes(file, self._opened) as stream:
             try:
                 yield from pages(stream, shown)
             except ElementTree.ParseError as error:
@@ -191,7 +196,7 @@ class Reader:
     def _debian(self, file: Path, shown: str) -> Iterator[Record]:
         first = 0
         stanza: list[bytes] = []
-        with self._open(file) as stream:
+        with open_bytes(file, self._opened) as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     first = first if stanza else number

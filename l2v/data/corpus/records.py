@@ -53,10 +53,10 @@ class Parser:
 
     def _columns(self, where: str, payload: Any, tally: Tally) -> dict[str, Any]:
         source = self.source
+        if isinstance(payload, UserError):
+            raise Dropped("malformed", str(payload))
         if isinstance(payload, dict):
-            if None in payload:
-                raise Dropped("malformed", f"{where}: more fields than the header names")
-            values = {k: self._repaired(v, where, tally) if isinstance(v, str) else v for k, v in payload.items()}
+            values = {k: self._decoded(v, where, tally) if isinstance(v, str) else v for k, v in payload.items()}
             return self._page(values) if source.format == "mediawiki" else values
         text = self._decoded(payload, where, tally)
         if self.index is not None:
@@ -81,8 +81,14 @@ class Parser:
         return {"id": page.get("id", title), "document": title, "text": page.get("text", "")}
 
     def _decoded(self, data: bytes | str, where: str, tally: Tally) -> str:
+        """Text of a line or a field; a string has surrogates for bytes that are not UTF-8."""
         if isinstance(data, str):
-            return data
+            if self.source.encoding == "auto" and not any("\udc80" <= c <= "\udcff" for c in data):
+                return data
+            try:
+                data = data.encode("utf-8", "surrogateescape")
+            except UnicodeEncodeError:
+                raise Dropped("encoding", f"{where}: half of a surrogate pair") from None
         try:
             text, other = clean.decode(data, self.source.encoding)
         except UnicodeDecodeError as error:
@@ -90,13 +96,6 @@ class Parser:
         if other:
             tally.change("re-decoded", where, text)
         return text
-
-    def _repaired(self, text: str, where: str, tally: Tally) -> str:
-        try:
-            data = text.encode("utf-8", "surrogateescape")  # bytes of a CSV file that were not UTF-8
-        except UnicodeEncodeError:
-            raise Dropped("encoding", f"{where}: half a surrogate pair") from None
-        return self._decoded(data, where, tally) if any("\udc80" <= c <= "\udcff" for c in text) else text
 
     def _named(self, columns: dict[str, Any], where: str, number: int, tally: Tally) -> Row:
         source = self.source

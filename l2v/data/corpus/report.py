@@ -122,8 +122,8 @@ def summary(done: dict[str, Any]) -> str:
 
 
 def problems(done: dict[str, Any]) -> list[str]:
-    """A sentence for each source or evaluation set that could not be read to the end."""
-    sources = [f"not read to the end: {s['error']}" for s in done["sources"] if s["error"]]
+    """A sentence for each source that is not complete and each evaluation set that could not be read."""
+    sources = [f"incomplete source: {s['error']}" for s in done["sources"] if s["error"]]
     return sources + [f"not checked against: {s['error']}" for s in done["evaluation_sets"] if s["error"]]
 
 

@@ -23,7 +23,8 @@ from l2v.data.corpus.chunk import Chunk, chunk_name, read_tally, start, work_on
 from l2v.data.corpus.config import Build
 from l2v.data.corpus.progress import Bar
 from l2v.data.corpus.readers import Reader, Record, find_files, resolve
-from l2v.data.corpus.tally import Tally
+from l2v.data.corpus.tally import LOST, Tally
+from l2v.data.reading import HALF
 from l2v.errors import UserError
 from l2v.files import replace_text
 from l2v.recipe.load import to_dict
@@ -35,8 +36,10 @@ VERSION = 1
 class Run:
     """A build into `out` by `workers` processes."""
 
-    def __init__(self, config: Build, out: Path, workers: int) -> None:
-        self.config, self.out, self.workers = config, out, workers
+    def __init__(self, config: Build, out: Path, workers: int, *, keep_going: bool = False) -> None:
+        """keep_going: take what is left of a source that loses more than half of its records."""
+        self.config, self.out, self.workers, self.keep_going = config, out, workers, keep_going
+        self.notes: list[str] = []
         self.work = out / ".work"
         self.errors: dict[int, str] = {}
 
@@ -67,6 +70,7 @@ class Run:
                         "; ".join(self.errors.values()) + looked if self.errors else "the sources hold no record"
                     )
                 paths = [self.work / "chunks" / name for name in chunks]
+                self._check_lost(paths)
                 with Bar("gathering", len(paths), "chunk") as bar:
                     rows = duplicates.gather(paths, self.config, self.work / "rows", bar.add)
                 near = self.config.near
@@ -167,7 +171,8 @@ class Run:
             try:
                 if old is not None and len(old["stamps"]) > number and source.path.startswith("hub:"):
                     source = replace(source, revision=source.revision or old["config"]["sources"][number]["revision"])
-                source = resolve(source, folder)
+                source, notes = resolve(source, folder, self.config.kind)
+                self.notes += notes
                 files = [
                     Reader(source, folder).stamp(),
                     *(_stamp(p, folder) for p in (*source.packages, *source.english)),
@@ -258,6 +263,21 @@ class Run:
         chunks = -(-count // size)
         _write_json(mark, {"records": count, "chunks": chunks, "error": error})
         return [chunk_name(number, i) for i in range(chunks)]
+
+    def _check_lost(self, paths: list[Path]) -> None:
+        """Name each source of whose records more than half cannot be read: most often its format or encoding is another."""
+        for number, source in enumerate(self.config.sources):
+            tally = Tally()
+            for path in paths:
+                if int(path.name[1:4]) == number:
+                    tally.add(read_tally(path))
+            lost = sum(tally.dropped[reason] for reason in LOST)
+            if not self.keep_going and number not in self.errors and lost > HALF * tally.records:
+                first = next(iter(tally.examples.get("malformed") or tally.examples.get("encoding") or [["", ""]]))[-1]
+                self.errors[number] = (
+                    f"{source.path}: {lost:,} of {tally.records:,} records cannot be read; the first: {first} (fix the file or "
+                    "the columns, or take the rest with --keep-going)"
+                )
 
     def _write(self, plan: list[shards.Shard], paths: list[Path], submit: Callable[..., Future]) -> None:
         with Bar("writing", sum(s.count for s in plan), "row") as bar:

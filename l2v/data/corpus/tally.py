@@ -12,7 +12,7 @@ SHOWN = 160
 
 REASONS = {
     "malformed": "not readable as a record, or a field is absent",
-    "encoding": "bytes that are neither UTF-8 nor Windows-1252",
+    "encoding": "bytes that are text in no known encoding",
     "redirect": "a page that only points to another one",
     "namespace": "a page that is not an article",
     "empty": "no text is left after cleaning",
@@ -28,8 +28,10 @@ REASONS = {
 }
 """Why something is dropped, in the order of the checks."""
 RECORD_REASONS = ("malformed", "encoding", "redirect", "namespace", "empty")
+LOST = ("malformed", "encoding")
+"""Reasons that lie in a file and not in its texts."""
 CHANGES = {
-    "re-decoded": "Windows-1252 among UTF-8, decoded as Windows-1252",
+    "re-decoded": "not UTF-8, decoded as Windows-1252 (or as DOS or Mac text where that fits)",
     "mojibake": "UTF-8 that had been read as Windows-1252, repaired",
     "cleaned": "markup, spaces, control characters or Unicode forms changed",
     "negatives": "empty negatives, or negatives equal to the positive, removed",

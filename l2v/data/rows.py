@@ -1,0 +1,292 @@
+"""What a row of a file becomes: the columns of a source, prompts, empty texts, scores, groups. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from l2v.data import raw
+from l2v.data.columns import absent, numbered, settle
+from l2v.data.find import find_files
+from l2v.data.reading import Reading
+from l2v.data.text import sentences
+from l2v.errors import UserError
+from l2v.recipe.source import Source
+
+Kind = Literal["documents", "sentences", "pairs"]
+
+NAMES = ("text", "query", "positive", "negatives", "instruction", "document_instruction")
+OPTIONAL = ("negatives", "instruction", "document_instruction", "score")
+# l2v's own names of columns that nothing reads unless the source names them.
+SAID = ("instruction", "document_instruction", "group")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A source with its columns resolved, as `normalise` needs it.
+
+    path: of the source; a group never spans two. score_guessed: a value that is no number is then no score.
+    """
+
+    path: str
+    text: str
+    query: str
+    positive: str
+    negatives: str
+    instruction: str | None
+    document_instruction: str | None
+    query_prompt: str | None
+    document_prompt: str | None
+    symmetric: bool
+    group: str | None
+    grouped: bool
+    score: str | None
+    min_score: float | None
+    score_guessed: bool
+    skip_empty: bool
+    sentences: bool
+
+    @classmethod
+    def of(cls, source: Source, *, grouped: bool, guessed: Collection[str] = ()) -> Rules:
+        """The rules of a source whose columns are settled. grouped: rows carry a `group`."""
+        prompts = source.prompts()
+        own = {f.name: getattr(source, f.name) for f in fields(source) if f.name in cls.__dataclass_fields__}
+        own |= {"query_prompt": prompts.query, "document_prompt": prompts.document, "symmetric": prompts.symmetric}
+        own["skip_empty"] = source.skip_empty or source.skip_bad
+        return cls(**own, grouped=grouped, score_guessed="score" in guessed)
+
+    @classmethod
+    def of_sample(cls, source: Source, *, grouped: bool) -> Rules:
+        """The rules of rows of the sample, whose columns have l2v's own names."""
+        own: dict[str, Any] = {key: key for key in NAMES}
+        plain = replace(source, **own, score=None, skip_empty=False, skip_bad=False, sentences=False)
+        return cls.of(plain, grouped=grouped)
+
+
+def read_source(
+    source: Source, kind: Kind, reading: Reading, *, grouped: bool = False
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """What each row of a source's files becomes, streamed in order, with its location: none if the row is skipped.
+
+    reading: receives counts, and notes on guessed and unread columns.
+
+    Raises:
+        UserError: for what cannot be found or read (rows and files: unless `reading` keeps going), and for a column that
+            the source names and no row has.
+    """
+    files = find_files(source.path)
+    choices: dict[str, list[str]] = {}  # by what was guessed: the files, so that a folder of like files gives one note
+    for file in files:
+        shown = source.path if len(files) == 1 and not Path(source.path).expanduser().is_dir() else str(file)
+        try:
+            yield from _file(source, kind, reading, file, shown, grouped, choices)
+        except UserError as error:
+            if len(files) == 1:
+                raise
+            reading.lose(error, file=True)
+    for shown_files in choices.values():
+        note, *others = shown_files
+        reading.note(f"{note}; the same in {len(others)} more files" if others else note)
+    if sentence := unread_note(source, kind, reading):
+        reading.note(sentence)
+
+
+def _file(
+    source: Source, kind: Kind, reading: Reading, file: Path, shown: str, grouped: bool,
+    choices: dict[str, list[str]],
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:  # fmt: skip
+    names, complete = raw.columns(file, shown)
+    choice = settle(source, names, kind)
+    if note := choice.note(shown):
+        choices.setdefault(str(choice.guessed), []).append(note)
+    rules = Rules.of(choice.source, grouped=grouped, guessed=choice.guessed)
+    missing = optional_columns(choice.source, kind)
+    if complete:
+        _check_columns(missing, names, shown)
+    seen: dict[str, None] = {}
+    for where, row in raw.read_rows(file, shown, reading, whole=source.whole):
+        if not seen.keys() >= row.keys():
+            seen |= dict.fromkeys(row)
+            missing = _unmet(missing, seen)
+        try:
+            several = normalise(row, rules, kind, where, reading)
+        except UserError as error:
+            reading.lose(error)
+            continue
+        reading.rows += 1
+        yield where, several
+    if missing and seen:
+        raise UserError(absent(shown, missing[0], seen))
+    used = columns_read(rules, kind, seen)
+    reading.unread |= dict.fromkeys(name for name in seen if name not in used)
+
+
+def unread_note(source: Source, kind: Kind, reading: Reading) -> str | None:
+    """The sentence on columns that rows have and nothing reads."""
+    # A stage of texts reads one column by intent.
+    names = [name for name in reading.unread if kind == "pairs" or name in SAID]
+    if not names:
+        return None
+    own = [name for name in names if name in SAID]
+    hint = f"; to use it, set {own[0]}: {own[0]} on the source" if own else ""
+    return f"{source.path}: columns that are not used: {', '.join(names)}{hint}"
+
+
+def columns_read(rules: Rules, kind: Kind, names: Collection[str]) -> set[str]:
+    """The columns among `names` that a row of this kind is made from."""
+    keys: tuple[str, ...] = ("query", "positive", "instruction", "document_instruction", "score")
+    used = {getattr(rules, key) for key in (keys if kind == "pairs" else ("text",))}
+    if kind == "pairs":
+        used |= set(numbered(rules.negatives, names))
+    if rules.grouped:
+        used.add(rules.group)
+    return used
+
+
+def optional_columns(source: Source, kind: Kind) -> list[str]:
+    """Columns that a source names and a row may lack; a column that no row has is an error.
+
+    A column with the key's own name may be missing: mining and building write `negatives` or
+    `document_instruction` only if there are any.
+    """
+    keys = OPTIONAL if kind == "pairs" else ()
+    return [getattr(source, key) for key in keys if getattr(source, key) not in (None, "", key)]
+
+
+def unmet_columns(source: Source, kind: Kind, names: Sequence[str]) -> None:
+    """Check the optional columns of a source against all columns that its rows have.
+
+    Raises:
+        UserError: one is missing.
+    """
+    _check_columns(optional_columns(source, kind), names, source.path)
+
+
+def _check_columns(wanted: list[str], names: Collection[str], shown: str) -> None:
+    if missing := _unmet(wanted, names):
+        raise UserError(absent(shown, missing[0], names))
+
+
+def _unmet(wanted: list[str], names: Collection[str]) -> list[str]:
+    return [column for column in wanted if not any(name in names for name in numbered(column, names))]
+
+
+def normalise(
+    row: dict[str, Any], rules: Rules, kind: Kind, where: str, reading: Reading | None = None
+) -> list[dict[str, Any]]:
+    """The row under l2v's column names: none if it is skipped, several if it is split into sentences or has several answers.
+
+    Raises:
+        UserError: a text is missing, empty or of another type; the message begins with `where`.
+    """
+    if kind != "pairs":
+        text = _text(row, rules.text, where)
+        if not text:
+            return _empty(rules, rules.text, where, reading)
+        out = {"text": text} | ({"group": _group(row, rules, where)} if rules.grouped else {})
+        return [out | {"text": part} for part in sentences(text)] if rules.sentences else [out]
+    if not _is_pair(row, rules, where):
+        if reading:
+            reading.below += 1
+            reading.example("below", where)
+        return []
+    query = _text(row, rules.query, where)
+    answers = _answers(row, rules.positive, where)
+    for column, found in ((rules.query, query), (rules.positive, answers)):
+        if not found or not all(found):
+            return _empty(rules, column, where, reading)
+    pair: dict[str, Any] = {"query": query, "positive": "", "negatives": _negatives(row, rules.negatives, where)}
+    for key, prompt in (("instruction", "query_prompt"), ("document_instruction", "document_prompt")):
+        column = getattr(rules, key)
+        pair[key] = (row.get(column) if column else None) or getattr(rules, prompt) or None
+    if rules.symmetric:
+        pair["document_instruction"] = pair["instruction"]
+    if rules.grouped:
+        pair["group"] = _group(row, rules, where)
+    return [pair | {"positive": answer} for answer in answers]
+
+
+def _text(row: dict[str, Any], column: str, where: str) -> str:
+    if column not in row:
+        raise UserError(absent(where, column, row))
+    value = row[column]
+    if not isinstance(value, str):
+        raise UserError(f"{where}: the field '{column}' is text; found {type(value).__name__}")
+    return value.strip()
+
+
+def _answers(row: dict[str, Any], column: str, where: str) -> list[str]:
+    """One answer, or several in a list; without repetitions."""
+    value = row.get(column)
+    if not isinstance(value, list):
+        return [_text(row, column, where)]
+    if not all(isinstance(answer, str) for answer in value):
+        raise UserError(f"{where}: the field '{column}' is a text or a list of texts")
+    return list(dict.fromkeys(answer.strip() for answer in value if answer.strip()))
+
+
+def _empty(rules: Rules, column: str, where: str, reading: Reading | None) -> list[dict[str, Any]]:
+    if not rules.skip_empty:
+        raise UserError(f"{where}: '{column}' is empty; remove the row or set skip_empty: true on its source")
+    if reading:
+        reading.empty += 1
+        reading.example("empty", where)
+    return []
+
+
+def _is_pair(row: dict[str, Any], rules: Rules, where: str) -> bool:
+    """Whether the score of a row says that its texts belong together; a row without a score says nothing else."""
+    value = row.get(rules.score) if rules.score else None
+    if value is None or value == "":
+        return True
+    number = _number(value)
+    if number is None:
+        if rules.score_guessed:
+            return True  # a label that is a word, such as a topic
+        raise UserError(f"{where}: the field '{rules.score}' is a number; found {value!r}")
+    if rules.min_score is not None:
+        return number >= rules.min_score
+    if number not in (0, 1):
+        raise UserError(
+            f"{where}: '{rules.score}' is {value}, and only 0 and 1 say by themselves what is a pair; set min_score on the "
+            "source: pairs below it are skipped"
+        )
+    return number == 1
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool | int | float):
+        return float(value) if math.isfinite(value) else None
+    try:
+        number = float(str(value).strip().replace(",", "."))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _negatives(row: dict[str, Any], pattern: str, where: str) -> list[str]:
+    out: list[str] = []
+    for column in numbered(pattern, row):
+        found = row.get(column) or []
+        found = [found] if isinstance(found, str) else found
+        if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
+            raise UserError(f"{where}: the field '{column}' is a text or a list of texts")
+        out += [n.strip() for n in found if n.strip()]  # an empty negative counts as absent
+    return out
+
+
+def _group(row: dict[str, Any], rules: Rules, where: str) -> int:
+    from l2v.data.tokens import text_key  # with transformers, which only grouped rows wait for
+
+    if rules.group is None:
+        return -1
+    if rules.group not in row:
+        raise UserError(absent(where, rules.group, row))
+    value = row[rules.group]
+    if not isinstance(value, str | int | None) or isinstance(value, bool):
+        raise UserError(f"{where}: the field '{rules.group}' is text or a whole number; found {type(value).__name__}")
+    # The key includes the source: numbers restart in every data set, so a group never spans two sources.
+    return -1 if value in (None, "") else text_key(f"{rules.path}\n{value}")
