@@ -293,7 +293,7 @@ def test_a_folder_of_shards_is_a_source_of_a_recipe(tmp_path):
     for name in ("b", "a"):
         datasets.Dataset.from_dict({"text": [name]}).to_parquet(str(tmp_path / f"{name}.parquet"))
     assert open_rows([Source(str(tmp_path))], "documents")["text"][:] == ["a", "b"]
-    for path, says in ((tmp_path / "*.txt", "no file matches"), (tmp_path / "c", "file not found")):
+    for path, says in ((tmp_path / "*.txt", "no readable file matches"), (tmp_path / "c", "file not found")):
         with pytest.raises(UserError, match=says):
             open_rows([Source(str(path))], "documents")
     with pytest.raises(UserError, match="limit applies to a single file"):

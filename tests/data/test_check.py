@@ -273,5 +273,5 @@ def test_bad_input_is_one_sentence_with_file_and_line(tmp_path, name, content, s
 
 
 def test_a_folder_without_the_files_is_refused(tmp_path):
-    with pytest.raises(UserError, match="file not found; a folder needs"):
+    with pytest.raises(UserError, match="file not found; give a file, a folder"):
         main([str(tmp_path / "ingen")])

@@ -135,7 +135,7 @@ def test_what_fails_is_said_counted_and_left_out(tiny_base, mini, tmp_path, caps
     said, found = capsys.readouterr().out, report(out)
     for sentence in (
         f"x-gone: {tmp_path / 'gone.jsonl'}: no such file; skipped",
-        f"x-retrieval-pairs: {tmp_path / 'pairs.jsonl'}:1: not JSON; skipped",
+        f"x-retrieval-pairs: {tmp_path / 'pairs.jsonl'}, line 1: malformed JSON",
         "DKHateClassification: its data is not on this machine and the hub cannot be reached; skipped",
         "no/such-model",
     ):
