@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 from l2v.commands.parser import new_parser
 from l2v.data.check.folder import SHIPPED
-from l2v.data.check.report import check_folder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check a set of passages and questions; exit code 1 if a rule found something."""
     args = parser().parse_args(argv)
+    # Imported here: help and mistakes in the arguments need no torch.
+    from l2v.data.check.report import check_folder
+
     report = check_folder(args.folder)
     print(report.render(None if args.all else 8))
     return 0 if report.ok else 1
