@@ -61,7 +61,8 @@ def _check_source(source: Source, kind: str) -> None:
                 continue
             for key, column in _needed(settle(source, names, kind).source, kind, complete=complete):
                 if not any(name in names for name in numbered(column, names)):
-                    raise _Wrong(key, absent(shown, column, names))
+                    where, row = (shown, names) if complete else next(raw.read_rows(path, shown))
+                    raise _Wrong(key, absent(where, column, row))
     except UserError as error:
         raise _Wrong("path", str(error)) from None
     except OSError as error:
