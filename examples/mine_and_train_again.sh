@@ -7,5 +7,5 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # Right answers that nobody labelled would be bad negatives, so a candidate stays below 95% of its positive's score.
 [ -f mined.jsonl ] || l2v data mine runs/faq "$here/own_data/faq.csv" --out mined.jsonl --number 2 --relative 0.95
 # Same recipe, same start (the stage mntp), but every question now also meets two wrong answers that look right.
-l2v train faq.yaml --stage supervised out=runs/faq-mined "adapters=[runs/faq/mntp/adapter]" data=mined.jsonl max_negatives=2 "$@"
+l2v train faq.yaml --stage supervised out=runs/faq-mined "adapters=[runs/faq/mntp/adapter]" data=mined.jsonl "$@"
 l2v search runs/faq-mined "min baghjul er skævt, hvad gør jeg" --texts "$here/own_data/faq.csv"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -28,19 +29,27 @@ class Segment:
     """One text to be packed.
 
     ids: int64 [n]. pool_start: tokens from this index on are pooled. example, column: identify the text (column: query 0,
-    positive 1, negatives from 2; view 0 and 1; document 0.. within a block). text_key: equal for equal texts. group: equal
-    for texts of one group, -1 for none.
+    positive 1, negatives from 2; view 0 and 1; document 0.. within a block). text_key: equal for equal texts, 0 to 2^63 - 1;
+    None: `pack` takes a hash of the tokens that are pooled, so the header before them does not count. group: equal for texts
+    of one group, -1 for none.
     """
 
     ids: np.ndarray
     pool_start: int = 0
     example: int = 0
     column: int = 0
-    text_key: int = 0
+    text_key: int | None = None
     group: int = -1
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def _text_key(segment: Segment) -> int:
+    if segment.text_key is not None:
+        return segment.text_key
+    pooled = np.ascontiguousarray(segment.ids[segment.pool_start :], dtype="<i8")
+    return int.from_bytes(hashlib.blake2b(pooled.tobytes(), digest_size=8).digest(), "little") >> 1
 
 
 @dataclass
@@ -116,7 +125,7 @@ def pack(
         pool_mask_T=torch.as_tensor(pool),
         example_ids_S=int64([s.example for s in segments]),
         columns_S=int64([s.column for s in segments]),
-        text_keys_S=int64([s.text_key for s in segments]),
+        text_keys_S=int64([_text_key(s) for s in segments]),
         groups_S=int64([s.group for s in segments]),
         seeds_S=int64([mix(seed, step, s.example, s.column) for s in segments]),
         label_index_L=int64(label_index),

@@ -154,7 +154,7 @@ class Encoder:
         where = next(self.model.parameters()).device
         with tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress, leave=False) as bar:
             for chosen in _batches(order, [len(i) for i in ids], batch_tokens):
-                batch = pack([Segment(as_ids(ids[i]), starts[i]) for i in chosen])
+                batch = pack([Segment(as_ids(ids[i]), starts[i], text_key=0) for i in chosen])
                 vectors_SE = self.embed(batch.to(where))[:, :width]
                 if normalize:
                     vectors_SE = torch.nn.functional.normalize(vectors_SE, dim=-1)

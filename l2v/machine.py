@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import socket
 import statistics
 import tempfile
 import time
@@ -167,6 +168,13 @@ def _median(call: Callable[[], object], device: torch.device, seconds: float) ->
     while len(found) < ROUNDS and time.perf_counter() - began < seconds:
         found.append(run(times))
     return statistics.median(found)
+
+
+def free_port() -> int:
+    """A TCP port that nothing on this machine listens on now."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def has_nvidia_gpu() -> bool:

@@ -2,6 +2,9 @@
 
 It parses arguments, starts the ranks, handles errors and exit codes, and calls `train_stage` for each stage. Each stage
 writes one adapter to its own folder.
+
+torch, DeepSpeed and transformers take seconds to import. A process that only starts the launcher checks the recipe and its
+data without them, so they are imported inside functions.
 """
 
 from __future__ import annotations
@@ -9,21 +12,18 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
+from l2v.data.precheck import check_data, check_disk
 from l2v.errors import UserError
-from l2v.machine import gpu_trouble
 from l2v.recipe import Recipe
 from l2v.recipe.load import load_recipe, to_dict
+from l2v.runs.folder import is_trained, read_stage, run_folder
 from l2v.training.launcher import launch, launched
-from l2v.training.ranks import agree, first_on_node, on_every_rank, ranks_here
-from l2v.tuning.apply import apply_tuned
 
 STOPPED_EARLY = "stopped before the first step; nothing has changed"
 
@@ -35,9 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if launched():
         return _train(args)
     try:
+        recipe = _checked(args)  # before torch is loaded and the launcher takes twenty seconds
+        from l2v.machine import gpu_trouble
+
         if trouble := gpu_trouble():  # torch would silently train on the CPU
             raise UserError(trouble)
-        _read(args)  # report a wrong recipe before the launcher takes twenty seconds
+        _tuned(recipe, args)
         arguments = list(sys.argv[1:] if argv is None else argv)
         return launch("l2v.train", arguments, processes(args), restarts=args.restarts)
     except UserError as error:
@@ -50,10 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     """Train as one rank of a launcher."""
-    # Imported here: a process that only starts the launcher does without DeepSpeed and transformers, which take seconds.
+    import torch.distributed as dist
+
+    from l2v.machine import gpu_trouble
     from l2v.model.embedded import resolve
     from l2v.training.engine import be_deterministic, start_distributed
     from l2v.training.loop import Interrupted
+    from l2v.training.ranks import agree, first_on_node, on_every_rank
     from l2v.training.stage import train_stage
     from l2v.training.watchdog import Watchdog
 
@@ -62,7 +68,8 @@ def _train(args: argparse.Namespace) -> int:
         if trouble := gpu_trouble():
             raise UserError(trouble)
         rank, world = start_distributed(_timeout(args))
-        recipe, notes = on_every_rank(functools.partial(_read, args))
+        recipe = on_every_rank(functools.partial(_checked, args))
+        notes = on_every_rank(functools.partial(_tuned, recipe, args))
         watch = Watchdog(recipe.timeout).start()
         for line in notes if rank == 0 else ():
             print(line, flush=True)
@@ -73,6 +80,8 @@ def _train(args: argparse.Namespace) -> int:
             first_on_node(lambda: resolve(recipe.base.model))
         for name in [args.stage] if args.stage else recipe.order():
             train_stage(recipe, name, rank, world, watch, fresh=args.fresh)
+        if rank == 0:
+            print(_next(recipe, args.stage), flush=True)
     except UserError as error:
         # Before the ranks are connected, each node prints its own error, because no other node knows it.
         if int(os.environ.get("RANK" if dist.is_initialized() else "LOCAL_RANK", 0)) == 0:
@@ -100,7 +109,7 @@ def _timeout(args: argparse.Namespace) -> float:
     If the recipe cannot be read, this is the default; all ranks report the error together later.
     """
     try:
-        return 4 * _read(args)[0].timeout
+        return 4 * _loaded(args).timeout
     except UserError:
         return 4 * Recipe.timeout
 
@@ -132,21 +141,68 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def _read(args: argparse.Namespace) -> tuple[Recipe, list[str]]:
-    """The recipe with the settings that `l2v tune` found for this machine, and lines to log about them."""
-    recipe = load_recipe(args.recipe, args.overrides, args.stage)
+def _loaded(args: argparse.Namespace) -> Recipe:
+    return load_recipe(args.recipe, args.overrides, args.stage)
+
+
+def _checked(args: argparse.Namespace) -> Recipe:
+    """The recipe, with the data of every stage that will run checked, and for the first start the disk."""
+    recipe = _loaded(args)
+    names = [name for name in ([args.stage] if args.stage else recipe.order()) if args.fresh or not _done(recipe, name)]
+    check_data(args.recipe, args.overrides, args.stage, recipe, names)
+    if not launched():
+        check_disk(recipe, names)
+    return recipe
+
+
+def _done(recipe: Recipe, name: str) -> bool:
+    """Whether a stage is trained for as many steps as the recipe says, so that its data is not read."""
+    folder = run_folder(recipe) / name
+    try:
+        steps = (read_stage(folder) or {})["recipe"]["stages"][name]["steps"]
+    except (KeyError, TypeError):
+        return False
+    return is_trained(folder) and steps == recipe.stages[name].steps
+
+
+def _tuned(recipe: Recipe, args: argparse.Namespace) -> list[str]:
+    """Give the recipe the settings that `l2v tune` found for this machine; returns lines to log about them."""
     if os.environ.get("L2V_TUNED") == "0":  # set by `l2v tune` for its own runs
-        return recipe, []
-    return recipe, apply_tuned(recipe, args.recipe, args.overrides, ranks_here() or processes(args))
+        return []
+    from l2v.training.ranks import ranks_here
+    from l2v.tuning.apply import apply_tuned
+
+    return apply_tuned(recipe, args.recipe, args.overrides, ranks_here() or processes(args))
 
 
 def processes(args: argparse.Namespace) -> int:
     """Number of processes that the launcher starts on this machine."""
+    import torch
+
     return args.processes or max(1, torch.cuda.device_count())
+
+
+def _next(recipe: Recipe, stage: str | None) -> str:
+    """What to do with a trained run, a command a line."""
+    run, last = run_folder(recipe), recipe.stages[stage or recipe.order()[-1]]
+    trained = shlex.quote(str(run / stage if stage else run))
+    source, texts = last.data[0], ""
+    if ":" not in source.path.partition("/")[0] and not any(c in source.path for c in "*?["):
+        column = source.positive if last.objective == "supervised" else source.text
+        named = "" if column in ("text", "positive") else f" --column {shlex.quote(column)}"
+        texts = f" --texts {shlex.quote(source.path)}{named}"
+    return (
+        "Next:\n"
+        f'  l2v search {trained} "your query"{texts}\n'
+        f"  l2v eval {trained}{'' if stage else ' --stages'} --benchmark seb-da\n"
+        f"  l2v report {shlex.quote(str(run))}"
+    )
 
 
 def _place(recipe: Recipe, world: int) -> dict[str, Any]:
     """Facts about a rank's environment that must be the same on all ranks."""
+    import torch
+
     from l2v.model.load import device, dtype_of
 
     seen = {"world size": world, "device": device().type, "precision": str(dtype_of(recipe.base.precision))}

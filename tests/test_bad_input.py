@@ -35,6 +35,13 @@ def assert_refused(output: str, *parts: str, run: Path | None = None) -> None:
     assert all(name.endswith("/stage.json") for name in left), left
 
 
+def failed_start(run_here, recipe, folder: Path) -> None:
+    """A start that claims the folder and then finds nothing to train on."""
+    (folder / "empty.jsonl").write_text("")
+    output = run_here(recipe(**{"stages.mntp.data": str(folder / "empty.jsonl")}), "--stage", "mntp", expect=1)
+    assert "the data set is empty" in output and (folder / "run/mntp/stage.json").is_file()
+
+
 def test_a_recipe_that_is_not_there(run_here):
     assert_refused(run_here("nowhere.yaml", expect=2), "no recipe 'nowhere.yaml': give a YAML file or one of")
 
@@ -140,7 +147,7 @@ def test_a_stage_whose_parent_is_not_trained(run_here, recipe, tmp_path):
 
 def test_a_fixed_recipe_goes_into_the_same_folder(run_here, recipe, tmp_path):
     good = recipe()
-    run_here(recipe(**{"stages.mntp.data": "gone.jsonl"}), "--stage", "mntp", expect=1)
+    failed_start(run_here, recipe, tmp_path)
     run_here(good := recipe(), "--stage", "mntp")
     assert good.is_file() and (tmp_path / "run/mntp/adapter/adapter_model.safetensors").is_file()
 
@@ -201,7 +208,7 @@ def test_a_folder_that_cannot_be_written(run_here, recipe, tmp_path):
 
 
 def test_a_damaged_mark_is_one_sentence(run_here, recipe, tmp_path):
-    run_here(recipe(**{"stages.mntp.data": "gone.jsonl"}), "--stage", "mntp", expect=1)
+    failed_start(run_here, recipe, tmp_path)
     (tmp_path / "run/mntp/stage.json").write_text('{"name": ')
     assert_refused(run_here(recipe(), "--stage", "mntp", expect=1), "stage.json: damaged; remove")
 
@@ -221,7 +228,7 @@ def test_a_disk_that_takes_no_more(run_here, recipe, tmp_path):
 
 
 def test_metrics_on_a_full_disk(run_here, recipe, tmp_path):
-    run_here(recipe(**{"stages.mntp.data": "gone.jsonl"}), "--stage", "mntp", expect=1)
+    failed_start(run_here, recipe, tmp_path)
     (tmp_path / "run/mntp/metrics.jsonl").symlink_to("/dev/full")
     output = run_here(recipe(), "--stage", "mntp")
     assert (

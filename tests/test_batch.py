@@ -106,6 +106,15 @@ def test_mix_spreads_over_63_bits():
     assert np.all(np.abs(ones - 0.5) < 0.06)  # 2,000 draws: five standard deviations are 0.056
 
 
+def test_a_text_without_a_key_gets_that_of_its_pooled_tokens():
+    pairs = [([1, 7, 8], 1), ([2, 3, 7, 8], 2), ([7, 8], 0), ([1, 7], 1), ([1, 8, 7], 1)]
+    keys = pack([Segment(ids(*tokens), start) for tokens, start in pairs]).text_keys_S.tolist()
+    assert keys[0] == keys[1] == keys[2], "the header does not count"
+    assert len(set(keys)) == 3 and all(0 <= key < 2**63 for key in keys)
+    assert pack([Segment(ids(7, 8).astype(np.int32))]).text_keys_S.tolist() == keys[:1]
+    assert pack([Segment(ids(7, 8), text_key=0)]).text_keys_S.tolist() == [0], "a given key stays"
+
+
 def test_to_moves_every_tensor_and_keeps_the_rest():
     batch = pack(THREE, label_index=[0], labels=[6])
     moved = batch.to("meta")

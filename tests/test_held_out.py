@@ -41,6 +41,21 @@ def test_equal_texts_and_the_own_group_do_not_compete():
     assert ndcg_at_10(vectors[:6], columns[:6], keys[:6], np.full(6, -1)) >= alone
 
 
+def test_another_answer_to_the_same_question_does_not_compete():
+    e = np.eye(8, dtype=np.float32)
+    # Queries, each before its positive: to the first query, the positives of the others are nearer than its own.
+    vectors = np.stack([e[0], e[0] + e[1], e[2], e[0], e[3], e[0]])
+    columns, keys, groups = np.tile([0, 1], 3), np.arange(6), np.full(6, -1)
+    assert ndcg_at_10(vectors, columns, keys, groups) == pytest.approx(0.5)
+    keys[2] = keys[0]  # ranks 2, 2 and 3
+    assert ndcg_at_10(vectors, columns, keys, groups) == pytest.approx((1 / np.log2([3, 3, 4])).mean())
+    keys[4] = keys[0]
+    assert ndcg_at_10(vectors, columns, keys, groups) == 1
+    columns, keys = np.append(columns, 2), np.append(keys, 99)  # a hard negative of the question competes
+    vectors, groups = np.concatenate([vectors, e[:1]]), np.append(groups, -1)
+    assert ndcg_at_10(vectors, columns, keys, groups) < 1
+
+
 def test_training_writes_it_for_pairs(run_here, tiny_recipe, tmp_path):
     recipe = tiny_recipe(tmp_path, **{"stages.supervised.from": "base", "stages.supervised.eval_data": "pairs.jsonl"})
     run_here(recipe, "--stage", "supervised")

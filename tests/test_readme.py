@@ -7,6 +7,7 @@ import re
 import tomllib
 
 import pytest
+import torch
 from support.documents import ROOT, Parsed, blocks, commands, paragraphs, words
 
 from l2v.data.corpus.config import load_config
@@ -23,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 MAIN = PROJECT["scripts"]["l2v"]
 PYTHON = {
     "README.md": ["(2, 576) float32"],
-    "docs/python.md": ["(2, 576) float32\n(256,)", "torch.Size([12, 576]) torch.Size([4, 576])"],
+    "docs/python.md": ["(2, 576) float32\n(256,)", "torch.Size([12, 576]) torch.Size([4, 576])\n2.13 15.69"],
 }
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 COMMANDS = [
@@ -52,8 +53,18 @@ def test_python_blocks_run(page, at, tmp_path, monkeypatch, capsys):
     code = blocks((ROOT / page).read_text(encoding="utf-8"), "python")
     assert len(code) == len(PYTHON[page])
     monkeypatch.chdir(tmp_path)
-    exec(compile(code[at], page, "exec"), {})
-    assert PYTHON[page][at] in capsys.readouterr().out
+    made: dict = {}
+    exec(compile(code[at], page, "exec"), made)
+    printed = capsys.readouterr().out
+    assert PYTHON[page][at] in printed
+    shown = re.findall(r"^print\(.*\)  # (.+)$", code[at], flags=re.MULTILINE)
+    assert shown and all(comment in printed.splitlines() for comment in shown)
+    if "pairs" in made:  # the low-level example, whose losses are those of torch
+        queries, documents = torch.nn.functional.normalize(made["vectors_SE"]).view(2, 2, -1).unbind(1)
+        expected = torch.nn.functional.cross_entropy(20 * queries @ documents.T, torch.arange(2))
+        assert made["pairs"].item() == pytest.approx(expected.item(), rel=1e-4) and expected > 1
+        words = torch.nn.functional.cross_entropy(made["logits_LV"], made["batch"].labels_L)
+        assert made["words"].item() == pytest.approx(words.item(), rel=1e-4)
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def refused(tree: dict) -> str:
             {"attention_dropout": 0, "lora": {"dropout": 0}},
             "without any dropout the two views are",
         ),
-        ("supervised", {"max_negatives": -1}, "max_negatives must not be negative"),
+        ("supervised", {"max_negatives": -1}, "max_negatives is -1 and must not be negative"),
         ("simcse", {"directions": ["doc_to_query"]}, "directions are doc_to_query; name query_to_doc, and each of"),
         ("simcse", {"directions": []}, "directions are none; name query_to_doc"),
         ("simcse", {"directions": ["query_to_doc", "query_to_doc"]}, "each of the others at most once"),
@@ -80,7 +80,13 @@ def refused(tree: dict) -> str:
         ),
         ("simcse", {"partition": "per_direction"}, "partition: per_direction takes the directions"),
         ("simcse", {"hard_negatives": "own"}, "hard_negatives: own needs hard negatives: a supervised stage with"),
-        ("supervised", {"hard_negatives": "own", "max_negatives": 0}, "with max_negatives of at least 1"),
+        ("supervised", {"hard_negatives": "own", "max_negatives": 0}, "with max_negatives: auto, or of at least 1"),
+        (
+            "mntp",
+            {"decay": "cosine", "decay_epochs": None},
+            "decay: cosine needs its end: decay_steps: end, or another",
+        ),
+        ("mntp", {"decay_steps": -2}, "decay_steps is -2 and must not be negative; end is the last step"),
         ("simcse", {"false_negative_margin": 2}, "false_negative_margin is 2.0 and must lie between -2 and 2"),
         ("simcse", {"false_negative_margin": math.nan}, "false_negative_margin is nan and must lie between"),
         ("simcse", {"matryoshka": []}, "matryoshka is []; give 1 to 16 ascending prefix lengths, or null"),
@@ -210,3 +216,19 @@ def test_the_defaults_are_those_of_the_published_recipe():
     assert (mntp.betas, mntp.weight_decay, mntp.clip, mntp.decay_epochs) == ((0.9, 0.999), 0.0, 1.0, 3.0)
     base = Base("b")
     assert (base.attention, base.pooling, base.mask_token) == ("bidirectional", "mean", "_")
+
+
+def test_words_stand_beside_numbers():
+    words = recipe(a={"objective": "supervised", "decay": "cosine", "decay_steps": "end"}).stages["a"]
+    assert (words.max_negatives, words.decay, words.decay_steps) == ("auto", "cosine", "end")
+    numbers = recipe(a={"objective": "supervised", "max_negatives": 3.0, "decay_steps": 20}).stages["a"]
+    assert (numbers.max_negatives, numbers.decay, numbers.decay_steps) == (3, "linear", 20)
+    assert recipe(a={"objective": "mntp", "decay_steps": None}).stages["a"].decay_steps is None
+    for key, value, message in (
+        ("max_negatives", "all", "max_negatives is a whole number or auto; found 'all'"),
+        ("max_negatives", None, "max_negatives is a whole number or auto; found nothing"),
+        ("decay_steps", "last", "decay_steps is a whole number or end; found 'last'"),
+        ("decay", "linaer", "decay is 'linaer'; choose one of linear, cosine, none"),
+    ):
+        tree = COMMON | {"objective": "supervised", key: value}
+        assert message in refused({"name": "x", "base": {"model": "b"}, "stages": {"one": tree}})

@@ -267,7 +267,7 @@ def batches(recipe: Recipe, name: str, steps: int) -> list[dict[str, list]]:
     def columns(i: int) -> list[str]:
         if kind == "sentences":
             return [rows[i]["text"]] * 2
-        return [rows[i]["query"], rows[i]["positive"], *rows[i]["negatives"][: stage.max_negatives]]
+        return [rows[i]["query"], rows[i]["positive"], *rows[i]["negatives"][: len(examples[i]) - 2]]
 
     return [
         {

@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMENTED = ROOT / "launch" / "recipes" / "llama3-8b-da.yaml"
 KEY = re.compile(r"^(?P<indent> *)(?:# )?(?P<item> {2}|- )?(?P<key>[a-z_]+):.*?(?:\s+# (?P<comment>.*))?$")
 CONTINUED = re.compile(r"^ {20,}# (.*)$")
-TYPE = re.compile(r"^(?:text|whole number|number|list|mapping|true \| false)(?: or null| \| null)?\b[;:]? ?")
+TYPE = re.compile(
+    r"^(?:text|whole number|number|list|mapping|true \| false)(?:, end)?(?: or null| \| null| or auto)?\b[;:]? ?"
+)
 VALUES = re.compile(r"^\w+(?: \| \w+)+(?:[;,] | (?=\()|$)")
 SECTIONS: list[
     tuple[str, str, type, type | None]

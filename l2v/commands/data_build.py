@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from l2v.commands.parser import new_parser
-from l2v.data.corpus import report
 from l2v.data.corpus.config import config_folder, load_config
-from l2v.data.corpus.run import Run
 from l2v.errors import RecipeError, UserError, first_line
 
 
@@ -23,6 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     retries it.
     """
     args = parser().parse_intermixed_args(argv)
+    # Imported here: help and mistakes in the arguments need no torch.
+    from l2v.data.corpus import report
+    from l2v.data.corpus.run import Run
+
     if args.workers is not None and args.workers < 1:
         raise RecipeError(f"--workers is {args.workers} and must be at least 1")
     config = load_config(args.config, args.overrides)

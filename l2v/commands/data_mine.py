@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 from l2v.commands.parser import new_parser
 from l2v.errors import RecipeError
-from l2v.mining.arguments import add_source
-from l2v.mining.mine import MAX_NEGATIVES, mine_negatives
+from l2v.mining.arguments import MAX_NEGATIVES, add_source
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Mine hard negatives: candidates by an encoder and BM25, without those that may themselves be answers."""
     args = parser().parse_intermixed_args(argv)
     _check(args)
+    # Imported here: help and mistakes in the arguments need no torch.
+    from l2v.mining.mine import mine_negatives
+
     mine_negatives(args)
     return 0
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from l2v.commands.parser import new_parser
 from l2v.errors import RecipeError
 from l2v.mining.arguments import add_source
-from l2v.synthesis.synthesize import synthesize
 from l2v.synthesis.wording import STYLES
 
 
@@ -16,6 +15,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Let a language model write Danish queries for passages, and keep those that find their passage."""
     args = parser().parse_intermixed_args(argv)
     _check(args)
+    # Imported here: help and mistakes in the arguments need no torch.
+    from l2v.synthesis.synthesize import synthesize
+
     print(synthesize(args))
     return 0
 

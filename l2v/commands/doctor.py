@@ -9,19 +9,25 @@ import sys
 from collections.abc import Sequence
 
 from l2v.commands.parser import new_parser
-from l2v.doctor import hardware, software
-from l2v.doctor.report import Report, render, tree
-
-PROBES = (
-    hardware.machine, hardware.devices, software.versions, software.kernels, software.backends, software.files
-)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the machine, for a bug report or before a long run. Exit code 0 if training can run, else 1."""
     args = parser().parse_args(argv)
+    # Imported here: help needs no torch.
+    from l2v.doctor import hardware, software
+    from l2v.doctor.report import Report, render, tree
+
     report = Report()
-    for probe in PROBES:
+    probes = (
+        hardware.machine,
+        hardware.devices,
+        software.versions,
+        software.kernels,
+        software.backends,
+        software.files,
+    )
+    for probe in probes:
         report.add(probe.__name__, probe)
     if args.seconds > 0 and not args.json and sys.stderr.isatty():
         print(f"calibrating for {args.seconds:g} seconds ...", file=sys.stderr)

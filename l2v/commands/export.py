@@ -6,12 +6,14 @@ import argparse
 from collections.abc import Sequence
 
 from l2v.commands.parser import new_parser
-from l2v.encoder import Encoder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Merge an encoder and write it for transformers and sentence-transformers."""
     args = parser().parse_intermixed_args(argv)
+    # Imported here: help and mistakes in the arguments need no torch.
+    from l2v.encoder import Encoder
+
     encoder = Encoder.from_pretrained(args.run, args.adapter, precision=args.precision)
     encoder.save(args.folder)
     print(f"{args.folder}: written; SentenceTransformer('{args.folder}') loads it")

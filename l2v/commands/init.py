@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from l2v.commands.parser import new_parser
-from l2v.data.own import look
 from l2v.errors import UserError
 from l2v.model.embedded import SMOLLM2
 from l2v.recipe.new import LETTERS_A_TOKEN, OwnData, compose
@@ -26,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--out {out}: a recipe's name ends in .yaml")
     if out.exists():
         raise UserError(f"{out} exists and was not changed; choose another name, or another file with --out")
+    from l2v.data.own import look  # imported here: help and mistakes in the arguments need no torch
+
     data = look(args.data)
     text = compose(name, args.base, data)
     try:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from l2v.commands.parser import new_parser
+from l2v.data.precheck import check_data
 from l2v.errors import UserError
-from l2v.plan.estimate import plan_stage
-from l2v.plan.gpus import SHEETS, device_and_dtype
-from l2v.plan.report import remedies, render, tree
-from l2v.plan.shapes import shape_of
 from l2v.recipe.load import load_recipe
+
+GPUS = ("h200", "h100", "a100", "l40s", "rtx4090", "b200")
+"""The keys of `l2v.plan.gpus.SHEETS`, which needs torch."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,10 +27,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError("--gpus and --per-node must be at least 1")
         if not args.network > 0:
             raise UserError("--network is in Gb/s and must be above 0")
+        names = [args.stage] if args.stage else recipe.order()
+        check_data(args.recipe, args.overrides, args.stage, recipe, names)
+        # Imported here: help and mistakes in the recipe need no torch.
+        from l2v.plan.estimate import plan_stage
+        from l2v.plan.gpus import device_and_dtype
+        from l2v.plan.report import remedies, render, tree
+        from l2v.plan.shapes import shape_of
+
         gpu, dtype = device_and_dtype(args.gpu, recipe)
         gpu = replace(gpu, network=args.network / 8 * 1e9)
         shape, source = shape_of(recipe.base)
-        names = [args.stage] if args.stage else recipe.order()
         plans = [plan_stage(recipe, name, gpu, dtype, args.gpus, args.per_node) for name in names]
     except UserError as error:
         print(f"l2v: {error}", file=sys.stderr)
@@ -65,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--stage", metavar="NAME", help="only this stage; bare keys then belong to it")
     p.add_argument(
-        "--gpu", metavar="NAME", help=f"{', '.join(SHEETS)}, or here: the device of this machine (default: here)"
+        "--gpu", metavar="NAME", help=f"{', '.join(GPUS)}, or here: the device of this machine (default: here)"
     )
     p.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs in total (default: 1)")
     p.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs per node (default: 8)")

@@ -8,10 +8,6 @@ from pathlib import Path
 
 from l2v.commands.parser import new_parser
 from l2v.errors import UserError
-from l2v.push import prepare
-from l2v.push.licence import Licence, front_matter
-from l2v.push.send import empty_folder, push_dataset, push_model, repo_name, send
-from l2v.push.subject import Dataset, Model, Ready, find
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,6 +16,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     The token is the hub's own: HF_TOKEN, or the one of 'hf auth login'.
     """
     args = parser().parse_intermixed_args(argv)
+    # Imported here: help and mistakes in the arguments need no torch.
+    from l2v.push import prepare
+    from l2v.push.licence import Licence, front_matter
+    from l2v.push.send import empty_folder, push_dataset, push_model, repo_name, send
+    from l2v.push.subject import Dataset, Model, Ready, find
+
     source = find(Path(args.source), Path(args.results) if args.results else None)
     if args.adapter_only and not (isinstance(source, Model) and not source.export):
         raise UserError(f"{args.source}: --adapter-only needs a run or a stage of it")

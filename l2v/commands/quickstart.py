@@ -6,12 +6,14 @@ import argparse
 from collections.abc import Sequence
 
 from l2v.commands.parser import new_parser
-from l2v.quickstart import run_quickstart
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, export, search; everything is written below `runs/smollm2-135m-da` (or out=...)."""
     args = parser().parse_intermixed_args(argv)
+    # Imported here: help and mistakes in the arguments need no torch.
+    from l2v.quickstart import run_quickstart
+
     run_quickstart(args.overrides, share=args.share, count=args.questions, fresh=args.fresh)
     return 0
 

@@ -10,15 +10,17 @@ from pathlib import Path
 from l2v import __version__
 from l2v.commands.parser import new_parser
 from l2v.errors import RecipeError
-from l2v.report import tables
-from l2v.report.page import write
-from l2v.report.sections import section
-from l2v.runs.facts import read_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a self-contained HTML page, and the same as Markdown. Missing parts are named in it."""
     args = parser().parse_intermixed_args(argv)
+    # Imported here: help and mistakes in the arguments need no torch.
+    from l2v.report import tables
+    from l2v.report.page import write
+    from l2v.report.sections import section
+    from l2v.runs.facts import read_run
+
     if bool(args.map) != bool(args.label):
         raise RecipeError(
             "--map FILE and --label COLUMN must be given together: the texts, and the field that holds their topic"

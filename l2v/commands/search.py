@@ -10,12 +10,14 @@ from rich.console import Console
 
 from l2v.commands.parser import new_parser
 from l2v.errors import UserError
-from l2v.search import nearest, read_corpus
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Find the texts nearest to a query; vectors of a corpus are kept next to the run for the next search."""
     args = parser().parse_intermixed_args(argv)
+    # Imported here: help and mistakes in the arguments need no torch.
+    from l2v.search import nearest, read_corpus
+
     if not args.query.strip():
         raise UserError("the query is empty; give a text to search for")
     if args.top < 1:

@@ -9,15 +9,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from l2v import __version__
 from l2v.commands.parser import new_parser
+from l2v.data.precheck import check_data
 from l2v.errors import UserError
 from l2v.files import replace_text
 from l2v.recipe.load import load_recipe
-from l2v.tuning.apply import place, read_tuned, tuned_file
-from l2v.tuning.search import tune_stage
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,8 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.steps < 2 or args.minutes < 0:
         raise UserError("--steps must be at least 2 (the first one is not timed), and --minutes must not be negative")
     recipe = load_recipe(args.recipe, args.overrides, args.stage)
-    file = tuned_file(args.recipe)
     names = [args.stage] if args.stage else recipe.order()
+    check_data(args.recipe, args.overrides, args.stage, recipe, names)
+    # Imported here: help and mistakes in the recipe need no torch.
+    import torch
+
+    from l2v.tuning.apply import place, read_tuned, tuned_file
+    from l2v.tuning.search import tune_stage
+
+    file = tuned_file(args.recipe)
     # Checked before anything runs, not after an hour of measurements.
     if not os.access(file.parent, os.W_OK):
         raise UserError(f"{file} cannot be written: copy the recipe to your own folder (l2v recipes NAME > mine.yaml)")

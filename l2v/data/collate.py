@@ -27,14 +27,14 @@ def collate(
     examples: Examples, chosen: list[int], *, seed: int, step: int, masking: Masking | None = None
 ) -> PackedBatch:
     """The micro-batch of these examples; with none chosen, one token without a loss, so that ranks stay in step."""
-    segments = [segment for i in chosen for segment in _segments(examples, i, seed, step)]
+    segments = [segment for i in chosen for segment in segments_of(examples, i, seed, step)]
     if not segments:
-        return pack([Segment(np.zeros(1, dtype=np.int64), pool_start=0, example=-1, column=-1)], seed=seed, step=step)
+        return pack([Segment(np.zeros(1, dtype=np.int64), example=-1, column=-1, text_key=0)], seed=seed, step=step)
     batch = pack(segments, seed=seed, step=step)
     return mask(batch, masking) if masking else batch
 
 
-def _segments(examples: Examples, index: int, seed: int, step: int) -> list[Segment]:
+def segments_of(examples: Examples, index: int, seed: int, step: int) -> list[Segment]:
     """The segments of an example; with `swap` on its source, query and positive are exchanged in half of the steps."""
     segments, mixture = examples[index], getattr(examples, "mixture", None)
     if mixture is None or not mixture.swapped(index, seed, step):

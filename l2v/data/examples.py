@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import datasets
 import numpy as np
@@ -11,6 +11,7 @@ from l2v.batch import Segment
 from l2v.data.mixture import Mixture
 from l2v.data.tokens import TextTokenizer, as_ids, text_key
 from l2v.errors import UserError
+from l2v.recipe import MAX_AUTO_NEGATIVES
 
 
 class Examples(Protocol):
@@ -77,7 +78,8 @@ class MntpBlocks:
             begin, document = max(begin, stop), document + 1
         if not self.document_mask:
             pieces = [np.concatenate(pieces)]
-        return [Segment(ids, example=index, column=column) for column, ids in enumerate(pieces)]
+        # No loss compares documents, so none needs a key.
+        return [Segment(ids, example=index, column=column, text_key=0) for column, ids in enumerate(pieces)]
 
 
 class Views:
@@ -106,27 +108,39 @@ class Views:
 
 
 class Pairs:
-    """Supervised: query, positive and up to `max_negatives` hard negatives; a row may have fewer or none."""
+    """Supervised: query, positive and hard negatives; a row may have none.
 
-    def __init__(self, rows: datasets.Dataset, tokenizer: TextTokenizer, *, max_negatives: int = 1) -> None:
+    max_negatives: hard negatives of a row that are used; "auto": those that it has, at most MAX_AUTO_NEGATIVES.
+    mask_duplicates: whether two answers to one question are kept from being negatives of each other, for the notes.
+    """
+
+    def __init__(
+        self, rows: datasets.Dataset, tokenizer: TextTokenizer, *, max_negatives: int | Literal["auto"] = "auto",
+        mask_duplicates: bool = True,
+    ) -> None:  # fmt: skip
+        most = MAX_AUTO_NEGATIVES if max_negatives == "auto" else max_negatives
+
         def tokenise(batch: dict[str, list]) -> dict[str, list]:
             all_ids, all_starts, all_keys, cut = [], [], [], 0
             for i, query in enumerate(batch["query"]):
-                documents = [batch["positive"][i], *batch["negatives"][i][:max_negatives]]
+                documents = [batch["positive"][i], *batch["negatives"][i][:most]]
                 ids, starts, cut_query = tokenizer.embedded([query], batch["instruction"][i])
                 more, more_starts, cut_documents = tokenizer.embedded(documents, batch["document_instruction"][i])
                 all_ids.append(ids + more)
                 all_starts.append(starts + more_starts)
                 all_keys.append([text_key(t) for t in (query, *documents)])
                 cut += cut_query + cut_documents
-            return _columns(all_ids, all_starts, all_keys, cut, batch.get("group"))
+            columns = _columns(all_ids, all_starts, all_keys, cut, batch.get("group"))
+            return columns | {"query_key": [keys[0] for keys in all_keys], "brought": [*map(len, batch["negatives"])]}
 
-        self.rows = _map(rows, tokenise, tokenizer, f"pairs{max_negatives}")
+        self.rows = _map(rows, tokenise, tokenizer, f"pairs-of-{most}")
         self.lengths = np.asarray(self.rows["n"], dtype=np.int64)
         self.segments = np.asarray(self.rows["segments"], dtype=np.int64)
         self.rows_of = np.arange(len(self.rows))
         self.mixture: Mixture | None = None
         self.notes = _notes(self.rows, "pairs", tokenizer.length)
+        self.notes += _negatives_note(self.segments - 2, np.asarray(self.rows["brought"], np.int64), max_negatives)
+        self.notes += _questions_note(np.asarray(self.rows["query_key"], np.int64), mask_duplicates)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -135,6 +149,32 @@ class Pairs:
         row = self.rows[index]
         columns, group = zip(row["ids"], row["starts"], row["keys"], strict=True), row.get("group", -1)
         return [Segment(as_ids(ids), start, index, at, key, group) for at, (ids, start, key) in enumerate(columns)]
+
+
+def _negatives_note(used: np.ndarray, brought: np.ndarray, max_negatives: int | str) -> list[str]:
+    """How many hard negatives the rows bring, and how many are not used. used, brought: int64, of each row."""
+    total, unused = int(brought.sum()), int((brought - used).sum())
+    if not total:
+        return ["no row has hard negatives; a query's negatives are the other texts of its batch"]
+    notes = [f"{used.sum():,} hard negatives, up to {used.max()} a row"] if used.any() else []
+    if notes and (none := int((used == 0).sum())):
+        notes[0] += f"; {none:,} rows have none"
+    if unused:
+        why = f"{max_negatives} (at most {MAX_AUTO_NEGATIVES} a row)" if max_negatives == "auto" else max_negatives
+        notes.append(f"{unused:,} of {total:,} hard negatives are unused: max_negatives is {why}")
+    return notes
+
+
+def _questions_note(query_keys: np.ndarray, mask_duplicates: bool) -> list[str]:
+    """How many queries occur more than once. query_keys: int64, equal for equal texts."""
+    counts = np.unique(query_keys, return_counts=True)[1]
+    repeated = int(counts[counts > 1].sum())
+    if not repeated:
+        return []
+    so = "their answers are not negatives of each other"
+    if not mask_duplicates:
+        so = "mask_duplicates: false makes their answers negatives of each other"
+    return [f"{repeated:,} of {len(query_keys):,} queries occur more than once; {so}"]
 
 
 def _columns(ids: list, starts: list, keys: list, cut: int, groups: list | None) -> dict[str, list]:

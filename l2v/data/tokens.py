@@ -11,7 +11,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from l2v.errors import RecipeError, UserError, first_line
-from l2v.recipe import Template
+from l2v.recipe import Base, Template
 
 
 def load_tokenizer(
@@ -25,6 +25,24 @@ def load_tokenizer(
     if not tokenizer.is_fast:
         raise UserError(f"{path}: its tokenizer has no fast version; convert it to a tokenizer.json first")
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, base: Base) -> None:
+    """Check that the base has an embedding for every token that a text can have. rows: of its embedding.
+
+    A padding token beyond them is harmless, because nothing is padded.
+
+    Raises:
+        UserError: it does not.
+    """
+    beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= rows and token != tokenizer.pad_token}
+    if beyond:
+        token, id = max(beyond.items(), key=lambda item: item[1])
+        raise UserError(
+            f"the tokenizer of '{base.tokenizer or base.model}' has {len(beyond):,} tokens (such as '{token}', id {id:,}) for "
+            f"which the base '{base.model}', an embedding of {rows:,} rows, has no vector; use the tokenizer that belongs "
+            "to the base (base.tokenizer)"
+        )
 
 
 class TextTokenizer:

@@ -6,6 +6,9 @@ import argparse
 
 from l2v.recipe.source import Source
 
+MAX_NEGATIVES = 7
+"""Negatives that `l2v data mine` finds for a row at most."""
+
 TEXTS = {
     "name": "configuration of a Hub data set",
     "split": "split of a Hub data set (default: train)",

@@ -27,7 +27,6 @@ from l2v.mining.vectors import encoder_key, vectors
 from l2v.recipe.source import Source
 
 BLOCK = 1024  # queries in a shard
-MAX_NEGATIVES = 7
 
 
 @dataclass

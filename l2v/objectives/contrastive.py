@@ -8,111 +8,17 @@ scores and the loss; this module decides which query is compared with which cand
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 
 from l2v.objectives.gather import gather_labels, gather_rows
+from l2v.objectives.groups import Groups, ids_of
+from l2v.objectives.negatives import WITH_QUERIES, without_negatives
 from l2v_kernels import info_nce
 
-WITH_QUERIES = {"query_to_query", "doc_to_query"}
-
-
-@dataclass
-class Groups:
-    """Which embeddings are queries, which are candidates, and which candidate belongs to which query.
-
-    Queries and candidates of all ranks are numbered rank by rank. All tensors are int64 except hard_M:
-    queries_N, candidates_M: rows of this rank's embeddings.
-    targets_N: number of each query's positive.
-    query_keys_N2: text keys of the query's positive and of the query itself.
-    keys_M: text keys of the candidates, equal for equal texts.
-    query_groups_N, groups_M: group of the example of a query or a positive; -1 for none and for hard negatives.
-    owners_M: number of the query that a candidate belongs to.
-    hard_M: bool, whether a candidate is a hard negative.
-    query_counts, counts: queries and candidates of every rank. rank: the rank of this share. total: the loss is divided by it.
-    """
-
-    queries_N: torch.Tensor
-    candidates_M: torch.Tensor
-    targets_N: torch.Tensor
-    query_keys_N2: torch.Tensor
-    keys_M: torch.Tensor
-    query_groups_N: torch.Tensor
-    groups_M: torch.Tensor
-    owners_M: torch.Tensor
-    hard_M: torch.Tensor
-    query_counts: list[int]
-    counts: list[int]
-    rank: int
-    total: int
-
-    @classmethod
-    def from_columns(
-        cls,
-        columns_S: torch.Tensor,
-        keys_S: torch.Tensor,
-        groups_S: torch.Tensor | None = None,
-        *,
-        query_counts: Sequence[int] | None = None,
-        counts: Sequence[int] | None = None,
-        rank: int = 0,
-        total: int | None = None,
-    ) -> Groups:
-        """Derive the structure from the columns (0 query, 1 positive, 2.. negatives), on the host.
-
-        Segments are ordered by example, the query first. A segment with a column below 0 is not part of the loss.
-        query_counts, counts: queries and candidates of all ranks whose embeddings will be gathered, default: this rank only.
-        total: number of queries that the loss is averaged over, default: the sum of query_counts. groups_S: int64, default:
-        no groups.
-
-        Raises:
-            ValueError: a query does not have exactly one positive, or this rank's share differs from the counts.
-        """
-        is_query_S = columns_S == 0
-        queries = is_query_S.nonzero().flatten()
-        candidates = (columns_S >= 1).nonzero().flatten()
-        positives = (columns_S[candidates] == 1).nonzero().flatten()
-        # A candidate belongs to the last query before it.
-        owners = (is_query_S.cumsum(0) - 1)[candidates]
-        if not torch.equal(owners[positives], torch.arange(len(queries))):
-            raise ValueError(f"{len(queries)} queries and {len(positives)} positives: each query needs exactly one")
-        query_counts = list(query_counts or [len(queries)])
-        counts = list(counts or [len(candidates)])
-        announced = list(zip(query_counts, counts, strict=False))[rank : rank + 1]
-        if len(query_counts) != len(counts) or announced != [(len(queries), len(candidates))]:
-            raise ValueError(
-                f"rank {rank} holds {len(queries)} queries and {len(candidates)} candidates; announced were the queries "
-                f"{query_counts} and the candidates {counts} of all ranks"
-            )
-        keys_M, hard_M = keys_S[candidates], columns_S[candidates] >= 2
-        groups_S = torch.full_like(keys_S, -1) if groups_S is None else groups_S
-        return cls(
-            queries_N=queries,
-            candidates_M=candidates,
-            targets_N=positives + sum(counts[:rank]),
-            query_keys_N2=torch.stack([keys_M[positives], keys_S[queries]], 1),
-            keys_M=keys_M,
-            query_groups_N=groups_S[queries],
-            # A hard negative is known to be irrelevant, so it belongs to no group, even if its example does.
-            groups_M=groups_S[candidates].masked_fill(hard_M, -1),
-            owners_M=owners + sum(query_counts[:rank]),
-            hard_M=hard_M,
-            query_counts=query_counts,
-            counts=counts,
-            rank=rank,
-            total=sum(query_counts) if total is None else total,
-        )
-
-    def to(self, device: torch.device) -> Groups:
-        """The same with its tensors on a device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, torch.Tensor)
-        }
-        return replace(self, **moved)
+__all__ = ["WITH_QUERIES", "Groups", "contrastive_loss"]
 
 
 def contrastive_loss(
@@ -128,6 +34,7 @@ def contrastive_loss(
     false_negative_margin: float | None = None,
     prefixes: Sequence[int] | None = None,
     prefix_weights: Sequence[float] | None = None,
+    warn: bool = True,
 ) -> torch.Tensor:
     """InfoNCE of this rank's queries against the candidates of all ranks that `groups` counts.
 
@@ -136,18 +43,26 @@ def contrastive_loss(
     ranks add up to those of a single process with all the data. With a single candidate in total its probability is always
     1, and the loss is exactly 0.
 
-    mask_duplicates: a candidate with the same text as the query or its positive is not a negative; neither is another query
-    that shares its own or its positive's text with this one. mask_groups: the queries and positives of examples of the same
-    group are not negatives either; it must be the same on all ranks. own_negatives: a hard negative is only compared with
-    its own query. The other options are those of `l2v_kernels.info_nce`, which cites their sources.
+    mask_duplicates: a candidate with the same text as the query or its positive is not a negative. Neither is the positive of
+    another query with the same text (a second answer to one question), nor another query that shares its own or its
+    positive's text with this one. Hard negatives stay negatives of their question. mask_groups: the queries and positives of
+    examples of the same group are not negatives either; it must be the same on all ranks. own_negatives: a hard negative is
+    only compared with its own query. The other options are those of `l2v_kernels.info_nce`, which cites their sources.
+
+    warn: warn, once in a process, if a query has no negative left, since its gradient is then 0; on a single rank only.
 
     Values are not checked, so nothing waits for the device: a row with NaN or Inf makes the loss of its query NaN or Inf.
     """
+    with_queries = bool(WITH_QUERIES & set(directions))
+    if warn and len(groups.counts) == 1:
+        _warn_of_lonely(
+            groups, mask_duplicates=mask_duplicates, mask_groups=mask_groups, own_negatives=own_negatives,
+            with_queries=with_queries,
+        )  # fmt: skip
     if sum(groups.counts) < 2:
         # All ranks know the counts and return here together, so no rank waits in a collective.
         return embeddings_SE[:0].sum()
     queries_NE = embeddings_SE[groups.queries_N]
-    with_queries = bool(WITH_QUERIES & set(directions))
     rows = _gather_embeddings(embeddings_SE[groups.candidates_M], queries_NE, groups, with_queries=with_queries)
     query_ids, labels = _loss_labels(
         groups, mask_duplicates, mask_groups, with_queries, with_owners=own_negatives or "doc_to_doc" in directions
@@ -168,6 +83,24 @@ def contrastive_loss(
     return loss / max(groups.total, 1)
 
 
+_warned: list[int] = []
+"""Holds an entry once this process has warned of queries without a negative."""
+
+
+def _warn_of_lonely(groups: Groups, **options: bool) -> None:
+    """Warn, once in a process, of queries without a negative. Labels that exist on a device only are not read."""
+    groups = groups.on_host or groups
+    if _warned or groups.keys_M.device.type != "cpu":
+        return
+    if alone := int(without_negatives(groups, **options).sum()):
+        _warned.append(alone)
+        warnings.warn(
+            f"{alone} of {len(groups.targets_N)} queries have no negative left, so they teach nothing: every other text has "
+            "the same text key, question or group; give the texts keys of their own, or use a larger batch",
+            stacklevel=3,
+        )
+
+
 def _gather_embeddings(
     candidates_ME: torch.Tensor, queries_NE: torch.Tensor, groups: Groups, *, with_queries: bool
 ) -> Sequence[torch.Tensor]:
@@ -179,26 +112,11 @@ def _gather_embeddings(
     return gather_rows([candidates_ME], [groups.counts])
 
 
-def _ids(groups: Groups, keys: bool, by_group: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Ids of this rank's candidates [M, K] and queries [N, K]; a pair with an equal id in any column is not a negative."""
-    if not (keys or by_group):
-        return None, None
-    of_candidates: list[torch.Tensor] = []
-    of_queries: list[torch.Tensor] = []
-    if keys:  # a candidate's text is compared with two texts: the query's positive and the query
-        of_candidates += [groups.keys_M, groups.keys_M]
-        of_queries += groups.query_keys_N2.unbind(1)
-    if by_group:
-        of_candidates.append(groups.groups_M)
-        of_queries.append(groups.query_groups_N)
-    return torch.stack(of_candidates, 1), torch.stack(of_queries, 1)
-
-
 def _loss_labels(
     groups: Groups, mask_duplicates: bool, mask_groups: bool, with_queries: bool, *, with_owners: bool
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """Ids of this rank's queries, and the labels that the loss needs of all ranks: ids, and owners of hard negatives."""
-    candidate_ids, query_ids = _ids(groups, mask_duplicates, mask_groups)
+    candidate_ids, query_ids = ids_of(groups, mask_duplicates, mask_groups)
     labels: dict[str, torch.Tensor | None] = {"candidate_ids": candidate_ids}
     if with_queries:
         labels["query_ids"] = query_ids

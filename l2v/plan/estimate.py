@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from l2v.data.open import settled
 from l2v.errors import RecipeError
 from l2v.model.fused import Recompute
 from l2v.model.fused.spec import FAMILIES
@@ -124,6 +125,8 @@ def plan_stage(recipe: Recipe, name: str, gpu: Gpu, dtype: torch.dtype, world: i
     model = model_of(recipe.base, config, stage, dtype.itemsize)
     here = gpu.shared(min(world, per_node))
     lengths = lengths_of(recipe, name)
+    if lengths.real:
+        stage = settled(stage, lengths.segments)
     context = _Context(recipe, stage, model, here, dtype, world, per_node, lengths, recipe.stage_seed(name))
     work = context.shares(stage.micro_tokens)
     memory = memory_of(

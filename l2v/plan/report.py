@@ -193,6 +193,11 @@ def _notes(facts: dict[str, Any], plans: Sequence[StagePlan]) -> list[str]:
         notes.append(
             f"{', '.join(assumed)}: every text is assumed to be as long as `length` allows; the data was not read"
         )
+    for plan in plans:
+        if not plan.lengths.real and getattr(plan.stage, "max_negatives", None) == "auto":
+            notes.append(
+                f"{plan.name}: no hard negatives are assumed (max_negatives: auto); max_negatives=2 plans with two a row"
+            )
     if because := plans[0].model.unfused_reason:
         notes.append(f"plain layers, slower than fused ones: {because}; their numbers are less exact")
     if any(plan.scaling for plan in plans):

@@ -82,7 +82,7 @@ def _embeddings(stage: Stage, hidden: int, ranks: int, share: Share) -> list[Tra
     owned = stage.hard_negatives == "own" or "doc_to_doc" in stage.directions
     parts = 2 if queried else 1
     rows = ranks * sum(c + (q if queried else 0) for c, q in share.most)
-    ids = 2 * stage.mask_duplicates + stage.grouped  # ids of each text; texts with an equal id are not negatives
+    ids = 3 * stage.mask_duplicates + stage.grouped  # ids of each text; texts with an equal id are not negatives
     keys = [ids * (c + q * queried) + 2 * c * owned for c, q in share.most]
     found = [
         Transfer("embeddings", "all-gather", rows * hidden * 4, parts * len(share.most)),

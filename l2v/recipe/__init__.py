@@ -2,6 +2,7 @@
 
 from l2v.recipe.schema import (
     LLAMA_LINEARS,
+    MAX_AUTO_NEGATIVES,
     MAX_PREFIXES,
     OBJECTIVES,
     Backend,
@@ -22,6 +23,7 @@ from l2v.recipe.schema import (
 
 __all__ = [
     "LLAMA_LINEARS",
+    "MAX_AUTO_NEGATIVES",
     "MAX_PREFIXES",
     "OBJECTIVES",
     "Backend",

@@ -29,8 +29,8 @@ def _check_comparison(stage: Contrastive, at: str) -> None:
         )
     if stage.hard_negatives == "own":
         _need(
-            isinstance(stage, Supervised) and stage.max_negatives > 0,
-            f"{at}: hard_negatives: own needs hard negatives: a supervised stage with max_negatives of at least 1",
+            isinstance(stage, Supervised) and (stage.max_negatives == "auto" or stage.max_negatives > 0),
+            f"{at}: hard_negatives: own needs hard negatives: a supervised stage with max_negatives: auto, or of at least 1",
         )
     margin = stage.false_negative_margin
     _need(
@@ -100,6 +100,14 @@ def _check_numbers(stage: Stage, at: str) -> None:
         _need(getattr(stage, key) >= 1, f"{at}: {key} is {getattr(stage, key)} and must be at least 1")
     for key in ("warmup", "eval_every", "save_every", "weight_decay", "clip"):
         _need(getattr(stage, key) >= 0, f"{at}: {key} is {getattr(stage, key)} and must not be negative")
+    _need(
+        stage.decay_steps in (None, "end") or int(stage.decay_steps) >= 0,
+        f"{at}: decay_steps is {stage.decay_steps} and must not be negative; end is the last step",
+    )
+    _need(
+        stage.decay != "cosine" or stage.decay_steps is not None or stage.decay_epochs is not None,
+        f"{at}: decay: cosine needs its end: decay_steps: end, or another number of steps or epochs",
+    )
     _need(stage.lr > 0, f"{at}: lr is {stage.lr} and must be above 0")
     _need(0 <= stage.lora.dropout < 0.99, f"{at}: lora.dropout is {stage.lora.dropout}; use 0 up to 0.99")
     _need(stage.lora.r >= 1, f"{at}: lora.r is {stage.lora.r} and must be at least 1")
@@ -179,5 +187,8 @@ def check(recipe: Recipe, where: str) -> Recipe:
         if isinstance(stage, Simcse):
             _check_dropout(stage, base.backend, at)
         if isinstance(stage, Supervised):
-            _need(stage.max_negatives >= 0, f"{at}: max_negatives must not be negative")
+            _need(
+                stage.max_negatives == "auto" or stage.max_negatives >= 0,
+                f"{at}: max_negatives is {stage.max_negatives} and must not be negative",
+            )
     return recipe

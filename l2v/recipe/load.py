@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from pathlib import Path
 from typing import Any
 
 from l2v.errors import RecipeError
@@ -23,6 +24,29 @@ def load_recipe(name: str, overrides: typing.Sequence[str] = (), stage: str | No
     of a stage, below that stage; otherwise below `stage`, if it is given.
     """
     path = find_recipe(name)
+    tree = _tree(path, overrides, stage)
+    refuse_unsafe(tree)
+    _follow_zero_config(tree)
+    return check(_build_recipe(tree), str(path))
+
+
+def where_of(name: str, overrides: typing.Sequence[str], stage: str | None, key: typing.Sequence[str | int]) -> str:
+    """The file and line, or the override, that a key of a loaded recipe comes from; of a key without one, what it belongs to.
+
+    key: its parts, numbers for places in a list; a list of one may be written as its item.
+    """
+    node = _tree(find_recipe(name), overrides, stage)
+    for part in key:
+        value = node.value
+        if isinstance(part, int):
+            node = value[part] if isinstance(value, list) and part < len(value) else node
+        elif isinstance(value, dict) and part in value:
+            node = value[part]
+    return node.where
+
+
+def _tree(path: Path, overrides: typing.Sequence[str], stage: str | None) -> Node:
+    """The recipe file with its overrides."""
     tree = read_recipe(path)
     known = _stage_names(tree)
     if stage is not None and stage not in known:
@@ -30,9 +54,7 @@ def load_recipe(name: str, overrides: typing.Sequence[str] = (), stage: str | No
     for text in overrides:
         refuse_secret(text)
         _override(tree, text, stage)
-    refuse_unsafe(tree)
-    _follow_zero_config(tree)
-    return check(_build_recipe(tree), str(path))
+    return tree
 
 
 def to_dict(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Literal
 import yaml
 
 from l2v.recipe.load import load_recipe
-from l2v.recipe.schema import Base, Recipe
+from l2v.recipe.schema import MAX_AUTO_NEGATIVES, Base, Recipe
 from l2v.recipe.shipped import recipe_folder
 from l2v.recipe.source import Source
 
@@ -18,7 +18,6 @@ LETTERS_A_TOKEN = 2.5  # Danish in an English tokenizer, as most bases have
 TEMPLATE_TOKENS = 16  # the template around a text, roughly
 SMALL = "smollm2-135m-da"  # the recipe whose base trains on a CPU
 LARGE = "llama3-8b-da"
-MAX_NEGATIVES = 7
 COLUMN = 34  # column where comments begin
 
 
@@ -180,7 +179,8 @@ def _common(steps: int, lr: float, warmup: int = 0) -> str:
     out += _line("lr", lr, "peak learning rate")
     if warmup:
         out += _line("warmup", warmup, "steps of linear warm-up")
-    out += _line("decay_steps", 1, "the rate falls to 0 at the last step")
+    out += _line("decay", "linear", "linear | cosine | none: how the rate falls after the warm-up")
+    out += _line("decay_steps", "end", "the step at which the rate is 0; end: the last one")
     out += _line("log_every", max(1, steps // 20), "steps between rows of metrics")
     return out + _line("save_every", 100 if steps > 100 else 0, "steps between checkpoints; 0 saves at the end only")
 
@@ -215,10 +215,7 @@ def _supervised(data: OwnData, sizes: Sizes) -> str:
         columns["negatives"] = data.source.negatives
     batch = _batch(data.rows, sizes.batch)
     steps = _steps(data.rows, batch, 3, 30)
-    few = min(data.negatives, MAX_NEGATIVES)
-    negatives = (
-        f"hard negatives per row; yours have up to {data.negatives}" if few else "your rows have no hard negatives"
-    )
+    has = f"yours have up to {data.negatives}" if data.negatives else "yours have none"
     return (
         "  supervised:                      # a query moves near its positive and away from the others of the batch\n"
         + _line("objective", "supervised")
@@ -230,7 +227,11 @@ def _supervised(data: OwnData, sizes: Sizes) -> str:
         + _line("micro_tokens", sizes.micro_tokens, "tokens in memory at a time: lower it where memory is short")
         + _common(steps, sizes.rates["supervised"], max(1, steps // 10))
         + _line("scale", 20, "one over the temperature")
-        + _line("max_negatives", few, negatives)
+        + _line(
+            "max_negatives",
+            "auto",
+            f"hard negatives per row; auto: as many as it has, at most {MAX_AUTO_NEGATIVES}; {has}",
+        )
     )
 
 

@@ -14,6 +14,8 @@ from l2v.recipe.source import Source
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 MAX_PREFIXES = 16  # the limit of the kernels in l2v_kernels.info_nce
+MAX_AUTO_NEGATIVES = 7
+"""Hard negatives of a row that `max_negatives: auto` uses at most; `l2v data mine` finds at most as many."""
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -98,8 +100,9 @@ class Stage:
     steps: int
     lr: float
     warmup: int = 0
+    decay: Literal["linear", "cosine", "none"] = "linear"
     decay_epochs: float | None = 3.0
-    decay_steps: int | None = None
+    decay_steps: int | Literal["end"] | None = None
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
@@ -161,11 +164,14 @@ class Simcse(Contrastive):
 
 @dataclass(kw_only=True)
 class Supervised(Contrastive):
-    """Multiple negatives ranking over (query, positive[, hard negatives]) (Henderson et al. 2017, arXiv 1705.00652)."""
+    """Multiple negatives ranking over (query, positive[, hard negatives]) (Henderson et al. 2017, arXiv 1705.00652).
+
+    max_negatives: hard negatives of a row that are used; auto: those that the row has, at most MAX_AUTO_NEGATIVES.
+    """
 
     objective: Literal["supervised"] = "supervised"
     scale: float = 50.0
-    max_negatives: int = 1
+    max_negatives: int | Literal["auto"] = "auto"
 
 
 OBJECTIVES: dict[str, type[Stage]] = {"mntp": Mntp, "simcse": Simcse, "supervised": Supervised}

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 from l2v.errors import RecipeError
+
+DATA = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+"""Endings of files that hold rows, not a recipe."""
 
 
 def shipped_folder(part: str) -> Path:
@@ -20,8 +25,24 @@ def recipe_folder() -> Path:
 
 
 def find_recipe(name: str) -> Path:
-    """A path as given, or the name of a recipe that comes with l2v."""
+    """A path as given, or the name of a recipe that comes with l2v.
+
+    Raises:
+        RecipeError: there is none; the message names a recipe file of that name, or the command that writes one for data.
+    """
+    path = Path(name)
+    if name.lower().removesuffix(".gz").endswith(DATA) and path.is_file():
+        run = re.sub(r"[^A-Za-z0-9_-]+", "-", path.name.partition(".")[0]).strip("-") or "mine"
+        raise RecipeError(
+            f"{name} is data, not a recipe: 'l2v init {run} --data {shlex.quote(name)}' writes a recipe for it, {run}.yaml"
+        )
+    if not path.is_file() and not _shipped(name).is_file() and Path(f"{name}.yaml").is_file():
+        raise RecipeError(f"no recipe '{name}'; did you mean '{name}.yaml'?")
     return find_shipped(name, recipe_folder(), "recipe")
+
+
+def _shipped(name: str) -> Path:
+    return recipe_folder() / f"{name}.yaml"
 
 
 def find_shipped(name: str, folder: Path, what: str) -> Path:

@@ -107,9 +107,7 @@ def _convert(hint: Any, node: Node, path: str) -> Any:
     if hint is Any:
         return _strip(node)
     if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(next(a for a in get_args(hint) if a is not type(None)), node, path)
+        return _convert_union(get_args(hint), node, path)
     if origin is Literal:
         if value in get_args(hint) and type(value) in {type(a) for a in get_args(hint)}:
             return value
@@ -135,7 +133,20 @@ def _convert(hint: Any, node: Node, path: str) -> Any:
     return _scalar(hint, node, path)
 
 
-def _scalar(hint: type, node: Node, path: str) -> Any:
+def _convert_union(hints: tuple[Any, ...], node: Node, path: str) -> Any:
+    """A value that may be nothing, one of some words, or of one other type."""
+    value = node.value
+    if value is None and type(None) in hints:
+        return None
+    words = [word for hint in hints if get_origin(hint) is Literal for word in get_args(hint)]
+    if isinstance(value, str) and value in words:
+        return value
+    hint = next(hint for hint in hints if hint is not type(None) and get_origin(hint) is not Literal)
+    return _scalar(hint, node, path, words) if words else _convert(hint, node, path)
+
+
+def _scalar(hint: type, node: Node, path: str, words: typing.Sequence[str] = ()) -> Any:
+    """words: valid values of another kind, for the message."""
     value = node.value
     if hint is float and isinstance(value, str):
         with contextlib.suppress(ValueError):  # YAML 1.1 reads 5e-5 (no dot) as a string
@@ -146,7 +157,8 @@ def _scalar(hint: type, node: Node, path: str) -> Any:
         value = int(value)
     if type(value) is not hint:
         names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        raise RecipeError(f"{node.where}: {path} is {names[hint]}; found {kind_of(value)}")
+        valid = " or ".join([names[hint], *words])
+        raise RecipeError(f"{node.where}: {path} is {valid}; found {kind_of(value)}")
     return value
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,22 @@ from l2v.files import reason, replace_text, sync
 from l2v.model.lora import WEIGHTS, save_adapter, sha256
 from l2v.recipe import Recipe
 from l2v.recipe.load import from_dict, to_dict
-from l2v.runs.folder import ADAPTER, STAGE_FILE, has_begun, is_trained, run_folder
+from l2v.runs.folder import ADAPTER, STAGE_FILE, has_begun, is_trained, read_stage, run_folder
 
-# May change when a run resumes: they affect memory, speed and logging, not the trained weights.
-CHANGEABLE_KEYS = {"log_every", "eval_every", "save_every", "keep", "micro_tokens", "recompute", "eval_data"}
+# May change when a run resumes: they affect memory, speed and logging, not the trained weights. `steps` may grow as well.
+CHANGEABLE_KEYS = {
+    "log_every", "eval_every", "eval_data", "save_every", "keep", "skip_limit", "micro_tokens", "recompute",
+}  # fmt: skip
+TRAINED_STEPS = "adapter_steps"
+"""In stage.json while a trained stage trains longer: the steps of the adapter that it still has."""
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """done: the stage is trained. grown_from: the steps that the recipe had before, if it now has more; else None."""
+
+    done: bool
+    grown_from: int | None = None
 
 
 def merged_adapters(recipe: Recipe, name: str) -> list[tuple[str, dict[str, str]]]:
@@ -37,15 +51,15 @@ def merged_adapters(recipe: Recipe, name: str) -> list[tuple[str, dict[str, str]
     return out
 
 
-def claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh: bool) -> str:
-    """Claim the stage's folder for this recipe: "done" if the stage is trained, else "go".
+def claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh: bool) -> Claimed:
+    """Claim the stage's folder for this recipe.
 
     Raises:
         UserError: if the folder belongs to another recipe or program, or cannot be written.
     """
     parents = [adapter for adapter, _ in merged_adapters(recipe, name)]
     facts = facts | {"merged": [sha256(Path(p) / WEIGHTS) if (Path(p) / WEIGHTS).is_file() else p for p in parents]}
-    mark = folder / STAGE_FILE
+    mark, grown_from = folder / STAGE_FILE, None
     try:
         if fresh and mark.is_file():
             shutil.rmtree(folder)
@@ -53,59 +67,114 @@ def claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh:
             raise UserError(f"{folder} is not empty and not a run of l2v: choose another folder with out=...")
         if mark.is_file():
             before = json.loads(mark.read_text(encoding="utf-8"))
-            changed = difference(before, facts)
-            if changed and has_begun(folder):  # a start that failed on a wrong path has nothing to keep
-                raise UserError(
-                    f"{folder} belongs to another recipe: {changed}; choose another folder with out=..., "
-                    "or start from scratch with --fresh"
-                )
+            # A start that failed on a wrong path has nothing to keep.
+            if has_begun(folder) and (changed := difference(before, facts)):
+                raise UserError(f"{folder} {changed}")
+            grown_from = _grown_from(before, facts) if has_begun(folder) else None
             if is_trained(folder):
-                return "done"
+                trained_steps = before.get(TRAINED_STEPS, grown_from)
+                if trained_steps is None:
+                    return Claimed(done=True)
+                facts |= {TRAINED_STEPS: trained_steps}
         folder.mkdir(parents=True, exist_ok=True)
-        replace_text(mark, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        _write(mark, facts)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another folder with out=...") from None
     except json.JSONDecodeError:
         raise UserError(f"{mark}: damaged; remove {folder} or choose another folder with out=...") from None
-    return "go"
+    return Claimed(done=False, grown_from=grown_from)
+
+
+def recorded_negatives(folder: Path) -> int | None:
+    """The `max_negatives` that a stage began with, if it has begun and that is a number; else None.
+
+    A recipe that now says `auto`, which is the default, continues with this number: earlier versions wrote their default.
+    """
+    before = read_stage(folder) if has_begun(folder) else None
+    try:
+        found = before["recipe"]["stages"][before["stage"]]["max_negatives"] if before else None
+    except (KeyError, TypeError):
+        return None
+    return found if isinstance(found, int) else None
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """The first difference between two runs of a stage, as part of a sentence; None if the second continues the first."""
+    """Why the second run does not continue the first, as the rest of a sentence about its folder; None if it does."""
+    start_again = "choose another folder with out=..., or start from scratch with --fresh"
     if before.get("stage") != now["stage"]:
-        return f"its stage is '{before.get('stage')}'"
+        return f"belongs to another recipe: its stage is '{before.get('stage')}'; {start_again}"
     name = now["stage"]
+    if before.get("merged") != now["merged"]:
+        return (
+            "was trained from an adapter that was trained again, trained longer or replaced since: train it again from the new "
+            f"one with --fresh --stage {name}, or choose another folder with out=..."
+        )
+    for key, was, is_now in _changes(before, now):
+        if key == f"stages.{name}.steps":
+            if was > is_now:
+                return (
+                    f"was claimed for {was:,} steps, and {key} is now {is_now:,}: a stage can be trained longer, not shorter; "
+                    f"use {key}={was}, or {start_again}"
+                )
+        elif key.rsplit(".", 1)[-1] not in CHANGEABLE_KEYS:
+            back = "" if isinstance(was, list | dict) else f"use {key}={json.dumps(was)}, or "
+            return f"belongs to another recipe: {key} was {json.dumps(was)} and is now {json.dumps(is_now)}; {back}{start_again}"
+    return None
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) of what differs between two runs of a stage."""
+    name, new = now["stage"], now["recipe"]
     try:  # keys that an earlier version did not have get their defaults
         old = to_dict(from_dict(before["recipe"], STAGE_FILE))
     except RecipeError:
         old = before["recipe"]
-    new = now["recipe"]
-    pairs = [(f"stages.{name}.{k}", old["stages"].get(name, {}).get(k), v) for k, v in new["stages"][name].items()]
+    stage, stage_now = old["stages"].get(name, {}), new["stages"][name]
+    pairs = [(f"stages.{name}.{k}", stage.get(k), v) for k, v in stage_now.items()]
     pairs += [(f"base.{k}", old["base"].get(k), v) for k, v in new["base"].items()]
     pairs += [("seed", old["seed"], new["seed"])]
-    if before.get("merged") != now["merged"]:
-        return "an adapter that it starts from was trained again or replaced since"
     for key, was, is_now in pairs:
-        if was != is_now and key.rsplit(".", 1)[-1] not in CHANGEABLE_KEYS:
-            return f"{key} was {json.dumps(was)} and is now {json.dumps(is_now)}"
-    return None
+        if key == f"stages.{name}.decay_steps":  # a number up to `steps` is another way to write `end`
+            was, is_now = _decay_end(was, stage.get("steps", 0)), _decay_end(is_now, stage.get("steps", 0))
+        if was != is_now:
+            yield key, was, is_now
+
+
+def _decay_end(decay_steps: int | str | None, steps: int) -> int | str | None:
+    return "end" if isinstance(decay_steps, int) and decay_steps <= steps else decay_steps
+
+
+def _grown_from(before: dict[str, Any], now: dict[str, Any]) -> int | None:
+    was, is_now = (facts["recipe"]["stages"][now["stage"]]["steps"] for facts in (before, now))
+    return was if was < is_now else None
+
+
+def _write(mark: Path, facts: dict[str, Any]) -> None:
+    replace_text(mark, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 
 def publish(decoder, weights: dict[str, torch.Tensor], folder: Path, lineage: dict[str, Any]) -> None:
-    """Write the adapter of a trained stage atomically.
+    """Write the adapter of a trained stage atomically; one of fewer steps is replaced.
 
     Raises:
         UserError: if the disk is full or the folder cannot be written.
     """
-    partial = folder / ".adapter.partial"
+    partial, old = folder / ".adapter.partial", folder / ".adapter.old"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         save_adapter(decoder, weights, partial, lineage)
         for file in partial.iterdir():
             sync(file)
         sync(partial)
+        if is_trained(folder):  # a crash between the two renames leaves the last checkpoint, which is published again
+            shutil.rmtree(old, ignore_errors=True)
+            (folder / ADAPTER).rename(old)
         partial.rename(folder / ADAPTER)
         sync(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        facts = read_stage(folder) or {}
+        if facts.pop(TRAINED_STEPS, None) is not None:
+            _write(folder / STAGE_FILE, facts)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(

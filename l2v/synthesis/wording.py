@@ -5,9 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from l2v.batch import mix
-from l2v.data.tokens import text_key
-
 SYSTEM = (
     "Du skriver søgninger på dansk til en samling af tekster. Svar kun med selve søgningen på én linje, "
     "uden anførselstegn og uden forklaring."
@@ -63,6 +60,9 @@ class Question:
 
 def question(passage: int, number: int, text: str, styles: tuple[str, ...], seed: int) -> Question:
     """The style depends on (seed, text, number) alone, not on the position of the passage."""
+    from l2v.batch import mix  # imported here: the command line reads the styles without torch
+    from l2v.data.tokens import text_key
+
     address = mix(seed, text_key(text))
     return Question(passage, number, styles[(address + number) % len(styles)], mix(address, number), text)
 

@@ -85,7 +85,7 @@ class OutOfMemoryGuard:
 
 def filler(device: torch.device) -> PackedBatch:
     """One token that carries no loss."""
-    return pack([Segment(np.zeros(1, dtype=np.int64), pool_start=0, example=-1, column=-1)]).to(device)
+    return pack([Segment(np.zeros(1, dtype=np.int64), example=-1, column=-1, text_key=0)]).to(device)
 
 
 def discard(engine) -> None:

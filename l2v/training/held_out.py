@@ -60,9 +60,9 @@ def evaluator(engine, stage: Stage, examples, masking: Masking | None) -> Callab
 def ndcg_at_10(vectors_SE: np.ndarray, columns_S: np.ndarray, keys_S: np.ndarray, groups_S: np.ndarray) -> float:
     """Mean nDCG@10 of the queries (column 0), each for its positive (the next segment) among all documents, by cosine.
 
-    Documents with the same text count once. Documents of the query's own group do not compete with its positive. Ties count
-    against it. With one relevant document nDCG is 1 / log2(1 + rank), and 0 beyond rank 10 (Jaervelin & Kekaelaeinen 2002).
-    groups_S: -1 for none. Only the first 2,000 queries are ranked.
+    Documents with the same text count once. Documents of the query's own group and other answers to the same question do
+    not compete with its positive. Ties count against it. With one relevant document nDCG is 1 / log2(1 + rank), and 0 beyond
+    rank 10 (Jaervelin & Kekaelaeinen 2002). groups_S: -1 for none. Only the first 2,000 queries are ranked.
     """
     unit_SE = vectors_SE / np.maximum(np.linalg.norm(vectors_SE, axis=1, keepdims=True), 1e-12)
     at_N = np.flatnonzero(columns_S == 0)[:MAX_RANKED_QUERIES]
@@ -72,5 +72,15 @@ def ndcg_at_10(vectors_SE: np.ndarray, columns_S: np.ndarray, keys_S: np.ndarray
     scores_NM = unit_SE[at_N] @ unit_SE[at_M].T
     same_NM = keys_S[at_N + 1][:, None] == keys_S[at_M][None]
     mates_NM = (groups_S[at_N][:, None] == groups_S[at_M][None]) & (groups_S[at_N][:, None] >= 0)
+    asked = np.flatnonzero(columns_S == 0)
+    for question in _repeated(keys_S[asked]):
+        answers = keys_S[asked[keys_S[asked] == question] + 1]
+        mates_NM[np.ix_(keys_S[at_N] == question, np.isin(keys_S[at_M], answers))] = True
     rank_N = 1 + ((scores_NM >= own_N[:, None]) & ~same_NM & ~mates_NM).sum(1)
     return float(np.where(rank_N <= 10, 1 / np.log2(1 + rank_N), 0.0).mean())
+
+
+def _repeated(keys: np.ndarray) -> np.ndarray:
+    """The keys that occur more than once."""
+    found, counts = np.unique(keys, return_counts=True)
+    return found[counts > 1]

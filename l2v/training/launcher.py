@@ -7,10 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-
-import torch
-
-from l2v.machine import threads
+from pathlib import Path
 
 # On an interrupt the launcher's outer process would end before the ranks have saved. So it ignores the signal, and the inner
 # process passes it on.
@@ -21,6 +18,8 @@ LAUNCHER = (
 # 0 is success. 1 and 2 are errors that the user has to fix, or a requested stop: a restart would end the same way.
 FINAL_EXIT_CODES = (0, 1, 2)
 RESTART_PAUSE = 3.0  # seconds before a restart, for ports and file systems to settle
+HOSTFILE = Path("/job/hostfile")
+"""Where deepspeed looks for the other nodes of a job; they must all know the port, so there it stays deepspeed's default."""
 
 
 def launched() -> bool:
@@ -34,6 +33,10 @@ def launch(module: str, argv: list[str], processes: int, *, restarts: int = 0) -
     restarts: how often to start again after a fault (a killed rank, a hang that the watchdog ended, a crash). A user's error
     or a requested stop is never restarted. SIGINT, SIGTERM and SIGUSR1 reach the ranks as an interrupt: they save and stop.
     """
+    import torch  # here, so that a mistake in the recipe is reported without it
+
+    from l2v.machine import free_port, threads
+
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
@@ -42,20 +45,39 @@ def launch(module: str, argv: list[str], processes: int, *, restarts: int = 0) -
         # cores.
         environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 33))
         environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 33))
-    command = [sys.executable, "-c", LAUNCHER, "--num_gpus", str(processes), "--log_level", "error"]
-    if "MASTER_PORT" in environment:
-        command += ["--master_port", environment["MASTER_PORT"]]
-    command += ["--module", module, *argv]
+    command = [sys.executable, "-c", LAUNCHER, "--num_gpus", str(processes), "--log_level", "critical"]
+    port = environment.get("MASTER_PORT")
     for left in range(restarts, -1, -1):
-        code, stop_requested = _run_once(command, environment)
-        if code in FINAL_EXIT_CODES or stop_requested or not left:
+        if port is None and not HOSTFILE.is_file():  # another training on this machine has the default port
+            chosen = str(free_port())
+        else:
+            chosen = port
+        at = ["--master_port", chosen] if chosen else []
+        code, stop_requested = _run_once([*command, *at, "--module", module, *argv], environment)
+        if code in FINAL_EXIT_CODES or stop_requested:
+            return code
+        if not left:
+            print(f"l2v: the job ended with exit code {code}{_killed(code)}", file=sys.stderr, flush=True)
             return code
         again = f"restart {restarts - left + 1} of {restarts}"
         print(
-            f"l2v: the job ended with exit code {code}; {again} in {RESTART_PAUSE:.0f} s", file=sys.stderr, flush=True
+            f"l2v: the job ended with exit code {code}{_killed(code)}; {again} in {RESTART_PAUSE:.0f} s",
+            file=sys.stderr,
+            flush=True,
         )
         time.sleep(RESTART_PAUSE)
     raise AssertionError
+
+
+def _killed(code: int) -> str:
+    """The signal that ended a rank, from the exit code that deepspeed passes on (256 minus its number); empty for none."""
+    try:
+        name = signal.Signals(256 - code).name
+    except ValueError:
+        return ""
+    return f" (a rank was killed by {name}" + (
+        "; the system does so when memory runs out)" if name == "SIGKILL" else ")"
+    )
 
 
 def _run_once(command: list[str], environment: dict[str, str]) -> tuple[int, bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from l2v.training.prefetch import BatchPrefetcher
 from l2v.training.profile import Profile
 from l2v.training.ranks import on_every_rank, on_first_rank
 from l2v.training.saver import Saver
+from l2v.training.schedule import changed_curve, hardly_falls, learning_rate
 from l2v.training.skips import BrokenStep, Skips, is_broken
 from l2v.training.steps import StepCounts, contrastive_step, mntp_step
 from l2v.training.throughput import Throughput, peak_memory, summary
@@ -39,7 +40,9 @@ class Interrupted(Exception):
 
 @dataclass
 class Job:
-    """Everything that a stage's loop needs. `evaluate` is called on every rank with the step; it may be None."""
+    """Everything that a stage's loop needs. `evaluate` is called on every rank with the step; it may be None. grown_from: the
+    recipe's steps at the start before, if it has more now.
+    """
 
     name: str
     stage: Stage
@@ -53,6 +56,7 @@ class Job:
     watchdog: Watchdog
     profile: bool = False
     evaluate: Evaluate | None = None
+    grown_from: int | None = None
 
 
 @dataclass
@@ -100,23 +104,6 @@ def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, t
     return training.final_state()
 
 
-def learning_rate(stage: Stage, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of update `step` (from 0): linear warm-up, then linear decay to 0 at `decay_steps`.
-
-    McGill's llm2vec decays over `decay_epochs` full epochs but stops far earlier, so there the rate hardly falls.
-    """
-    if step < stage.warmup:
-        return stage.lr * step / stage.warmup
-    if stage.decay_steps is not None:
-        end = stage.decay_steps
-    elif stage.decay_epochs is not None:
-        end = math.ceil(stage.decay_epochs * steps_per_epoch)
-    else:
-        return stage.lr
-    end = max(end, stage.steps)
-    return stage.lr * max(0.0, (end - step) / max(1, end - stage.warmup))
-
-
 class Training:
     """A stage in training: its batches, metrics, checkpoints and signals, and the parts of a step in the order they run.
 
@@ -132,6 +119,8 @@ class Training:
             write_state(engine, job.parameters, resume.tensors, resume.step - resume.facts.get("skipped", 0))
         self.tokens = resume.facts["tokens"] if resume else 0
         self.skips = Skips.of(resume)
+        self.queries = self.alone = 0
+        self.said_alone = False
         self.stop = StopRequest()
         active = self.rank == 0
         self.bar = Progress(job.stage.steps, self.start, job.name, active=active)
@@ -158,8 +147,19 @@ class Training:
         """Check on every rank that the first step's data can be read; measure the held-out loss before training."""
         if self.start < self.job.stage.steps:
             on_every_rank(lambda: self.batches.check(self.start))
+        self._say_schedule()
         if self.start == 0:
             self._evaluate(0)
+
+    def _say_schedule(self) -> None:
+        """Log once in a stage what its learning rate does that the recipe may not intend."""
+        job, per_epoch = self.job, self.batches.sampler.steps_per_epoch
+        if job.grown_from is not None:
+            before = replace(job.stage, steps=job.grown_from)
+            if line := changed_curve(before, job.stage, self.start, per_epoch):
+                self.log(line)
+        elif self.start == 0 and (line := hardly_falls(job.stage, per_epoch)):
+            self.log(line)
 
     def set_learning_rate(self, step: int) -> None:
         """Set this step's rate in every parameter group of the optimizer."""
@@ -212,6 +212,8 @@ class Training:
             result.norm = None
         elif result.norm is None:
             result.norm = self.engine.get_global_grad_norm()
+        self.queries += len(result.plan.examples)
+        self.alone += self.batches.alone
         self.tokens += int(self.job.examples.lengths[result.plan.examples].sum())
         self.skips.count(result.applied)
         self.batches.audit(step, result.plan)
@@ -225,10 +227,13 @@ class Training:
         device = self.engine.device
         shares = {key: value for key, value in result.shares.items() if value.dim() == 0}
         values = torch.stack([value.float() for value in shares.values()])
+        if isinstance(stage, Contrastive):  # summed over ranks along with the loss
+            values = torch.cat([values, values.new_tensor([float(self.alone)])])
         dist.all_reduce(values)
         memory = torch.tensor(float(peak_memory(device)), device=device)
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        row = {key: value if math.isfinite(value) else None for key, value in zip(shares, values.tolist(), strict=True)}
+        summed = values.tolist()
+        row = {key: value if math.isfinite(value) else None for key, value in zip(shares, summed, strict=False)}
         row |= {
             "epoch": round(result.plan.epoch, 4),
             "learning_rate": self.rate,
@@ -237,9 +242,22 @@ class Training:
         }
         if self.skips.total:
             row["skipped_steps"] = self.skips.total
+        if isinstance(stage, Contrastive) and summed[-1]:
+            row["queries_without_negatives"] = int(summed[-1])
+            self._say_alone(done, int(summed[-1]))
         row |= self.speed.row(self.tokens) | {"peak_memory_gib": round(memory.item() / 2**30, 2)}
         self.metrics.write(done, row)
         self.bar.status(summary(row))
+
+    def _say_alone(self, done: int, alone: int) -> None:
+        """Log once that queries have no negative; the count so far is in every row of metrics."""
+        if not self.said_alone:
+            self.said_alone = True
+            self.log(
+                f"WARNING: {alone:,} of {self.queries:,} queries of steps {self.start + 1} to {done} have no negative left, so "
+                "they teach nothing: the other texts of their batch repeat the question or its answer, or are of its group; use "
+                "a larger batch, or check the data for repeated texts"
+            )
 
     def error_after(self, step: int, result: StepResult) -> UserError | None:
         """The error that ends training after this step: too many skipped steps in a row, or unreadable data for the next."""

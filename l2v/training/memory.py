@@ -98,5 +98,7 @@ def tail_memory(
 
 
 def columns_of(stage: Stage) -> int:
-    """Texts of an example with all its negatives."""
-    return 2 + (stage.max_negatives if isinstance(stage, Supervised) else 0) if isinstance(stage, Contrastive) else 1
+    """Texts of an example with all its negatives; `max_negatives: auto` counts as none until the data has settled it."""
+    if not isinstance(stage, Contrastive):
+        return 1
+    return 2 + (stage.max_negatives if isinstance(stage, Supervised) and stage.max_negatives != "auto" else 0)

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from l2v.data.collate import collate
 from l2v.data.sampler import Sampler, StepPlan
 from l2v.errors import UserError
+from l2v.recipe import Contrastive
 from l2v.training.agreement import Agreement
+from l2v.training.alone import queries_alone
 from l2v.training.faults import read_budget, smaller, write_budget
 from l2v.training.saver import retried
 
@@ -31,6 +33,8 @@ class BatchPrefetcher:
         self.micro_tokens = read_budget(job.folder, job.stage.micro_tokens)
         self.sampler = self._sampler()
         self.units: list = []
+        self.alone = 0
+        """This rank's queries of the step without a negative."""
         self._work: dict[int, Future] = {}
         # The thread gets one OpenMP thread: a second team would spin on the cores that training needs.
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
@@ -44,7 +48,7 @@ class BatchPrefetcher:
 
     def get(self, step: int) -> tuple[StepPlan, list]:
         """The plan of a step and this rank's micro-batches; starts preparing the next step."""
-        plan, self.units = self._submit(step).result()
+        plan, self.units, self.alone = self._submit(step).result()
         self._work = {at: work for at, work in self._work.items() if at >= step}
         if step + 1 < self.job.stage.steps:
             self._submit(step + 1)
@@ -120,4 +124,7 @@ class BatchPrefetcher:
             [collate(job.examples, micro, seed=job.seed, step=step, masking=job.masking) for micro in unit.micros]
             for unit in plan.units[self.rank]
         ]
-        return plan, units
+        alone = 0
+        if isinstance(job.stage, Contrastive):
+            alone = queries_alone(plan, units, self.rank, job.examples, job.stage, job.seed)
+        return plan, units, alone

@@ -7,23 +7,24 @@ import gc
 import hashlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from l2v.data.collate import Masking
-from l2v.data.open import open_examples
-from l2v.data.tokens import TextTokenizer, load_tokenizer
+from l2v.data.open import open_examples, settled
+from l2v.data.tokens import TextTokenizer, check_vocabulary, load_tokenizer
 from l2v.errors import UserError
 from l2v.model.embedded import resolve
 from l2v.model.load import dtype_of, load_config
 from l2v.model.lora import trainable
 from l2v.model.packed import PackedDecoder
 from l2v.model.quantize import notice
-from l2v.recipe import Contrastive, Mntp, Recipe, Stage
+from l2v.recipe import Contrastive, Mntp, Recipe, Stage, Supervised
 from l2v.recipe.load import to_dict
-from l2v.runs.claim import claim, publish
-from l2v.runs.folder import ADAPTER, run_folder
+from l2v.runs.claim import claim, publish, recorded_negatives
+from l2v.runs.folder import ADAPTER, has_begun, is_trained, run_folder
 from l2v.training import checkpoint
 from l2v.training.build import build, place_memory
 from l2v.training.engine import deepspeed_config, initialize
@@ -33,6 +34,9 @@ from l2v.training.held_out import evaluator
 from l2v.training.loop import Job, train
 from l2v.training.ranks import agree, first_on_node, on_every_rank, on_first_rank
 from l2v.training.watchdog import Watchdog
+
+FEW_PAIRS = 500
+"""Training on fewer pairs is warned of."""
 
 
 @dataclass
@@ -57,14 +61,25 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdo
         if rank == 0:
             print(f"{name}: {text}", flush=True)
 
+    _keep_negatives(stage, folder, fresh)
     facts = {"name": recipe.name, "stage": name, "recipe": to_dict(recipe)}
-    if on_first_rank(lambda: claim(recipe, name, folder, facts, fresh)) == "done":
+    claimed = on_first_rank(lambda: claim(recipe, name, folder, facts, fresh))
+    if claimed.done:
         log(f"already trained, its adapter is {folder / ADAPTER}")
         return
     data = _open_data(recipe, name)
+    stage = settled(stage, data.examples.segments)
     for note in data.notes:
         log(note)
+    if isinstance(stage, Supervised) and len(data.examples) < FEW_PAIRS:
+        log(
+            f"WARNING: {len(data.examples)} pairs are very few to learn from; measure on held-out questions (l2v eval) whether "
+            "the stage helps, and add pairs (l2v data synthesize writes queries for passages)"
+        )
     resume = checkpoint.newest(folder / "checkpoints", log=print if rank == 0 else None)
+    if on_first_rank(lambda: is_trained(folder)):
+        for line in on_every_rank(functools.partial(_longer, recipe, name, resume)):
+            log(line)
 
     def on_fault(facts: dict[str, Any]) -> None:
         if "micro_tokens" in facts:
@@ -93,7 +108,7 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdo
         log(placed)
     job = Job(
         name=name, stage=stage, seed=seed, folder=folder, examples=data.examples, masking=masking, parameters=parameters,
-        facts={"world": world}, tracking=recipe.tracking, watchdog=watch, profile=recipe.profile,
+        facts={"world": world}, tracking=recipe.tracking, watchdog=watch, profile=recipe.profile, grown_from=claimed.grown_from,
         evaluate=evaluator(engine, stage, data.held_out, masking) if data.held_out else None,
     )  # fmt: skip
     weights = _train_checked(engine, job, resume, rank)
@@ -104,6 +119,35 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdo
     gc.collect()
 
 
+def _keep_negatives(stage: Stage, folder: Path, fresh: bool) -> None:
+    """A stage that began with a number of hard negatives resumes with it, also if the recipe now says `auto`. Collective."""
+    if isinstance(stage, Supervised) and stage.max_negatives == "auto" and not fresh:
+        recorded = on_first_rank(lambda: recorded_negatives(folder))
+        stage.max_negatives = "auto" if recorded is None else recorded
+
+
+def _longer(recipe: Recipe, name: str, resume: checkpoint.Checkpoint | None) -> list[str]:
+    """Lines to log about a trained stage that trains longer.
+
+    Raises:
+        UserError: its last checkpoint is missing.
+    """
+    run, steps = run_folder(recipe), recipe.stages[name].steps
+    if resume is None:
+        raise UserError(
+            f"{run / name}: it cannot train on to step {steps:,}, because its checkpoint is missing or damaged; train it from "
+            f"scratch with --fresh --stage {name}"
+        )
+    later = [each for each in recipe.order() if name in recipe.chain(each) and has_begun(run / each)]
+    lines = [f"trained for {resume.step:,} steps before; its adapter stays until that of step {steps:,} replaces it"]
+    if later:
+        lines.append(
+            f"WARNING: trained from its old adapter, which will be replaced: {', '.join(later)}; train each again afterwards, in "
+            "this order, with --fresh --stage NAME"
+        )
+    return lines
+
+
 def _open_data(recipe: Recipe, name: str) -> StageData:
     """The data of a stage. A collective call: one rank of each node prepares it, the others read the result."""
     stage, base = recipe.stages[name], recipe.base
@@ -112,6 +156,7 @@ def _open_data(recipe: Recipe, name: str) -> StageData:
             base.tokenizer or resolve(base.model), revision=base.revision, trust_remote_code=base.trust_remote_code
         )
     )
+    on_every_rank(lambda: check_vocabulary(tokenizer, load_config(base).get_text_config().vocab_size, base))
     texts = TextTokenizer(tokenizer, base.template, stage.length)
     notes = on_every_rank(functools.partial(check_prefixes, recipe, name))
     examples = first_on_node(lambda: open_examples(stage.data, stage, texts))

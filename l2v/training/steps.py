@@ -70,6 +70,7 @@ def loss_options(stage: Contrastive) -> dict[str, Any]:
         "false_negative_margin": stage.false_negative_margin,
         "prefixes": stage.matryoshka,
         "prefix_weights": stage.matryoshka_weights,
+        "warn": False,  # the loop counts such queries and logs them
     }
 
 

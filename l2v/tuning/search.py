@@ -12,7 +12,6 @@ import argparse
 import itertools
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from l2v.doctor import software
 from l2v.doctor.report import Report
 from l2v.errors import UserError
+from l2v.machine import free_port
 from l2v.recipe import Backend, Recipe, Stage
 from l2v.runs.metrics import read_metrics
 from l2v.tuning.apply import KEYS, SHARED
@@ -175,7 +175,7 @@ class Trainer:
         environment = {k: v for k, v in os.environ.items() if k not in launched} | {"L2V_TUNED": "0"}
         if candidate.kernels == "timed":
             environment["L2V_AUTOTUNE"] = "1"
-        environment["MASTER_PORT"] = str(_free_port())  # another training may use the launcher's default port
+        environment["MASTER_PORT"] = str(free_port())
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
@@ -194,12 +194,6 @@ class Trainer:
         times = [tokens / row["tokens_per_second"] for tokens, row in zip(counts, rows[1:], strict=True)]
         candidate.rates.append(sum(counts) / sum(times))
         candidate.peak_gib = max((row["peak_memory_gib"] for row in rows if "peak_memory_gib" in row), default=None)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _last_line(output: str) -> str:

@@ -54,7 +54,7 @@ def test_a_semicolon_csv_with_danish_headings(init, tmp_path):
     assert recipe.order() == ["mntp", "supervised"]
     (source,) = recipe.stages["supervised"].data
     assert (source.path, source.query, source.positive, source.skip_empty) == ("faq.csv", "Spørgsmål", "Svar", True)
-    assert recipe.stages["mntp"].data[0].text == "Svar" and recipe.stages["supervised"].max_negatives == 0
+    assert recipe.stages["mntp"].data[0].text == "Svar" and recipe.stages["supervised"].max_negatives == "auto"
     # A few minutes on two cores: the quickstart, which takes less than ten, meets 160,000 tokens.
     tokens = sum(stage.steps * stage.batch * stage.length for stage in recipe.stages.values())
     assert tokens <= 120_000
@@ -72,6 +72,7 @@ def test_every_value_is_explained_in_its_line(init, tmp_path):
         "steps",
         "lr",
         "warmup",
+        "decay",
         "decay_steps",
         "save_every",
         "scale",
@@ -99,7 +100,8 @@ def test_pairs_of_every_kind_of_file(init, tmp_path, write_jsonl, kind):
     assert f"{path}: 8 pairs" in shown and ("delimiter" in shown) == (kind in ("csv", "tsv"))
     (source,) = recipe.stages["supervised"].data
     assert (source.query, source.positive, source.negatives) == ("query", "passage", "negative_*")
-    assert recipe.stages["supervised"].max_negatives == 1  # as many as a row brings
+    assert recipe.stages["supervised"].max_negatives == "auto"
+    assert "at most 7; yours have up to 1\n" in (tmp_path / "mine.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "txt", "parquet"])

@@ -110,11 +110,11 @@ def test_pairs_are_query_positive_and_as_many_negatives_as_there_are(tokenizer):
         {"query": "Hvor?", "positive": "Skoven.", "negatives": []},
         {"query": "Hvad?", "positive": "Havet.", "negatives": ["Skoven."]},
     ]
-    for most in (0, 1, 2, 5):
+    for most in (0, 1, 2, 5, "auto"):
         pairs = Pairs(pair_rows(*rows), texts, max_negatives=most)
         assert len(pairs) == 3
         for i, row in enumerate(rows):
-            expected = [row["query"], row["positive"], *row["negatives"][:most]]
+            expected = [row["query"], row["positive"], *row["negatives"][: 7 if most == "auto" else most]]
             ids, starts, _ = texts.embedded(expected)
             segments = pairs[i]
             assert [s.ids.tolist() for s in segments] == ids
@@ -148,8 +148,47 @@ def test_cut_texts_are_told(tokenizer, sentences):
     views = Views(text_rows([*sentences[:3], "a"]), texts)
     assert views.notes == ["4 texts, 32 tokens", told]
     pairs = Pairs(pair_rows({"query": sentences[0], "positive": sentences[1], "negatives": [sentences[2]]}), texts)
-    assert pairs.notes == ["1 pairs, 30 tokens", told]
+    assert pairs.notes == ["1 pairs, 30 tokens", told, "1 hard negatives, up to 1 a row"]
     assert Views(text_rows(["a"]), texts).notes == ["1 texts, 2 tokens"]
+
+
+def test_the_notes_count_hard_negatives_used_and_unused(tokenizer, sentences):
+    texts = TextTokenizer(tokenizer, Template(), 64)
+    counts = [9, 0, 2, 1]
+    pairs = pair_rows(
+        *(
+            {"query": f"{n}?", "positive": f"{n}.", "negatives": sentences[10 * n : 10 * n + k]}
+            for n, k in enumerate(counts)
+        )
+    )
+
+    def notes(**options):
+        return Pairs(pairs, texts, **options).notes[1:]
+
+    used = "10 hard negatives, up to 7 a row; 1 rows have none"
+    assert notes() == [used, "2 of 12 hard negatives are unused: max_negatives is auto (at most 7 a row)"]
+    assert notes(max_negatives=9) == ["12 hard negatives, up to 9 a row; 1 rows have none"]
+    three = [
+        "3 hard negatives, up to 1 a row; 1 rows have none",
+        "9 of 12 hard negatives are unused: max_negatives is 1",
+    ]
+    assert notes(max_negatives=1) == three
+    assert notes(max_negatives=0) == ["12 of 12 hard negatives are unused: max_negatives is 0"]
+    none = Pairs(pair_rows({"query": "a", "positive": "b"}), texts, max_negatives=3).notes
+    assert none[1:] == ["no row has hard negatives; a query's negatives are the other texts of its batch"]
+    segments = [len(pair) - 2 for pair in Pairs(pairs, texts)]
+    assert segments == [7, 0, 2, 1]
+
+
+def test_the_notes_count_questions_that_occur_more_than_once(tokenizer):
+    texts = TextTokenizer(tokenizer, Template(), 64)
+    asked = ["Hvem?", "Hvor?", "Hvem?", "Hvad?", "Hvem?", "Hvor?"]
+    rows = pair_rows(*({"query": q, "positive": f"{n}.", "negatives": ["x"]} for n, q in enumerate(asked)))
+    note = "5 of 6 queries occur more than once; their answers are not negatives of each other"
+    assert Pairs(rows, texts).notes[-1] == note
+    trained = "5 of 6 queries occur more than once; mask_duplicates: false makes their answers negatives of each other"
+    assert Pairs(rows, texts, mask_duplicates=False).notes[-1] == trained
+    assert "more than once" not in " ".join(Pairs(rows.select([0, 1, 3]), texts).notes)
 
 
 def test_cut_texts_are_counted_over_all_batches_of_rows(tokenizer, sentences):
