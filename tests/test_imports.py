@@ -35,7 +35,7 @@ MAY = {
         "kernels",
     },
     "encoder": {"errors", "recipe", "batch", "data", "model", "runs"},
-    "evaluation": {"errors", "encoder", "runs"},
+    "evaluation": {"errors", "files", "encoder", "runs"},
     "runs": {"errors", "files", "recipe", "model"},
     "tuning": {"errors", "package", "recipe", "model", "machine", "doctor", "runs"},
     "train": {"errors", "recipe", "model", "training", "machine", "tuning"},

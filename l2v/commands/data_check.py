@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from l2v.commands.parser import new_parser
+from l2v.commands.parser import new_parser, next_step, quoted
 from l2v.data.check.folder import SHIPPED
 from l2v.data.check.report import check_folder
 
@@ -15,6 +15,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     report = check_folder(args.folder)
     print(report.render(None if args.all else 8))
+    again = "" if args.folder == str(SHIPPED) else f" {quoted(args.folder)}"
+    print(
+        next_step("l2v init NAME --data FILE" if report.ok else f"correct what was found, then l2v data check{again}")
+    )
     return 0 if report.ok else 1
 
 

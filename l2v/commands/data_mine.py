@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from l2v.commands.parser import new_parser
+from l2v.commands.parser import new_parser, next_step, quoted
 from l2v.errors import RecipeError
 from l2v.mining.arguments import add_source
 from l2v.mining.mine import MAX_NEGATIVES, mine_negatives
@@ -16,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
     _check(args)
     mine_negatives(args)
+    print(next_step(f"l2v train RECIPE --stage supervised data={quoted(args.out)}"))
     return 0
 
 

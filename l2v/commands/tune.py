@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from l2v import __version__
-from l2v.commands.parser import new_parser
+from l2v.commands.parser import new_parser, next_step, quoted
 from l2v.errors import UserError
 from l2v.files import replace_text
 from l2v.recipe.load import load_recipe
@@ -61,4 +61,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = {"l2v": __version__, "place": here, "stages": stages}
             replace_text(file, json.dumps(found, indent=1) + "\n")
     print(f"written: {file}; l2v train applies it on this machine")
+    print(next_step(quoted("l2v", "train", args.recipe, *args.overrides)))
     return 0
