@@ -42,7 +42,7 @@ MAY = {
     "plan": {"errors", "recipe", "data", "model", "training", "machine"},
     "search": {"errors", "recipe", "batch", "data", "encoder"},
     "quickstart": {"errors", "recipe", "data", "model", "encoder", "evaluation", "machine", "runs"},
-    "report": {"errors", "package", "files", "data", "encoder", "evaluation", "runs"},
+    "report": {"errors", "package", "files", "recipe", "data", "encoder", "evaluation", "runs"},
     "push": {"errors", "model", "encoder", "runs", "report"},
     "mining": {"errors", "files", "recipe", "data", "encoder"},
     "synthesis": {"errors", "batch", "recipe", "data", "model", "encoder", "mining"},

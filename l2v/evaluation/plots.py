@@ -77,7 +77,7 @@ def draw_scores(axis: Any, title: str, rows: Sequence[Bar]) -> None:
         right = row.high if row.high is not None else row.score
         weight = "bold" if row.best else "normal"
         axis.annotate(
-            f"{row.score:.1f}", (right, at), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8,
+            f"{row.score:.1f}", (right, at), xytext=(8, 0), textcoords="offset points", va="center", fontsize=8,
             color="#222222", fontweight=weight,
         )  # fmt: skip
     axis.set_yticks(range(len(rows)), [row.name for row in reversed(rows)])
