@@ -46,11 +46,11 @@ def recorded(task: AbsTask, file: Path) -> Iterator[None]:
         replace_text(file, json.dumps(facts, ensure_ascii=False) + "\n")
         return original(scores, *rest, hf_split=hf_split, hf_subset=hf_subset, **more)
 
-    task.task_specific_scores = keep  # type: ignore[method-assign]  # of this instance only
+    task.task_specific_scores = keep  # of this instance only
     try:
         yield
     finally:
-        del task.task_specific_scores  # type: ignore[attr-defined]  # the class's own is visible again
+        del task.task_specific_scores  # the class's own is visible again
 
 
 def read(file: Path, task: AbsTask, means: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -92,15 +92,9 @@ def draw_scores(axis: Any, title: str, rows: Sequence[Bar]) -> None:
 
 def bars(report: dict[str, Any], task: str) -> list[Bar]:
     """The rows of a task of results.json for its picture, in the order of the table."""
-    top = remarks.best(report, task)
-    return [
-        Bar(
-            row["name"],
-            100 * score["score"],
-            *(None if score.get(key) is None else 100 * score[key] for key in ("low", "high")),
-            best=at in top,
-            baseline="baseline" in row["identity"],
-        )
-        for at, row in enumerate(report["rows"])
-        if (score := row["scores"].get(task))
-    ]
+    top, out = remarks.best(report, task), []
+    for at, row in enumerate(report["rows"]):
+        if score := row["scores"].get(task):
+            low, high = (None if score.get(key) is None else 100 * score[key] for key in ("low", "high"))
+            out.append(Bar(row["name"], 100 * score["score"], low, high, at in top, "baseline" in row["identity"]))
+    return out
