@@ -30,15 +30,23 @@ ROUNDS = 9
 GEMM_SHARE = 0.6  # of the seconds; a GPU needs some time to drop to the clock that its power limit allows
 
 # Dense bf16 with fp32 accumulation, FLOP/s, by CUDA's full device name: a variant with another clock, or a slice of a device
-# (MIG), is another device. From NVIDIA's data sheets (A100, H100, H200, L40S, HGX B200: half of the figure "with sparsity"
-# if only that is printed) and the Ada architecture paper (GeForce RTX 4090).
+# (MIG), is another device. From NVIDIA's data sheets (A10, A100, H100, H200, L4, L40S, HGX B200, GB200 NVL72: half of the figure
+# "with sparsity" if only that is printed), the architecture papers of GA102, Ada and RTX Blackwell (GeForce), resellers' sheets
+# of the H20, for which NVIDIA publishes none, and AMD's data sheet (MI300X).
 PEAK_BF16 = {
     r"(NVIDIA )?A100-SXM4-[48]0GB|(NVIDIA )?A100-PCIE-40GB|(NVIDIA )?A100 80GB PCIe": 312e12,
     r"NVIDIA H100 80GB HBM3": 989e12,
     r"NVIDIA H200": 989e12,
-    r"NVIDIA L40S": 362e12,
-    r"NVIDIA GeForce RTX 4090": 165e12,
+    r"NVIDIA H20": 148e12,
     r"NVIDIA B200": 2250e12,
+    r"NVIDIA GB200": 2500e12,
+    r"NVIDIA L40S": 362e12,
+    r"NVIDIA L4": 121e12,
+    r"NVIDIA A10": 125e12,
+    r"NVIDIA GeForce RTX 3090": 71e12,
+    r"NVIDIA GeForce RTX 4090": 165e12,
+    r"NVIDIA GeForce RTX 5090": 209.5e12,
+    r"AMD Instinct MI300X": 1307.4e12,
 }
 
 

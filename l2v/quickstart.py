@@ -23,8 +23,9 @@ from l2v.data import sample
 from l2v.data.sample import Question
 from l2v.encoder import Encoder
 from l2v.errors import UserError
+from l2v.evaluation.intervals import compare
 from l2v.evaluation.plots import loss_curves
-from l2v.evaluation.retrieval import RetrievalResult, bootstrap_interval, score, tfidf_scores
+from l2v.evaluation.retrieval import RetrievalResult, score, tfidf_scores
 from l2v.machine import processor
 from l2v.model.embedded import resolve
 from l2v.model.load import dtype_of
@@ -206,11 +207,7 @@ def summarize(
     by_name = {r.name: r for r in results}
     against = []
     for better, worse in (("simcse", "mntp"), ("supervised", "mntp"), ("supervised", "simcse")):
-        difference = by_name[better].ndcg - by_name[worse].ndcg
-        low, high = bootstrap_interval(difference)
-        against.append(
-            {"better": better, "than": worse, "difference": float(difference.mean()), "low": low, "high": high}
-        )
+        against.append({"better": better, "than": worse, **compare(by_name[better].ndcg, by_name[worse].ndcg)})
     start = by_name["untrained, bidirectional"].ndcg.mean()
     covered = (by_name["supervised"].ndcg.mean() - start) / (1 - start)
     losses = [row["eval_loss"] for row in read_metrics(run / "mntp") if "eval_loss" in row]

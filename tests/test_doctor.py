@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.processes import ROOT, training_environment
+from support.processes import ROOT, free_port, training_environment
 
 from l2v.commands import doctor
 from l2v.doctor import hardware, software
@@ -258,3 +258,77 @@ def test_a_kernel_is_compiled_and_compared(monkeypatch):
 @pytest.mark.parametrize("rate", [(788e12, "788 TFLOP/s"), (96.3e9, "96.3 GFLOP/s"), (5e6, "5 MFLOP/s")])
 def test_rates_have_three_digits(rate):
     assert hardware.rate(rate[0], "FLOP/s") == rate[1]
+
+
+@pytest.fixture
+def hub_rows(monkeypatch):
+    """hub_rows(endpoint=None, offline=False, seconds=2) -> (the row `hub`, the notes)."""
+    from huggingface_hub import constants
+
+    def rows(endpoint="", offline=False, seconds=2.0):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(software, "HUB_SECONDS", seconds)
+        report = Report()
+        return software.hub(report), report.notes
+
+    return rows
+
+
+@pytest.fixture
+def answering():
+    """answering(status) -> the address of a server that answers every HEAD with it."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+
+    servers = []
+
+    def start(status):
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                self.send_response(status)
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{servers[-1].server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_the_hub_is_asked_before_it_is_called_online(hub_rows, answering):
+    for status in (200, 404):
+        url = answering(status)
+        assert hub_rows(url) == ((True, f"{url} answers"), [])
+    url = f"http://127.0.0.1:{free_port()}"  # nobody listens there
+    (works, text), [note] = hub_rows(url)
+    assert not works and text.startswith(f"{url} cannot be reached: ") and "refused" in text
+    assert note.startswith(f"the hub, {url}, cannot be reached: ") and "HF_HUB_OFFLINE=1 spares the waiting" in note
+
+
+def test_a_hub_that_is_silent_or_broken_does_not_keep_the_doctor(hub_rows, answering):
+    import socket
+    import time
+
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        began = time.monotonic()
+        (works, text), _ = hub_rows(f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=0.5)
+        assert not works and "cannot be reached" in text and time.monotonic() - began < 10
+    (works, text), _ = hub_rows(answering(503))
+    assert not works and text.endswith("it answers with status 503")
+
+
+def test_an_offline_hub_is_not_asked(hub_rows, monkeypatch):
+    monkeypatch.setattr(software, "hub_trouble", lambda *_: pytest.fail("asked"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert hub_rows("http://127.0.0.1:9", offline=True) == (
+        (False, "offline by HF_HUB_OFFLINE=1: only what is in its cache is used"), []
+    )  # fmt: skip

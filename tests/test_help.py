@@ -46,7 +46,11 @@ def test_examples_parse(verb):
         parse(arguments)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["data", "--help"], ["bench", "-h"], ["search", "--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], [], ["data", "--help"], ["data"], ["bench"], ["bench", "-h"], ["search", "--help"]],
+    ids=" ".join,
+)
 def test_help_is_printed(words, capsys):
     try:
         code = main.main(words)
@@ -55,7 +59,7 @@ def test_help_is_printed(words, capsys):
     printed = capsys.readouterr().out
     assert code == 0 and printed.startswith("usage: l2v ") and examples(printed)
     assert max(map(len, printed.splitlines())) <= 100
-    if words == ["--help"]:
+    if words in ([], ["--help"]):
         assert all(re.search(rf"^  {verb} ", printed, re.MULTILINE) for verb in main.COMMANDS)
 
 
@@ -94,3 +98,19 @@ def test_zsh_runs_the_same_script():
     assert completion.script("zsh").replace("autoload -U +X bashcompinit && bashcompinit\n", "") == completion.script(
         "bash"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["dta"], "unknown command 'dta'"),
+        (
+            ["data", "chek"],
+            "l2v data has no tool 'chek'; choose one of build, check, mine, synthesize; did you mean check?",
+        ),
+        (["bench", "atention"], "l2v bench has no benchmark 'atention'; choose one of attention, contrastive,"),
+    ],
+)
+def test_an_unknown_name_is_an_error(words, says, capsys):
+    assert main.main(words) == 2
+    assert says in capsys.readouterr().err

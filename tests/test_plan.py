@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from support.processes import training_environment
 
 from l2v.commands import plan
 from l2v.machine import Calibration, calibration_file, device_name
@@ -118,8 +121,95 @@ def test_what_cannot_fit_says_what_would(capsys):
 
 @pytest.mark.parametrize("gpu", gpus.SHEETS)
 def test_every_gpu_of_the_table_can_be_planned_for(gpu, capsys):
-    found = planned(capsys, "llama3-8b-da", "--gpu", gpu, "--gpus", "8", "--stage", "simcse")
-    assert found["gpu"] == gpu and ("not measured" in found["rates"]) == (gpu != "h200")
+    """A small base, so that it fits every one."""
+    model = ("base.model=meta-llama/Llama-3.2-1B", "base.config=null", "base.init=pretrained")
+    found = planned(capsys, "llama3-8b-da", "--gpu", gpu.upper(), "--gpus", "8", "--stage", "simcse", *model)
+    assert found["gpu"] == gpu and ("not measured" in found["rates"]) == (gpu not in ("h200", "mi300x"))
+    assert (found["hours"] is None) == (gpu == "mi300x")
+
+
+def test_published_figures_are_ordered_as_the_boards_are():
+    """Twice the FP8 rate of the dense bf16 rate wherever there is FP8, and less usable memory than printed."""
+    printed = {
+        "h200": 141 * 2**30, "h100": 80 * 2**30, "h20": 96 * 2**30, "a100": 80 * 2**30, "a100-40gb": 40 * 2**30,
+        "b200": 192 * 2**30, "gb200": 192 * 2**30, "l40s": 48 * 2**30, "l4": 24 * 2**30, "a10": 24 * 2**30, "rtx3090": 24 * 2**30,
+        "rtx4090": 24 * 2**30, "rtx5090": 32 * 2**30, "mi300x": 192 * 2**30,
+    }  # fmt: skip
+    assert printed.keys() == gpus.SHEETS.keys()
+    for key, sheet in gpus.SHEETS.items():
+        gpu, peak = gpus.named(key), gpus.peak_flops(sheet.name, BF16)
+        assert 0.9 * printed[key] < gpu.memory < printed[key], key
+        if sheet.fp8:
+            assert sheet.fp8 == pytest.approx(2 * peak, rel=0.02), key
+        assert 30 < peak / sheet.copy < 1000  # FLOPs a byte
+    assert gpus.named("A100-80GB") == gpus.named("a100") and gpus.named("NVIDIA GeForce RTX 5090").key == "rtx5090"
+
+
+def test_memory_is_planned_without_knowing_the_gpu(capsys):
+    arguments = ("llama3-8b-da", "--stage", "mntp")
+    found = planned(capsys, *arguments, "--gpu-memory", "48")
+    stage = found["stages"]["mntp"]
+    assert (found["gpu"], found["hours"], stage["speed"], stage["scaling"]) == ("gpu", None, None, [])
+    assert stage["memory"]["capacity"] == 48 * 2**30 and "tokens_per_second" not in str(stage["other_ways"])
+    assert plan.main([*arguments, "--gpu-memory", "48"]) == 0
+    text = capsys.readouterr().out
+    assert "memory only" in text and "tokens/s" not in text and "time" not in text.replace("times", "")
+    # Of a known GPU, the memory of another variant; its speed stays.
+    more = planned(capsys, *arguments, "--gpu", "h100", "--gpu-memory", "94")
+    assert more["stages"]["mntp"]["memory"]["capacity"] == 94 * 2**30 and more["hours"] > 0
+    said(capsys, *arguments, "--gpu-memory", "12")  # weights alone have 15 GiB
+
+
+def test_a_stage_fits_only_with_the_margin(capsys):
+    """The margin is 3% of the memory, at least 1 GiB; `largest` leaves it too, and the refusal names it."""
+    arguments = ("llama3-8b-da", "--stage", "mntp", "recompute=layer")
+    needed = planned(capsys, *arguments, "--gpu-memory", "80")["stages"]["mntp"]["memory"]["total"] / 2**30
+    assert needed < 33  # so that 1 GiB is more than 3%
+    for extra, code in ((1.01, 0), (0.99, 1), (0.1, 1)):
+        found = planned(capsys, *arguments, "--gpu-memory", f"{needed + extra:.4f}", expect=code)
+        assert found["stages"]["mntp"]["memory"]["margin"] == 2**30
+    text = said(capsys, *arguments, "--gpu-memory", f"{needed + 0.5:.4f}")
+    assert "GiB and a margin of 1.0 GiB, of the" in text
+    large = planned(capsys, *arguments, "--gpu", "h200")["stages"]["mntp"]["memory"]
+    assert large["margin"] == int(0.03 * large["capacity"]) and large["fits"]
+
+
+def test_a_mixture_is_planned_as_it_is_trained(capsys, tiny_recipe, tmp_path, write_jsonl, sentences):
+    """Weights, a glob, a limit: rows, epochs and tokens of a step are those that training has."""
+    from l2v.data.open import open_examples
+    from l2v.data.sampler import Sampler
+    from l2v.data.tokens import TextTokenizer, load_tokenizer
+    from l2v.recipe.load import load_recipe
+
+    write_jsonl(tmp_path / "kort-1.jsonl", [{"text": "Hej med dig."}] * 30)
+    write_jsonl(tmp_path / "kort-2.jsonl", [{"text": "Farvel."}] * 10)
+    write_jsonl(tmp_path / "lang.jsonl", [{"text": " ".join(sentences[:6])}] * 50)
+    data = [
+        {"path": str(tmp_path / "kort-*.jsonl"), "weight": 0.5}, {"path": str(tmp_path / "lang.jsonl"), "limit": 20, "weight": 3}
+    ]  # fmt: skip
+    path = str(tiny_recipe(tmp_path, **{"stages.simcse.data": data, "stages.simcse.steps": 40}))
+    found = planned(capsys, path, "--gpu", "h200", "--stage", "simcse")["stages"]["simcse"]
+    assert (found["data"]["examples"], found["data"]["examples_an_epoch"]) == (60, 80)
+    assert found["data"]["epochs"] == pytest.approx(40 / 20)
+    recipe = load_recipe(path)
+    stage = recipe.stages["simcse"]
+    texts = TextTokenizer(load_tokenizer(recipe.base.tokenizer), recipe.base.template, stage.length)
+    examples = open_examples(stage.data, stage, texts)
+    sampler = Sampler(examples, batch=4, micro_tokens=512, seed=recipe.stage_seed("simcse"))
+    steps = [examples.lengths[sampler.plan(step).examples].sum() for step in range(8)]
+    assert found["speed"]["step_tokens"] == pytest.approx(sum(steps) / 8)
+    assert plan.main([path, "--gpu", "h200", "--stage", "simcse"]) == 0
+    text = capsys.readouterr().out
+    assert "simcse: 60 examples, 80 in an epoch; 40 steps are 2 epochs" in text
+    assert "20 examples, weight 3: 60 of 80 in an epoch (75.0%)" in text
+    assert text.rstrip().splitlines()[-1] == f"Next: l2v train {path} --stage simcse"
+
+
+def test_a_missing_file_is_refused(capsys, tiny_recipe, tmp_path):
+    path = tiny_recipe(tmp_path, **{"stages.supervised.data": str(tmp_path / "væk.csv")})
+    assert f"{tmp_path / 'væk.csv'}: file not found" in said(capsys, path, "--gpu", "h200")
+    path = tiny_recipe(tmp_path, **{"stages.supervised.data": str(tmp_path / "væk-*.csv")})
+    assert "væk-*.csv: no file matches" in said(capsys, path, "--gpu", "h200")
 
 
 def test_the_machine_at_hand_is_planned_by_its_calibration(capsys, tiny_recipe, tmp_path):
@@ -136,6 +226,11 @@ def test_the_machine_at_hand_is_planned_by_its_calibration(capsys, tiny_recipe, 
     simcse = tree["stages"]["simcse"]
     assert simcse["lengths"] == "of the data" and simcse["speed"]["step_tokens"] < 4 * 2 * 48
     assert simcse["memory"]["standing"]["CUDA and NCCL"] == 0
+    assert simcse["speed"]["calibration"] == "roofline, by the rates that l2v doctor measured on this CPU"
+    assert plan.main([str(recipe), "--gpus", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "on this CPU, 2 processes" in text and "memory of a process, GiB" in text and "tokens/s and process" in text
+    assert "GPU" not in text.replace("--gpus", "")
 
 
 def test_shapes_come_from_a_folder_or_are_known_by_name(config_folder):
@@ -192,7 +287,10 @@ def test_a_measured_gpu_is_planned_by_what_it_reached(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["llama3-8b-da", "--gpu", "h9000"], "choose one of h200, h100, a100, l40s, rtx4090, b200, or here"),
+        (
+            ["llama3-8b-da", "--gpu", "h9000"],
+            "choose one of h200, h100, h20, a100, a100-40gb, b200, gb200, l40s, l4, a10, rtx3090",
+        ),
         (["llama3-8b-da", "--gpu", "h200", "--gpus", "0"], "--gpus and --per-node must be at least 1"),
         (
             ["llama3-8b-da", "--gpu", "h200", "base.config=null", "base.model=nobody/nothing"],
@@ -209,3 +307,25 @@ def test_a_mistake_in_a_recipe_is_exit_code_2(capsys):
     gpt = "base.config={model_type: gpt2, vocab_size: 100}"
     text = said(capsys, "llama3-8b-da", "--gpu", "h200", gpt, "base.init=random", expect=2)
     assert "l2v plan supports layers with the sizes of a Llama layer" in text
+
+
+def test_what_comes_from_the_hub_is_named(capsys, tiny_recipe, tmp_path):
+    base = ("base.model=meta-llama/Meta-Llama-3-8B", "base.config=null")
+    found = planned(capsys, "llama3-8b-en", "--gpu", "h200", "--stage", "mntp", *base)["hub"]
+    assert found == {"models": ["meta-llama/Meta-Llama-3-8B"], "datasets": ["Salesforce/wikitext"]}
+    path = tiny_recipe(tmp_path, **{"stages.mntp.data": "hub:nogen/dansk"})
+    assert plan.main([str(path), "--gpu", "h200"]) == 0
+    assert "from the Hub: data set nogen/dansk (docs/deployment.md" in capsys.readouterr().out
+    assert planned(capsys, path, "--gpu", "h200", "--stage", "simcse")["hub"] == {"models": [], "datasets": []}
+
+
+def test_nothing_but_the_plan_is_on_the_screen(tiny_recipe, tmp_path):
+    """No bar of `datasets`, no warning of a library: the data is read, in a process as a user starts it."""
+    environment = training_environment() | {
+        "L2V_CACHE": str(tmp_path / "cache"),
+        "HF_DATASETS_CACHE": str(tmp_path / "data"),
+    }
+    environment.pop("HF_DATASETS_DISABLE_PROGRESS_BARS", None)
+    command = [sys.executable, "-m", "l2v.commands.main", "plan", str(tiny_recipe(tmp_path)), "--gpu", "h200"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "") and "examples;" in done.stdout

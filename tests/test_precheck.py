@@ -71,7 +71,10 @@ def no_rank(monkeypatch):
         ),
         ("mntp.data=[texts.jsonl, 'n*.jsonl']", "stage 'mntp': data: n*.jsonl: no readable file matches"),
         ("mntp.data=notes.doc", "stage 'mntp': data: notes.doc: file not found"),
-        ("mntp.data={path: texts.jsonl, text: body}", "stage 'mntp': data: texts.jsonl, line 1: the field 'body' is absent"),
+        (
+            "mntp.data={path: texts.jsonl, text: body}",
+            "stage 'mntp': data: texts.jsonl, line 1: the field 'body' is absent",
+        ),
         (
             "supervised.data={path: faq.csv, negatives: forkert_*}",
             "stage 'supervised': data: faq.csv: the field 'forkert_*' is absent",

@@ -106,11 +106,15 @@ def test_commands_are_accepted_by_their_programs(command, parse, monkeypatch):
         assert set(arguments) <= set(targets)
     elif program == "pip":
         check_packages(arguments)
+    elif program == "python" and arguments[0] == "-c":
+        compile(arguments[1], "page", "exec")
     elif program == "python":
         assert arguments[0] == "-m"
         assert importlib.util.find_spec(arguments[1])
+    elif program == "docker" and "l2v" in arguments:
+        check_values(parse(MAIN, arguments[arguments.index("l2v") + 1 :]))
     else:
-        assert program in {"bash", "cp", "export", "kubectl", "mkdir", "sbatch"}
+        assert program in {"bash", "cp", "docker", "export", "hf", "kubectl", "mkdir", "sbatch", "source"}
 
 
 def check_values(arguments: argparse.Namespace) -> None:

@@ -30,11 +30,11 @@ BENCHMARKS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark of a checkout's benchmarks/ folder; results on a CPU are marked as such."""
     argv = list(argv or ())
-    if argv[:1] in (["-h"], ["--help"]):
+    if not argv or argv[0] in ("-h", "--help"):
         parser().print_help()
         return 0
-    if not argv or argv[0] not in BENCHMARKS:
-        raise RecipeError(f"l2v bench needs one of: {', '.join(BENCHMARKS)}; for example: l2v bench attention --quick")
+    if argv[0] not in BENCHMARKS:
+        raise RecipeError(f"l2v bench has no benchmark '{argv[0]}'; choose one of {', '.join(BENCHMARKS)}")
     if importlib.util.find_spec("benchmarks") is None:
         raise UserError(
             "the benchmarks are part of a checkout, not of the wheel: run this from a clone of the repository"

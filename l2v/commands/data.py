@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Sequence
 
@@ -19,10 +20,12 @@ TOOLS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatch to a tool for data sets."""
     argv = list(argv or ())
-    if argv[:1] in (["-h"], ["--help"]):
+    if not argv or argv[0] in ("-h", "--help"):
         does = "Make, check and extend training data."
         print(dispatcher_help("data", does, "tool", TOOLS, ["build wiki-da", "check my-folder"]))
         return 0
-    if not argv or argv[0] not in TOOLS:
-        raise RecipeError(f"l2v data needs one of: {', '.join(TOOLS)}; for example: l2v data build wiki-da")
+    if argv[0] not in TOOLS:
+        near = difflib.get_close_matches(argv[0], TOOLS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise RecipeError(f"l2v data has no tool '{argv[0]}'; choose one of {', '.join(TOOLS)}{hint}")
     return importlib.import_module(f"l2v.commands.data_{argv[0]}").main(argv[1:])

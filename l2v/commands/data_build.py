@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from l2v.commands.parser import new_parser
+from l2v.commands.parser import new_parser, next_step
 from l2v.data.corpus.config import config_folder, load_config
 from l2v.errors import RecipeError, UserError, first_line
 
@@ -46,7 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for sentence in report.problems(done):
         print(f"l2v: {sentence}", file=sys.stderr)
     print(f"{out}: Parquet, README.md (the card), report.md; {time.monotonic() - begun:.0f} s")
-    return int(any(s["error"] for s in done["sources"]))
+    failed = any(s["error"] for s in done["sources"])
+    print(_next(done, out, failed))
+    return int(failed)
+
+
+def _next(done: dict[str, Any], out: Path, failed: bool) -> str:
+    if failed:
+        return next_step("the same command; it retries the sources that were not read to the end")
+    key = {"pairs": "stages.supervised.data", "sentences": "stages.simcse.data"}.get(done["kind"], "stages.mntp.data")
+    split = next((name for name, count in done["splits"].items() if count), "train")
+    return next_step(f"l2v train RECIPE {key}={shlex.quote(f'{out}/{split}-*.parquet')}")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from l2v.commands.parser import new_parser
+from l2v.commands.parser import new_parser, next_step, quoted
 from l2v.data.check.folder import SHIPPED
 from l2v.errors import RecipeError
 from l2v.model.embedded import SMOLLM2
@@ -22,10 +22,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         report = check_folder(args.data)
         print(report.render(None if args.all else 8))
+        again = "" if args.data == str(SHIPPED) else f" {quoted(args.data)}"
+        print(
+            next_step(
+                "l2v init NAME --data FILE" if report.ok else f"correct what was found, then l2v data check{again}"
+            )
+        )
         return 0 if report.ok else 1
     if args.length is not None and args.length < 2:
         raise RecipeError(f"--length is {args.length}; a text needs at least 2 tokens")
     print("\n".join(_lines(args, path)))
+    is_recipe = path.suffix in (".yaml", ".yml") or not path.exists()
+    print(next_step(f"l2v train {quoted(args.data)}" if is_recipe else f"l2v init NAME --data {quoted(args.data)}"))
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from l2v.commands.parser import new_parser
+from l2v.commands.parser import new_parser, next_step, quoted
 from l2v.errors import RecipeError
 from l2v.mining.arguments import MAX_NEGATIVES, add_source
 
@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from l2v.mining.mine import mine_negatives
 
     mine_negatives(args)
+    print(next_step(f"l2v train RECIPE --stage supervised data={quoted(args.out)}"))
     return 0
 
 

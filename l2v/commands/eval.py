@@ -11,8 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from l2v.commands.parser import new_parser
+from l2v.commands.parser import new_parser, next_step, quoted
 from l2v.errors import RecipeError, UserError
+from l2v.runs.folder import stage_folders
 
 POOLINGS = ("mean", "weighted_mean", "last", "first")
 
@@ -30,7 +31,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RecipeError(f"--{key.replace('_', '-')} is {value}; use 1 or more")
     from l2v.evaluation.score import evaluate
 
-    return evaluate(args, list(argv) if argv is not None else None)
+    code = evaluate(args, list(argv) if argv is not None else None)
+    print(_next(args))
+    return code
+
+
+def _next(args: argparse.Namespace) -> str:
+    """A report of a run; for other encoders, a score on own files, or a search."""
+    own = any(name.startswith("local:") for name in args.benchmark or ())
+    first = args.models[0] if args.models else None
+    if first is not None and stage_folders(Path(first)):
+        return next_step(quoted("l2v", "report", first))
+    if first is not None and own:
+        return next_step(f"l2v search {quoted(first)} QUERY --texts FILE")
+    return next_step(f"l2v eval {quoted(first or 'RUN')} --baselines tfidf --benchmark local:FOLDER")
 
 
 def needs_mteb() -> None:

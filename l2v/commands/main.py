@@ -40,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if not argv or argv[0] in ("-h", "--help"):
         print(help_text())
-        return 0 if argv else 2
+        return 0
     if argv[0] not in COMMANDS:
         print(f"l2v: unknown command '{argv[0]}'; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    quiet_libraries(bars=argv[0] == "push")
+    quiet_libraries(bars=argv[0] == "push", reading=argv[0] in ("train", "quickstart"))
     try:
         return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
     except UserError as error:
@@ -63,12 +63,14 @@ def help_text() -> str:
     return dispatcher_help("", does, "command", commands, ["quickstart", "train llama3-8b-da"], options)
 
 
-def quiet_libraries(bars: bool = False) -> None:
+def quiet_libraries(bars: bool = False, reading: bool = False) -> None:
     """Silence progress bars and warnings of libraries unless the user asked for them.
 
-    bars: keep huggingface_hub's progress bars.
+    bars: keep huggingface_hub's progress bars. reading: keep those of `datasets`, which reads the whole data in training.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # for their developers; raised from many modules
+    if not reading:
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not bars:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

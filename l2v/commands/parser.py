@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 
@@ -40,3 +41,13 @@ def _examples(prog: str, examples: Sequence[str]) -> str:
 def _table(rows: Mapping[str, str]) -> str:
     width = max(map(len, rows)) + 2
     return "\n".join(f"  {name:<{width}}{text}" for name, text in rows.items())
+
+
+def next_step(*commands: str) -> str:
+    """The last line of a verb: what to do with its result. commands: alternatives, each a command line of l2v."""
+    return f"Next: {'; or '.join(commands)}"
+
+
+def quoted(*words: object) -> str:
+    """Words as a shell reads them."""
+    return shlex.join(map(str, words))

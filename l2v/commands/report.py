@@ -6,10 +6,14 @@ import argparse
 import datetime
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from l2v import __version__
-from l2v.commands.parser import new_parser
+from l2v.commands.parser import new_parser, next_step, quoted
 from l2v.errors import RecipeError
+
+if TYPE_CHECKING:
+    from l2v.runs.facts import RunFacts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from l2v.report.sections import section
     from l2v.runs.facts import read_run
 
-    if bool(args.map) != bool(args.label):
+    if bool(args.map) != bool(args.label) and args.map != "sample":
         raise RecipeError(
             "--map FILE and --label COLUMN must be given together: the texts, and the field that holds their topic"
         )
@@ -43,7 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     for file in write(facts, out):
         print(file)
+    print(_next(runs[0]))
     return 0
+
+
+def _next(run: RunFacts) -> str:
+    if run.last is None:
+        return next_step("train it to the end; the same l2v train command resumes it")
+    if run.evaluation is None:
+        return next_step(
+            quoted("l2v", "eval", run.folder, "--stages", "--baselines", "tfidf", "--benchmark", "local:FOLDER")
+        )
+    return next_step(quoted("l2v", "export", run.folder, "FOLDER"), quoted("l2v", "push", run.folder, "OWNER/NAME"))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +72,11 @@ def parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", help="the page; the Markdown is written next to it (default: RUN/report.html)"
     )
     p.add_argument("--no-map", action="store_true", help="without the map of embeddings, which encodes texts")
-    p.add_argument("--map", metavar="FILE", help="texts of the map (default: the passages of the Danish sample)")
+    p.add_argument(
+        "--map",
+        metavar="FILE",
+        help="texts of the map, or sample: the Danish sample (default: the run's own held-out texts)",
+    )
     p.add_argument(
         "--text", default="text", metavar="COLUMN", help="the field of --map that holds the text (default: text)"
     )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from l2v import __version__
-from l2v.commands.parser import new_parser
+from l2v.commands.parser import new_parser, next_step, quoted
 from l2v.data.precheck import check_data
 from l2v.errors import UserError
 from l2v.files import replace_text
@@ -65,4 +65,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = {"l2v": __version__, "place": here, "stages": stages}
             replace_text(file, json.dumps(found, indent=1) + "\n")
     print(f"written: {file}; l2v train applies it on this machine")
+    print(next_step(quoted("l2v", "train", args.recipe, *args.overrides)))
     return 0

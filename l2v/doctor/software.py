@@ -15,6 +15,7 @@ import pkgutil
 import platform
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 from l2v.doctor.report import Report, Rows, first_line
@@ -22,6 +23,7 @@ from l2v.doctor.report import Report, Rows, first_line
 REQUIRED = ("torch", "transformers", "peft", "datasets", "safetensors", "accelerate", "deepspeed")
 OPTIONAL = ("flash-attn", "liger-kernel", "bitsandbytes", "sentence-transformers", "mteb", "wandb")
 FP8_CAPABILITY = (8, 9)
+HUB_SECONDS = 4.0  # for the hub to answer
 
 
 def versions(report: Report) -> Rows:
@@ -197,14 +199,49 @@ def files(report: Report) -> Rows:
     if import_error("huggingface_hub") is None:
         from huggingface_hub import constants, get_token
 
-        switch = next((k for k in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(k)), "HF_HUB_OFFLINE")
-        rows["hub"] = f"offline ({switch}={os.environ.get(switch)})" if constants.HF_HUB_OFFLINE else "online"
+        rows["hub"] = hub(report)
         rows["hub token"] = (get_token() is not None, "gated bases such as Llama 3 need one")
         rows["hub cache"] = constants.HF_HUB_CACHE
     here = Path.cwd()
     rows["this folder"] = _writable(here)
     rows["free disk"] = f"{shutil.disk_usage(here).free / 2**30:.1f} GiB"
     return rows
+
+
+def hub(report: Report) -> tuple[bool, str]:
+    """Whether the hub answers, which is tried and not assumed; with HF_HUB_OFFLINE nothing is sent."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        switch = next((k for k in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(k)), "HF_HUB_OFFLINE")
+        return False, f"offline by {switch}={os.environ.get(switch, 1)}: only what is in its cache is used"
+    if trouble := hub_trouble(constants.ENDPOINT, HUB_SECONDS):
+        report.notes.append(
+            f"the hub, {constants.ENDPOINT}, cannot be reached: {trouble}; only what is in its cache can be used, and "
+            "HF_HUB_OFFLINE=1 spares the waiting (docs/deployment.md: nodes without internet)"
+        )
+        return False, f"{constants.ENDPOINT} cannot be reached: {trouble}"
+    return True, f"{constants.ENDPOINT} answers"
+
+
+def hub_trouble(endpoint: str, seconds: float) -> str | None:
+    """Why an endpoint does not answer within `seconds`; None if it does. Any answer below 500 counts, also "not found"."""
+    from huggingface_hub import get_session
+
+    found = [f"no answer within {seconds:g} seconds"]
+
+    def ask() -> None:
+        try:
+            status = get_session().head(endpoint, timeout=seconds).status_code
+            found.append(f"it answers with status {status}" if status >= 500 else "")
+        except Exception as error:  # of several libraries: names, certificates, proxies
+            found.append(first_line(error))
+
+    # In a thread, because looking up a name is not bound by the timeout of the request.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds + 1)
+    return found[-1] or None
 
 
 def _version(distribution: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Rows to results.json, a table and a picture; with the mean of the twelve Danish SEB tasks."""
+"""Rows to results.json, tables and pictures: own tasks first, intervals, the mean of the twelve Danish SEB tasks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from l2v.evaluation import remarks
+from l2v.evaluation.intervals import comparisons, interval
+from l2v.evaluation.plots import bars, draw_scores
 from l2v.evaluation.run import Row
 from l2v.evaluation.seb import BY_NAME, SEB_DA
 
@@ -52,33 +55,93 @@ def means(row: Row, tasks: Sequence[str]) -> dict[str, float | None]:
 
 
 def as_json(rows: Sequence[Row], tasks: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
-    """results.json: facts of the run, and each row with scores, means and failures."""
-    return facts | {"tasks": list(tasks), "rows": [asdict(row) | {"means": means(row, tasks)} for row in rows]}
+    """results.json: facts of the run, each row with scores, means and failures, and comparisons of rows.
+
+    Scores of retrieval tasks have `low` and `high`, the 95% bootstrap interval over `queries` queries. Means are those of the
+    tasks of mteb, or of the local tasks if there are no others.
+    """
+    local = facts.get("local", ())
+    shared = [name for name in tasks if not any(name.startswith(f"{prefix}-") for prefix in local)] or list(tasks)
+    plain = [asdict(row) | {"means": means(row, shared)} for row in rows]
+    for row in plain:
+        for score in row["scores"].values():
+            cells = score.pop("queries")
+            if cells:
+                score["low"], score["high"] = interval(cells)
+                score["queries"] = sum(map(len, cells.values()))
+    found = {name: compared for name in tasks if (compared := comparisons(rows, name))}
+    return facts | {"tasks": list(tasks), "rows": plain, "comparisons": found}
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The table: a row for each model, a column for each task, means first; then what is missing and why."""
-    tasks, rows = report["tasks"], report["rows"]
-    shown = [(key, head) for key, head in MEANS if any(row["means"][key] is not None for row in rows)]
-    if len(tasks) == 1:
-        shown = []
-    types = {name: score for row in rows for name, score in row["scores"].items()}
-    heads = ["", *(head for _, head in shown), *(_column(name, report) for name in tasks)]
-    lines = ["| " + " | ".join(heads) + " |", "|-|" + "-:|" * (len(heads) - 1)]
-    for row in rows:
-        cells = [_percent(row["means"][key]) for key, _ in shown]
-        cells += [_percent(row["scores"][name]["score"] if name in row["scores"] else None) for name in tasks]
-        lines.append("| " + " | ".join([row["name"], *cells]) + " |")
-    metrics = dict.fromkeys(f"{score['metric']} ({score['type']})" for score in types.values())
+    """The tables: a row for each model, a column for each task; local tasks first, then what is missing and why.
+
+    The best score of a column is bold.
+    """
+    own = remarks.own_tasks(report)
+    others = [name for name in report["tasks"] if name not in own]
+    lines = []
+    if own:
+        lines += [*_table(report, own, with_means=not others), ""]
+        lines += [f"- {text}" for text in notes(report, own)] + [""]
+    if others:
+        lines += [*_table(report, others, with_means=True), ""]
+        lines += [f"- {text}" for text in notes(report, others, compared=False)] + [""]
+    metrics = dict.fromkeys(
+        f"{score['metric']} ({score['type']})" for row in report["rows"] for score in row["scores"].values()
+    )
     if metrics:
-        lines += ["", f"Scores in percent: {', '.join(metrics)}."]
-    failed = dict.fromkeys(text for row in rows for text in row["failed"].values())
+        lines += [f"Scores in percent: {', '.join(metrics)}. Bold: the best of a column."]
+    failed = dict.fromkeys(text for row in report["rows"] for text in row["failed"].values())
     failed |= dict.fromkeys(report.get("not_built", {}).values())
     if failed:
         lines += ["", f"Skipped ({count_failed(report)} results):", *(f"- {text}" for text in failed)]
     if report.get("notes"):
         lines += ["", *(f"- {note}" for note in report["notes"])]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).strip() + "\n"
+
+
+def notes(report: dict[str, Any], tasks: Sequence[str], *, compared: bool = True) -> list[str]:
+    """Sentences below a table: TF-IDF if it wins, what the intervals are, the best row against each other one."""
+    found = [text] if (text := remarks.lexical(report, tasks)) else []
+    counts = {
+        f"{remarks.short(report, name)} {row['scores'][name]['queries']:,}": None
+        for name in tasks
+        for row in report["rows"]
+        if row["scores"].get(name, {}).get("queries")
+    }
+    if counts and compared:
+        found.append(f"{remarks.BOOTSTRAP}: {', '.join(counts)}.")
+    return found + (remarks.comparisons(report, tasks) if compared else [])
+
+
+def _table(report: dict[str, Any], tasks: Sequence[str], *, with_means: bool) -> list[str]:
+    """Lines of a table; the interval of a score of the user's own tasks is in its cell."""
+    rows = report["rows"]
+    local = bool(remarks.own_tasks(report)) and tasks[0] in remarks.own_tasks(report)
+    shown = [(key, head) for key, head in MEANS if any(row["means"][key] is not None for row in rows)]
+    if len(tasks) == 1 or not with_means:
+        shown = []
+    columns = {name: [_cell(row, name, interval=local) for row in rows] for name in tasks}
+    for name, cells in columns.items():
+        for at in remarks.best(report, name):
+            number, _, rest = cells[at].partition(" ")
+            cells[at] = f"**{number}** {rest}".strip()
+    averages = [[_percent(row["means"][key]) for row in rows] for key, _ in shown]
+    names = [_column(name, report) for name in tasks]
+    heads, body = [head for _, head in shown], list(columns.values())
+    # A mean of someone else's tasks summarises them; of one's own tasks, each counts first.
+    heads, body = (names + heads, body + averages) if local else (heads + names, averages + body)
+    lines = ["| " + " | ".join(["", *heads]) + " |", "|-|" + "-:|" * len(heads)]
+    return lines + [f"| {' | '.join([row['name'], *(cells[at] for cells in body)])} |" for at, row in enumerate(rows)]
+
+
+def _cell(row: dict[str, Any], name: str, *, interval: bool) -> str:
+    score = row["scores"].get(name)
+    if score is None:
+        return ""
+    text = remarks.interval(score) if interval else ""
+    return _percent(score["score"]) + (f" ({text})" if text else "")
 
 
 MEANS = (("seb_da", "Mean of 12 (SEB da)"), ("task", "Mean of tasks"), ("task_type", "Mean of types"))
@@ -91,13 +154,14 @@ def count_failed(report: dict[str, Any]) -> int:
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
-    """results.json, table.md and table.png in `folder`."""
+    """results.json, table.md, table.png and, with own tasks, own.png in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=1, ensure_ascii=False)
     (folder / "results.json").write_text(text + "\n", encoding="utf-8")
     (folder / "table.md").write_text(markdown(report), encoding="utf-8")
     if any(row["scores"] for row in report["rows"]):
         picture(report, folder / "table.png")
+        own_picture(report, folder / "own.png")
 
 
 def picture(report: dict[str, Any], out: Path) -> None:
@@ -128,6 +192,28 @@ def picture(report: dict[str, Any], out: Path) -> None:
     axis.grid(axis="x", alpha=0.25, linewidth=0.6)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=5)
+    figure.savefig(out, dpi=150)
+    pyplot.close(figure)
+
+
+def own_picture(report: dict[str, Any], out: Path) -> None:
+    """A panel for each of the user's own tasks; nothing without own tasks."""
+    panels = [
+        (remarks.short(report, name), scored) for name in remarks.own_tasks(report) if (scored := bars(report, name))
+    ]
+    if not panels:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    most = max(len(scored) for _, scored in panels)
+    figure, axes = pyplot.subplots(
+        len(panels), 1, figsize=(7, len(panels) * (0.9 + 0.32 * most)), squeeze=False, layout="constrained"
+    )
+    for axis, (name, scored) in zip(axes[:, 0], panels, strict=True):
+        draw_scores(axis, name, scored)
     figure.savefig(out, dpi=150)
     pyplot.close(figure)
 

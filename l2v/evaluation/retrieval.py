@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from l2v.evaluation.intervals import bootstrap_interval
+
 
 @dataclass
 class RetrievalResult:
@@ -43,17 +45,6 @@ def score(name: str, scores_NM: np.ndarray, relevant_N: Sequence[int] | np.ndarr
     ndcg_N = np.where(rank_N <= 10, 1 / np.log2(1 + rank_N), 0.0)
     others_N = (scores_NM.sum(axis=1) - own_N) / max(scores_NM.shape[1] - 1, 1)
     return RetrievalResult(name, ndcg_N.astype(float), (rank_N == 1).astype(float), (own_N - others_N).astype(float))
-
-
-def bootstrap_interval(
-    values: np.ndarray, *, seed: int = 0, draws: int = 10_000, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean over queries (Efron 1979). For a paired test pass the differences."""
-    generator = np.random.default_rng(seed)
-    means = values[generator.integers(0, len(values), (draws, len(values)))].mean(axis=1)
-    tail = (1 - level) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def tfidf_vectorizer() -> Any:

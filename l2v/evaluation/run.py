@@ -20,6 +20,7 @@ from mteb.cache import ResultCache
 from mteb.results import TaskResult
 
 from l2v.errors import UserError, first_line
+from l2v.evaluation import per_query
 
 _UNREACHABLE = (
     "ConnectionError", "ConnectError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ProxyError",
@@ -31,7 +32,8 @@ _UNREACHABLE = (
 class Score:
     """The result of one model on one task: the main score (0 to 1) of every cell, keyed `split/subset`.
 
-    score: their mean, as mteb has it. metric: the name of the main score. cached: taken from an earlier run.
+    score: their mean, as mteb has it. metric: the name of the main score. cached: taken from an earlier run. queries: for a
+    retrieval task, the main score of every query by cell (`l2v.evaluation.intervals`); empty for other tasks.
     """
 
     score: float
@@ -41,6 +43,7 @@ class Score:
     revision: str
     seconds: float
     cached: bool
+    queries: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass
@@ -87,10 +90,10 @@ def _run(
             with _quiet():
                 if kept is None:
                     _evaluate(model, task, cache, again)
-                result = kept or _kept(
-                    cache, task, model
-                )  # as written to the file, so that the next run gives the same
-            row.scores[name] = _score(task, result, time.perf_counter() - began, kept is not None)
+                # as written to the file, so that the next run gives the same
+                result = kept or _kept(cache, task, model)
+            score = row.scores[name] = _score(task, result, time.perf_counter() - began, kept is not None)
+            score.queries = per_query.read(per_query.place(cache, task, model), task, score.cells)
         except KeyboardInterrupt:
             model.close()
             raise
@@ -100,7 +103,6 @@ def _run(
                 stop_asking()
             log(f"[{at}/{len(tasks)}] {row.failed[name]}")
             continue
-        score = row.scores[name]
         how = "kept" if score.cached else f"{score.seconds:.0f} s"
         log(f"[{at}/{len(tasks)}] {model.name}: {name} {score.metric} {100 * score.score:.2f} ({how})")
 
@@ -129,15 +131,16 @@ def _unreachable(error: BaseException | None) -> bool:
 
 
 def _evaluate(model: Any, task: AbsTask, cache: ResultCache, again: bool) -> None:
-    mteb.evaluate(
-        model,
-        task,
-        cache=cache,
-        overwrite_strategy="always" if again else "only-missing",
-        co2_tracker=False,
-        show_progress_bar=False,
-        encode_kwargs={"batch_size": model.batch},
-    )
+    with per_query.recorded(task, per_query.place(cache, task, model)):
+        mteb.evaluate(
+            model,
+            task,
+            cache=cache,
+            overwrite_strategy="always" if again else "only-missing",
+            co2_tracker=False,
+            show_progress_bar=False,
+            encode_kwargs={"batch_size": model.batch},
+        )
 
 
 def _kept(cache: ResultCache, task: AbsTask, model: Any) -> TaskResult | None:

@@ -18,7 +18,7 @@ from l2v.plan.gpus import Gpu
 from l2v.plan.measured import factors
 from l2v.plan.memory import Memory, Model, memory_of
 from l2v.plan.shapes import LLAMA3_8B, shape_of
-from l2v.plan.work import Lengths, Share, lengths_of, shares
+from l2v.plan.work import Lengths, Share, lengths_of, shares, steps_per_epoch
 from l2v.recipe import LLAMA_LINEARS, Base, Contrastive, Mntp, Recipe, Stage
 from l2v.training.engine import deepspeed_config
 
@@ -76,6 +76,13 @@ class StagePlan:
     exchanged: list[wire.Transfer] = field(default_factory=list)
     """Collectives of a step."""
     scaling: list[Scaled] = field(default_factory=list)
+    steps_per_epoch: int | None = None
+    """None if the data was not read."""
+
+    @property
+    def epochs(self) -> float | None:
+        """How often the stage sees its data; None if the data was not read."""
+        return self.stage.steps / self.steps_per_epoch if self.steps_per_epoch else None
 
     @property
     def hours(self) -> float:
@@ -146,6 +153,7 @@ def plan_stage(recipe: Recipe, name: str, gpu: Gpu, dtype: torch.dtype, world: i
         name, stage, world, model, lengths, memory, context.speed(work, memory.recompute, factor), others,
         here.flops[dtype], context.exchanged(work[0][1], world),
         [] if gpu.cpu or world == 1 else context.scaling(memory.recompute),
+        steps_per_epoch(lengths, stage) if lengths.real else None,
     )  # fmt: skip
 
 

@@ -28,7 +28,8 @@ class Gpu:
     """Speed and memory of one device.
 
     memory: bytes that CUDA reports. flops: FLOP/s of matmuls by dtype. fp8: the same in FP8, None without FP8. copy: bytes
-    read and written per second. link: bytes per second to the other GPUs of a node. network: the same from node to node.
+    read and written per second. link: bytes per second to the other GPUs of a node. network: the same from node to node. timed:
+    whether its speed is predicted; otherwise only its memory is planned.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Gpu:
     measured: bool
     cpu: bool = False
     network: float = NETWORK
+    timed: bool = True
 
     def capacity(self, ranks_here: int) -> int:
         """Bytes for one rank: a GPU's memory, or a share of the machine's."""
@@ -60,7 +62,10 @@ def _gib(value: float) -> int:
 
 @dataclass(frozen=True)
 class _Sheet:
-    """A vendor's data sheet: CUDA's device name, GiB, fp32 and fp8 FLOP/s, bytes per second of memory and links."""
+    """A vendor's data sheet: CUDA's device name, GiB, fp32 and fp8 FLOP/s, bytes per second of memory and links.
+
+    timed: whether l2v's kernels are made for it, so that a speed can be predicted; otherwise it is planned for memory only.
+    """
 
     name: str
     memory: float
@@ -68,20 +73,36 @@ class _Sheet:
     fp8: float | None
     copy: float
     link: float
+    timed: bool = True
 
 
-# Dense bf16 peaks are in l2v.machine. Memory is as CUDA reports it; fp32 is without TF32, torch's default; links are one-way:
-# NVLink for SXM boards, PCIe 4.0 x16 for the others.
+# Dense bf16 peaks are in l2v.machine. Sources: NVIDIA's data sheets of A10, A100, H100, H200, L4, L40S, HGX B200 and GB200
+# NVL72 (per GPU; half of a figure "with sparsity"); the architecture papers of GA102, Ada and RTX Blackwell for the GeForce
+# boards (tensor rates with fp32 accumulation); for H20, which has no public sheet, the figures that its resellers print; AMD's
+# Instinct MI300X data sheet. Memory is what CUDA reports, which is less than printed; where boards differ, the lower value.
+# fp32 is without TF32, torch's default. Links are one-way: NVLink for SXM boards and GB200, Infinity Fabric for MI300X,
+# PCIe x16 for the others (4.0; RTX 5090: 5.0), also where two RTX 3090 could have a bridge.
+PCIE4, PCIE5 = 32e9, 64e9
 SHEETS = {
     "h200": _Sheet("NVIDIA H200", 139.8, 67e12, 1979e12, 4.8e12, 450e9),
     "h100": _Sheet("NVIDIA H100 80GB HBM3", 79.1, 67e12, 1979e12, 3.35e12, 450e9),
+    "h20": _Sheet("NVIDIA H20", 95.0, 44e12, 296e12, 4.0e12, 450e9),
     "a100": _Sheet("NVIDIA A100-SXM4-80GB", 79.1, 19.5e12, None, 2.04e12, 300e9),
-    "l40s": _Sheet("NVIDIA L40S", 44.4, 91.6e12, 733e12, 0.864e12, 32e9),
-    "rtx4090": _Sheet("NVIDIA GeForce RTX 4090", 23.5, 82.6e12, 330e12, 1.008e12, 32e9),
+    "a100-40gb": _Sheet("NVIDIA A100-SXM4-40GB", 39.3, 19.5e12, None, 1.555e12, 300e9),
     "b200": _Sheet("NVIDIA B200", 178.4, 75e12, 4500e12, 8e12, 900e9),
+    "gb200": _Sheet("NVIDIA GB200", 184.0, 80e12, 5000e12, 8e12, 900e9),
+    "l40s": _Sheet("NVIDIA L40S", 44.4, 91.6e12, 733e12, 0.864e12, PCIE4),
+    "l4": _Sheet("NVIDIA L4", 22.0, 30.3e12, 242e12, 0.3e12, PCIE4),
+    "a10": _Sheet("NVIDIA A10", 22.0, 31.2e12, None, 0.6e12, PCIE4),
+    "rtx3090": _Sheet("NVIDIA GeForce RTX 3090", 23.5, 35.6e12, None, 0.936e12, PCIE4),
+    "rtx4090": _Sheet("NVIDIA GeForce RTX 4090", 23.5, 82.6e12, 330e12, 1.008e12, PCIE4),
+    "rtx5090": _Sheet("NVIDIA GeForce RTX 5090", 31.3, 104.8e12, 419e12, 1.792e12, PCIE5),
+    "mi300x": _Sheet("AMD Instinct MI300X", 191.5, 163.4e12, 2614.9e12, 5.3e12, 64e9, timed=False),
 }
+ALIASES = {"a100-80gb": "a100", "a100-sxm4-80gb": "a100", "a100-sxm4-40gb": "a100-40gb", "mi300": "mi300x"}
 MEASURED = {"h200": (788e12, 4.3e12)}
 """Measured bf16 FLOP/s on random numbers, and bytes/s of a copy, with torch 2.11."""
+MEMORY_ONLY = "planned for memory only: l2v's speed on it is not predicted"
 
 
 def named(key: str) -> Gpu:
@@ -90,13 +111,13 @@ def named(key: str) -> Gpu:
     Raises:
         UserError: the table does not have it; the message lists the names.
     """
-    short = (
-        key.lower().replace("-", "").replace("_", "").replace(" ", "").removeprefix("nvidia").removeprefix("geforce")
-    )
-    if short not in SHEETS:
+    known = {_plain(name): name for name in SHEETS} | {_plain(name): to for name, to in ALIASES.items()}
+    if _plain(key) not in known:
         raise UserError(
-            f"--gpu {key} is not known; choose one of {', '.join(SHEETS)}, or here for the device of this machine"
+            f"--gpu {key} is not known; choose one of {', '.join(SHEETS)}, or here for the device of this machine; for "
+            "another GPU, --gpu-memory GIB plans the memory"
         )
+    short = known[_plain(key)]
     sheet = SHEETS[short]
     peak = peak_flops(sheet.name, torch.bfloat16)
     assert peak is not None  # l2v.machine knows every device of SHEETS
@@ -107,7 +128,22 @@ def named(key: str) -> Gpu:
         source = "measured: matmuls in bf16 and copies; fp32 and fp8 are the vendor's figures times 0.75"
     flops = {torch.bfloat16: bf16, torch.float32: EFFICIENCY * sheet.fp32}
     fp8 = sheet.fp8 and EFFICIENCY * sheet.fp8
-    return Gpu(short, _gib(sheet.memory), flops, fp8, copy, LINK_EFFICIENCY * sheet.link, source, short in MEASURED)
+    return Gpu(
+        short, _gib(sheet.memory), flops, fp8, copy, LINK_EFFICIENCY * sheet.link, source if sheet.timed else MEMORY_ONLY,
+        short in MEASURED, timed=sheet.timed,
+    )  # fmt: skip
+
+
+def unnamed(gib: float) -> Gpu:
+    """A GPU of which only the memory is known. Its rates are an H200's and are not shown."""
+    return replace(named("h200"), key="gpu", memory=_gib(gib), source=MEMORY_ONLY, measured=False, timed=False)
+
+
+def _plain(key: str) -> str:
+    plain = "".join(letter for letter in key.lower() if letter.isalnum())
+    for maker in ("nvidia", "geforce", "amd", "instinct"):
+        plain = plain.removeprefix(maker)
+    return plain
 
 
 def at_hand(dtype: torch.dtype) -> Gpu:
@@ -162,8 +198,14 @@ def chosen(key: str | None, dtype: torch.dtype) -> Gpu:
     return gpu
 
 
-def device_and_dtype(key: str | None, recipe: Recipe) -> tuple[Gpu, torch.dtype]:
-    """The device to plan for, and the dtype that training would use on it."""
-    named = key not in (None, "here")
-    dtype = dtype_of(recipe.base.precision, named_gpu=named)
-    return chosen(key, dtype), dtype
+def device_and_dtype(key: str | None, recipe: Recipe, gib: float | None = None) -> tuple[Gpu, torch.dtype]:
+    """The device to plan for, and the dtype that training would use on it.
+
+    gib: the memory of a GPU instead of that of the table; without a name, of a GPU of which nothing else is known.
+    """
+    is_named = key not in (None, "here")
+    dtype = dtype_of(recipe.base.precision, named_gpu=is_named or (key is None and gib is not None))
+    if gib is None:
+        return chosen(key, dtype), dtype
+    gpu = chosen(key, dtype) if key is not None else unnamed(gib)
+    return replace(gpu, memory=_gib(gib)), dtype

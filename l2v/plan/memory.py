@@ -23,6 +23,8 @@ MICRO_TOKENS_STEP = 256
 """The search for the largest micro-batch uses multiples of this many tokens."""
 MAX_MICRO_TOKENS = 1 << 22
 RECOMPUTES: tuple[Recompute, ...] = ("none", "cheap", "layer")
+MARGIN_SHARE, MARGIN_BYTES = 0.03, 1 << 30
+"""A stage fits if this share of the memory, and at least so many bytes, stay free: NCCL's buffers, a display, other processes."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Memory:
     standing: dict[str, int]
     moving: dict[str, int]
     capacity: int
+    margin: int = 0
+    """Bytes that have to stay free for the stage to fit."""
     largest: dict[Recompute, int] = field(default_factory=dict)
     """The largest micro-batch that fits, for each kind of recompute."""
 
@@ -71,8 +75,8 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        """Whether the stage's micro-batch fits."""
-        return self.total <= self.capacity
+        """Whether the stage's micro-batch fits, with the margin."""
+        return self.total + self.margin <= self.capacity
 
 
 def weights(model: Model, stage: Stage, itemsize: int, world: int, sharded: bool) -> dict[str, int]:
@@ -107,7 +111,8 @@ def memory_of(
     bucket = bucket_in_backward(engine, zero)
     standing |= {name: bytes_ for name, bytes_ in engine.items() if not (bucket and name == "gradient bucket")}
     standing |= {"CUDA and NCCL": CONTEXT_BYTES if kernels else 0}
-    free = gpu.capacity(world) - sum(standing.values())
+    margin = margin_of(gpu.capacity(world))
+    free = gpu.capacity(world) - margin - sum(standing.values())
     mode = execution_mode(stage, fused=model.fused, kernels=kernels)
     mode = ExecutionMode(mode.fused, mode.kernels, mode.dropout, mode.attention_dropout, int(length))
 
@@ -122,7 +127,12 @@ def memory_of(
         recompute = "none"
     moving = _moving(shape, recompute, tokens, mode, end(tokens))
     found = {how: _largest(shape, how, free, mode, end) for how in RECOMPUTES if model.fused or how != "cheap"}
-    return Memory(tokens, recompute, standing, moving, gpu.capacity(world), found)
+    return Memory(tokens, recompute, standing, moving, gpu.capacity(world), margin, found)
+
+
+def margin_of(capacity: int) -> int:
+    """Bytes of a device that a plan leaves free."""
+    return max(int(MARGIN_SHARE * capacity), MARGIN_BYTES)
 
 
 def _moving(shape: LayerShape, how: Recompute, tokens: int, mode: ExecutionMode, end) -> dict[str, int]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from l2v.data.examples import MntpBlocks
+from l2v.data.local import files_of, is_local
+from l2v.data.mixture import Mixture
 from l2v.data.open import open_examples
 from l2v.data.sampler import Sampler, StepPlan
 from l2v.data.tokens import TextTokenizer, load_tokenizer
@@ -23,12 +24,23 @@ PLANNED_STEPS = 8
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of examples, as `Sampler` reads them. text: mean tokens that a token attends to. real: from the data."""
+    """Lengths of examples, as `Sampler` reads them. text: mean tokens that a token attends to. real: from the data.
+
+    mixture: how often each source is used, as training has it; None if the sources are concatenated. notes: what training
+    logs about the data.
+    """
 
     lengths: np.ndarray
     segments: np.ndarray
     text: float
     real: bool
+    mixture: Mixture | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def an_epoch(self) -> int:
+        """Examples of an epoch, by the weights of the sources."""
+        return sum(self.mixture.counts) if self.mixture else len(self.lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -38,7 +50,7 @@ def lengths_of(recipe: Recipe, name: str) -> Lengths:
     """Lengths of the stage's data, if data and tokenizer are local and the data is small; else the longest allowed.
 
     Raises:
-        UserError: local data cannot be read.
+        UserError: local data does not exist or cannot be read.
     """
     stage = recipe.stages[name]
     if _is_here(recipe, stage):
@@ -46,31 +58,43 @@ def lengths_of(recipe: Recipe, name: str) -> Lengths:
         tokenizer = load_tokenizer(str(local_folder(base.tokenizer or base.model)), revision=base.revision)
         found = open_examples(stage.data, stage, TextTokenizer(tokenizer, base.template, stage.length))
         per_text = found.lengths / found.segments
-        text = float((found.lengths * per_text).sum() / found.lengths.sum())
+        tokens = found.lengths * _uses(found.mixture, len(found.lengths))
+        text = float((tokens * per_text).sum() / tokens.sum())
         if isinstance(found, MntpBlocks) and isinstance(stage, Mntp) and stage.document_mask:
             # Attention stays within a document, and a document within its block.
             documents = np.diff(found.ends, prepend=0)
             text = float((documents * np.minimum(documents, stage.length)).sum() / documents.sum())
-        return Lengths(found.lengths, found.segments, text, real=True)
+        return Lengths(found.lengths, found.segments, text, True, found.mixture, tuple(found.notes))
     count, columns = stage.batch * (PLANNED_STEPS + 1), columns_of(stage)
     tokens = min(columns * stage.length, stage.micro_tokens)
     return Lengths(np.full(count, tokens), np.full(count, columns), float(stage.length), real=False)
 
 
+def _uses(mixture: Mixture | None, count: int) -> np.ndarray:
+    """How often an epoch uses each example: float64 [count]."""
+    uses = np.ones(count)
+    if mixture:
+        for members, used in zip(mixture.members, mixture.counts, strict=True):
+            uses[members] = used / max(len(members), 1)
+    return uses
+
+
 def _is_here(recipe: Recipe, stage: Stage) -> bool:
-    """Whether data and tokenizer can be read in seconds and without a download."""
-    folder = local_folder(recipe.base.tokenizer or recipe.base.model)
-    if not any(folder.glob("tokenizer*")):
-        return False
-    total = 0
+    """Whether data and tokenizer can be read in seconds and without a download.
+
+    Raises:
+        UserError: a local source has no file.
+    """
+    total, all_local = 0, True
     for source in stage.data:
         if source.path.startswith("sample:"):
             continue
-        file = Path(source.path)
-        if source.path.startswith("hub:") or not file.is_file():
-            return False
-        total += file.stat().st_size
-    return total <= MAX_TOKENISED_BYTES
+        if not is_local(source):
+            all_local = False
+            continue
+        total += sum(file.stat().st_size for file in files_of(source))
+    folder = local_folder(recipe.base.tokenizer or recipe.base.model)
+    return all_local and total <= MAX_TOKENISED_BYTES and any(folder.glob("tokenizer*"))
 
 
 @dataclass(frozen=True)
@@ -109,6 +133,12 @@ def shares(
     )  # fmt: skip
     count = max(1, min(steps, stage.steps, sampler.steps_per_epoch - 1))
     return [_busiest(sampler.plan(step), lengths, stage) for step in range(count)]
+
+
+def steps_per_epoch(lengths: Lengths, stage: Stage) -> int:
+    """Steps until the data repeats, as training counts them."""
+    group, longest = getattr(stage, "group", None), int(lengths.lengths.max())
+    return Sampler(lengths, batch=stage.batch, micro_tokens=longest, seed=0, group=group).steps_per_epoch
 
 
 def _busiest(plan: StepPlan, lengths: Lengths, stage: Stage) -> tuple[int, Share]:

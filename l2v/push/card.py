@@ -140,7 +140,5 @@ def _name(path: str) -> str:
 
 def _datasets(sources: list[dict[str, Any]]) -> list[str]:
     paths = [source["path"] for source in sources]
-    built = [
-        s["path"] for path in paths if (done := build_report(path)) for s in done["sources"] if sum(s["kept"].values())
-    ]
+    built = [s["path"] for path in paths if (done := build_report(path)) for s in done["sources"]]
     return list(dict.fromkeys(path.removeprefix("hub:") for path in [*paths, *built] if path.startswith("hub:")))

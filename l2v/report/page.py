@@ -26,7 +26,12 @@ def write(facts: dict[str, Any], out: Path) -> list[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         replace_text(out, html(facts))
-        shown = [p for section in facts["sections"] for p in [*section["curves"], section["map"]] if p]
+        shown = [
+            picture
+            for section in facts["sections"]
+            for picture in (*section["own_pictures"], *section["curves"], section["map"])
+            if picture
+        ]
         for picture in shown:
             folder.mkdir(exist_ok=True)
             picture.png(folder / file_name(picture))
@@ -55,10 +60,10 @@ def file_name(picture: Picture) -> str:
 
 
 def table_text(table: Table) -> str:
-    """A table as Markdown; the marked rows are bold, with their mark."""
+    """A table as Markdown; the marked rows and the best cells are bold, rows with their mark."""
     lines = [table.heads, ["-" if at < table.words else "-:" for at in range(len(table.heads))]]
     for row in table.rows:
-        cells = [_cell(cell) for cell in row.cells]
+        cells = [f"**{_cell(cell)}**" if at in row.best else _cell(cell) for at, cell in enumerate(row.cells)]
         if row.mark:
             cells[table.names] = f"**{cells[table.names]}** ({row.mark})"
         lines.append(cells)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from l2v.evaluation.plots import COLORS, draw_loss
+import numpy as np
+
+from l2v.evaluation import remarks
+from l2v.evaluation.plots import COLORS, Bar, bars, draw_loss, draw_scores
 from l2v.report.space import Map
-from l2v.runs.facts import StageFacts
+from l2v.runs.facts import RunFacts, StageFacts
 
 # The page replaces these colours. Contrast with both backgrounds is at least 3 to 1 (WCAG 2.2, 1.4.11).
 TOKENS = {
@@ -23,10 +27,16 @@ TOKENS = {
     "#555555": "var(--grey)",
     "#8a5a9e": "var(--violet)",
     "#b0427a": "var(--pink)",
+    "#1f8a8a": "var(--teal)",
+    "#8f6b00": "var(--gold)",
+    "#7a4b2a": "var(--brown)",
+    "#5b6fd6": "var(--indigo)",
+    "#c0392b": "var(--red)",
 }
-POINTS = [color for color in TOKENS if color != "#222222"]
-SHAPES = "os^Dv"
-MAX_TOPICS = len(POINTS) * len(SHAPES)  # more would share markers, so they get no legend
+OTHER = "#555555"  # smaller topics, lines, baselines
+POINTS = [color for color in TOKENS if color not in ("#222222", OTHER)]
+SHAPES = "os^Dv"  # so that topics differ without colour too
+MAX_COLORS = 10  # more cannot be told apart
 
 
 @dataclass
@@ -120,23 +130,62 @@ def quality(run: str, stage: StageFacts) -> Picture | None:
     return Picture(f"{run}-{stage.name}-held-out", text, (3.9, 2.9), draw)
 
 
-def topics(run: str, found: Map) -> Picture:
-    """A dot for each text, coloured and shaped by topic, with a legend."""
-    names = list(dict.fromkeys(found.labels))
+def own_scores(run: RunFacts) -> list[Picture]:
+    """A picture of the scores of each of the user's own tasks, and of the quickstart's."""
+    panels: list[tuple[str, list[Bar]]] = []
+    if quick := run.quickstart:
+        top = max(row["ndcg_at_10"] for row in quick["rows"])
+        quick_bars = [
+            Bar(
+                row["name"], 100 * row["ndcg_at_10"], 100 * row["ndcg_low"], 100 * row["ndcg_high"],
+                row["ndcg_at_10"] == top, row["name"].startswith("TF-IDF"),
+            )
+            for row in quick["rows"]
+        ]  # fmt: skip
+        panels.append(("held-out questions, nDCG@10", quick_bars))
+    if report := run.evaluation:
+        for task in remarks.own_tasks(report):
+            if rows := bars(report, task):
+                panels.append((remarks.short(report, task), rows))
+    return [_scores(run.name, title, rows) for title, rows in panels]
+
+
+def _scores(run: str, title: str, rows: list[Bar]) -> Picture:
+    best = max(rows, key=lambda row: row.score)
+    text = f"{run}: {title}, in percent, of {len(rows)} rows; the best is {best.name} with {best.score:.2f}."
+    return Picture(
+        f"{run}-scores-{title}", text, (4.6, 1.0 + 0.3 * len(rows)), lambda axis: draw_scores(axis, title, rows)
+    )
+
+
+def map_picture(run: str, found: Map) -> Picture:
+    """A dot for each text, coloured and shaped by topic, with a legend; the smaller topics beyond ten share one colour."""
+    labels = found.texts.labels
+    names = [name for name, _ in Counter(labels).most_common()]
+    shown = names if len(names) <= MAX_COLORS else names[: MAX_COLORS - 1]
+    rest = [name for name in names if name not in shown]
 
     def draw(axis: Any) -> None:
-        for at, name in enumerate(names):
-            mine = [i for i, label in enumerate(found.labels) if label == name]
+        if found.texts.pairs:
+            half = len(labels) // 2
+            lines = np.full((half, 3, 2), np.nan)  # a gap after each line
+            lines[:, 0], lines[:, 1] = found.places_N2[:half], found.places_N2[half:]
+            axis.plot(*lines.reshape(-1, 2).T, color=OTHER, linewidth=0.5, alpha=0.4)
+        groups = [(f"{len(rest)} other topics", OTHER, ".", rest)] if rest else []
+        groups += [(name, POINTS[at], SHAPES[at % len(SHAPES)], [name]) for at, name in enumerate(shown)]
+        for name, color, shape, members in groups:
+            mine = [i for i, label in enumerate(labels) if label in members]
             x, y = found.places_N2[mine, 0], found.places_N2[mine, 1]
-            color, shape = POINTS[at % len(POINTS)], SHAPES[at // len(POINTS) % len(SHAPES)]
             axis.plot(x, y, shape, color=color, markersize=3.5, alpha=0.8, linewidth=0, label=name)
         axis.set_xticks([])
         axis.set_yticks([])
-        if len(names) <= MAX_TOPICS:
+        if len(groups) > 1:
             axis.legend(
                 frameon=False, fontsize=9, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.01), columnspacing=1,
                 handletextpad=0.1,
             )  # fmt: skip
 
-    text = f"{run}: map of {len(found.labels)} texts of {len(names)} topics; {found.summary()}"
-    return Picture(f"{run}-map", text, (4.2, 4.0 + 0.2 * min(len(names), MAX_TOPICS) / 3), draw)
+    what = f"{len(labels) // 2} queries and their answers" if found.texts.pairs else f"{len(labels)} texts"
+    topics = f" of {len(names)} topics" if len(names) > 1 and not found.texts.pairs else ""
+    text = f"{run}: map of {what}{topics}. {found.summary}"
+    return Picture(f"{run}-map", text, (4.2, 4.0 + 0.2 * min(len(names), MAX_COLORS) / 3), draw)

@@ -23,14 +23,16 @@ def section(run: RunFacts, args: argparse.Namespace) -> dict[str, Any]:
             found, source = _map(run, args)
         except UserError as error:
             why = f"No map: {error}."
-    quick = tables.quickstart_table(run)
     curves = [draw(run.name, stage) for stage in run.stages for draw in (pictures.curve, pictures.quality)]
     return {
         "run": run,
         "facts": base_facts(run),
+        "own": tables.own_scores(run),
+        "own_missing": f"No scores on data of your own yet: {OWN_COMMAND.format(run=run.folder)} computes them.",
+        "own_pictures": pictures.own_scores(run),
         "curves": [curve for curve in curves if curve],
         "throughput": tables.throughput_table(run),
-        "scores": [*([quick] if quick else []), *(tables.local_tables(run.evaluation) if run.evaluation else [])],
+        "scores": tables.other_scores(run),
         "left_out": tables.evaluation_notes(run),
         "map": found,
         "map_missing": why,
@@ -42,16 +44,21 @@ def section(run: RunFacts, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+OWN_COMMAND = "l2v eval {run} --stages --baselines tfidf --benchmark local:FOLDER"
+
+
 def _map(run: RunFacts, args: argparse.Namespace) -> tuple[Any, str]:
     from l2v.encoder import Encoder
-    from l2v.report import pictures, space
+    from l2v.report import own, pictures, space
 
     if run.last is None:
         raise UserError("no stage is trained yet")
-    texts, labels, source = space.labelled(args.map, args.text, args.label)
+    chosen = (
+        own.of_file(args.map, args.text, args.label) if args.label else own.of_run(run, sample=args.map is not None)
+    )
     encoder = Encoder.from_pretrained(run.folder / run.last.name)
-    found = space.lay_out(encoder, texts, labels, source)
-    return pictures.topics(run.name, found), f"Stage {run.last.name}; {found.how} of {found.source}."
+    found = space.lay_out(encoder, chosen)
+    return pictures.map_picture(run.name, found), f"Stage {run.last.name}; {found.how} of {found.texts.source}."
 
 
 def base_facts(run: RunFacts) -> list[tuple[str, str]]:

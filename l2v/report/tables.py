@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from l2v.errors import UserError
+from l2v.evaluation import remarks
 from l2v.evaluation.seb import BY_NAME, SEB_DA
 from l2v.runs.facts import RunFacts, StageFacts, build_report
 
@@ -16,10 +17,11 @@ CAPTION = "The twelve Danish tasks of the Scandinavian Embedding Benchmark, in p
 
 @dataclass
 class Row:
-    """Cells as text; mark is the origin of a highlighted row (empty: not highlighted)."""
+    """Cells as text; mark is the origin of a highlighted row (empty: not highlighted). best: columns to mark in it."""
 
     cells: list[str]
     mark: str = ""
+    best: Sequence[int] = ()
 
 
 @dataclass
@@ -36,7 +38,10 @@ class Table:
     def without_empty(self) -> Table:
         """The table without its empty columns."""
         kept = [at for at in range(len(self.heads)) if any(row.cells[at] for row in self.rows)]
-        rows = [Row([row.cells[at] for at in kept], row.mark) for row in self.rows]
+        rows = [
+            Row([row.cells[at] for at in kept], row.mark, [kept.index(at) for at in row.best if at in kept])
+            for row in self.rows
+        ]
         words = sum(at < self.words for at in kept)
         return replace(self, heads=[self.heads[at] for at in kept], rows=rows, words=words)
 
@@ -112,31 +117,68 @@ def seb_rows_table(rows: Sequence[dict[str, Any]]) -> Table | None:
     return Table(CAPTION, ["Model", "Mean", *(task.column for task in SEB_DA)], lines) if lines else None
 
 
+def own_scores(run: RunFacts) -> list[Table]:
+    """Scores on the user's own tasks, one table for each local benchmark; those of the quickstart are such scores too."""
+    quick = quickstart_table(run)
+    report = run.evaluation
+    own = remarks.own_tasks(report) if report else []
+    return [*([quick] if quick else []), *(task_tables(report, own) if report else [])]
+
+
+def other_scores(run: RunFacts) -> list[Table]:
+    """Scores on mteb's tasks that are not among SEB's twelve."""
+    report = run.evaluation
+    if not report:
+        return []
+    own = remarks.own_tasks(report)
+    return task_tables(report, [name for name in report["tasks"] if name not in own and name not in BY_NAME])
+
+
 def local_tables(report: dict[str, Any]) -> list[Table]:
-    """Scores of the other tasks that were evaluated, one table for mteb's tasks and one for each local benchmark."""
+    """Scores of all tasks but SEB's twelve: own tasks first, a table for each local benchmark and one for mteb's tasks."""
+    own = remarks.own_tasks(report)
+    rest = [name for name in report["tasks"] if name not in own and name not in BY_NAME]
+    return task_tables(report, own) + task_tables(report, rest)
+
+
+def task_tables(report: dict[str, Any], tasks: Sequence[str]) -> list[Table]:
+    """A table for each benchmark of the tasks: a row for each model, the best of each task marked, intervals, comparisons."""
     groups: dict[str, list[str]] = {}
-    for name in report["tasks"]:
-        if name not in BY_NAME:
-            local = next((p for p in report.get("local", ()) if name.startswith(f"{p}-")), "")
-            groups.setdefault(local, []).append(name)
+    for name in tasks:
+        groups.setdefault(remarks.benchmark_of(report, name), []).append(name)
     out = []
     for local, names in groups.items():
-        heads = [name.removeprefix(f"{local}-") if local else name for name in names]
+        top = {name: remarks.best(report, name) for name in names}
         rows = [
-            Row([row["name"], *(_percent(row["scores"].get(name)) for name in names)])
-            for row in report["rows"]
+            Row(
+                [row["name"], *(_scored(row["scores"].get(name)) for name in names)],
+                best=[column for column, name in enumerate(names, 1) if at in top[name]],
+            )
+            for at, row in enumerate(report["rows"])
             if row["scores"].keys() & set(names)
         ]
-        used = {
-            row["scores"][n]["metric"] + f" ({n.removeprefix(local + '-')})"
-            for row in report["rows"]
-            for n in names
-            if n in row["scores"]
-        }
-        caption = f"Local benchmark “{local}”, in percent" if local else "Other tasks of mteb, in percent"
         if rows:
-            out.append(Table(caption, ["Model", *heads], rows, notes=["Scores: " + ", ".join(sorted(used)) + "."]))
+            heads = ["Model", *(remarks.short(report, name) for name in names)]
+            caption = f"Local benchmark “{local}”, in percent" if local else "Other tasks of mteb, in percent"
+            out.append(Table(caption, heads, rows, notes=_task_notes(report, names)))
     return out
+
+
+def _task_notes(report: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Below a table of scores: TF-IDF if it wins, the metrics, and how sure the differences are."""
+    used = {
+        f"{row['scores'][n]['metric']} ({remarks.short(report, n)})"
+        for row in report["rows"]
+        for n in names
+        if n in row["scores"]
+    }
+    sure = any(remarks.interval(row["scores"][n]) for row in report["rows"] for n in names if n in row["scores"])
+    lexical = remarks.lexical(report, names)
+    return [
+        *([lexical] if lexical else []),
+        "Scores: " + ", ".join(sorted(used)) + (f". In brackets: {remarks.BOOTSTRAP}." if sure else "."),
+        *remarks.comparisons(report, names),
+    ]
 
 
 def evaluation_notes(run: RunFacts) -> list[str]:
@@ -158,18 +200,38 @@ def evaluation_notes(run: RunFacts) -> list[str]:
 
 def quickstart_table(run: RunFacts) -> Table | None:
     """The quickstart's scores on its held-out questions."""
-    if not run.quickstart:
+    quick = run.quickstart
+    if not quick:
         return None
+    top = max(row["ndcg_at_10"] for row in quick["rows"])
     rows = [
-        Row([
-            row["name"], f"{row['ndcg_at_10']:.3f}", f"{row['ndcg_low']:.3f} to {row['ndcg_high']:.3f}",
-            *(f"{row[key]:.3f}" for key in ("ndcg_plain", "ndcg_colloquial", "ndcg_disjoint", "recall_at_1")),
-        ])
-        for row in run.quickstart["rows"]
+        Row(
+            [
+                row["name"], f"{row['ndcg_at_10']:.3f}", f"{row['ndcg_low']:.3f} to {row['ndcg_high']:.3f}",
+                *(f"{row[key]:.3f}" for key in ("ndcg_plain", "ndcg_colloquial", "ndcg_disjoint", "recall_at_1")),
+            ],
+            best=[1] if row["ndcg_at_10"] == top else [],
+        )
+        for row in quick["rows"]
     ]  # fmt: skip
     heads = ["Model", "nDCG@10", "95% interval", "plain", "colloquial", "no shared word", "recall@1"]
-    caption = f"{run.quickstart['queries']} held-out questions of the Danish sample against {run.quickstart['passages']} passages"
-    return Table(caption, heads, rows)
+    caption = f"{quick['queries']} held-out questions of the Danish sample against {quick['passages']} passages"
+    return Table(caption, heads, rows, notes=_quickstart_notes(quick))
+
+
+def _quickstart_notes(quick: dict[str, Any]) -> list[str]:
+    lexical = [row["ndcg_at_10"] for row in quick["rows"] if row["name"].startswith("TF-IDF")]
+    score, name = max((row["ndcg_at_10"], row["name"]) for row in quick["rows"] if not row["name"].startswith("TF-IDF"))
+    parts = [f"{lexical[0]:.3f} against {score:.3f} of {name}"] if lexical and lexical[0] > score else []
+    beaten = remarks.beaten(parts)
+    return [
+        *([beaten] if beaten else []),
+        *(
+            f"{pair['better']} is {pair['difference']:+.3f} nDCG@10 above {pair['than']} (paired bootstrap, 95%: "
+            f"{pair['low']:+.3f} to {pair['high']:+.3f})."
+            for pair in quick.get("paired", ())
+        ),
+    ]
 
 
 def throughput_table(run: RunFacts) -> Table:
@@ -273,14 +335,9 @@ def provenance(source: dict[str, Any]) -> list[str]:
         return [read, "the Danish sample of l2v, written for it", "CC0-1.0", ""]
     if (done := build_report(source["path"])) is None:
         return [read, "", "", ""]
-    used = [s for s in done["sources"] if sum(s["kept"].values())]
-    licences = ", ".join(dict.fromkeys(s["licence"] for s in used))
-    return [
-        read,
-        f"{done['title']}: " + ", ".join(s["label"] for s in used),
-        licences,
-        f"{sum(done['splits'].values()):,}",
-    ]
+    licences = ", ".join(dict.fromkeys(s["licence"] for s in done["sources"]))
+    rows = min(done["rows"], source.get("limit") or done["rows"])
+    return [read, f"{done['title']}: " + ", ".join(s["label"] for s in done["sources"]), licences, f"{rows:,}"]
 
 
 def _name(run: RunFacts, row: dict[str, Any], several: bool) -> str:
@@ -291,8 +348,12 @@ def _value(value: Any) -> str:
     return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _percent(score: dict[str, Any] | None) -> str:
-    return "" if score is None else f"{100 * score['score']:.2f}"
+def _scored(score: dict[str, Any] | None) -> str:
+    """A score in percent, with its interval."""
+    if score is None:
+        return ""
+    interval = remarks.interval(score)
+    return f"{100 * score['score']:.2f}" + (f" ({interval})" if interval else "")
 
 
 def _two(value: float | None) -> str:

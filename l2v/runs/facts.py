@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import re
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from l2v.errors import UserError
+from l2v.errors import UserError, first_line
 from l2v.model.lora import LINEAGE
 from l2v.recipe import Recipe
 from l2v.recipe.load import to_dict
@@ -136,10 +138,48 @@ def read_results(file: Path) -> dict[str, Any]:
     return found
 
 
+SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-\d{5}\.parquet")
+
+
 def build_report(path: str) -> dict[str, Any] | None:
-    """The report of `l2v data build` next to a source's files; None if it was not built by l2v or is not on this machine."""
+    """What `l2v data build` says about the files that a source names: title; the splits they belong to; the sources with rows
+    in those splits; `rows`, the rows of the files themselves.
+
+    None if the files were not built by l2v, or are not on this machine and the report is not either.
+    """
     if path.startswith(("hub:", "sample:")):
         return None
-    place = Path(path)
-    done = read_json((place if place.is_dir() else place.parent) / "report.json")
-    return done if done and {"title", "sources", "splits"} <= done.keys() else None
+    place = Path(path).expanduser()
+    folder, pattern = (place, "*.parquet") if place.is_dir() else (place.parent, place.name)
+    done = read_json(folder / "report.json")
+    if not done or not {"title", "sources", "splits"} <= done.keys():
+        return None
+    shards = {file: match["split"] for file in folder.glob(pattern) if (match := SHARD.fullmatch(file.name))}
+    # Without the shards, by their names: one that stands for all of a split.
+    names = set(shards.values()) or {
+        n for n in done["splits"] if fnmatch.fnmatch(f"{n}-00000-of-00001.parquet", pattern)
+    }
+    splits = {name: count for name, count in done["splits"].items() if name in names}
+    if not splits:
+        return None
+    sources = [source for source in done["sources"] if any(source["kept"].get(name) for name in splits)]
+    rows = _rows(list(shards)) if shards else sum(splits.values())
+    return done | {"splits": splits, "sources": sources, "rows": rows}
+
+
+def _rows(files: list[Path]) -> int:
+    """Rows of Parquet files, from their footers; so a single shard of a split counts as what it is.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    total = 0
+    for file in files:
+        try:
+            total += pq.read_metadata(file).num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file}: not a readable Parquet file: {first_line(error)}") from None
+    return total

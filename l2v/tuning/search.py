@@ -3,7 +3,8 @@
 Every candidate is a short run of the training program in its own folder, so the real training step is timed, and a candidate
 that runs out of memory affects no other. First the micro-batch is doubled or halved from the recipe's until it is slower or
 does not fit. Then sizes in between, each kind of recompute, the other attention backends and, on a GPU, kernel
-configurations chosen by timing are tried. The best two run again, alternating.
+configurations chosen by timing are tried. The fastest run again in turn with the recipe's own settings, and win only beyond the
+spread of the runs.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ WARM_UP_STEPS = 2
 """Steps that are not timed."""
 MIN_GAIN = 1.02
 """A micro-batch must be faster by this factor for the next size to be tried; less is measurement noise."""
+MAX_TEXTS = 9
+"""Texts of the longest example: a query, its positive and seven negatives."""
+FINALISTS, ROUNDS = 3, 2
+"""So many candidates run again so often, in turn, together with the recipe's own settings."""
 
 
 @dataclass
@@ -49,11 +54,23 @@ class Candidate:
     rates: list[float] = field(default_factory=list)
     failed: str = ""
     peak_gib: float | None = None
+    work: int | None = None
+    """The most tokens that a process had in a step; a larger micro-batch changes nothing."""
 
     @property
     def rate(self) -> float:
         """Median tokens/s, 0 if it did not run."""
         return statistics.median(self.rates) if self.rates else 0.0
+
+    @property
+    def spread(self) -> float | None:
+        """Largest minus smallest rate as a share of the median; None for fewer than two runs."""
+        return (max(self.rates) - min(self.rates)) / self.rate if len(self.rates) > 1 else None
+
+    def clearly_above(self, other: Candidate) -> bool:
+        """Whether each of several runs was faster than every run of the other."""
+        repeated = min(len(self.rates), len(other.rates)) > 1
+        return repeated and min(self.rates) > max(other.rates)
 
     def __str__(self) -> str:
         text = f"micro_tokens {self.micro_tokens:,}, recompute {self.recompute}, backend {self.backend}"
@@ -88,6 +105,8 @@ class Search:
         self.backend, self.backends, self.timed = backend, backends, timed
         self.ends = time.monotonic() + seconds
         self.tried: dict[tuple[Any, ...], Candidate] = {}
+        self.own: Candidate | None = None
+        """The recipe's own settings."""
 
     def time_left(self) -> float:
         """Seconds left for the search."""
@@ -98,12 +117,13 @@ class Search:
         return sorted((c for c in self.tried.values() if c.rates), key=lambda c: (-c.rate, c.micro_tokens))
 
     def run(self) -> Candidate:
-        """Search; returns the fastest candidate.
+        """Search; returns the fastest candidate, or the recipe's own settings if none is faster beyond the spread of the runs.
 
         Raises:
             UserError: no candidate ran.
         """
         start = self._try(Candidate(self.stage.micro_tokens, self.stage.recompute, self.backend))
+        self.own = own = start
         while not start.rates and start.micro_tokens // 2 >= self.stage.length:  # the recipe's micro-batch does not fit
             start = self._try(replace(start, micro_tokens=start.micro_tokens // 2))
         if not start.rates:
@@ -121,10 +141,26 @@ class Search:
             self._try(replace(at, backend=backend, recompute="none" if at.recompute == "cheap" else at.recompute))
         if self.timed and (at := self.best()[0]).backend == "l2v":
             self._try(replace(at, kernels="timed"))
-        for candidate in self.best()[:2] * 2:
-            if self.time_left() > 0:
-                self.measure(candidate)
-        return self.best()[0]
+        return self._decide(own)
+
+    def _decide(self, own: Candidate) -> Candidate:
+        """Run the recipe's own settings and the fastest others again, in turn, so that a machine's drift meets all of them.
+
+        One that is not faster in each of its runs than the recipe's own in any may be so by chance, and is not chosen.
+        """
+        if not own.rates:  # it does not fit, so another has to be chosen
+            self._again(self.best()[:FINALISTS])
+            return self.best()[0]
+        self._again([own, *(c for c in self.best() if c is not own)][: FINALISTS + 1])
+        return next((c for c in self.best() if c is not own and c.clearly_above(own)), own)
+
+    def _again(self, candidates: Sequence[Candidate]) -> None:
+        if len(candidates) < 2:
+            return
+        for _ in range(ROUNDS):
+            for candidate in candidates:
+                if self.time_left() > 0:
+                    self.measure(candidate)
 
     def _climb(self, at: Candidate, factor: float) -> None:
         while self.time_left() > 0:
@@ -135,17 +171,31 @@ class Search:
 
     def _try(self, candidate: Candidate) -> Candidate:
         candidate = Candidate(**candidate.settings() | {"micro_tokens": max(candidate.micro_tokens, self.stage.length)})
-        known = self.tried.setdefault(tuple(candidate.settings().values()), candidate)
-        if known is candidate and (self.time_left() > 0 or len(self.tried) == 1):
-            self.measure(known)
-        return known
+        known = next((other for other in self.tried.values() if self._same(other, candidate)), None)
+        if known is not None:
+            return known
+        self.tried[tuple(candidate.settings().values())] = candidate
+        if self.time_left() > 0 or len(self.tried) == 1:
+            self.measure(candidate)
+        return candidate
+
+    def _same(self, one: Candidate, other: Candidate) -> bool:
+        """Whether two candidates do the same work: all micro-batches that hold a whole step do."""
+        work = max((c.work for c in self.tried.values() if c.work), default=None)
+        first, second = one.settings(), other.settings()
+        if work is not None:
+            first["micro_tokens"], second["micro_tokens"] = min(one.micro_tokens, work), min(other.micro_tokens, work)
+        return first == second
 
 
 class Trainer:
-    """Runs candidates with the training program for a few steps, and reads the metrics that it writes."""
+    """Runs candidates with the training program for a few steps, and reads the metrics that it writes.
 
-    def __init__(self, args: argparse.Namespace, name: str, folder: Path) -> None:
-        self.args, self.name, self.folder, self.runs = args, name, folder, 0
+    longest: tokens that one example can have.
+    """
+
+    def __init__(self, args: argparse.Namespace, name: str, folder: Path, longest: int) -> None:
+        self.args, self.name, self.folder, self.longest, self.runs = args, name, folder, longest, 0
 
     def measure(self, candidate: Candidate) -> None:
         """One run of a candidate.
@@ -188,6 +238,11 @@ class Trainer:
             candidate.failed = "out of memory"
             return
         rows = read_metrics(out / self.name)
+        seen = [0, *(row["tokens"] for row in rows if "tokens" in row)]
+        # Processes share a step nearly equally; the longest text may make one share larger.
+        share = max(after - before for before, after in itertools.pairwise(seen)) if len(seen) > 1 else 0
+        ranks = self.args.processes or max(1, torch.cuda.device_count())
+        candidate.work = share if ranks == 1 else share // ranks + self.longest
         rows = [row for row in rows if row["step"] > WARM_UP_STEPS and "tokens_per_second" in row]
         # Total tokens over total time, so that each step counts by its duration.
         counts = [row["tokens"] - before["tokens"] for before, row in itertools.pairwise(rows)]
@@ -219,7 +274,8 @@ def alternatives(recipe: Recipe, name: str) -> tuple[list[str], bool]:
 
 def tune_stage(recipe: Recipe, name: str, args: argparse.Namespace, folder: Path, seconds: float) -> dict[str, Any]:
     """Tune a stage; returns its entry of the tuned file: settings, tokens/s, and all candidates."""
-    trainer = Trainer(args, name, folder)
+    stage = recipe.stages[name]
+    trainer = Trainer(args, name, folder, min(stage.micro_tokens, MAX_TEXTS * stage.length))
     with tqdm(desc=f"tune {name}", unit="run", dynamic_ncols=True) as bar:
         best: list[Candidate] = []
 
@@ -233,15 +289,25 @@ def tune_stage(recipe: Recipe, name: str, args: argparse.Namespace, folder: Path
             bar.update()
 
         backends, timed = alternatives(recipe, name)
-        search = Search(
-            recipe.stages[name], measure, seconds, backend=recipe.base.backend, backends=backends, timed=timed
-        )
+        search = Search(stage, measure, seconds, backend=recipe.base.backend, backends=backends, timed=timed)
         chosen = search.run()
     for candidate in [*search.best(), *(c for c in search.tried.values() if c.failed)]:
-        result = candidate.failed or f"{candidate.rate:,.0f} tokens/s"
+        spread = "" if candidate.spread is None else f", spread {candidate.spread:.0%} of {len(candidate.rates)} runs"
+        result = candidate.failed or f"{candidate.rate:,.0f} tokens/s{spread}"
         print(f"{name}: {candidate}: {result}" + (f", peak {candidate.peak_gib:.1f} GiB" if candidate.peak_gib else ""))
+    print(f"{name}: {verdict(chosen, search.own)}")
     return {
         "settings": chosen.settings(),
         "tokens_per_second": round(chosen.rate, 1),
         "candidates": [vars(c) | {"rate": round(c.rate, 1)} for c in search.tried.values() if c.rates or c.failed],
     }
+
+
+def verdict(chosen: Candidate, own: Candidate | None) -> str:
+    """What was chosen, and what it gains."""
+    if chosen is own:
+        runs = "" if len(chosen.rates) > 1 else "; with more --minutes candidates are run more than once"
+        return f"no other setting is faster than the recipe's own beyond the spread of the runs{runs}"
+    if own is None or not own.rates:
+        return f"{chosen}; the recipe's own settings did not run"
+    return f"{chosen}: {chosen.rate / own.rate - 1:.0%} faster than the recipe's own settings, in every run"

@@ -63,7 +63,7 @@ def test_a_table_by_stage_and_by_ablation(run, mini, capsys):
     assert (raw["attention"], raw["merged"], raw["length"]) == ("causal", [], 48)
     assert [len(row["identity"]["merged"]) for row in found["rows"][3:]] == [1, 1]
     table = (run / "eval" / "table.md").read_text(encoding="utf-8")
-    assert "|  | Mean of tasks | Mean of types | bitext | pairs |" in table and table in capsys.readouterr().out
+    assert "|  | bitext | pairs | Mean of tasks | Mean of types |" in table and table in capsys.readouterr().out
     assert (run / "eval" / "table.png").read_bytes()[:4] == b"\x89PNG"
 
     assert main(["eval", str(run), "--ablations", "pooling", "--benchmark", f"local:{mini}"]) == 0

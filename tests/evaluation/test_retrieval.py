@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import ndcg_score
 
-from l2v.evaluation.retrieval import bootstrap_interval, score, tfidf_scores
+from l2v.evaluation.intervals import bootstrap_interval
+from l2v.evaluation.retrieval import score, tfidf_scores
 
 
 def test_scores_equal_an_independent_ndcg():

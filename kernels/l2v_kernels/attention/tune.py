@@ -76,8 +76,10 @@ class Cache:
 
     @classmethod
     def of(cls, device: torch.device) -> "Cache":
-        """The cache of a device, under L2V_CACHE or ~/.cache/l2v."""
-        folder = Path(os.environ.get("L2V_CACHE") or Path.home() / ".cache/l2v")
+        """The cache of a device, under L2V_CACHE, or l2v/ in the user's cache folder."""
+        folder = Path(
+            os.environ.get("L2V_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l2v"
+        )
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         name = re.sub(r"\W+", "-", f"{name} triton {triton.__version__} torch {torch.__version__} {_source()}")
         return _cache(folder / "attention" / f"{name}.json")
