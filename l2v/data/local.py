@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from l2v.data import raw, sources
+from l2v.data import raw
 from l2v.data.columns import settle
-from l2v.errors import UserError
+from l2v.data.find import find_files
+from l2v.data.reading import Reading
+from l2v.data.rows import Kind
 from l2v.recipe import Source
 
 
@@ -25,14 +27,10 @@ def files_of(source: Source) -> list[Path]:
     Raises:
         UserError: if there is none, or one does not exist.
     """
-    files = [Path(part.path).expanduser() for part in sources._expand(source)]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{source.path}: file not found; give a file, hub:NAME or sample:da/train")
-    return files
+    return find_files(source.path)
 
 
-def rows_of(source: Source, kind: sources.Kind, most: int) -> Iterator[tuple[Source, dict[str, Any]]]:
+def rows_of(source: Source, kind: Kind, most: int) -> Iterator[tuple[Source, dict[str, Any]]]:
     """The first rows of a local source as they are written, each with the source whose columns are settled for its file.
 
     most: rows in total. A `limit` of the source holds too.
@@ -47,6 +45,8 @@ def rows_of(source: Source, kind: sources.Kind, most: int) -> Iterator[tuple[Sou
         shown = str(file)
         names, _ = raw.columns(file, shown)
         settled = settle(replace(source, path=shown), names, kind).source
-        for _, row in itertools.islice(raw.read_rows(file, shown), left):
+        for _, row in itertools.islice(
+            raw.read_rows(file, shown, Reading(keep_going=source.skip_bad), whole=source.whole), left
+        ):
             left -= 1
             yield settled, row

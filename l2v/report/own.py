@@ -10,7 +10,7 @@ import numpy as np
 
 from l2v.data import sample
 from l2v.data.local import is_local, rows_of
-from l2v.data.sources import Kind
+from l2v.data.rows import Kind
 from l2v.errors import UserError
 from l2v.recipe import Source
 from l2v.runs.facts import RunFacts
