@@ -71,7 +71,10 @@ def no_rank(monkeypatch):
         ),
         ("mntp.data=[texts.jsonl, 'n*.jsonl']", "stage 'mntp': data: n*.jsonl: no file matches"),
         ("mntp.data=notes.doc", "stage 'mntp': data: notes.doc: file not found"),
-        ("mntp.data={path: texts.jsonl, text: body}", "stage 'mntp': data: texts.jsonl: the field 'body' is absent"),
+        (
+            "mntp.data={path: texts.jsonl, text: body}",
+            "stage 'mntp': data: texts.jsonl, line 1: the field 'body' is absent",
+        ),
         (
             "supervised.data={path: faq.csv, negatives: forkert_*}",
             "stage 'supervised': data: faq.csv: the field 'forkert_*' is absent",
@@ -232,3 +235,13 @@ def test_the_launcher_takes_a_free_port_unless_one_is_given(monkeypatch, given, 
     assert ("--master_port" in commands[0]) == bool(given), (
         "all nodes of a hostfile use deepspeed's port, or the given one"
     )
+
+
+def test_what_comes_next_names_the_texts(recipe):
+    pairs = load_recipe("mine.yaml", ["supervised.data={path: 'my faq.csv', positive: Svar}"])
+    assert train._next(pairs, None) == (
+        "Next:\n  l2v search runs/mine \"your query\" --texts 'my faq.csv' --column Svar\n"
+        "  l2v eval runs/mine --stages --benchmark seb-da\n  l2v report runs/mine"
+    )
+    hub = load_recipe("mine.yaml", ["supervised.data=hub:a/b"])
+    assert '"your query"\n' in train._next(hub, None)

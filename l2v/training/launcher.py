@@ -48,10 +48,8 @@ def launch(module: str, argv: list[str], processes: int, *, restarts: int = 0) -
     command = [sys.executable, "-c", LAUNCHER, "--num_gpus", str(processes), "--log_level", "critical"]
     port = environment.get("MASTER_PORT")
     for left in range(restarts, -1, -1):
-        if port is None and not HOSTFILE.is_file():  # another training on this machine has the default port
-            chosen = str(free_port())
-        else:
-            chosen = port
+        # Another training on this machine may have the default port.
+        chosen = port or (None if HOSTFILE.is_file() else str(free_port()))
         at = ["--master_port", chosen] if chosen else []
         code, stop_requested = _run_once([*command, *at, "--module", module, *argv], environment)
         if code in FINAL_EXIT_CODES or stop_requested:
