@@ -255,6 +255,7 @@ def test_an_interrupt_before_the_first_step(run_here, recipe, tmp_path, monkeypa
 def test_the_launcher_passes_one_sentence_and_the_exit_code_on(run_cli, recipe, tmp_path):
     done = run_cli(recipe(**{"base.mask_token": "to ord"}), processes=2, expect=2)
     assert_refused(done.stdout, "base.mask_token 'to ord' is", run=tmp_path / "run")
+    assert "[ERROR]" not in done.stdout, "deepspeed's own line below the sentence"
 
 
 def wait_for_rows(metrics: Path, rows: int, process: subprocess.Popen) -> None:

@@ -235,3 +235,13 @@ def test_the_launcher_takes_a_free_port_unless_one_is_given(monkeypatch, given, 
     assert ("--master_port" in commands[0]) == bool(given), (
         "all nodes of a hostfile use deepspeed's port, or the given one"
     )
+
+
+def test_what_comes_next_names_the_texts(recipe):
+    pairs = load_recipe("mine.yaml", ["supervised.data={path: 'my faq.csv', positive: Svar}"])
+    assert train._next(pairs, None) == (
+        "Next:\n  l2v search runs/mine \"your query\" --texts 'my faq.csv' --column Svar\n"
+        "  l2v eval runs/mine --stages --benchmark seb-da\n  l2v report runs/mine"
+    )
+    hub = load_recipe("mine.yaml", ["supervised.data=hub:a/b"])
+    assert '"your query"\n' in train._next(hub, None)

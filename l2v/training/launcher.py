@@ -49,7 +49,7 @@ def launch(module: str, argv: list[str], processes: int, *, restarts: int = 0) -
     port = environment.get("MASTER_PORT")
     for left in range(restarts, -1, -1):
         # Another training on this machine may have the default port.
-        chosen = str(free_port()) if port is None and not HOSTFILE.is_file() else port
+        chosen = port or (None if HOSTFILE.is_file() else str(free_port()))
         at = ["--master_port", chosen] if chosen else []
         code, stop_requested = _run_once([*command, *at, "--module", module, *argv], environment)
         if code in FINAL_EXIT_CODES or stop_requested:

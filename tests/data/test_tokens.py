@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from l2v.data.tokens import TextTokenizer, as_ids, load_tokenizer, text_key
+from l2v.data.tokens import TextTokenizer, as_ids, check_vocabulary, load_tokenizer, text_key
 from l2v.errors import RecipeError, UserError
 from l2v.model.embedded import SMOLLM2, resolve
-from l2v.recipe import Template
+from l2v.recipe import Base, Template
 
 TEXT = "Hunden på Ærø ser_dig."
 GOLDEN = [42, 87, 80, 266, 223, 82, 270, 223, 296, 265, 262, 260, 65, 70, 75, 73, 16]
@@ -163,3 +163,19 @@ def test_smollm2_golden_ids():
     assert ids[start:] == [*golden, 2]
     assert texts.tokenizer.decode(ids[:start]) == "<|im_start|>user\n"
     assert texts.single("_") == 79
+
+
+def test_a_tokenizer_with_more_tokens_than_the_base_has_vectors_for(bos_tokenizer_folder):
+    tokenizer = load_tokenizer(bos_tokenizer_folder)
+    check_vocabulary(tokenizer, 300, Base("some/base"))
+    tokenizer.add_tokens(["<|a|>", "<|b|>"])
+    with pytest.raises(UserError) as caught:
+        check_vocabulary(tokenizer, 300, Base("some/base", tokenizer="other/tokenizer"))
+    assert str(caught.value) == (
+        "the tokenizer of 'other/tokenizer' has 2 tokens (such as '<|b|>', id 301) for which the base 'some/base', an embedding "
+        "of 300 rows, has no vector; use the tokenizer that belongs to the base (base.tokenizer)"
+    )
+    check_vocabulary(tokenizer, 302, Base("some/base"))
+    padded = load_tokenizer(bos_tokenizer_folder)
+    padded.add_special_tokens({"pad_token": "<|padding|>"})
+    check_vocabulary(padded, 300, Base("some/base"))  # nothing is padded
