@@ -55,26 +55,35 @@ class Encoder:
             attention: `bidirectional` (default) or `causal`.
             template: what is put before and after each text; none by default.
             length: tokens of a text; longer ones are cut. Default 512.
-            precision: `auto` (default: bf16 where the hardware multiplies it), `bf16` or `fp32`.
+            precision: of the weights and of the arithmetic, `bf16` or `fp32`; `auto` is bf16 on a GPU and fp32 on every CPU.
+                Default: what the recipe or the export states, else `auto`.
             backend: of attention: `l2v` (default), `sdpa` or `flash_attention_2`.
             base_only: the untrained base of a run or an adapter, with the run's template and length.
-            trust_remote_code: run code that comes with a model from the hub.
+            trust_remote_code: run code that comes with the base. Only this argument allows it, never a run, an export or a
+                recipe.
 
         Raises:
             UserError: something does not exist or does not fit; one sentence.
         """
         base, merged, limit = _chosen(
             base_or_run, base_only, pooling=pooling, attention=attention, template=template, precision=precision,
-            backend=backend, trust_remote_code=trust_remote_code,
+            backend=backend,
         )  # fmt: skip
         merged = [*merged, *adapters]
-        inner = inner_model(load_model(base, head=False, dtype=dtype_of(base.precision)))
+        inner = inner_model(
+            load_model(
+                base,
+                head=False,
+                dtype=dtype_of(base.precision, encoding=True),
+                trust_remote_code=trust_remote_code,
+            )
+        )
         inner = merge_adapters(inner, merged)
         model = PackedDecoder(inner, causal=base.attention == "causal", backend=base.backend, pooling=base.pooling).to(
             device()
         )
         tokenizer = load_tokenizer(
-            base.tokenizer or resolve(base.model), revision=base.revision, trust_remote_code=base.trust_remote_code
+            base.tokenizer or resolve(base.model), revision=base.revision, trust_remote_code=trust_remote_code
         )
         texts = TextTokenizer(tokenizer, base.template, length or limit or 512)
         lineage = {"base": {"model": base.model}, "merged": [describe_adapter(adapter) for adapter in merged]}
@@ -90,9 +99,9 @@ class Encoder:
         Raises:
             UserError: as `from_pretrained`.
         """
-        length = options.pop("length", None)
+        length, trust = options.pop("length", None), options.pop("trust_remote_code", False)
         base, merged, limit = _chosen(base_or_run, options.pop("base_only", False), **options)
-        load_config(base)  # so that an unknown name fails here and not when it is loaded
+        load_config(base, trust_remote_code=trust)  # so that an unknown name fails here and not when it is loaded
         return {
             "base": base.model,
             "sha256": fingerprint(base),
@@ -101,7 +110,7 @@ class Encoder:
             "attention": base.attention,
             "template": asdict(base.template),
             "length": length or limit or 512,
-            "precision": str(dtype_of(base.precision)).removeprefix("torch."),
+            "precision": str(dtype_of(base.precision, encoding=True)).removeprefix("torch."),
         }
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from l2v.commands.parser import new_parser
+from l2v.commands.parser import add_loading, new_parser
 from l2v.errors import RecipeError
 from l2v.mining.arguments import add_source
 from l2v.mining.mine import MAX_NEGATIVES, mine_negatives
@@ -68,5 +68,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--corpus-column", default="text", metavar="COLUMN", help="their column (default: text)")
     p.add_argument("--faiss", metavar="FACTORY", help='search a FAISS index instead, for example "IVF1024,Flat"')
     p.add_argument("--cache", metavar="FOLDER", help="keep vectors in this folder for later runs on the same texts")
+    add_loading(p)
     add_source(p, pairs=True)
     return p

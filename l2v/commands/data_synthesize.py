@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from l2v.commands.parser import new_parser
+from l2v.commands.parser import add_loading, new_parser
 from l2v.errors import RecipeError
 from l2v.mining.arguments import add_source
 from l2v.synthesis.synthesize import synthesize
@@ -87,5 +87,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--batch", type=int, default=8, metavar="N", help="passages at a time with a local model (default: 8)"
     )
+    add_loading(p, precision=False)
     add_source(p, pairs=False)
     return p

@@ -40,3 +40,16 @@ def _examples(prog: str, examples: Sequence[str]) -> str:
 def _table(rows: Mapping[str, str]) -> str:
     width = max(map(len, rows)) + 2
     return "\n".join(f"  {name:<{width}}{text}" for name, text in rows.items())
+
+
+def add_loading(parser: argparse.ArgumentParser, *, precision: bool = True) -> None:
+    """Options of a command that loads an encoder: `--trust-remote-code`, and `--precision` where it can be chosen."""
+    if precision:
+        parser.add_argument(
+            "--precision", choices=["auto", "bf16", "fp32"],
+            help="of weights and arithmetic; auto is bf16 on a GPU and fp32 on a CPU (default: the run's)",
+        )  # fmt: skip
+    parser.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run the code that comes with a base; read it first, because it can do all that you can",
+    )  # fmt: skip

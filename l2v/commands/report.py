@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from l2v import __version__
-from l2v.commands.parser import new_parser
+from l2v.commands.parser import add_loading, new_parser
 from l2v.errors import RecipeError
 from l2v.report import tables
 from l2v.report.page import write
@@ -60,4 +60,5 @@ def parser() -> argparse.ArgumentParser:
         "--text", default="text", metavar="COLUMN", help="the field of --map that holds the text (default: text)"
     )
     p.add_argument("--label", metavar="COLUMN", help="the field of --map that holds the topic")
+    add_loading(p, precision=False)
     return p

@@ -12,15 +12,24 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from l2v.errors import RecipeError, UserError, first_line
 from l2v.recipe import Template
+from l2v.recipe.safety import code_refused, needs_code
 
 
 def load_tokenizer(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """A fast tokenizer (its offsets separate the text from the template)."""
+    """A fast tokenizer (its offsets separate the text from the template).
+
+    trust_remote_code: the caller's own permission to run code that comes with it.
+
+    Raises:
+        UserError: it cannot be loaded, has no fast version, or needs code that the caller does not allow.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
+        if needs_code(error):
+            raise UserError(code_refused(path, error)) from None
         raise UserError(f"{path}: no tokenizer can be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{path}: its tokenizer has no fast version; convert it to a tokenizer.json first")

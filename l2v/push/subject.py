@@ -20,7 +20,7 @@ HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 class Model:
     """An encoder: a run's stage, or a finished export.
 
-    stages: those it was trained in, oldest first, if known. settings: template, pooling, attention, length.
+    stages: those it was trained in, oldest first, if known. settings: template, pooling, attention, length, precision.
     """
 
     name: str
@@ -102,7 +102,7 @@ def _stage(folder: Path, name: str | None, results: Path | None) -> Model:
         lineage=stage.lineage,
         settings={
             "pooling": base.pooling, "attention": base.attention, "length": stage.recipe["length"],
-            "template": vars(base.template),
+            "template": vars(base.template), "precision": base.precision,
         },
         evaluation=run.evaluation,
         stages=[s for s in run.stages if s.name in through or s is stage],

@@ -1,4 +1,5 @@
-"""What a recipe must not contain: secrets, which would end up in every run's files, and paths outside the run's folder.
+"""What a recipe must not contain: secrets, which would end up in every run's files, paths outside the run's folder, and leave
+to run the code that comes with a model.
 
 People share recipes, and a run's stage.json keeps the whole recipe.
 """
@@ -16,6 +17,7 @@ TOKEN_KEYS = {
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 LOGIN = re.compile(r"://[^/@\s]+@")
 BY_HAND = "command line"
+UPSTREAM = re.compile(r"custom code contained in (\S+) which")
 
 
 def refuse_secret(override: str) -> None:
@@ -59,6 +61,42 @@ def refuse_unsafe(tree: Any) -> None:
                 f"{node.where}: {key} '{node.value}' leads out of the working directory; give an absolute "
                 f"path, or {key}=... on the command line"
             )
+
+
+def refuse_code(tree: Any) -> None:
+    """Check that `base.trust_remote_code: true` comes from the command line: a recipe file may have come from anyone.
+
+    Raises:
+        RecipeError: if a file says it.
+    """
+    base = tree.value.get("base") if isinstance(tree.value, dict) else None
+    node = base.value.get("trust_remote_code") if base is not None and isinstance(base.value, dict) else None
+    if node is None or node.value is not True or node.where.startswith(BY_HAND):
+        return
+    model = base.value.get("model")
+    raise RecipeError(
+        f"{node.where}: base.trust_remote_code: true would run the code that comes with "
+        f"'{model.value if model else '?'}', and a file cannot allow that; read the code, then add "
+        "base.trust_remote_code=true to the command line"
+    )
+
+
+def code_refused(model: str, error: BaseException | None = None) -> str:
+    """The sentence on a model that needs code of a repository, which nobody allowed to run.
+
+    error: what transformers raised; it names the repository where that is another one than the model's.
+    """
+    found = UPSTREAM.search(str(error)) if error else None
+    source = found[1] if found else model
+    return (
+        f"'{model}' needs the code that comes with '{source}', and l2v does not run it unasked; read it, then allow it with "
+        "--trust-remote-code (in Python: trust_remote_code=True; for l2v train: base.trust_remote_code=true)"
+    )
+
+
+def needs_code(error: BaseException) -> bool:
+    """Whether transformers failed because code of a repository was not allowed to run."""
+    return "custom code" in str(error) and "trust_remote_code" in str(error)
 
 
 def _secrets(node: Any, path: str) -> None:

@@ -49,7 +49,7 @@ def _map(run: RunFacts, args: argparse.Namespace) -> tuple[Any, str]:
     if run.last is None:
         raise UserError("no stage is trained yet")
     texts, labels, source = space.labelled(args.map, args.text, args.label)
-    encoder = Encoder.from_pretrained(run.folder / run.last.name)
+    encoder = Encoder.from_pretrained(run.folder / run.last.name, trust_remote_code=args.trust_remote_code)
     found = space.lay_out(encoder, texts, labels, source)
     return pictures.topics(run.name, found), f"Stage {run.last.name}; {found.how} of {found.source}."
 
