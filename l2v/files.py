@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,3 +46,22 @@ def reason(error: BaseException) -> str:
     """The short reason why a file could not be written; safetensors hides the system's error in its own text."""
     text = getattr(error, "strerror", None) or str(error)
     return "no space left on the disk" if "No space left" in text else text
+
+
+def follow_umask(path: Path) -> None:
+    """Give a file, or a folder and the files below it, the mode that new ones get here.
+
+    safetensors and `tempfile` write for the owner alone, so a colleague could not read the model. The umask cannot be read
+    without changing it for all threads, and a folder may have rules of its own (ACL), so a new file shows the mode.
+    """
+    inside = path if path.is_dir() else path.parent
+    probe = inside / f".mode.{os.getpid()}.{threading.get_ident()}"
+    try:
+        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666))
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+        file.chmod(mode)
+    if path.is_dir():
+        path.chmod(mode | (mode & 0o444) >> 2)  # whoever may read may enter

@@ -14,7 +14,6 @@ import platform
 import re
 import socket
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 
 from l2v.errors import UserError
+from l2v.files import replace_text
 from l2v.model.embedded import cache_folder
 
 SECONDS = 10.0
@@ -93,10 +93,7 @@ def calibration(
     found = Calibration(device_name(device), torch.__version__, _short(dtype), gemm, copy, when)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=file.parent, suffix=".partial")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(asdict(found), stream, indent=1)
-        os.replace(partial, file)
+        replace_text(file, json.dumps(asdict(found), indent=1))
     return found
 
 

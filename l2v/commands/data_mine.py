@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from l2v.commands.parser import new_parser, next_step, quoted
+from l2v.commands.parser import add_loading, new_parser, next_step, quoted
 from l2v.errors import RecipeError
 from l2v.mining.arguments import MAX_NEGATIVES, add_source
+from l2v.runs.names import check_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Mine hard negatives: candidates by an encoder and BM25, without those that may themselves be answers."""
     args = parser().parse_intermixed_args(argv)
     _check(args)
+    check_model(args.encoder)
     # Imported here: help and mistakes in the arguments need no torch.
     from l2v.mining.mine import mine_negatives
 
@@ -71,5 +73,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--corpus-column", default="text", metavar="COLUMN", help="their column (default: text)")
     p.add_argument("--faiss", metavar="FACTORY", help='search a FAISS index instead, for example "IVF1024,Flat"')
     p.add_argument("--cache", metavar="FOLDER", help="keep vectors in this folder for later runs on the same texts")
+    add_loading(p)
     add_source(p, pairs=True)
     return p

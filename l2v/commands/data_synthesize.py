@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from l2v.commands.parser import new_parser
+from l2v.commands.parser import add_loading, new_parser
 from l2v.errors import RecipeError
 from l2v.mining.arguments import add_source
+from l2v.runs.names import check_model
 from l2v.synthesis.wording import STYLES
 
 
@@ -15,6 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Let a language model write Danish queries for passages, and keep those that find their passage."""
     args = parser().parse_intermixed_args(argv)
     _check(args)
+    if args.filter not in ("bm25", "none"):
+        check_model(args.filter)
     # Imported here: help and mistakes in the arguments need no torch.
     from l2v.synthesis.synthesize import synthesize
 
@@ -89,5 +92,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--batch", type=int, default=8, metavar="N", help="passages at a time with a local model (default: 8)"
     )
+    add_loading(p, precision=False)
     add_source(p, pairs=False)
     return p

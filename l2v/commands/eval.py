@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markdown import Markdown
 
-from l2v.commands.parser import new_parser, next_step, quoted
+from l2v.commands.parser import add_loading, new_parser, next_step, quoted
 from l2v.errors import RecipeError, UserError
 from l2v.runs.folder import stage_folders
 
@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--pooling", choices=POOLINGS, help="pooling (default: the run's)")
     p.add_argument("--length", type=int, metavar="N", help="tokens of a text (default: the run's, or 512)")
-    p.add_argument("--precision", choices=["auto", "bf16", "fp32"], help="of the weights (default: the run's)")
+    add_loading(p)
     p.add_argument(
         "--normalize", action="store_true", help="vectors of norm 1 (matters to classification and clusters)"
     )
@@ -106,7 +106,6 @@ def parser() -> argparse.ArgumentParser:
         "--batch-tokens", type=int, default=16384, metavar="N", help="tokens in one forward (default: 16384)"
     )
     p.add_argument("--processes", type=int, metavar="N", help="encoding processes (default: one for each GPU)")
-    p.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a model from the hub")
     p.add_argument("--out", metavar="FOLDER", help="where results go (default: RUN/eval, or eval-results)")
     p.add_argument("--again", action="store_true", help="recompute kept results")
     p.add_argument(

@@ -51,3 +51,16 @@ def next_step(*commands: str) -> str:
 def quoted(*words: object) -> str:
     """Words as a shell reads them."""
     return shlex.join(map(str, words))
+
+
+def add_loading(parser: argparse.ArgumentParser, *, precision: bool = True) -> None:
+    """Options of a command that loads an encoder: `--trust-remote-code`, and `--precision` where it can be chosen."""
+    if precision:
+        parser.add_argument(
+            "--precision", choices=["auto", "bf16", "fp32"],
+            help="of weights and arithmetic; auto is bf16 on a GPU and fp32 on a CPU (default: the run's)",
+        )  # fmt: skip
+    parser.add_argument(
+        "--trust-remote-code", action="store_true",
+        help="run the code that comes with a base; read it first, because it can do all that you can",
+    )  # fmt: skip

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from l2v.commands.parser import new_parser
+from l2v.commands.parser import add_loading, new_parser
 from l2v.errors import UserError
 
 
@@ -54,4 +54,5 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--base-model", metavar="NAME", help="the base's name on the hub, if the run uses a folder")
     p.add_argument("--results", metavar="FILE", help="scores of the card (default: RUN/eval/results.json)")
+    add_loading(p, precision=False)
     return p

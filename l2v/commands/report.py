@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2v import __version__
-from l2v.commands.parser import new_parser, next_step, quoted
+from l2v.commands.parser import add_loading, new_parser, next_step, quoted
 from l2v.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -81,4 +81,5 @@ def parser() -> argparse.ArgumentParser:
         "--text", default="text", metavar="COLUMN", help="the field of --map that holds the text (default: text)"
     )
     p.add_argument("--label", metavar="COLUMN", help="the field of --map that holds the topic")
+    add_loading(p, precision=False)
     return p

@@ -9,18 +9,29 @@ from dataclasses import asdict
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from l2v.errors import RecipeError, UserError, first_line
 from l2v.recipe import Base, Template
+from l2v.recipe.safety import code_refused, needs_code
 
 
 def load_tokenizer(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """A fast tokenizer (its offsets separate the text from the template)."""
+    """A fast tokenizer (its offsets separate the text from the template).
+
+    trust_remote_code: the caller's own permission to run code that comes with it.
+
+    Raises:
+        UserError: it cannot be loaded, has no fast version, or needs code that the caller does not allow.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
+        if needs_code(error):
+            auto_map = get_tokenizer_config(path, revision=revision).get("auto_map")
+            raise UserError(code_refused(path, auto_map if isinstance(auto_map, dict) else None)) from None
         raise UserError(f"{path}: no tokenizer can be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{path}: its tokenizer has no fast version; convert it to a tokenizer.json first")

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from l2v.errors import UserError
+from l2v.files import follow_umask
 
 SMOLLM2 = "smollm2-135m-instruct"
 
@@ -63,7 +64,7 @@ def _convert_gguf(file: Path, folder: Path) -> None:
         )
         model.save_pretrained(partial)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
-        partial.chmod(0o755)
+        follow_umask(partial)
         try:
             partial.rename(folder)
         except OSError:  # another process converted it first

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers.utils import logging
 from l2v.errors import RecipeError, UserError, first_line
 from l2v.model.embedded import resolve
 from l2v.recipe import Base
+from l2v.recipe.safety import code_refused, needs_code
 
 AUTO_PRECISION = "L2V_AUTO_PRECISION"
 
@@ -26,18 +28,21 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def dtype_of(precision: str, *, named_gpu: bool = False) -> torch.dtype:
+def dtype_of(precision: str, *, named_gpu: bool = False, encoding: bool = False) -> torch.dtype:
     """The dtype of base.precision; the only place that resolves `auto`.
 
-    auto is bf16 on a GPU and on a CPU with bf16 matmuls in hardware (AVX512-BF16 or AMX), else fp32. The environment
-    variable L2V_AUTO_PRECISION=bf16 or fp32 overrides what auto means on this machine.
+    In training, auto is bf16 on a GPU and on a CPU with bf16 matmuls in hardware (AVX512-BF16 or AMX), else fp32. The
+    environment variable L2V_AUTO_PRECISION=bf16 or fp32 overrides what auto means on this machine.
     named_gpu: for a GPU named in `l2v plan`, independent of this machine.
+    encoding: the model only encodes. On a CPU auto is then fp32, whatever the processor and the variable: vectors of one
+        encoder are compared across machines, and with those of sentence-transformers.
 
     Raises:
         UserError: L2V_AUTO_PRECISION has another value.
     """
     if precision == "auto":
-        precision = "bf16" if named_gpu else _auto_here()
+        on_cpu = encoding and not torch.cuda.is_available()
+        precision = "fp32" if on_cpu else "bf16" if named_gpu else _auto_here()
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -56,12 +61,15 @@ def cpu_multiplies_bf16() -> bool:
     return any(check is not None and check() for check in checks)
 
 
-def load_config(base: Base) -> PretrainedConfig:
+def load_config(base: Base, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The base's configuration: from its folder or the hub; with init: random, also from the recipe's base.config.
+
+    trust_remote_code: the caller's own permission to run code that comes with the base. What the base says about it is a
+    wish, which a run or a recipe may have brought along; without the permission it is refused.
 
     Raises:
         RecipeError: base.config or base.overrides do not fit transformers.
-        UserError: the base cannot be found.
+        UserError: the base cannot be found, or needs code that the caller does not allow.
     """
     if base.init == "random" and base.config:
         shape = dict(base.config)
@@ -74,15 +82,23 @@ def load_config(base: Base) -> PretrainedConfig:
     else:
         try:
             config = AutoConfig.from_pretrained(
-                resolve(base.model), revision=base.revision, trust_remote_code=base.trust_remote_code
+                resolve(base.model), revision=base.revision, trust_remote_code=trust_remote_code
             )
         except UserError:
             raise
         except Exception as error:
+            if needs_code(error):
+                found, _ = PretrainedConfig.get_config_dict(resolve(base.model), revision=base.revision)
+                raise UserError(code_refused(base.model, found.get("auto_map"))) from None
             raise UserError(
                 f"the base '{base.model}' was not found: {first_line(error)} (give a folder or a hub name; "
                 "base.init=random builds its shape without weights)"
             ) from None
+    auto_map = getattr(config, "auto_map", None)
+    if (
+        base.trust_remote_code and not trust_remote_code and auto_map
+    ):  # transformers would silently take a class of its own
+        raise UserError(code_refused(base.model, auto_map))
     for key, value in base.overrides.items():
         if not hasattr(config, key):
             raise RecipeError(f"base.overrides.{key}: the configuration of '{base.model}' has no such key")
@@ -92,43 +108,59 @@ def load_config(base: Base) -> PretrainedConfig:
     return config
 
 
-def load_model(base: Base, *, head: bool, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:
+def load_model(
+    base: Base, *, head: bool, dtype: torch.dtype, seed: int = 0, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The frozen decoder in eval mode on the CPU; `head` keeps the language-model head (MNTP needs it).
 
-    Attention is bidirectional or causal as base.attention says.
+    Attention is bidirectional or causal as base.attention says. trust_remote_code: as for `load_config`.
 
     Raises:
-        UserError: the base cannot be found or loaded.
+        UserError: the base cannot be found or loaded, or needs code that the caller does not allow.
         RecipeError: base.config, base.overrides or base.backend cannot be used.
     """
-    config = load_config(base)
-    with _quiet_transformers():
-        model = _load(base, config, head=head, dtype=dtype, seed=seed)
+    config = load_config(base, trust_remote_code=trust_remote_code)
+    with quiet_transformers():
+        model = _load(base, config, head=head, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code)
     set_attention(model, causal=base.attention == "causal")
     return model.requires_grad_(False).eval()
 
 
 @contextlib.contextmanager
-def _quiet_transformers():
-    """Hide the load report of transformers: without the head it lists expected differences as UNEXPECTED."""
+def quiet_transformers():
+    """Hide what libraries print while they load and save: the load report (without the head it lists expected differences as
+    UNEXPECTED), progress bars, deprecations that PEFT and not the user has to follow, and that DeepSpeed, which they import
+    wherever it is installed, found no accelerator.
+    """
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    accelerator = "DS_ACCELERATOR" in os.environ or torch.accelerator.is_available()
+    if not accelerator:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # what it takes anyway; it keeps it from its import on
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
+        if not accelerator:
+            del os.environ["DS_ACCELERATOR"]
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
 
 
-def _load(base: Base, config: PretrainedConfig, *, head: bool, dtype: torch.dtype, seed: int) -> PreTrainedModel:
+def _load(
+    base: Base, config: PretrainedConfig, *, head: bool, dtype: torch.dtype, seed: int, trust_remote_code: bool
+) -> PreTrainedModel:
     auto = AutoModelForCausalLM if head else AutoModel
     implementation = _attention_implementation(base)
     if base.init == "random":
         torch.manual_seed(seed)
         with torch.device("cpu"):
-            return auto.from_config(config, dtype=dtype, attn_implementation=implementation)
+            return auto.from_config(
+                config, dtype=dtype, attn_implementation=implementation, trust_remote_code=trust_remote_code
+            )
     source = resolve(base.model)
     if Path(source).is_dir() and not any(Path(source).glob("*.safetensors")) and any(Path(source).glob("*.bin")):
         raise UserError(
@@ -141,12 +173,14 @@ def _load(base: Base, config: PretrainedConfig, *, head: bool, dtype: torch.dtyp
             revision=base.revision,
             dtype=dtype,
             attn_implementation=implementation,
-            trust_remote_code=base.trust_remote_code,
+            trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
     except UserError:
         raise
     except Exception as error:
+        if needs_code(error):
+            raise UserError(code_refused(base.model, getattr(config, "auto_map", None))) from None
         raise UserError(f"the base '{base.model}' cannot be loaded: {first_line(error)}") from None
 
 

@@ -65,10 +65,11 @@ def shape_of(base: Base) -> tuple[PretrainedConfig, str]:
         UserError: the shape is not known; the message says how to give it.
     """
     if base.init == "random" and base.config:
-        return load_config(base), "base.config"
+        return load_config(base, trust_remote_code=base.trust_remote_code), "base.config"
     local = local_folder(base.model)
     if (local / "config.json").is_file():
-        return load_config(replace(base, model=str(local))), str(local)
+        config = load_config(replace(base, model=str(local)), trust_remote_code=base.trust_remote_code)
+        return config, str(local)
     if base.model != SMOLLM2 and (cached := _cached(base)):
         return _changed(cached, base), "the hub's cache"
     if base.config:
@@ -90,7 +91,9 @@ def local_folder(model: str) -> Path:
 
 def _cached(base: Base) -> PretrainedConfig | None:
     try:
-        return AutoConfig.from_pretrained(base.model, revision=base.revision, local_files_only=True)
+        return AutoConfig.from_pretrained(
+            base.model, revision=base.revision, local_files_only=True, trust_remote_code=base.trust_remote_code
+        )
     except Exception:  # whatever the error, the shape may still come from the recipe or the table
         return None
 

@@ -21,7 +21,16 @@ CARD, NOTICE = "README.md", "NOTICE"
 _PAPERS = ("LICENSE*", "LICENCE*", "USE_POLICY*")
 
 
-def make_model(model: Model, folder: Path, repo: str, licence: Licence, *, base: str, adapter: bool) -> None:
+def make_model(
+    model: Model,
+    folder: Path,
+    repo: str,
+    licence: Licence,
+    *,
+    base: str,
+    adapter: bool,
+    trust_remote_code: bool = False,
+) -> None:
     """Write an encoder or its adapters into `folder`, with card, notice, and the base's licence if the base is a folder.
 
     Raises:
@@ -36,7 +45,7 @@ def make_model(model: Model, folder: Path, repo: str, licence: Licence, *, base:
         elif model.export:
             copy(model.folder, model_files(model.folder), folder)
         else:
-            Encoder.from_pretrained(model.folder).save(folder)
+            Encoder.from_pretrained(model.folder, trust_remote_code=trust_remote_code).save(folder)
         if not adapter:
             file = folder / ENCODER_FILE
             facts = json.loads(file.read_text(encoding="utf-8"))

@@ -24,7 +24,9 @@ def push_model(model: Model, args: argparse.Namespace) -> int:
         print(f"{repo} has no user: the code in the card needs USER/{repo}.")
     above = model.folder.parent
     folder = empty_folder(Path(args.dry_run)) if args.dry_run else above / f"hub-{repo.rsplit('/', 1)[-1]}"
-    prepare.make_model(model, folder, repo, licence, base=base, adapter=args.adapter_only)
+    prepare.make_model(
+        model, folder, repo, licence, base=base, adapter=args.adapter_only, trust_remote_code=args.trust_remote_code
+    )
     if model.evaluation and model.row() is None:
         print("No row of results.json is this model: its card has no scores.")
     elif not model.evaluation:

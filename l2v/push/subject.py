@@ -12,6 +12,7 @@ from l2v.model.embedded import SMOLLM2
 from l2v.model.export import ENCODER_FILE
 from l2v.runs.facts import StageFacts, read_json, read_results, read_run
 from l2v.runs.folder import is_stage, stage_folders
+from l2v.runs.names import near
 
 HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
@@ -20,7 +21,7 @@ HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 class Model:
     """An encoder: a run's stage, or a finished export.
 
-    stages: those it was trained in, oldest first, if known. settings: template, pooling, attention, length.
+    stages: those it was trained in, oldest first, if known. settings: template, pooling, attention, length, precision.
     """
 
     name: str
@@ -73,7 +74,8 @@ def find(source: Path, results: Path | None) -> Model | Dataset | Ready:
         UserError: if it cannot be pushed.
     """
     if not source.is_dir():
-        raise UserError(f"{source}: no such folder; give a run, a stage of it, an export or a data set that l2v built")
+        remedy = "give a run, a stage of it, an export or a data set that l2v built"
+        raise UserError(f"{source}: no such folder{near(str(source), remedy)}")
     if (source / ENCODER_FILE).is_file():
         return Ready(source.name, source) if (source / "README.md").is_file() else _export(source, results)
     if is_stage(source):
@@ -102,7 +104,7 @@ def _stage(folder: Path, name: str | None, results: Path | None) -> Model:
         lineage=stage.lineage,
         settings={
             "pooling": base.pooling, "attention": base.attention, "length": stage.recipe["length"],
-            "template": vars(base.template),
+            "template": vars(base.template), "precision": base.precision,
         },
         evaluation=run.evaluation,
         stages=[s for s in run.stages if s.name in through or s is stage],

@@ -10,7 +10,7 @@ from typing import Any
 from l2v.errors import RecipeError
 from l2v.recipe.checks import check
 from l2v.recipe.extends import read_recipe
-from l2v.recipe.safety import BY_HAND, refuse_secret, refuse_unsafe
+from l2v.recipe.safety import BY_HAND, refuse_code, refuse_secret, refuse_unsafe
 from l2v.recipe.schema import OBJECTIVES, Recipe, Stage
 from l2v.recipe.shipped import find_recipe
 from l2v.recipe.typed_yaml import Node, build, kind_of, nearest, parse_override, plain_node
@@ -26,6 +26,7 @@ def load_recipe(name: str, overrides: typing.Sequence[str] = (), stage: str | No
     path = find_recipe(name)
     tree = _tree(path, overrides, stage)
     refuse_unsafe(tree)
+    refuse_code(tree)
     _follow_zero_config(tree)
     return check(_build_recipe(tree), str(path))
 

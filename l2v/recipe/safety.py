@@ -1,4 +1,5 @@
-"""What a recipe must not contain: secrets, which would end up in every run's files, and paths outside the run's folder.
+"""What a recipe must not contain: secrets, which would end up in every run's files, paths outside the run's folder, and leave
+to run the code that comes with a model.
 
 People share recipes, and a run's stage.json keeps the whole recipe.
 """
@@ -59,6 +60,43 @@ def refuse_unsafe(tree: Any) -> None:
                 f"{node.where}: {key} '{node.value}' leads out of the working directory; give an absolute "
                 f"path, or {key}=... on the command line"
             )
+
+
+def refuse_code(tree: Any) -> None:
+    """Check that `base.trust_remote_code: true` comes from the command line: a recipe file may have come from anyone.
+
+    Raises:
+        RecipeError: if a file says it.
+    """
+    base = tree.value.get("base") if isinstance(tree.value, dict) else None
+    keys = base.value if base is not None and isinstance(base.value, dict) else {}
+    node, model = keys.get("trust_remote_code"), keys.get("model")
+    if node is None or node.value is not True or node.where.startswith(BY_HAND):
+        return
+    raise RecipeError(
+        f"{node.where}: base.trust_remote_code: true would run the code that comes with "
+        f"'{model.value if model else '?'}', and a file cannot allow that; read the code, then add "
+        "base.trust_remote_code=true to the command line"
+    )
+
+
+def code_refused(model: str, auto_map: Any) -> str:
+    """The sentence on a model that needs code of a repository, which nobody allowed to run.
+
+    auto_map: of its configuration: classes as `file.Class`, or `repository--file.Class` of another repository.
+    """
+    classes = [name for entry in (auto_map or {}).values() for name in (entry if isinstance(entry, list) else [entry])]
+    sources = dict.fromkeys(name.split("--")[0] if "--" in name else model for name in classes if name) or {model: None}
+    named = " and ".join(f"'{source}'" for source in sources)
+    return (
+        f"'{model}' needs the code that comes with {named}, and l2v does not run it unasked; read it, then allow it with "
+        "--trust-remote-code (in Python: trust_remote_code=True; for l2v train: base.trust_remote_code=true)"
+    )
+
+
+def needs_code(error: BaseException) -> bool:
+    """Whether transformers failed because code of a repository was not allowed to run."""
+    return "custom code" in str(error) and "trust_remote_code" in str(error)
 
 
 def _secrets(node: Any, path: str) -> None:

@@ -56,7 +56,7 @@ def _map(run: RunFacts, args: argparse.Namespace) -> tuple[Any, str]:
     chosen = (
         own.of_file(args.map, args.text, args.label) if args.label else own.of_run(run, sample=args.map is not None)
     )
-    encoder = Encoder.from_pretrained(run.folder / run.last.name)
+    encoder = Encoder.from_pretrained(run.folder / run.last.name, trust_remote_code=args.trust_remote_code)
     found = space.lay_out(encoder, chosen)
     return pictures.map_picture(run.name, found), f"Stage {run.last.name}; {found.how} of {found.texts.source}."
 

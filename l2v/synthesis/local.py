@@ -30,7 +30,7 @@ class Local:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of("auto"))
+            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype_of("auto"), trust_remote_code=False)
         except Exception as error:
             raise UserError(f"{model}: no language model can be loaded: {first_line(error)}") from None
         self.model, self.retries = loaded.eval().to(device()), retries

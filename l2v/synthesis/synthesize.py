@@ -133,7 +133,7 @@ def _filter(args: argparse.Namespace, passages: list[str], folder: Path):
     if args.filter == "bm25":
         words = Bm25(passages)
         return lambda queries, _: words.search(queries, args.top)[0]
-    encoder = Encoder.from_pretrained(args.filter)
+    encoder = Encoder.from_pretrained(args.filter, trust_remote_code=args.trust_remote_code)
     passages_ME = vectors(encoder, encoder_key(encoder), passages, [None] * len(passages), folder, "passages")
     exact = Exact(passages_ME, next(encoder.model.parameters()).device)
 

@@ -30,7 +30,10 @@ def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[
     """Returns the decoder of a stage (base, earlier adapters merged in order, fresh LoRA) and its lineage."""
     stage, base = recipe.stages[name], recipe.base
     check_base_precision(base, device(), dtype)
-    model = load_model(base, head=isinstance(stage, Mntp), dtype=dtype, seed=recipe.seed)
+    model = load_model(
+        base, head=isinstance(stage, Mntp), dtype=dtype, seed=recipe.seed,
+        trust_remote_code=base.trust_remote_code,  # true only by the command line: load_recipe refuses it in a file
+    )  # fmt: skip
     merged = merged_adapters(recipe, name)
     inner = merge_adapters(inner_model(model), [adapter for adapter, _ in merged])
     head = output_head(model) if isinstance(stage, Mntp) else None

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from l2v.errors import UserError
-from l2v.files import reason, sync
+from l2v.files import follow_umask, reason, sync
 from l2v.model.lora import sha256
 
 STATE, TENSORS = "state.json", "state.safetensors"
@@ -47,6 +47,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         if new:
             sync(folder.parent)
         save_file(checkpoint.tensors, partial / TENSORS)
+        follow_umask(partial / TENSORS)
         facts = checkpoint.facts | {"step": checkpoint.step, "sha256": sha256(partial / TENSORS)}
         facts |= {"seal": _seal(facts)}
         (partial / STATE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from l2v.batch import PackedBatch, Segment, pack
 from l2v.errors import UserError, first_line
-from l2v.files import reason, replace_text
+from l2v.files import follow_umask, reason, replace_text
 from l2v.recipe import Stage
 
 BUDGET = "budget.json"
@@ -172,6 +172,7 @@ def keep_batch(folder: Path, step: int, units: Sequence[Sequence[PackedBatch]], 
         tensors = {f"{at}.{name}": getattr(m, name).contiguous() for at, m in enumerate(micros) for name in names}
         tensors |= {f"{at}.lengths_S": torch.tensor(m.lengths) for at, m in enumerate(micros)}
         save_file(tensors, path, {"why": why, "step": str(step)})
+        follow_umask(path)
     except (OSError, SafetensorError) as error:
         return Path(f"{path} (not written: {reason(error)})")
     return path

@@ -218,7 +218,8 @@ def check_prefixes(recipe: Recipe, name: str) -> list[str]:
     lengths = getattr(recipe.stages[name], "matryoshka", None)
     if lengths is None:
         return []
-    hidden = load_config(recipe.base).get_text_config().hidden_size
+    config = load_config(recipe.base, trust_remote_code=recipe.base.trust_remote_code)
+    hidden = config.get_text_config().hidden_size
     if lengths[-1] > hidden:
         raise UserError(
             f"stage '{name}': matryoshka asks for a prefix of {lengths[-1]} and the vectors of '{recipe.base.model}' have "

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,9 +88,10 @@ class Cache:
         """Stores a configuration and writes the file, which is replaced atomically, so that ranks may write at once."""
         self.known[key] = config
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-            json.dump({key: vars(value) for key, value in self.known.items()}, file, indent=1)
-        os.replace(file.name, self.path)
+        text = json.dumps({key: vars(value) for key, value in self.known.items()}, indent=1)
+        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        partial.write_text(text, encoding="utf-8")  # unlike a file of tempfile, readable for others by the umask
+        os.replace(partial, self.path)
 
 
 _cache = functools.cache(Cache)
