@@ -65,9 +65,9 @@ def read_corpus(file: str | None, column: str, notes: list[str], *, fields: bool
         UserError: there is no text, or a file cannot be read.
     """
     if file is None:
-        found = [_of_sample(passage, fields) for passage in sample.passages().values()]
-        notes.append(f"searching the {len(found)} passages of the Danish sample; --texts FILE searches your own")
-        return found
+        shipped = [_of_sample(passage, fields) for passage in sample.passages().values()]
+        notes.append(f"searching the {len(shipped)} passages of the Danish sample; --texts FILE searches your own")
+        return shipped
     if ":" in file.partition("/")[0] and not Path(file).exists():  # hub:NAME or sample:da/train
         texts = open_rows([Source(path=file, text=column, skip_empty=True)], "documents", notes)["text"]
         return [Passage(text, file, at, where=f"{file}, text {at}") for at, text in enumerate(texts, 1)]
