@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,21 +14,36 @@ from tqdm import tqdm
 
 from l2v.batch import PackedBatch, Segment, pack
 from l2v.data.tokens import TextTokenizer, as_ids, load_tokenizer
-from l2v.errors import UserError
-from l2v.model.embedded import SMOLLM2, resolve
-from l2v.model.export import ENCODER_FILE, export
+from l2v.errors import Notice, UserError
+from l2v.model.embedded import resolve
+from l2v.model.export import export
 from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_config, load_model
-from l2v.model.lora import LINEAGE, adapter_folder, describe_adapter, merge_adapters
+from l2v.model.lora import describe_adapter, merge_adapters
 from l2v.model.packed import PackedDecoder
-from l2v.recipe import Base, Template
-from l2v.runs.folder import ADAPTER, is_stage, is_trained, stage_folders, stage_recipe, trained_stages
+from l2v.recipe import Template
+from l2v.recipe.instructions import Instructions
+from l2v.runs.source import Found, find
+
+Empty = Literal["error", "zeros", "skip"]
 
 
 class Encoder:
-    """A decoder made into a text encoder. Build it with `from_pretrained`."""
+    """A decoder made into a text encoder. Build it with `from_pretrained`.
 
-    def __init__(self, model: PackedDecoder, tokenizer: TextTokenizer, *, name: str, lineage: dict[str, Any]) -> None:
+    Attributes: `instructions`, those it was trained with; `truncated`, the number of texts it has cut so far.
+    """
+
+    def __init__(
+        self,
+        model: PackedDecoder,
+        tokenizer: TextTokenizer,
+        *,
+        name: str,
+        lineage: dict[str, Any],
+        instructions: Instructions | None = None,
+    ) -> None:
         self.model, self.tokenizer, self.name, self.lineage = model.eval(), tokenizer, name, lineage
+        self.instructions, self.truncated = instructions or Instructions(), 0
 
     @classmethod
     def from_pretrained(
@@ -49,12 +64,13 @@ class Encoder:
 
         Args:
             base_or_run: a folder or hub name of a decoder, the name of an embedded base, an export of `save`, a stage of a
-                run (`runs/NAME/supervised`) or a run (its last trained stage).
+                run (`runs/NAME/supervised`) or a run (its last trained stage; a `Notice` says which, if others are not
+                trained yet).
             adapters: folders or hub names of PEFT LoRA adapters, merged in order, in float32, rounded once.
             pooling: `mean` (default), `weighted_mean`, `last` or `first`.
             attention: `bidirectional` (default) or `causal`.
             template: what is put before and after each text; none by default.
-            length: tokens of a text; longer ones are cut. Default 512.
+            length: tokens of a text, as `max_length`. Default 512.
             precision: of the weights and of the arithmetic, `bf16` or `fp32`; `auto` is bf16 on a GPU and fp32 on every CPU.
                 Default: what the recipe or the export states, else `auto`.
             backend: of attention: `l2v` (default), `sdpa` or `flash_attention_2`.
@@ -65,29 +81,27 @@ class Encoder:
         Raises:
             UserError: something does not exist or does not fit; one sentence.
         """
-        base, merged, limit = _chosen(
+        found = _chosen(
             base_or_run, base_only, pooling=pooling, attention=attention, template=template, precision=precision,
             backend=backend,
         )  # fmt: skip
-        merged = [*merged, *adapters]
-        inner = inner_model(
-            load_model(
-                base,
-                head=False,
-                dtype=dtype_of(base.precision, encoding=True),
-                trust_remote_code=trust_remote_code,
-            )
-        )
-        inner = merge_adapters(inner, merged)
+        base, merged = found.base, [*found.adapters, *adapters]
+        dtype = dtype_of(base.precision, encoding=True)
+        loaded = load_model(base, head=False, dtype=dtype, trust_remote_code=trust_remote_code)
+        inner = merge_adapters(inner_model(loaded), merged)
         model = PackedDecoder(inner, causal=base.attention == "causal", backend=base.backend, pooling=base.pooling).to(
             device()
         )
         tokenizer = load_tokenizer(
             base.tokenizer or resolve(base.model), revision=base.revision, trust_remote_code=trust_remote_code
         )
-        texts = TextTokenizer(tokenizer, base.template, length or limit or 512)
         lineage = {"base": {"model": base.model}, "merged": [describe_adapter(adapter) for adapter in merged]}
-        return cls(model, texts, name=str(base_or_run), lineage=lineage)
+        encoder = cls(
+            model, TextTokenizer(tokenizer, base.template, 512), name=str(base_or_run), lineage=lineage,
+            instructions=found.instructions,
+        )  # fmt: skip
+        encoder.max_length = (found.length or 512) if length is None else length
+        return encoder
 
     @staticmethod
     def identity(base_or_run: str | Path, adapters: Sequence[str] = (), **options: Any) -> dict[str, Any]:
@@ -100,16 +114,17 @@ class Encoder:
             UserError: as `from_pretrained`.
         """
         length, trust = options.pop("length", None), options.pop("trust_remote_code", False)
-        base, merged, limit = _chosen(base_or_run, options.pop("base_only", False), **options)
+        found = _chosen(base_or_run, options.pop("base_only", False), **options)
+        base, merged = found.base, [*found.adapters, *adapters]
         load_config(base, trust_remote_code=trust)  # so that an unknown name fails here and not when it is loaded
         return {
             "base": base.model,
             "sha256": fingerprint(base),
-            "merged": [describe_adapter(adapter)["sha256"] for adapter in [*merged, *adapters]],
+            "merged": [describe_adapter(adapter)["sha256"] for adapter in merged],
             "pooling": base.pooling,
             "attention": base.attention,
             "template": asdict(base.template),
-            "length": length or limit or 512,
+            "length": length or found.length or 512,
             "precision": str(dtype_of(base.precision, encoding=True)).removeprefix("torch."),
         }
 
@@ -117,6 +132,19 @@ class Encoder:
     def dimension(self) -> int:
         """Width of the vectors."""
         return self.model.decoder.config.get_text_config().hidden_size
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a text, with template and instruction; longer texts are cut. It can be set.
+
+        Raises:
+            UserError: it is set to something else than a whole number from 1.
+        """
+        return self.tokenizer.length
+
+    @max_length.setter
+    def max_length(self, tokens: int) -> None:
+        self.tokenizer.length = _count(tokens, "the length of a text in tokens")
 
     @torch.inference_mode()
     def encode(
@@ -127,49 +155,81 @@ class Encoder:
         batch_tokens: int = 16384,
         show_progress: bool = False,
         dimensions: int | None = None,
+        batch_size: int | None = None,
+        empty: Empty = "error",
     ) -> np.ndarray:
         """Vectors of texts. A vector depends only on its own text, never on the others.
 
         Args:
-            texts: one text or several. A text longer than the encoder's length is cut.
+            texts: one text or several. A text longer than `max_length` is cut; a `Notice` warning says how many were.
             instruction: put before each text; the model reads it, but it is not pooled.
             normalize: scale each vector to length 1.
             batch_tokens: tokens in one forward.
             show_progress: show a progress bar.
             dimensions: keep only the first dimensions, cut before normalising; for the `matryoshka` lengths that a stage
                 was trained on (Kusupati et al. 2022, arXiv 2205.13147).
+            batch_size: at most so many texts in one forward, besides `batch_tokens`.
+            empty: what becomes of a text without a character (None, or white space alone): `error` (default) refuses it,
+                `zeros` gives it a vector of zeros, `skip` leaves its row out.
 
         Returns:
             float32 [texts, dimension] in the order given, or [dimension] for a single text.
 
         Raises:
-            UserError: a text is empty, or `dimensions` is no whole number from 1 to `dimension`.
+            UserError: a text is empty or no text, or an argument is out of range.
         """
-        width = self.dimension if dimensions is None else dimensions
-        if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= self.dimension:
-            raise UserError(
-                f"dimensions is {dimensions}; give a whole number from 1 to {self.dimension}, the width of the vectors"
-            )
+        width = self._width(dimensions)
+        most = None if batch_size is None else _count(batch_size, "batch_size")
+        budget = _count(batch_tokens, "batch_tokens")
+        if instruction is not None:
+            _check_text(instruction, "the instruction")
         single = isinstance(texts, str)
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        for i, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(f"text {i} is empty; an empty text has no embedding")
-        out = np.zeros((len(texts), width), dtype=np.float32)
-        if not texts:
-            return out
-        ids, starts, _ = self.tokenizer.embedded(texts, instruction)
-        order = sorted(range(len(texts)), key=lambda i: -len(ids[i]))
+        texts = as_texts(texts)
+        used = nonempty(texts, empty)
+        rows = list(range(len(used))) if empty == "skip" else used
+        out = np.zeros((len(used) if empty == "skip" else len(texts), width), dtype=np.float32)
+        ids, starts = self._tokens([texts[at] for at in used], instruction)
+        order = sorted(range(len(used)), key=lambda i: -len(ids[i]))
         where = next(self.model.parameters()).device
-        with tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress, leave=False) as bar:
-            for chosen in _batches(order, [len(i) for i in ids], batch_tokens):
+        with tqdm(total=len(used), desc="encode", unit="text", disable=not show_progress, leave=False) as bar:
+            for chosen in _batches(order, [len(i) for i in ids], budget, most):
                 batch = pack([Segment(as_ids(ids[i]), starts[i]) for i in chosen])
                 vectors_SE = self.embed(batch.to(where))[:, :width]
                 if normalize:
                     vectors_SE = torch.nn.functional.normalize(vectors_SE, dim=-1)
-                out[chosen] = vectors_SE.cpu().numpy()
+                out[[rows[i] for i in chosen]] = vectors_SE.cpu().numpy()
                 bar.update(len(chosen))
-        return out[0] if single else out
+        return out[0] if single and len(out) else out
+
+    def encode_query(self, texts: str | Sequence[str], instruction: str | None = None, **options: Any) -> np.ndarray:
+        """`encode` with the query instruction of the training; plain texts if it had none.
+
+        instruction: instead of the trained one; "" for none. options: as for `encode`.
+
+        Raises:
+            UserError: as `encode`; or it was trained with several query instructions, and none is given.
+        """
+        return self.encode(texts, self.instructions.one("query") if instruction is None else instruction, **options)
+
+    def encode_document(self, texts: str | Sequence[str], instruction: str | None = None, **options: Any) -> np.ndarray:
+        """`encode` with the document instruction of the training; arguments and errors as for `encode_query`."""
+        return self.encode(texts, self.instructions.one("document") if instruction is None else instruction, **options)
+
+    @staticmethod
+    def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Cosine similarities of vectors a [N, E] and b [M, E], normalised or not: float32 [N, M]. A single vector is one row.
+
+        A vector of zeros has similarity 0 with every vector.
+
+        Raises:
+            UserError: they are not vectors of one width.
+        """
+        a_NE, b_ME = (np.atleast_2d(np.asarray(x, dtype=np.float32)) for x in (a, b))
+        if a_NE.ndim != 2 or b_ME.ndim != 2 or a_NE.shape[1] != b_ME.shape[1]:
+            raise UserError(f"similarity needs vectors of one width; found shapes {np.shape(a)} and {np.shape(b)}")
+        least = np.finfo(np.float32).tiny
+        a_NE, b_ME = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), least) for x in (a_NE, b_ME))
+        return a_NE @ b_ME.T
 
     def embed(self, batch: PackedBatch) -> torch.Tensor:
         """Pooled vectors of a packed batch, float32 [S, E], not normalised."""
@@ -178,17 +238,92 @@ class Encoder:
     def save(self, folder: str | Path) -> None:
         """Write a plain transformers checkpoint (`is_causal: false`, no remote code) with the sentence-transformers files.
 
-        `SentenceTransformer(folder)` gives the vectors of `encode`; `AutoModel.from_pretrained(folder)` gives the hidden
-        states.
+        `SentenceTransformer(folder)` gives the vectors of `encode`, `encode_query` and `encode_document`;
+        `AutoModel.from_pretrained(folder)` gives the hidden states.
         """
-        export(self.model, self.tokenizer, Path(folder), self.lineage)
+        export(self.model, self.tokenizer, Path(folder), self.lineage, self.instructions)
+
+    def _width(self, dimensions: int | None) -> int:
+        width = self.dimension if dimensions is None else dimensions
+        if not isinstance(width, int) or isinstance(width, bool) or not 1 <= width <= self.dimension:
+            raise UserError(
+                f"dimensions is {dimensions}; give a whole number from 1 to {self.dimension}, the width of the vectors"
+            )
+        return width
+
+    def _tokens(self, texts: list[str], instruction: str | None) -> tuple[list[list[int]], list[int]]:
+        """Ids of the texts and where each is pooled from; warns if texts are cut."""
+        if not texts:
+            return [], []
+        ids, starts, cut = self.tokenizer.embedded(texts, instruction)
+        if cut:
+            self.truncated += cut
+            warnings.warn(
+                f"{cut:,} of {len(texts):,} texts are longer than {self.max_length} tokens and were cut; max_length (l2v export "
+                "--length) sets the limit", Notice, stacklevel=4,
+            )  # fmt: skip
+        return ids, starts
 
 
-def _batches(order: list[int], lengths: list[int], budget: int) -> list[list[int]]:
-    out: list[list[int]] = [[]]
-    room = budget
+def as_texts(texts: str | Sequence[str]) -> list[str]:
+    """A list of the texts in any container; one text becomes a list of one.
+
+    Raises:
+        UserError: there is nothing to iterate over.
+    """
+    if isinstance(texts, str):
+        return [texts]
+    try:
+        return list(texts)
+    except TypeError:
+        raise UserError(f"encode takes a text or several texts; found {type(texts).__name__}") from None
+
+
+def nonempty(texts: Sequence[str | None], empty: Empty) -> list[int]:
+    """Positions of the texts with at least one character; None and white space are empty.
+
+    Raises:
+        UserError: one of them is no text, or holds half a surrogate pair; or one is empty and `empty` is `error`.
+    """
+    if empty not in ("error", "zeros", "skip"):
+        raise UserError(f"empty is '{empty}'; use error, zeros or skip")
+    out = []
+    for at, text in enumerate(texts):
+        if isinstance(text, str) and text.strip():
+            _check_text(text, f"text {at}")
+            out.append(at)
+        elif text is not None and not isinstance(text, str):
+            _check_text(text, f"text {at}")
+        elif empty == "error":
+            what = "empty" if isinstance(text, str) else "NoneType"
+            raise UserError(f'text {at} is {what}; an empty text has no embedding (empty="zeros" or "skip" accepts it)')
+    return out
+
+
+def _check_text(text: Any, what: str) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"{what} is no text; found {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} holds half of a surrogate pair ({text[error.start]!a}, character {error.start + 1}), which is no "
+            "text; remove it, or put U+FFFD in its place"
+        ) from None
+
+
+def _count(value: Any, what: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{what} is {value}; give a whole number from 1")
+    return value
+
+
+def _batches(order: list[int], lengths: list[int], budget: int, most: int | None) -> list[list[int]]:
+    """Texts of one forward each: `budget` tokens (a longer text alone), at most `most` texts."""
+    out: list[list[int]] = []
+    room = 0
     for i in order:
-        if out[-1] and lengths[i] > room:
+        if not out or lengths[i] > room or len(out[-1]) == most:
             out.append([])
             room = budget
         out[-1].append(i)
@@ -196,70 +331,13 @@ def _batches(order: list[int], lengths: list[int], budget: int) -> list[list[int
     return out
 
 
-def _chosen(source: str | Path, base_only: bool, **options: Any) -> tuple[Base, list[str], int | None]:
-    """What a name refers to, with the caller's options replacing the run's: base, adapters, text length."""
-    base, merged, limit = _describe(str(source))
+def _chosen(source: str | Path, base_only: bool, **options: Any) -> Found:
+    """What a name refers to, with the caller's options replacing the run's."""
+    found = find(str(source))
+    if found.note:
+        warnings.warn(found.note, Notice, stacklevel=3)
     for key, value in options.items():
-        setattr(base, key, value or getattr(base, key))
-    return base, [] if base_only else merged, limit
-
-
-def _describe(source: str) -> tuple[Base, list[str], int | None]:
-    """What a name refers to: its base, the adapters to merge into it, and its text length."""
-    folder = Path(source)
-    if (folder / ENCODER_FILE).is_file():
-        facts = json.loads((folder / ENCODER_FILE).read_text(encoding="utf-8"))
-        base = Base(
-            model=source, template=Template(**facts["template"]), pooling=facts["pooling"], precision=facts["precision"]
-        )
-        base.attention = facts["attention"]
-        return base, [], facts["length"]
-    if is_stage(folder):
-        return _stage(folder)
-    if stage_folders(folder):
-        return _stage(folder / list(trained_stages(folder))[-1])
-    if (folder / "adapter_config.json").is_file():
-        return _adapter(folder)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{source}: neither a model, an adapter nor a run of l2v")
-    return Base(model=source, **_known(source)), [], None
-
-
-def _known(model: str) -> dict[str, Any]:
-    if model == SMOLLM2:
-        return {"template": Template(prefix="<|im_start|>user\n", suffix="<|im_end|>")}
-    return {}
-
-
-def _stage(folder: Path) -> tuple[Base, list[str], int | None]:
-    adapter = folder / ADAPTER
-    if not is_trained(folder):
-        raise UserError(f"{folder}: the stage is not fully trained yet; run 'l2v train' again to continue it")
-    recipe = stage_recipe(folder)
-    return recipe.base, [*_lineage(adapter), str(adapter)], recipe.stages[folder.name].length
-
-
-def _adapter(folder: Path) -> tuple[Base, list[str], int | None]:
-    if is_stage(folder.parent):
-        return _stage(folder.parent)
-    name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not name:
-        raise UserError(f"{folder}: its adapter_config.json names no base; give the base first and adapters=[...]")
-    return Base(model=name, **_known(name)), [*_lineage(folder), str(folder)], None
-
-
-def _lineage(adapter: Path) -> list[str]:
-    """The adapters that this one was trained on, looked up next to it first, because the run may have been moved."""
-    file = adapter / LINEAGE
-    if not file.is_file():
-        return []
-    out = []
-    for entry in json.loads(file.read_text(encoding="utf-8"))["merged"]:
-        same_run = adapter.parent.parent / entry.get("stage", "") / ADAPTER
-        path = str(same_run) if "stage" in entry and same_run.is_dir() else entry["adapter"]
-        if describe_adapter(adapter_folder(path))["sha256"] != entry["sha256"]:
-            raise UserError(
-                f"{path}: not the adapter that {adapter} was trained on (its hash differs); restore or retrain it"
-            )
-        out.append(path)
-    return out
+        setattr(found.base, key, value or getattr(found.base, key))
+    if base_only:
+        found.adapters = []
+    return found

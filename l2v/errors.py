@@ -13,6 +13,10 @@ class RecipeError(UserError):
     exit_code = 2
 
 
+class Notice(UserWarning):
+    """What the user should know about a result and need not fix; the program `l2v` prints it as one line."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its type if the message is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

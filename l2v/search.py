@@ -1,60 +1,181 @@
-"""Nearest texts to a query; vectors of a corpus are kept next to the run for the next search."""
+"""Semantic search: texts with their places in files, their vectors kept next to the run, and the nearest to a query."""
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from l2v.data import sample
+from l2v.batch import mix
+from l2v.data import raw, sample
+from l2v.data.columns import absent, settle
 from l2v.data.sources import open_rows
-from l2v.encoder import Encoder
+from l2v.data.tokens import text_key
+from l2v.encoder import Encoder, nonempty
+from l2v.errors import Notice, UserError
+from l2v.files import replacing
 from l2v.recipe import Source
 
+IDS = ("id", "_id", "ID", "Id")
 
-def read_corpus(file: str | None, column: str, notes: list[str] | None = None) -> list[str]:
-    """The texts of a file (`column`: the field that holds the text), or the passages of the Danish sample.
 
-    Empty texts are skipped. `notes` receives a sentence if the column was guessed by its name, or the sample is searched.
+@dataclass(frozen=True)
+class Passage:
+    """One text of a corpus: its file, the line or row that it stands in (from 1), the row's id, and the row itself.
+
+    row: None where the text has none (a Hub data set). fields: empty unless they were asked for.
+    """
+
+    text: str
+    file: str
+    row: int | None = None
+    id: str | None = None
+    where: str = ""
+    fields: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A passage and its cosine similarity to a query."""
+
+    score: float
+    passage: Passage
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values: score, file, row, id, where, text, fields."""
+        return {"score": round(self.score, 6)} | vars(self.passage)
+
+
+def read_corpus(file: str | None, column: str, notes: list[str], *, fields: bool = False) -> list[Passage]:
+    """The texts of a file, of a glob's or a folder's files, or of a source of recipes; None: the passages of the Danish sample.
+
+    column: the field that holds the text. Empty texts are skipped. notes: receives a sentence if the column was guessed by
+    its name, or the sample is searched. fields: keep all fields of each row.
+
+    Raises:
+        UserError: there is no text, or a file cannot be read.
     """
     if file is None:
-        texts = [passage.text for passage in sample.passages().values()]
-        if notes is not None:
-            notes.append(f"searching the {len(texts)} passages of the Danish sample; --texts FILE searches your own")
-        return texts
-    return list(open_rows([Source(path=file, text=column, skip_empty=True)], "documents", notes)["text"])
+        found = [_of_sample(passage, fields) for passage in sample.passages().values()]
+        notes.append(f"searching the {len(found)} passages of the Danish sample; --texts FILE searches your own")
+        return found
+    if ":" in file.partition("/")[0] and not Path(file).exists():  # hub:NAME or sample:da/train
+        texts = open_rows([Source(path=file, text=column, skip_empty=True)], "documents", notes)["text"]
+        return [Passage(text, file, at, where=f"{file}, text {at}") for at, text in enumerate(texts, 1)]
+    found = [passage for path in _files(file) for passage in _read(path, column, notes, fields)]
+    if not found:
+        raise UserError(f"{file}: holds no text to search")
+    return found
 
 
-def nearest(run: str, query: str, texts: list[str], *, instruction: str | None, top: int) -> list[tuple[float, str]]:
-    """The `top` texts nearest to a query, best first: (cosine similarity, text).
+class Searcher:
+    """An encoder and the vectors of a corpus, ready for queries.
 
-    run: what `Encoder.from_pretrained` takes. instruction: text before the query.
+    The vectors are kept in the model's folder, by what decides them, and only affect the speed of the next search.
     """
-    encoder = Encoder.from_pretrained(run)
-    texts_ME = corpus_vectors(encoder, texts, Path(run))
-    scores_M = texts_ME @ encoder.encode(query, instruction=instruction)
-    return [(float(scores_M[at]), texts[at]) for at in np.argsort(-scores_M)[:top]]
+
+    def __init__(self, model: str, passages: list[Passage], *, instruction: str | None = None, **options: Any) -> None:
+        """instruction: before the queries; default: that of the training. options: of `Encoder.from_pretrained`.
+
+        Raises:
+            UserError: the model cannot be loaded, or a text is no text.
+        """
+        self.encoder, self.passages = Encoder.from_pretrained(model, **options), passages
+        self.notes: list[str] = []
+        self._instruction, self._document = instruction, self._trained("document")
+        if instruction is None:
+            self._instruction = self._trained("query")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Notice)  # the user has read it
+            key = json.dumps(Encoder.identity(model, **options), sort_keys=True) + f"\n{self._document}\n"
+        folder = Path(model) / ".search" if Path(model).is_dir() else None
+        self.vectors_ME = self._vectors(key + self.encoder.tokenizer.fingerprint(), folder)
+
+    def find(self, query: str, top: int) -> list[Hit]:
+        """The `top` passages nearest to a query, the nearest first."""
+        scores_M = self.vectors_ME @ self.encoder.encode(query, self._instruction)
+        return [Hit(float(scores_M[at]), self.passages[at]) for at in np.argsort(-scores_M, kind="stable")[:top]]
+
+    def _trained(self, side: Any) -> str | None:
+        """The instruction of the training; none, with a note, if there were several."""
+        why = self.encoder.instructions.unclear(side)
+        if why is None:
+            return self.encoder.instructions.one(side)
+        option = "; --instruction TEXT chooses one" if side == "query" else ""
+        self.notes.append(f"{side} texts are encoded without an instruction, because {why}{option}")
+        return None
+
+    def _vectors(self, key: str, folder: Path | None) -> np.ndarray:
+        """Unit vectors of the passages, float32 [M, E]."""
+        texts = [passage.text for passage in self.passages]
+        nonempty(texts, "error")
+        name = mix(text_key(key), *(text_key(text) for text in texts))
+        cache = folder / f"{name:016x}.npy" if folder else None
+        if cache and cache.is_file():
+            with contextlib.suppress(OSError, ValueError):  # damaged: computed again
+                found = np.load(cache, allow_pickle=False)
+                if found.shape == (len(texts), self.encoder.dimension):
+                    return found
+        vectors_ME = self.encoder.encode(texts, self._document, show_progress=True)
+        if cache:
+            with contextlib.suppress(OSError):
+                cache.parent.mkdir(exist_ok=True)
+                with replacing(cache) as partial, open(partial, "wb") as file:
+                    np.save(file, vectors_ME, allow_pickle=False)
+        return vectors_ME
 
 
-def corpus_vectors(encoder: Encoder, texts: list[str], run: Path) -> np.ndarray:
-    """Unit vectors of the texts, float32 [M, E], cached by encoder and texts."""
-    from l2v.batch import mix
-    from l2v.data.tokens import text_key
+def _of_sample(passage: sample.Passage, fields: bool) -> Passage:
+    where = f"sample:da, passage {passage.id}"
+    return Passage(passage.text, "sample:da", None, passage.id, where, vars(passage) if fields else None)
 
-    model_key = text_key(
-        str(encoder.lineage) + encoder.tokenizer.fingerprint() + str(next(encoder.model.parameters()).dtype)
-    )
-    key = mix(model_key, *(text_key(text) for text in texts))
-    folder = run if run.is_dir() else None
-    cache = folder / ".search" / f"{key:016x}.npy" if folder else None
-    if cache and cache.is_file():
-        return np.load(cache, allow_pickle=False)
-    vectors_ME = encoder.encode(texts, show_progress=True)
-    if cache:
-        try:
-            cache.parent.mkdir(exist_ok=True)
-            with open(cache, "wb") as file:
-                np.save(file, vectors_ME, allow_pickle=False)
-        except OSError:
-            cache.unlink(missing_ok=True)  # the cache only affects the speed of the next search
-    return vectors_ME
+
+def _files(name: str) -> list[Path]:
+    """The file of that name, those that a glob matches, or the readable ones of a folder."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        found = [file for file in sorted(path.iterdir()) if file.is_file() and _readable(file)]
+    elif path.is_file():
+        return [path]
+    else:
+        found = sorted(Path(file) for file in glob.glob(str(path)))
+    if not found:
+        raise UserError(f"{name}: no such file; give a CSV, TSV, JSONL, Parquet or text file, a folder, or hub:NAME")
+    return found
+
+
+def _readable(path: Path) -> bool:
+    try:
+        raw.is_streamed(path)
+    except UserError:
+        return False
+    return True
+
+
+def _read(path: Path, column: str, notes: list[str], fields: bool) -> Iterator[Passage]:
+    shown = str(path)
+    names, complete = raw.columns(path, shown)
+    choice = settle(Source(path=shown, text=column), names, "documents")
+    if note := choice.note():
+        notes.append(note)
+    column = choice.source.text
+    if complete and column not in names:
+        raise UserError(absent(shown, column, names))
+    for where, row in raw.read_rows(path, shown):
+        if column not in row:
+            raise UserError(absent(where, column, row))
+        text = row[column]
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{where}: the field '{column}' is text; found {type(text).__name__}")
+        if text and text.strip():
+            number = re.search(r", (?:line|row) (\d+)$", where)
+            own = next((str(row[key]) for key in IDS if row.get(key) is not None), None)
+            yield Passage(text.strip(), shown, int(number[1]) if number else None, own, where, row if fields else None)

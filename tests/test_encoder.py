@@ -1,7 +1,9 @@
 """The public face: vectors that depend on their text alone, exports that others load, adapters that travel."""
 
 import json
+import re
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 import torch
 
 from l2v import Encoder
-from l2v.errors import UserError
+from l2v.errors import Notice, UserError
 from l2v.recipe import Template
+from l2v.recipe.instructions import Instructions
 
 GOLDEN = Path(__file__).parent / "golden"
 TEMPLATE = Template(prefix="spørg: ", suffix="</s>")
@@ -53,6 +56,157 @@ def test_dimensions_cut_before_they_normalise(encoder, sentences):
 def test_dimensions_that_are_none(encoder, dimensions):
     with pytest.raises(UserError, match=f"dimensions is {dimensions}; give a whole number from 1 to 32"):
         encoder.encode("Hunden", dimensions=dimensions)
+
+
+def test_batch_size_bounds_the_texts_of_a_forward(encoder, sentences, monkeypatch):
+    sizes, embed = [], Encoder.embed
+    monkeypatch.setattr(Encoder, "embed", lambda self, batch: sizes.append(len(batch.lengths)) or embed(self, batch))
+    whole = encoder.encode(sentences[:20])
+    assert sizes == [20]
+    np.testing.assert_allclose(encoder.encode(sentences[:20], batch_size=6), whole, atol=1e-6)
+    assert sizes[1:] == [6, 6, 6, 2]
+    encoder.encode(sentences[:20], batch_size=6, batch_tokens=60)  # whichever bound is reached first
+    assert max(sizes[5:]) <= 6 and len(sizes) > 9
+
+
+EMPTY = ["", "Hunden løber.", None, " \n", "En kat."]
+
+
+def test_empty_texts(encoder):
+    full = encoder.encode([EMPTY[1], EMPTY[4]])
+    zeros = encoder.encode(EMPTY, empty="zeros")
+    assert zeros.shape == (5, 32) and not zeros[[0, 2, 3]].any()
+    np.testing.assert_allclose(zeros[[1, 4]], full, atol=1e-6)
+    np.testing.assert_allclose(encoder.encode(EMPTY, empty="skip"), full, atol=1e-6)
+    assert encoder.encode(["", None], empty="zeros").shape == (2, 32) and encoder.encode("", empty="zeros").shape == (
+        32,
+    )
+    assert encoder.encode([" "], empty="skip").shape == encoder.encode([], empty="error").shape == (0, 32)
+
+
+def test_similarity_is_the_cosine(encoder, sentences):
+    a_NE, b_ME = encoder.encode(sentences[:3], normalize=False), encoder.encode(sentences[1:6]) * 7
+    lengths = np.linalg.norm(a_NE, axis=1)[:, None] * np.linalg.norm(b_ME, axis=1)
+    found = encoder.similarity(a_NE, b_ME)
+    assert found.dtype == np.float32 and found.shape == (3, 5) and found[1, 0] == pytest.approx(1, abs=1e-6)
+    np.testing.assert_allclose(found, a_NE @ b_ME.T / lengths, atol=1e-6)
+    assert encoder.similarity(a_NE[0], b_ME[0]).shape == (1, 1)
+    assert not encoder.similarity(np.zeros((1, 32)), b_ME).any()
+    with pytest.raises(UserError, match=r"vectors of one width; found shapes \(3, 32\) and \(5, 31\)"):
+        encoder.similarity(a_NE, b_ME[:, 1:])
+
+
+def test_texts_that_are_cut_are_counted(base, sentences):
+    encoder = Encoder.from_pretrained(base, precision="fp32", length=100)
+    long = " ".join(sentences[:30])
+    with pytest.warns(Notice, match=r"^2 of 3 texts are longer than 100 tokens and were cut; max_length \(") as seen:
+        cut = encoder.encode([long, "kort", long + "!"])
+    assert seen[0].filename == __file__ and encoder.truncated == 2
+    encoder.max_length = 2000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.abs(encoder.encode([long, "kort"]) - cut[:2]).max(axis=1)[0] > 1e-3
+    assert encoder.max_length == 2000
+    for wrong in (0, -3, 2.5, True, "9"):
+        with pytest.raises(UserError, match=f"the length of a text in tokens is {wrong}; give a whole number from 1"):
+            encoder.max_length = wrong
+    with pytest.raises(UserError, match="length of a text in tokens is 0"):
+        Encoder.from_pretrained(base, length=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (
+            lambda e: e.encode(["a", "b", "en halv \udc9d"]),
+            r"text 2 holds half of a surrogate pair ('\udc9d', character 9)",
+        ),
+        (
+            lambda e: e.encode("a", "\ud800 find"),
+            r"the instruction holds half of a surrogate pair ('\ud800', character 1)",
+        ),
+        (lambda e: e.encode(["a", 7.5]), "text 1 is no text; found float"),
+        (lambda e: e.encode(["a", float("nan")], empty="zeros"), "text 1 is no text; found float"),
+        (lambda e: e.encode(8), "encode takes a text or several texts; found int"),
+        (lambda e: e.encode(["a", "b"], ["find", "søg"]), "the instruction is no text; found list"),
+        (lambda e: e.encode(["a", None]), "text 1 is NoneType; an empty text has no embedding"),
+        (lambda e: e.encode(["a"], empty="drop"), "empty is 'drop'; use error, zeros or skip"),
+        (lambda e: e.encode(["a"], batch_size=0), "batch_size is 0; give a whole number from 1"),
+        (lambda e: e.encode(["a"], batch_tokens=-1), "batch_tokens is -1; give a whole number from 1"),
+    ],
+)
+def test_what_is_no_text_is_named(encoder, call, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        call(encoder)
+
+
+ASKED, TOLD = "Find svaret på indlægget:", "Et svar:"
+INSTRUCTED = [
+    (Instructions(), None, None),
+    (Instructions((ASKED,), ("",)), ASKED, None),
+    (Instructions((ASKED,), (TOLD,)), ASKED, TOLD),
+]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, Template()], ids=["template", "bare"])
+@pytest.mark.parametrize(("known", "query", "document"), INSTRUCTED, ids=["none", "query", "both"])
+def test_an_export_knows_the_instructions(base, sentences, tmp_path, template, known, query, document):
+    """For l2v and for sentence-transformers, whose `encode` still has none."""
+    from sentence_transformers import SentenceTransformer
+
+    encoder = Encoder.from_pretrained(base, template=template, precision="fp32")
+    encoder.instructions = known
+    encoder.save(tmp_path / "out")
+    texts = sentences[:6]
+    expected = [encoder.encode(texts, instruction) for instruction in (query, document, None)]
+    assert query is None or np.abs(expected[0] - expected[2]).max() > 1e-3
+    for model in (encoder, Encoder.from_pretrained(tmp_path / "out")):
+        assert model.instructions == known
+        found = model.encode_query(texts), model.encode_document(texts), model.encode(texts)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        np.testing.assert_allclose(model.encode_query(texts, "", batch_size=2), expected[2], atol=1e-6)
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    found = theirs.encode_query(texts), theirs.encode_document(texts), theirs.encode(texts)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_instructions_that_are_not_one(encoder, monkeypatch):
+    several = Instructions(("Find svaret:", "", "Find emnet:"), ("",), ())
+    monkeypatch.setattr(encoder, "instructions", several)
+    says = (
+        "it was trained with 3 query instructions: 'Find svaret:', '', 'Find emnet:'; choose one with instruction=..."
+    )
+    with pytest.raises(UserError, match=re.escape(says)):
+        encoder.encode_query("hund")
+    np.testing.assert_array_equal(encoder.encode_query("hund", "Find emnet:"), encoder.encode("hund", "Find emnet:"))
+    np.testing.assert_array_equal(encoder.encode_document("hund"), encoder.encode("hund"))
+    monkeypatch.setattr(encoder, "instructions", Instructions(by_row=("document",)))
+    with pytest.raises(
+        UserError, match="the rows that it was trained on have their own document instructions; choose one"
+    ):
+        encoder.encode_document("hund")
+
+
+def test_the_instructions_of_a_recipe(tiny_recipe, tmp_path):
+    from l2v.recipe.load import load_recipe
+
+    def found(*sources, stage="supervised", **changes):
+        rows = [{"path": "x.jsonl"} | source for source in sources]
+        file = tiny_recipe(tmp_path, **{"stages.supervised.data": rows} | changes)
+        return Instructions.trained(load_recipe(str(file)), stage)
+
+    asked = "Find den tekst, der besvarer spørgsmålet:"
+    assert found({}) == Instructions(("",), ("",))
+    assert found({"task": "question-da"}, {"task": "question-da", "weight": 2}) == Instructions((asked,), ("",))
+    same = found({"task": "same-topic-da"}, {"document_prompt": "D:"})
+    assert same.query == ("Find en tekst om det samme emne:", "") and same.document == (same.query[0], "D:")
+    rows = {"task": "same-topic-da", "instruction": "spørg"}
+    assert found(rows).by_row == ("document", "query") and found({"document_instruction": "d"}).by_row == ("document",)
+    later = {"stages.simcse.from": "supervised"}
+    assert found({"task": "question-da"}, stage="simcse", **later) == Instructions((asked,), ("",))
+    assert (
+        found({"task": "question-da"}, stage="mntp") == found({"task": "question-da"}, stage="simcse") == Instructions()
+    )
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, Template()], ids=["template", "bare"])

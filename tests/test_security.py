@@ -14,7 +14,6 @@ from l2v.model.load import load_model
 from l2v.model.lora import merge_adapters
 from l2v.recipe import Base
 from l2v.recipe.load import load_recipe
-from l2v.recipe.shipped import recipe_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "l2v").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
@@ -73,22 +72,6 @@ def test_nothing_unpickles():
     assert loads, "the walk found no call at all"
 
 
-def test_remote_code_is_the_recipes_word_alone():
-    """No call says True; where it is said at all, it is handed on from a base or an argument that is False by default."""
-    assert Base("any").trust_remote_code is False
-    said = {keyword(call, "trust_remote_code") for _, _, call in calls()} - {None}
-    assert said == {"base.trust_remote_code", "trust_remote_code"}
-    for file in SOURCES:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.arguments):
-                names = [a.arg for a in [*node.args, *node.kwonlyargs]]
-                if "trust_remote_code" in names:
-                    defaults = dict(zip(names[::-1], [*node.defaults, *node.kw_defaults][::-1], strict=False))
-                    assert ast.unparse(defaults["trust_remote_code"]) == "False", file
-    for recipe in recipe_folder().glob("*.yaml"):
-        assert load_recipe(str(recipe)).base.trust_remote_code is False
-
-
 def test_a_pickled_adapter_is_refused(tmp_path, tiny_config, bomb):
     base = Base("tiny", init="random", config=tiny_config, precision="fp32")
     inner = load_model(base, head=False, dtype=torch.float32).base_model
@@ -122,17 +105,6 @@ def test_a_pickled_base_beside_safetensors_is_not_read(tmp_path, tiny_config, bo
     LlamaForCausalLM(LlamaConfig(**tiny_config)).save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(bomb)))
     load_model(Base(str(tmp_path / "base")), head=False, dtype=torch.float32)
-    assert not bomb.exists()
-
-
-def test_code_beside_a_base_does_not_run(tmp_path, tiny_config, bomb):
-    folder = tmp_path / "base"
-    folder.mkdir()
-    auto = {"auto_map": {"AutoConfig": "code.C", "AutoModel": "code.M"}, "model_type": "of-its-own"}
-    (folder / "config.json").write_text(json.dumps(tiny_config | auto))
-    (folder / "code.py").write_text(f"open({str(bomb)!r}, 'w')\n")
-    with pytest.raises(UserError):
-        load_model(Base(str(folder)), head=False, dtype=torch.float32)
     assert not bomb.exists()
 
 

@@ -9,12 +9,14 @@ from l2v.commands.parser import add_loading, new_parser
 from l2v.errors import RecipeError
 from l2v.mining.arguments import add_source
 from l2v.mining.mine import MAX_NEGATIVES, mine_negatives
+from l2v.runs.names import check_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Mine hard negatives: candidates by an encoder and BM25, without those that may themselves be answers."""
     args = parser().parse_intermixed_args(argv)
     _check(args)
+    check_model(args.encoder)
     mine_negatives(args)
     return 0
 

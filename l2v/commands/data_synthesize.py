@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from l2v.commands.parser import add_loading, new_parser
 from l2v.errors import RecipeError
 from l2v.mining.arguments import add_source
+from l2v.runs.names import check_model
 from l2v.synthesis.synthesize import synthesize
 from l2v.synthesis.wording import STYLES
 
@@ -16,6 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Let a language model write Danish queries for passages, and keep those that find their passage."""
     args = parser().parse_intermixed_args(argv)
     _check(args)
+    if args.filter not in ("bm25", "none"):
+        check_model(args.filter)
     print(synthesize(args))
     return 0
 

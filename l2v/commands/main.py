@@ -8,10 +8,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from l2v import __version__
 from l2v.commands.parser import dispatcher_help
-from l2v.errors import UserError
+from l2v.errors import Notice, UserError
 
 COMMANDS = {
     "init": ("l2v.commands.init", "write a commented recipe for your own data"),
@@ -32,6 +33,9 @@ COMMANDS = {
 }
 
 
+_python_format = warnings.formatwarning
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatch to a subcommand; a user error is one sentence and an exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -45,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"l2v: unknown command '{argv[0]}'; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     quiet_libraries(bars=argv[0] == "push")
+    warnings.formatwarning = _format
     try:
         return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
     except UserError as error:
@@ -75,6 +80,11 @@ def quiet_libraries(bars: bool = False) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not any(Path("/dev").glob("nvidia*")):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
+
+
+def _format(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+    """A `Notice` is one line for the user; other warnings keep their form, with file and line."""
+    return f"l2v: {message}\n" if issubclass(category, Notice) else _python_format(message, category, *place, **line)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,107 @@
-"""`l2v search RUN "tekst"`: semantic search from the shell."""
+"""`l2v search MODEL ["tekst"]`: semantic search from the shell."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from l2v.commands.parser import new_parser
+from l2v.commands.parser import add_loading, new_parser
 from l2v.errors import UserError
-from l2v.search import nearest, read_corpus
+from l2v.runs.names import check_model
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from l2v.search import Hit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Find the texts nearest to a query; vectors of a corpus are kept next to the run for the next search."""
+    """Find the texts nearest to queries; vectors of a corpus are kept next to the run for the next search."""
     args = parser().parse_intermixed_args(argv)
-    if not args.query.strip():
+    if args.query is not None and not args.query.strip():
         raise UserError("the query is empty; give a text to search for")
     if args.top < 1:
         raise UserError(f"--top is {args.top}; show at least 1")
+    check_model(args.model)
+    # Imported here: a mistyped name is answered before torch and transformers are loaded, which takes seconds.
+    from rich.console import Console
+
+    from l2v.search import Searcher, read_corpus
+
     notes: list[str] = []
-    texts = read_corpus(args.texts, args.column, notes)
+    passages = read_corpus(args.texts, args.column, notes, fields=args.json)
+    _say(notes)
+    searcher = Searcher(
+        args.model, passages, instruction=args.instruction, precision=args.precision,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    _say(searcher.notes)
+    asked = sys.stdin.isatty() if args.query is None else False
+    console = Console(soft_wrap=True)
+    queries = [args.query] if args.query is not None else _asked() if asked else _lines()
+    for query in queries:
+        try:
+            hits = searcher.find(query, args.top)
+        except UserError as error:
+            if not asked:
+                raise
+            _say([f"l2v: {error}"])  # the next query may be right
+            continue
+        if args.json:
+            for rank, hit in enumerate(hits, 1):
+                print(json.dumps({"query": query, "rank": rank} | hit.as_json(), ensure_ascii=False, default=str))
+        else:
+            _show(console, None if asked or args.query is not None else query, hits)
+        sys.stdout.flush()
+    if args.query is not None:
+        texts = f" --texts {shlex.quote(args.texts)}" if args.texts else ""
+        again = f"l2v search {shlex.quote(args.model)}{texts}"
+        _say([f"next: {again} asks for queries and keeps the model loaded; --json prints hits for programs"])
+    return 0
+
+
+def _say(notes: list[str]) -> None:
     for note in notes:
         print(note, file=sys.stderr)
-    console = Console(soft_wrap=True)
-    for score, text in nearest(args.run, args.query, texts, instruction=args.instruction, top=args.top):
-        console.print(f"{score:.3f}  {text}", highlight=False, markup=False)
-    return 0
+
+
+def _show(console: Console, query: str | None, hits: list[Hit]) -> None:
+    """Two lines a hit: score and text, then its place. query: as a heading."""
+    if query is not None:
+        console.print(f"> {query}", highlight=False, markup=False)
+    for hit in hits:
+        passage = hit.passage
+        own = f", id {passage.id}" if passage.id is not None and passage.row is not None else ""
+        console.print(f"{hit.score:.3f}  {' '.join(passage.text.split())}", highlight=False, markup=False)
+        console.print(f"       {passage.where}{own}", highlight=False, markup=False, style="dim")
+
+
+def _asked() -> Iterator[str]:
+    """Queries typed at a prompt, until an empty line or the end of input."""
+    while True:
+        try:
+            print("query (an empty line ends): ", end="", file=sys.stderr, flush=True)
+            query = input().strip()
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        if not query:
+            return
+        yield query
+
+
+def _lines() -> Iterator[str]:
+    """A query on each line of the standard input; blank lines are skipped."""
+    try:
+        for line in sys.stdin:
+            if line.strip():
+                yield line.strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the queries of the standard input are not UTF-8: {error}") from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,18 +109,24 @@ def parser() -> argparse.ArgumentParser:
     p = new_parser(
         "search", "Find the texts nearest to a query; the vectors of a corpus are kept next to the run.",
         'runs/smollm2-135m-da "hvordan slipper jeg af med lus"', 'my-encoder "feriedage" --texts texts.txt --top 5',
+        "my-encoder --texts faq.csv --json > hits.jsonl",
     )  # fmt: skip
-    p.add_argument("run", metavar="MODEL", help="a run, a stage of it, an export or a base")
-    p.add_argument("query", metavar="QUERY", help="what to look for")
+    p.add_argument("model", metavar="MODEL", help="a run, a stage of it, an export or a base")
+    p.add_argument(
+        "query", metavar="QUERY", nargs="?",
+        help="what to look for; without it, queries are asked for, or read from a pipe, one a line",
+    )  # fmt: skip
     p.add_argument(
         "--texts",
         metavar="FILE",
-        help="CSV, JSONL, Parquet or text file to search (default: the passages of the Danish sample)",
+        help="CSV, TSV, JSONL, Parquet or text file to search, a folder of them, or hub:NAME (default: the Danish sample)",
     )
     p.add_argument(
         "--column", default="text", metavar="COLUMN",
         help="the field that holds the text (default: text, or a common name like it)",
     )  # fmt: skip
-    p.add_argument("--instruction", metavar="TEXT", help="instruction before the query")
+    p.add_argument("--instruction", metavar="TEXT", help="instruction before the query (default: that of the training)")
     p.add_argument("--top", type=int, default=3, metavar="N", help="how many to show (default: 3)")
+    p.add_argument("--json", action="store_true", help="one JSON object a hit: score, file, row, id, text, all fields")
+    add_loading(p)
     return p

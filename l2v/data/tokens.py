@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from l2v.errors import RecipeError, UserError, first_line
 from l2v.recipe import Template
@@ -29,7 +30,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:
         if needs_code(error):
-            raise UserError(code_refused(path, error)) from None
+            auto_map = get_tokenizer_config(path, revision=revision).get("auto_map")
+            raise UserError(code_refused(path, auto_map if isinstance(auto_map, dict) else None)) from None
         raise UserError(f"{path}: no tokenizer can be loaded: {first_line(error)}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{path}: its tokenizer has no fast version; convert it to a tokenizer.json first")

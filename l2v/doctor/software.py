@@ -148,6 +148,7 @@ def backends(report: Report) -> Rows:
     from l2v.model.load import AUTO_PRECISION, cpu_multiplies_bf16, dtype_of
 
     auto = f"auto is {str(dtype_of('auto')).removeprefix('torch.')}"
+    auto += " in training"
     auto += f" (by {AUTO_PRECISION})" if AUTO_PRECISION in os.environ else ""
     in_hardware = capability >= (8, 0) if capability else cpu_multiplies_bf16()
     rows["precision: bf16"] = (in_hardware, ("" if in_hardware else "slow, not in hardware; ") + auto)

@@ -16,8 +16,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 from tqdm import tqdm
 
-from l2v.encoder import Encoder
-from l2v.errors import UserError
+from l2v.encoder import Encoder, nonempty
 from l2v.evaluation.pool import EncoderPool, by_length
 from l2v.evaluation.prompts import Prompts
 
@@ -43,7 +42,7 @@ class MtebEncoder(AbsEncoder):
     """mteb's EncoderProtocol around an encoder.
 
     Vectors are not normalised unless asked (as for the published LLM2Vec rows; it matters to a linear classifier but not
-    to cosines). A text of white space only gets a vector of zeros; `empty` counts them. With `processes` above 1, one
+    to cosines). An empty text, or None, gets a vector of zeros; `empty` counts them. With `processes` above 1, one
     process per GPU encodes pieces of texts of similar length.
     """
 
@@ -79,12 +78,12 @@ class MtebEncoder(AbsEncoder):
         instruction = self.prompts.instruction(task_metadata, prompt_type.value if prompt_type else None)
         return self.vectors(texts, instruction)
 
-    def vectors(self, texts: Sequence[str], instruction: str | None = None) -> np.ndarray:
-        """float32 [texts, dimension]; zeros for an empty text."""
-        full = [at for at, text in enumerate(texts) if text and text.strip()]
+    def vectors(self, texts: Sequence[str | None], instruction: str | None = None) -> np.ndarray:
+        """float32 [texts, dimension]; zeros for an empty text or None, also where all are."""
+        full = nonempty(texts, "zeros")
         self.empty += len(texts) - len(full)
         options = {"instruction": instruction, "normalize": self.normalize, "batch_tokens": self.batch_tokens}
-        chosen = [texts[at] for at in full]
+        chosen = [text for at in full if (text := texts[at])]
         out: np.ndarray | None = None
         # None: only on a terminal. sys.__stderr__: mteb's own bars are kept off sys.stderr.
         with tqdm(
@@ -96,8 +95,7 @@ class MtebEncoder(AbsEncoder):
                     out = np.zeros((len(texts), vectors.shape[1]), dtype=np.float32)
                 out[[full[at] for at in piece]] = vectors
                 bar.update(len(piece))
-        if out is None:
-            raise UserError(f"{self.name}: none of {len(texts)} texts has a word in it")
+        assert out is not None  # by_length gives at least one piece, also of no text, which has the width
         return out
 
     def _encoded(

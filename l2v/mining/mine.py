@@ -196,9 +196,7 @@ def mine_negatives(args: argparse.Namespace) -> None:
     out = check_out(args.out)
     source = source_of(args.data, args)
     pairs = read(source, Source(args.corpus, text=args.corpus_column) if args.corpus else None)
-    encoder = Encoder.from_pretrained(
-        args.encoder, precision=args.precision, trust_remote_code=args.trust_remote_code
-    )
+    encoder = Encoder.from_pretrained(args.encoder, precision=args.precision, trust_remote_code=args.trust_remote_code)
     device = next(encoder.model.parameters()).device
     key = encoder_key(encoder)
     queries = pairs.rows["query"][:]

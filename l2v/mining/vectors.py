@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from l2v.encoder import Encoder
+from l2v.errors import Notice
 from l2v.files import replace_text
 from l2v.mining.shards import writing
 
@@ -45,7 +47,9 @@ def vectors(
     path = folder / f"{what}-{digest.hexdigest()[:16]}.npy"
     mark = path.with_suffix(".done")
     shape = (len(texts), encoder.dimension)
-    with writing(path):
+    before = encoder.truncated
+    with writing(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)  # one for every block; counted below
         folder.mkdir(parents=True, exist_ok=True)
         done = int(mark.read_text()) if mark.is_file() and path.is_file() else 0
         out = np.lib.format.open_memmap(
@@ -63,4 +67,10 @@ def vectors(
                 out.flush()
                 replace_text(mark, str(end))
                 bar.update(end - begin)
+    if cut := encoder.truncated - before:
+        warnings.warn(
+            f"{cut:,} of {len(texts):,} {what} are longer than {encoder.max_length} tokens and were cut",
+            Notice,
+            stacklevel=2,
+        )
     return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -15,14 +15,19 @@ from transformers import PreTrainedTokenizerBase
 
 from l2v.data.tokens import TextTokenizer
 from l2v.errors import UserError
+from l2v.files import follow_umask
+from l2v.model.load import quiet_transformers
 from l2v.model.packed import PackedDecoder
 from l2v.recipe import Template
+from l2v.recipe.instructions import SIDES, Instructions
 
 ENCODER_FILE = "l2v_encoder.json"
 POOLING_MODES = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lasttoken", "first": "cls"}
 
 
-def export(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any]) -> None:
+def export(
+    model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any], instructions: Instructions
+) -> None:
     """Write `folder` completely or not at all; an existing folder is replaced only if it is an export of l2v.
 
     Raises:
@@ -36,8 +41,8 @@ def export(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: di
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     try:
-        _write(model, texts, partial, lineage)
-        partial.chmod(0o755)
+        _write(model, texts, partial, lineage, instructions)
+        follow_umask(partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -47,12 +52,15 @@ def export(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: di
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any]) -> None:
+def _write(
+    model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any], instructions: Instructions
+) -> None:
     decoder = model.decoder
     implementation = decoder.config._attn_implementation
     decoder.config._attn_implementation = "sdpa"  # the saved config must not name an implementation that only l2v has
     try:
-        decoder.save_pretrained(folder)
+        with quiet_transformers():
+            decoder.save_pretrained(folder)
     finally:
         decoder.config._attn_implementation = implementation
     tokenizer, template = _tokenizer_that_frames(texts)
@@ -69,12 +77,7 @@ def _write(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: di
     ]
     width = decoder.config.get_text_config().hidden_size
     pooling = {"embedding_dimension": width, "pooling_mode": POOLING_MODES[model.pooling], "include_prompt": False}
-    prompts = {"query": header, "document": header}
-    settings = {
-        "prompts": prompts,
-        "default_prompt_name": "document" if header else None,
-        "similarity_fn_name": "cosine",
-    }
+    settings = _prompts(template, instructions, model.pooling) | {"similarity_fn_name": "cosine"}
     _json(folder / "modules.json", modules)
     _json(folder / "1_Pooling" / "config.json", pooling)
     (folder / "2_Normalize").mkdir()
@@ -88,9 +91,26 @@ def _write(model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: di
             "attention": "causal" if model.causal else "bidirectional",
             "length": texts.length,
             "precision": "bf16" if "bfloat16" in str(decoder.dtype) else "fp32",
+            "instructions": asdict(instructions),
             "lineage": lineage,
         },
     )
+
+
+def _prompts(template: Template, instructions: Instructions, pooling: str) -> dict[str, Any]:
+    """The prompts of sentence-transformers: `encode` has none but the template's header, as `Encoder.encode`.
+
+    Its `encode_query` and `encode_document` add the instruction of the training, if there is one. It weights tokens by their
+    place behind the prompt, so a pooling by place has no prompt.
+    """
+    header, prompts = template.prefix, {}
+    for side in SIDES:
+        known = pooling in ("mean", "last") and instructions.unclear(side) is None
+        instruction = instructions.one(side) if known else None
+        prompts[side] = header + (template.instruction.format(instruction=instruction) if instruction else "")
+    if prompts["document"] == header:
+        return {"prompts": prompts, "default_prompt_name": "document" if header else None}
+    return {"prompts": prompts | {"plain": header}, "default_prompt_name": "plain" if header else None}
 
 
 def _tokenizer_that_frames(texts: TextTokenizer) -> tuple[PreTrainedTokenizerBase, Template]:

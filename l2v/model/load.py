@@ -88,13 +88,17 @@ def load_config(base: Base, *, trust_remote_code: bool = False) -> PretrainedCon
             raise
         except Exception as error:
             if needs_code(error):
-                raise UserError(code_refused(base.model, error)) from None
+                found, _ = PretrainedConfig.get_config_dict(resolve(base.model), revision=base.revision)
+                raise UserError(code_refused(base.model, found.get("auto_map"))) from None
             raise UserError(
                 f"the base '{base.model}' was not found: {first_line(error)} (give a folder or a hub name; "
                 "base.init=random builds its shape without weights)"
             ) from None
-    if base.trust_remote_code and not trust_remote_code and getattr(config, "auto_map", None):
-        raise UserError(code_refused(base.model))  # transformers would take its own class of that type, silently
+    auto_map = getattr(config, "auto_map", None)
+    if (
+        base.trust_remote_code and not trust_remote_code and auto_map
+    ):  # transformers would silently take a class of its own
+        raise UserError(code_refused(base.model, auto_map))
     for key, value in base.overrides.items():
         if not hasattr(config, key):
             raise RecipeError(f"base.overrides.{key}: the configuration of '{base.model}' has no such key")
@@ -124,17 +128,23 @@ def load_model(
 
 @contextlib.contextmanager
 def quiet_transformers():
-    """Hide what libraries print while they load: the load report (without the head it lists expected differences as
-    UNEXPECTED), progress bars, and deprecations that PEFT, not the user, has to follow.
+    """Hide what libraries print while they load and save: the load report (without the head it lists expected differences as
+    UNEXPECTED), progress bars, deprecations that PEFT and not the user has to follow, and that DeepSpeed, which they import
+    wherever it is installed, found no accelerator.
     """
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    accelerator = "DS_ACCELERATOR" in os.environ or torch.accelerator.is_available()
+    if not accelerator:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # what it takes anyway; it keeps it from its import on
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
+        if not accelerator:
+            del os.environ["DS_ACCELERATOR"]
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
@@ -170,7 +180,7 @@ def _load(
         raise
     except Exception as error:
         if needs_code(error):
-            raise UserError(code_refused(base.model, error)) from None
+            raise UserError(code_refused(base.model, getattr(config, "auto_map", None))) from None
         raise UserError(f"the base '{base.model}' cannot be loaded: {first_line(error)}") from None
 
 

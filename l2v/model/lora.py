@@ -15,6 +15,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from l2v.errors import RecipeError, UserError, first_line
+from l2v.files import follow_umask
+from l2v.model.hub import is_repository_name, why_missing
+from l2v.model.load import quiet_transformers
 from l2v.recipe import Lora
 
 WEIGHTS = "adapter_model.safetensors"
@@ -37,7 +40,8 @@ def add_lora(inner: PreTrainedModel, lora: Lora, *, base_name: str, seed: int) -
         task_type=None,
     )
     try:
-        model = get_peft_model(inner, config, autocast_adapter_dtype=False)
+        with quiet_transformers():
+            model = get_peft_model(inner, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise RecipeError(f"lora.targets {lora.targets}: {first_line(error)}") from None
     model.peft_config["default"].base_model_name_or_path = base_name
@@ -58,6 +62,7 @@ def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], folder: Pat
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
     save_file(plain, folder / WEIGHTS, metadata={"format": "pt"})
+    follow_umask(folder / WEIGHTS)
     config = model.peft_config["default"]
     was, config.inference_mode = config.inference_mode, True
     try:
@@ -87,10 +92,11 @@ def merge_adapters(inner: PreTrainedModel, adapters: list[str]) -> PreTrainedMod
             raise UserError(f"{adapter}: DoRA adapters cannot be summed; merge it with PEFT and use the result as base")
         _check_keys(folder, adapter, inner)
         try:
-            if model is None:
-                model = PeftModel.from_pretrained(inner, folder, adapter_name="a0", autocast_adapter_dtype=True)
-            else:
-                model.load_adapter(folder, adapter_name=f"a{index}", autocast_adapter_dtype=True)
+            with quiet_transformers():
+                if model is None:
+                    model = PeftModel.from_pretrained(inner, folder, adapter_name="a0", autocast_adapter_dtype=True)
+                else:
+                    model.load_adapter(folder, adapter_name=f"a{index}", autocast_adapter_dtype=True)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{adapter}: does not fit this base: {first_line(error)}") from None
     assert model is not None
@@ -120,6 +126,9 @@ def adapter_folder(adapter: str) -> str:
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise UserError(f"{adapter}: no adapter_config.json in that folder; give the folder of a PEFT adapter")
         return adapter
+    why = why_missing(adapter, "adapter_config.json") if is_repository_name(adapter) else "no such folder"
+    if why:
+        raise UserError(f"the adapter '{adapter}' is neither a folder nor on the hub: {why}")
     from huggingface_hub import snapshot_download
 
     try:

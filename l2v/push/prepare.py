@@ -22,7 +22,14 @@ _PAPERS = ("LICENSE*", "LICENCE*", "USE_POLICY*")
 
 
 def make_model(
-    model: Model, folder: Path, repo: str, licence: Licence, *, base: str, adapter: bool, trust_remote_code: bool = False
+    model: Model,
+    folder: Path,
+    repo: str,
+    licence: Licence,
+    *,
+    base: str,
+    adapter: bool,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write an encoder or its adapters into `folder`, with card, notice, and the base's licence if the base is a folder.
 

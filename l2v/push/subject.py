@@ -12,6 +12,7 @@ from l2v.model.embedded import SMOLLM2
 from l2v.model.export import ENCODER_FILE
 from l2v.runs.facts import StageFacts, read_json, read_results, read_run
 from l2v.runs.folder import is_stage, stage_folders
+from l2v.runs.names import near
 
 HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
@@ -73,7 +74,8 @@ def find(source: Path, results: Path | None) -> Model | Dataset | Ready:
         UserError: if it cannot be pushed.
     """
     if not source.is_dir():
-        raise UserError(f"{source}: no such folder; give a run, a stage of it, an export or a data set that l2v built")
+        remedy = "give a run, a stage of it, an export or a data set that l2v built"
+        raise UserError(f"{source}: no such folder{near(str(source), remedy)}")
     if (source / ENCODER_FILE).is_file():
         return Ready(source.name, source) if (source / "README.md").is_file() else _export(source, results)
     if is_stage(source):

@@ -145,7 +145,7 @@ def _head(name: str, base: str, data: OwnData) -> str:
 
 def _base(name: str, known: Base | None, sizes: Sizes) -> str:
     out = "\nbase:\n" + _line("model", quoted(name), "a folder or a hub name", 2)
-    out += _line("precision", "auto", "auto | bf16 | fp32; auto is bf16 where the hardware multiplies it", 2)
+    out += _line("precision", "auto", "auto | bf16 | fp32; auto trains in bf16 where the hardware multiplies it", 2)
     if known and (known.template.prefix or known.template.suffix):
         out += _line("template", "", "what stands around a text; only text and suffix are pooled", 2)
         for key in ("prefix", "suffix"):

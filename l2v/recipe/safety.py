@@ -17,7 +17,6 @@ TOKEN_KEYS = {
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 LOGIN = re.compile(r"://[^/@\s]+@")
 BY_HAND = "command line"
-UPSTREAM = re.compile(r"custom code contained in (\S+) which")
 
 
 def refuse_secret(override: str) -> None:
@@ -70,10 +69,10 @@ def refuse_code(tree: Any) -> None:
         RecipeError: if a file says it.
     """
     base = tree.value.get("base") if isinstance(tree.value, dict) else None
-    node = base.value.get("trust_remote_code") if base is not None and isinstance(base.value, dict) else None
+    keys = base.value if base is not None and isinstance(base.value, dict) else {}
+    node, model = keys.get("trust_remote_code"), keys.get("model")
     if node is None or node.value is not True or node.where.startswith(BY_HAND):
         return
-    model = base.value.get("model")
     raise RecipeError(
         f"{node.where}: base.trust_remote_code: true would run the code that comes with "
         f"'{model.value if model else '?'}', and a file cannot allow that; read the code, then add "
@@ -81,15 +80,16 @@ def refuse_code(tree: Any) -> None:
     )
 
 
-def code_refused(model: str, error: BaseException | None = None) -> str:
+def code_refused(model: str, auto_map: Any) -> str:
     """The sentence on a model that needs code of a repository, which nobody allowed to run.
 
-    error: what transformers raised; it names the repository where that is another one than the model's.
+    auto_map: of its configuration: classes as `file.Class`, or `repository--file.Class` of another repository.
     """
-    found = UPSTREAM.search(str(error)) if error else None
-    source = found[1] if found else model
+    classes = [name for entry in (auto_map or {}).values() for name in (entry if isinstance(entry, list) else [entry])]
+    sources = dict.fromkeys(name.split("--")[0] if "--" in name else model for name in classes if name) or {model: None}
+    named = " and ".join(f"'{source}'" for source in sources)
     return (
-        f"'{model}' needs the code that comes with '{source}', and l2v does not run it unasked; read it, then allow it with "
+        f"'{model}' needs the code that comes with {named}, and l2v does not run it unasked; read it, then allow it with "
         "--trust-remote-code (in Python: trust_remote_code=True; for l2v train: base.trust_remote_code=true)"
     )
 

@@ -14,6 +14,7 @@ from l2v.recipe import Recipe
 from l2v.recipe.load import to_dict
 from l2v.runs.folder import ADAPTER, STAGE_FILE, stage_folders, stage_recipe
 from l2v.runs.metrics import read_metrics
+from l2v.runs.names import near
 
 
 @dataclass
@@ -83,6 +84,9 @@ def read_run(folder: Path, results: Path | None = None) -> RunFacts:
         UserError: if the folder is not a run, or one of its files is damaged.
     """
     stages = stage_folders(folder)
+    if not stages and not folder.exists():
+        hint = near(str(folder), "give the folder that 'l2v train' wrote")
+        raise UserError(f"{folder}: not a run of l2v: no such folder{hint}")
     if not stages:
         raise UserError(
             f"{folder}: not a run of l2v (no STAGE/{STAGE_FILE} below it); give the folder that 'l2v train' wrote"

@@ -11,6 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, constants
 from support.build_cases import configure, danish, make, source, write_lines
@@ -31,7 +32,6 @@ KNOWN = ("--license", "apache-2.0", "--base-model", "nogen/lille")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_recipe):
     """A run whose base is a folder that others can load, with scores."""
-    import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("push")
@@ -117,7 +117,7 @@ def test_the_card_says_what_the_files_say(run, tmp_path, capsys):
 
 
 def test_adapters_alone_give_the_same_vectors(run, hub, tmp_path, monkeypatch, auto_precision):
-    """On either kind of processor: the card leaves the precision to the machine, so the run is encoded in that too."""
+    """On either kind of processor: the recipe states its precision, so the card states it too."""
     assert cli.main(["push", str(run), "mig/adaptere", "--adapter-only", *KNOWN]) == 0
     for name, data in hub.repos["model", "mig/adaptere"].items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -132,9 +132,10 @@ def test_adapters_alone_give_the_same_vectors(run, hub, tmp_path, monkeypatch, a
     space = {}
     exec(code.replace('"nogen/lille"', repr(base)), space)  # the card's own words, with the base that is here
     texts = ["Hvor ligger Skagen?", "Skagen er Danmarks nordligste by."]
-    ours = Encoder.from_pretrained(run, precision="auto")
+    assert '    precision="fp32",\n)\n' in code
+    ours = Encoder.from_pretrained(run)
     np.testing.assert_allclose(space["vectors"], ours.encode(texts), atol=1e-6)
-    assert space["encoder"].model.decoder.dtype == ours.model.decoder.dtype == auto_precision
+    assert space["encoder"].model.decoder.dtype == ours.model.decoder.dtype == torch.float32
     assert isinstance(space["encoder"].tokenizer.template, Template)
 
 

@@ -1,0 +1,126 @@
+"""What a name refers to: a run, a stage, an export, an adapter or a base, with all that decides its vectors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from l2v.errors import UserError
+from l2v.model.embedded import SMOLLM2
+from l2v.model.export import ENCODER_FILE
+from l2v.model.lora import LINEAGE, adapter_folder, describe_adapter
+from l2v.recipe import Base, Template
+from l2v.recipe.instructions import Instructions
+from l2v.runs.folder import ADAPTER, is_stage, is_trained, stage_folders, stage_recipe, trained_stages
+from l2v.runs.names import find_model
+
+
+@dataclass
+class Found:
+    """What a name refers to.
+
+    adapters: merged into the base, in order. length: tokens of a text, None if nothing says it. note: a sentence for the
+    user on what was chosen.
+    """
+
+    base: Base
+    adapters: list[str] = field(default_factory=list)
+    length: int | None = None
+    instructions: Instructions = field(default_factory=Instructions)
+    note: str | None = None
+
+
+def find(name: str) -> Found:
+    """What a name refers to; the base is checked to exist.
+
+    Raises:
+        UserError: it does not exist, is not trained yet, or one of its files is damaged.
+    """
+    found = _find(name)
+    base = found.base
+    if base.init != "random" and base.model != name:
+        try:
+            find_model(base.model, revision=base.revision)
+        except UserError as error:
+            raise UserError(f"the base of {name}: {error}") from None
+    return found
+
+
+def _find(name: str) -> Found:
+    folder = Path(name)
+    if (folder / ENCODER_FILE).is_file():
+        return _export(folder, name)
+    if is_stage(folder):
+        return _stage(folder)
+    if stage_folders(folder):
+        return _run(folder)
+    if (folder / "adapter_config.json").is_file():
+        return _adapter(folder)
+    find_model(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{name}: neither a model, an adapter nor a run of l2v")
+    return Found(Base(model=name, **_known(name)))
+
+
+def _known(model: str) -> dict[str, Any]:
+    if model == SMOLLM2:
+        return {"template": Template(prefix="<|im_start|>user\n", suffix="<|im_end|>")}
+    return {}
+
+
+def _export(folder: Path, name: str) -> Found:
+    try:
+        facts = json.loads((folder / ENCODER_FILE).read_text(encoding="utf-8"))
+        base = Base(model=name, template=Template(**facts["template"]), pooling=facts["pooling"])
+        base.attention, base.precision = facts["attention"], facts["precision"]
+        instructions = Instructions.of_json(facts.get("instructions", {}))
+        return Found(base, length=facts["length"], instructions=instructions)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / ENCODER_FILE}: damaged; export again with 'l2v export'") from None
+
+
+def _run(folder: Path) -> Found:
+    trained = trained_stages(folder)
+    name, recipe = list(trained.items())[-1]
+    found = _stage(folder / name)
+    left = [stage for stage in recipe.order() if stage not in trained]
+    if left:
+        found.note = f"{folder}: its stage '{name}' is used; not trained yet: {', '.join(left)} (l2v train resumes)"
+    return found
+
+
+def _stage(folder: Path) -> Found:
+    adapter = folder / ADAPTER
+    if not is_trained(folder):
+        raise UserError(f"{folder}: the stage is not fully trained yet; run 'l2v train' again to continue it")
+    recipe = stage_recipe(folder)
+    instructions = Instructions.trained(recipe, folder.name)
+    return Found(recipe.base, [*_lineage(adapter), str(adapter)], recipe.stages[folder.name].length, instructions)
+
+
+def _adapter(folder: Path) -> Found:
+    if is_stage(folder.parent):
+        return _stage(folder.parent)
+    name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{folder}: its adapter_config.json names no base; give the base first and adapters=[...]")
+    return Found(Base(model=name, **_known(name)), [*_lineage(folder), str(folder)])
+
+
+def _lineage(adapter: Path) -> list[str]:
+    """The adapters that this one was trained on, looked up next to it first, because the run may have been moved."""
+    file = adapter / LINEAGE
+    if not file.is_file():
+        return []
+    out = []
+    for entry in json.loads(file.read_text(encoding="utf-8"))["merged"]:
+        same_run = adapter.parent.parent / entry.get("stage", "") / ADAPTER
+        path = str(same_run) if "stage" in entry and same_run.is_dir() else entry["adapter"]
+        if describe_adapter(adapter_folder(path))["sha256"] != entry["sha256"]:
+            raise UserError(
+                f"{path}: not the adapter that {adapter} was trained on (its hash differs); restore or retrain it"
+            )
+        out.append(path)
+    return out
