@@ -27,7 +27,7 @@ TRAINING = (
     "peft.utils.transformers_weight_conversion", "torch._dynamo.testing", "torch._inductor.compile_fx",
     "torch.utils.tensorboard",
 )  # fmt: skip
-KERNELS = ("torch", "triton.language", "torch.testing")
+KERNELS = ("torch", "triton.language", "torch.testing", "pytest", "hypothesis.strategies")
 _servers: dict[tuple, "Server"] = {}
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+import support.interpreter  # noqa: F401 (it patches Triton's interpreter)
 from l2v.batch import Segment, pack
 from l2v.model.load import inner_model, load_model
 from l2v.model.lora import add_lora
