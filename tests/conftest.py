@@ -1,7 +1,6 @@
 import importlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -200,26 +199,10 @@ def cli_environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def run_cli(cli_environment, tmp_path):
-    """run_cli(*args, processes=1, expect=0): `python -m l2v.train` to its end; stdout holds both streams."""
-
-    def run(*args: object, processes: int = 1, expect: int = 0, timeout: float = 600) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "l2v.train", *map(str, args), "--processes", str(processes)]
-        done = subprocess.run(
-            command, env=cli_environment, cwd=tmp_path, text=True, timeout=timeout,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        assert done.returncode == expect, f"exit code {done.returncode}, expected {expect}:\n{done.stdout}"
-        return done
-
-    return run
-
-
-@pytest.fixture
 def run_here(monkeypatch, capfd, tmp_path):
     """run_here(*args, expect=0) -> its output: the program as the one rank of a launcher, inside this process.
 
-    Twenty seconds faster than `run_cli`, which starts two launchers and a trainer.
+    Twenty seconds faster than `python -m l2v.train`, which starts two launchers and a trainer.
     """
     from l2v.train import main
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.processes import finish, start_ranks
 
 from l2v.training import checkpoint
 
@@ -252,10 +253,10 @@ def test_an_interrupt_before_the_first_step(run_here, recipe, tmp_path, monkeypa
     assert_refused(output, "stopped before the first step; nothing has changed")
 
 
-def test_the_launcher_passes_one_sentence_and_the_exit_code_on(run_cli, recipe, tmp_path):
-    done = run_cli(recipe(**{"base.mask_token": "to ord"}), processes=2, expect=2)
-    assert_refused(done.stdout, "base.mask_token 'to ord' is", run=tmp_path / "run")
-    assert "[ERROR]" not in done.stdout, "deepspeed's own line below the sentence"
+def test_two_ranks_say_one_sentence_and_end_with_the_same_exit_code(recipe, tmp_path):
+    """Which the launcher passes on: training/test_launcher.py."""
+    said = finish(start_ranks([[recipe(**{"base.mask_token": "to ord"})]] * 2), expect=2)
+    assert_refused("".join(said), "base.mask_token 'to ord' is", run=tmp_path / "run")
 
 
 def wait_for_rows(metrics: Path, rows: int, process: subprocess.Popen) -> None:
@@ -268,10 +269,11 @@ def wait_for_rows(metrics: Path, rows: int, process: subprocess.Popen) -> None:
 
 
 def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(recipe, run_here, cli_environment, tmp_path):
+    """Two ranks under the launcher that `l2v train` starts; one goes on."""
     path, run = recipe(**{"stages.mntp.steps": 150}), tmp_path / "run" / "mntp"
     log = tmp_path / "log.txt"
     with open(log, "w") as output:
-        command = [sys.executable, "-m", "l2v.train", str(path), "--stage", "mntp", "--processes", "1"]
+        command = [sys.executable, "-m", "l2v.train", str(path), "--stage", "mntp", "--processes", "2"]
         process = subprocess.Popen(
             command, env=cli_environment, stdout=output, stderr=subprocess.STDOUT, cwd=tmp_path, start_new_session=True
         )

@@ -2,8 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
+from support.forked import start
+from support.processes import training_environment
 
 from l2v.commands import tune as tune_command
 from l2v.errors import UserError
@@ -261,10 +266,19 @@ def test_a_damaged_file_is_said(settings, tuned):
         applied(tuned(settings))
 
 
+def one_rank(command, *, env, **_):
+    """What `subprocess.run` gives for a run of the training program, which is here the one rank of a launcher."""
+    assert command[:3] == [sys.executable, "-m", "l2v.train"] and command[-2:] == ["--processes", "1"]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    process = start(command[1:], training_environment() | env | place)
+    output = process.communicate(timeout=300)[0]
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
 def test_tune_measures_training_and_training_takes_it_up(tiny_recipe, tmp_path, run_here, monkeypatch):
     """For real: a few runs of the training program, the file, and a run that reads it and resumes with it."""
     path = str(tiny_recipe(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(tune, "subprocess", SimpleNamespace(**vars(subprocess) | {"run": one_rank}))
     assert tune_command.main([path, "--stage", "mntp", "--minutes", "0", "--steps", "2", "--processes", "1"]) == 0
     found = json.loads(tuned_file(path).read_text())
     entry = found["stages"]["mntp"]

@@ -13,6 +13,8 @@ for folder in (PACKAGE, PACKAGE.parent):
         sys.path.insert(0, str(folder))
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import support.interpreter  # noqa: F401 (it patches Triton's interpreter)
 
 
 @pytest.fixture(autouse=True)

@@ -57,13 +57,23 @@ def test_interpreted_options(path, dtype, variant):
     assert_close(run(path, *given_), *given_)
 
 
+@pytest.mark.parametrize(("workspace", "rows"), [(1 << 20, 0), (1_800, 6), (600, 0)], ids=["kept", "one-pass", "two"])
+def test_interpreted_scores_of_a_small_workspace(monkeypatch, workspace, rows):
+    """Scores that are kept, made once with a few rows at a time, or made twice."""
+    taken, real = [], engine.Pass.one_pass_rows
+    monkeypatch.setattr(engine.Pass, "one_pass_rows", lambda self: taken.append(real(self)) or taken[-1])
+    given_ = problem(12, 21, 17)
+    assert_close(run("chunked", *given_, workspace=workspace), *given_)
+    assert set(taken) == {rows}
+
+
 def check(data):
     path = data.draw(st.sampled_from(list(PATHS)))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.float16]))
-    N, E = data.draw(st.integers(1, 24)), data.draw(st.integers(17, 50))
-    M = max(2, N + data.draw(st.integers(-3, 24)))
+    N, E = data.draw(st.integers(1, 12)), data.draw(st.integers(17, 40))
+    M = max(2, N + data.draw(st.integers(-3, 16)))
     # Scores that are kept, seen once a few rows at a time, or made twice.
-    workspace = data.draw(st.sampled_from([1 << 20, 20_000, 3_000]))
+    workspace = data.draw(st.sampled_from([1 << 20, 4_000, 1_500]))
     given_ = problem(N, M, E, seed=N * M, dtype=dtype, **data.draw(options()))
     assert_close(run(path, *given_, workspace=workspace), *given_)
 

@@ -1,13 +1,13 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from support.processes import free_port
+from support.forked import start
+from support.processes import finish, free_port
 
 pytest.importorskip("sentence_transformers")
 
@@ -242,9 +242,10 @@ def test_two_processes_equal_one(tmp_path):
     torch.save(cases, tmp_path / "cases.pt")
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environment |= {"PYTHONPATH": str(ROOT / "kernels"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", GATHERED, str(tmp_path)]
-    processes = [subprocess.Popen(command, env=environment | {"RANK": str(rank)}) for rank in range(2)]
-    assert [process.wait(120) for process in processes] == [0, 0]
+    (tmp_path / "gathered.py").write_text(GATHERED)
+    command = [str(tmp_path / "gathered.py"), str(tmp_path)]
+    loaded = ("l2v_kernels.integrations.sentence_transformers", "torch.distributed")
+    finish([start(command, environment | {"RANK": str(rank)}, preload=loaded) for rank in range(2)], timeout=120)
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, (settings, whole) in cases.items():
         leaves = [x.clone().requires_grad_() for x in whole]

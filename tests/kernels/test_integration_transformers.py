@@ -1,4 +1,5 @@
-import subprocess
+import importlib.metadata
+import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from transformers.utils.import_utils import is_kernels_available
 
 from l2v_kernels import AttentionPlan
 from l2v_kernels.integrations.transformers import PackedAttention, packed_attention_forward, register
@@ -158,16 +160,17 @@ def test_errors_say_what_to_do():
         model(ids, attention_mask=torch.zeros(1, 1, 4, 4), **inputs)
 
 
-def test_transformers_does_not_take_the_folder_for_the_hub_library():
+def test_transformers_does_not_take_the_folder_for_the_hub_library(monkeypatch):
     """transformers asks whether a package `kernels` exists; the folder kernels/ must not answer."""
     root = Path(__file__).resolve().parents[2]
     assert not (root / "kernels" / "__init__.py").exists()
-    probe = (
-        f"import sys; sys.path.insert(0, {str(root)!r})\n"
-        "from transformers.utils.import_utils import is_kernels_available\n"
-        "import importlib.metadata as m\n"
-        "installed = any(d.metadata['Name'] == 'kernels' for d in m.distributions())\n"
-        "assert is_kernels_available() <= installed\n"
-        "import transformers.models.llama.modeling_llama\n"
-    )
-    subprocess.run([sys.executable, "-c", probe], check=True, cwd=root)
+    monkeypatch.syspath_prepend(root)
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    is_kernels_available.cache_clear()
+    installed = any(d.metadata["Name"] == "kernels" for d in importlib.metadata.distributions())
+    assert is_kernels_available() <= installed
+    # What asks while it loads, loaded once more under another name.
+    for name in ("transformers.integrations.hub_kernels", "transformers.models.llama.modeling_llama"):
+        spec = importlib.util.spec_from_file_location(f"{name}_again", importlib.util.find_spec(name).origin)
+        monkeypatch.setitem(sys.modules, spec.name, importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(sys.modules[spec.name])

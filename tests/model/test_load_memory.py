@@ -1,10 +1,9 @@
 """Host memory of a rank while a base is loaded: the weights stay in the file, mapped, and shared by the ranks of a node."""
 
 import json
-import subprocess
-import sys
 
 import torch
+from support.forked import output_of
 from support.processes import training_environment
 
 LOAD = """
@@ -32,9 +31,8 @@ def test_loading_takes_a_fraction_of_the_weights(tmp_path):
     with torch.device("meta"):
         shape = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     shape.to_empty(device="cpu").save_pretrained(tmp_path / "base", max_shard_size="100MB")
-    environment = training_environment()
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "base")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    told = json.loads(done.stdout.splitlines()[-1])
+    script = tmp_path / "load.py"
+    script.write_text(LOAD)
+    told = json.loads(output_of([str(script), str(tmp_path / "base")], training_environment()).splitlines()[-1])
     assert told["weights"] > 400 * 2**20
     assert told["private"] < 0.25 * told["weights"] and told["peak"] < 0.35 * told["weights"], told

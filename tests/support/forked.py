@@ -27,7 +27,7 @@ TRAINING = (
     "peft.utils.transformers_weight_conversion", "torch._dynamo.testing", "torch._inductor.compile_fx",
     "torch.utils.tensorboard",
 )  # fmt: skip
-KERNELS = ("torch", "triton.language", "torch.testing")
+KERNELS = ("torch", "triton.language", "torch.testing", "pytest", "hypothesis.strategies")
 _servers: dict[tuple, "Server"] = {}
 
 
@@ -53,7 +53,7 @@ def start(
     return _servers[key].start(arguments, env, cwd, errors)
 
 
-def output_of(arguments: Sequence[str], env: dict[str, str], preload: Sequence[str]) -> str:
+def output_of(arguments: Sequence[str], env: dict[str, str], preload: Sequence[str] = TRAINING) -> str:
     """The standard output of a process that ends with exit code 0. Raises: AssertionError with both streams."""
     with tempfile.TemporaryFile("w+") as errors:
         process = start(arguments, env, preload=preload, errors=errors)

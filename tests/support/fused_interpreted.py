@@ -2,6 +2,7 @@
 
 import torch
 
+import support.interpreter  # noqa: F401 (it patches Triton's interpreter)
 from l2v.recipe import Lora
 from l2v_kernels.dispatch import triton_everywhere
 from support.fused_cases import FAMILIES, batch, build, distance, gradients

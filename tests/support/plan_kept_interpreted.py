@@ -1,8 +1,9 @@
-"""Run with TRITON_INTERPRET=1: what one layer of Llama-3-8B's sizes saves for its backward, on its Triton kernels."""
+"""Run with TRITON_INTERPRET=1: what one layer saves for its backward, on its Triton kernels."""
 
 import numpy as np
 import torch
 
+import support.interpreter  # noqa: F401 (it patches Triton's interpreter)
 from l2v.batch import Segment, pack
 from l2v.model.load import inner_model, load_model
 from l2v.model.lora import add_lora
@@ -13,8 +14,8 @@ from l2v_kernels.dispatch import triton_everywhere
 from l2v_kernels.lora_linear.kernel_down import DOWN_CONFIG
 
 CONFIG = {
-    "model_type": "llama", "vocab_size": 8, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 1,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 64,
+    "model_type": "llama", "vocab_size": 8, "hidden_size": 1024, "intermediate_size": 3584, "num_hidden_layers": 1,
+    "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
 
 DOWN_CONFIG[2] = DOWN_CONFIG[2] | {

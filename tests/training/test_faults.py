@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -166,32 +165,18 @@ def test_under_zero_3_the_job_starts_again_with_a_smaller_budget(tmp_path, tiny_
     assert [row["step"] for row in rows(run)] == [1, 2, 3, 4]
 
 
-def test_restarts_go_on_to_the_same_bits(tmp_path, tiny_recipe, run_cli, cli_environment):
-    """A rank is killed under the launcher; `--restarts 1` starts the job again and it ends as if nothing had happened."""
+def test_killed_and_started_again_it_ends_with_the_same_bits(tmp_path, tiny_recipe):
+    """What a restart of the launcher does (test_launcher.py); test_resume.py has all stages, on two ranks too."""
     recipe = tiny_recipe(tmp_path, **{"stages.mntp.steps": 60, "stages.mntp.save_every": 5})
-    finish(start_ranks([[recipe, "--stage", "mntp", f"out={tmp_path / 'whole'}"]]))
-    command = [sys.executable, "-m", "l2v.train", str(recipe), "--stage", "mntp", "--processes", "1", "--restarts", "1"]
-    process = subprocess.Popen(
-        command, env=cli_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
-    )
-    run = tmp_path / "run/mntp"
-    try:
-        wait_for(lambda: list(run.glob("checkpoints/step-*")), [process])
-        (rank,) = [p for p in _below(process.pid) if "--local_rank=0" in p.cmdline() and "l2v.train" in p.cmdline()]
-        rank.kill()
-        said = process.communicate(timeout=600)[0]
-    finally:
-        for left in [*_below(process.pid), process] if process.poll() is None else ():
-            left.kill()
-    assert process.returncode == 0, said
-    assert "restart 1 of 1" in said and "mntp: continues after step" in said
+    arguments, run = [recipe, "--stage", "mntp"], tmp_path / "run/mntp"
+    finish(start_ranks([[*arguments, f"out={tmp_path / 'whole'}"]]))
+    (rank,) = start_ranks([arguments])
+    wait_for(lambda: list(run.glob("checkpoints/step-*")), [rank])
+    rank.kill()
+    rank.communicate()
+    assert rank.returncode == -signal.SIGKILL and not (run / ADAPTER).exists()
+    assert "mntp: continues after step" in finish(start_ranks([arguments]))[0]
     assert (run / ADAPTER).read_bytes() == (tmp_path / "whole/mntp" / ADAPTER).read_bytes()
-
-
-def _below(pid: int):
-    import psutil
-
-    return [p for p in psutil.Process(pid).children(recursive=True) if p.is_running()]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")

@@ -1,0 +1,64 @@
+"""The deepspeed launcher itself, with ranks that only note their environment. Ranks that train start by `start_ranks` in most
+tests, which gives them the same environment without the launcher's start."""
+
+import json
+import os
+from pathlib import Path
+
+from support.processes import free_port, training_environment
+
+from l2v import train
+from l2v.training.launcher import launch
+
+RANK = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+rank, folder = os.environ["RANK"], Path(sys.argv[-1])
+attempt = len(list(folder.glob(f"rank-{rank}-*")))
+facts = {"pid": os.getpid(), "arguments": sys.argv[1:], "environment": dict(os.environ)}
+(folder / f"rank-{rank}-{attempt}").write_text(json.dumps(facts))
+if attempt == 0:
+    while len(list(folder.glob("rank-?-0"))) < 2:
+        time.sleep(0.01)
+    if rank == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)
+if rank == "0":
+    print("l2v: a mistake in the recipe", file=sys.stderr, flush=True)
+sys.exit(2)
+"""
+
+
+def test_ranks_have_their_place_and_a_killed_job_starts_again(tmp_path, monkeypatch, capfd):
+    """Rank 1 is killed, which ends rank 0; started again, both end by a user's mistake, which no restart would mend."""
+    (tmp_path / "noting_rank.py").write_text(RANK)
+    environment = training_environment() | {"MASTER_PORT": str(free_port())}
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]]))
+    assert launch("noting_rank", ["steps=2", str(tmp_path)], 2, restarts=2) == 2
+    said = capfd.readouterr().err
+    assert "l2v: the job ended with exit code 247; restart 1 of 2 in 3 s" in said and "restart 2" not in said
+    assert said.count("l2v: a mistake in the recipe") == 1
+    ranks = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("rank-*")}
+    assert sorted(ranks) == ["rank-0-0", "rank-0-1", "rank-1-0", "rank-1-1"]
+    assert not Path(f"/proc/{ranks['rank-0-0']['pid']}").exists(), "a rank outlived its job"
+    for name, facts in ranks.items():
+        rank = name.split("-")[1]
+        # What `start_ranks` gives its processes.
+        expected = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        expected |= {key: environment[key] for key in ("MASTER_PORT", "DS_ACCELERATOR", "OMP_NUM_THREADS")}
+        assert expected.items() <= facts["environment"].items(), name
+        assert facts["arguments"] == [f"--local_rank={rank}", "steps=2", str(tmp_path)]
+
+
+def test_the_program_hands_its_arguments_to_the_launcher(tmp_path, tiny_recipe, monkeypatch):
+    given = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(train, "launch", lambda *arguments, **more: given.append((arguments, more)) or 17)
+    arguments = [str(tiny_recipe(tmp_path)), "--stage", "mntp", "--processes", "3", "--restarts", "1", "steps=2"]
+    assert train.main(arguments) == 17
+    assert given == [(("l2v.train", arguments, 3), {"restarts": 1})]
