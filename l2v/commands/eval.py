@@ -13,7 +13,7 @@ from rich.markdown import Markdown
 
 from l2v.commands.parser import add_loading, new_parser, next_step, quoted
 from l2v.errors import RecipeError, UserError
-from l2v.runs.folder import stage_folders
+from l2v.runs.folder import is_stage, stage_folders
 
 POOLINGS = ("mean", "weighted_mean", "last", "first")
 
@@ -40,8 +40,10 @@ def _next(args: argparse.Namespace) -> str:
     """A report of a run; for other encoders, a score on own files, or a search."""
     own = any(name.startswith("local:") for name in args.benchmark or ())
     first = args.models[0] if args.models else None
-    if first is not None and stage_folders(Path(first)):
-        return next_step(quoted("l2v", "report", first))
+    if first is not None:
+        run = Path(first).parent if is_stage(Path(first)) else Path(first)
+        if stage_folders(run):
+            return next_step(quoted("l2v", "report", run))
     if first is not None and own:
         return next_step(f"l2v search {quoted(first)} QUERY --texts FILE")
     return next_step(f"l2v eval {quoted(first or 'RUN')} --baselines tfidf --benchmark local:FOLDER")

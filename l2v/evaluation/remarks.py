@@ -11,6 +11,7 @@ from typing import Any
 
 TFIDF = "tfidf"
 BOOTSTRAP = "95% intervals: bootstrap over queries"
+FEW = 30  # queries; of fewer, resampling sees too little of what other queries would bring
 
 
 def own_tasks(report: dict[str, Any]) -> list[str]:
@@ -39,6 +40,17 @@ def interval(score: dict[str, Any]) -> str:
     return f"{100 * score['low']:.2f} to {100 * score['high']:.2f}" if score.get("low") is not None else ""
 
 
+def counts(report: dict[str, Any], tasks: Sequence[str]) -> str | None:
+    """What the intervals are, with the queries of each task; None where no task has one."""
+    found = {
+        name: count for name in tasks for row in report["rows"] if (count := row["scores"].get(name, {}).get("queries"))
+    }
+    if not found:
+        return None
+    few = f" Fewer than {FEW} queries make an interval too narrow." if min(found.values()) < FEW else ""
+    return f"{BOOTSTRAP} ({', '.join(f'{short(report, name)}: {count:,}' for name, count in found.items())}).{few}"
+
+
 def comparisons(report: dict[str, Any], tasks: Sequence[str]) -> list[str]:
     """A sentence for each pair of best row and other row of a task."""
     out = []
@@ -47,6 +59,11 @@ def comparisons(report: dict[str, Any], tasks: Sequence[str]) -> list[str]:
         for found in report.get("comparisons", {}).get(task, ()):
             if not {found["better"], found["than"]} <= names:
                 continue  # a card shows some of the rows
+            if not any(found[key] for key in ("difference", "low", "high")):
+                out.append(
+                    f"{short(report, task)}: {found['better']} and {found['than']} score the same on every query."
+                )
+                continue
             clear = "" if found["low"] > 0 else "; the difference may be chance"
             out.append(
                 f"{short(report, task)}: {found['better']} is {100 * found['difference']:.2f} above {found['than']} "

@@ -104,14 +104,8 @@ def markdown(report: dict[str, Any]) -> str:
 def notes(report: dict[str, Any], tasks: Sequence[str], *, compared: bool = True) -> list[str]:
     """Sentences below a table: TF-IDF if it wins, what the intervals are, the best row against each other one."""
     found = [text] if (text := remarks.lexical(report, tasks)) else []
-    counts = {
-        f"{remarks.short(report, name)} {row['scores'][name]['queries']:,}": None
-        for name in tasks
-        for row in report["rows"]
-        if row["scores"].get(name, {}).get("queries")
-    }
-    if counts and compared:
-        found.append(f"{remarks.BOOTSTRAP}: {', '.join(counts)}.")
+    if compared and (text := remarks.counts(report, tasks)):
+        found.append(text)
     return found + (remarks.comparisons(report, tasks) if compared else [])
 
 
@@ -197,11 +191,12 @@ def picture(report: dict[str, Any], out: Path) -> None:
 
 
 def own_picture(report: dict[str, Any], out: Path) -> None:
-    """A panel for each of the user's own tasks; nothing without own tasks."""
+    """A panel for each of the user's own tasks; no file without own tasks."""
     panels = [
         (remarks.short(report, name), scored) for name in remarks.own_tasks(report) if (scored := bars(report, name))
     ]
     if not panels:
+        out.unlink(missing_ok=True)  # of an earlier evaluation
         return
     import matplotlib
 

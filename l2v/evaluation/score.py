@@ -72,7 +72,8 @@ def evaluate(args: argparse.Namespace, argv: list[str] | None) -> int:
             log(f"{row.name}: {row.empty_texts} empty texts got a vector of zeros")
     failed = reports.count_failed(report) + len(broken) * len(selected.tasks)
     done = sum(len(row.scores) for row in rows)
-    log(f"{done} results, {failed} skipped; {out}/results.json, table.md{', table.png' if done else ''}")
+    pictures = ", table.png" * bool(done) + ", own.png" * (out / "own.png").is_file()
+    log(f"{done} results, {failed} skipped; {out}/results.json, table.md{pictures}")
     return 1 if failed else 0
 
 

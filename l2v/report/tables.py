@@ -172,11 +172,12 @@ def _task_notes(report: dict[str, Any], names: Sequence[str]) -> list[str]:
         for n in names
         if n in row["scores"]
     }
-    sure = any(remarks.interval(row["scores"][n]) for row in report["rows"] for n in names if n in row["scores"])
+    counts = remarks.counts(report, names)
     lexical = remarks.lexical(report, names)
     return [
         *([lexical] if lexical else []),
-        "Scores: " + ", ".join(sorted(used)) + (f". In brackets: {remarks.BOOTSTRAP}." if sure else "."),
+        "Scores: " + ", ".join(sorted(used)) + ".",
+        *([f"In brackets, {counts}"] if counts else []),
         *remarks.comparisons(report, names),
     ]
 

@@ -144,3 +144,21 @@ def test_own_tasks_are_run_and_shown_before_those_of_mteb(pairs):
     assert text.startswith("|  | bitext | pairs |\n|-|-:|-:|\n| a | **50.00** | **50.00** |\n| b | 25.00 | 25.00 |\n")
     assert "|  | Mean of tasks | Mean of types | DKHate | Tweets |\n" in text
     assert remarks.best({"rows": rows[:1]}, "mine-pairs") == []  # one row is no contest
+
+
+def test_what_the_intervals_are_worth():
+    def row(name, queries):
+        return {
+            "name": name,
+            "identity": {},
+            "scores": {"x-faq": {"score": 0.5, "queries": queries}, "x-sts": {"score": 0.5}},
+        }
+
+    report = {"rows": [row("a", 1200)], "tasks": ["x-faq", "x-sts"], "local": ["x"]}
+    assert remarks.counts(report, report["tasks"]) == "95% intervals: bootstrap over queries (faq: 1,200)."
+    assert remarks.counts(report, ["x-sts"]) is None
+    report["rows"] = [row("a", 20)]
+    assert remarks.counts(report, ["x-faq"]).endswith("(faq: 20). Fewer than 30 queries make an interval too narrow.")
+    same = {"better": "a", "than": "b", "difference": 0.0, "low": 0.0, "high": 0.0}
+    report |= {"rows": [row("a", 20), row("b", 20)], "comparisons": {"x-faq": [same, same | {"than": "gone"}]}}
+    assert remarks.comparisons(report, ["x-faq"]) == ["faq: a and b score the same on every query."]
