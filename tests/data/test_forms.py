@@ -173,7 +173,7 @@ def test_a_label_of_0_is_no_pair(tmp_path):
     [
         ("a.csv", b"PK\x03\x04 and so on", "a zip file or an Excel workbook; give an Excel workbook the ending .xlsx"),
         ("a.txt", b"%PDF-1.7", "a PDF file; save its text as .txt"),
-        ("a.jsonl", gzip.compress(b"{}"), "compressed; give it the ending .gz"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "compressed; give it the ending .gz"),
         ("a.xlsx", b"not a workbook", "not a readable Excel workbook"),
         ("a.json", b'{"a": 1,\n "b": }', "line 2: malformed JSON"),
         ("a.json", b'{"a": {"x": 1},\n "b": {}}', "one JSON object; give a list of objects, or one object a line"),
