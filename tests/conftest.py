@@ -26,6 +26,7 @@ def pytest_collection_modifyitems(items):
     long = (
         "training",
         "test_bad_input.py",
+        "test_llama_recipes.py",
         "test_compile.py",
         "test_attention_kernel.py",
         "test_info_nce_kernel.py",
