@@ -5,6 +5,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -122,3 +124,22 @@ def test_the_exported_encoder_is_loaded_as_the_danish_page_says(workspace, monke
     (code,) = blocks((ROOT / "docs" / "da.md").read_text(encoding="utf-8"), "python")
     exec(compile(code, "docs/da.md", "exec"), names)
     assert names["vektorer"].shape[0] == 2
+
+
+@pytest.mark.slow
+def test_own_data_in_three_commands_with_the_embedded_base(tmp_path):
+    """The README's commands as a reader types them: a few minutes on two cores."""
+    rows = [(f"Hvordan kommer man til ø nummer {n}?", f"Man sejler til ø nummer {n} fra havnen.") for n in range(24)]
+    (tmp_path / "faq.csv").write_text("Spørgsmål;Svar\n" + "".join(f"{q};{a}\n" for q, a in rows), encoding="cp1252")
+    said = {}
+    for command in (
+        c for c in commands((ROOT / "README.md").read_text(encoding="utf-8")) if any("faq" in w for w in c)
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "l2v", *command[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=1800
+        )
+        assert done.returncode == 0, done.stderr
+        said[command[1]] = done.stdout + done.stderr
+    assert "faq.csv: 24 pairs" in said["init"] and "read as Windows-1252" in said["init"]
+    assert "done, adapter in runs/faq/supervised" in said["train"] and "l2v search runs/faq" in said["train"]
+    assert said["search"].count("Man sejler til ø nummer") == 3

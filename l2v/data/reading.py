@@ -18,6 +18,7 @@ class Reading:
 
     keep_going: drop and count rows and files that cannot be read, instead of raising.
     rows: rows that were read. lost, empty, below: rows that cannot be read, without a text, and below the smallest score.
+    blanks: hard negatives without a text, which are dropped.
     files: files that cannot be read. encodings: of files that are not UTF-8: name and number of lines (None: all).
     examples: the first sentences of each kind.
     """
@@ -28,6 +29,7 @@ class Reading:
     empty: int = 0
     below: int = 0
     files: int = 0
+    blanks: int = 0
     encodings: dict[str, tuple[str, int | None]] = field(default_factory=dict)
     unread: dict[str, None] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -59,7 +61,7 @@ class Reading:
 
     def merge(self, other: Reading) -> None:
         """Add what reading another source met."""
-        for key in ("rows", "lost", "empty", "below", "files"):
+        for key in ("rows", "lost", "empty", "below", "files", "blanks"):
             setattr(self, key, getattr(self, key) + getattr(other, key))
         self.encodings |= other.encodings
         self.unread |= other.unread
@@ -90,6 +92,8 @@ class Reading:
                 out.append(
                     f"{path}: {_count(count, noun)} {rest} skipped" + (f", the first: {first[0]}" if first else "")
                 )
+        if self.blanks:
+            out.append(f"{path}: {_count(self.blanks, 'empty hard negative')} dropped")
         return out
 
     def check(self, path: str) -> None:

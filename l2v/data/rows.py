@@ -198,7 +198,11 @@ def normalise(
     for column, found in ((rules.query, query), (rules.positive, answers)):
         if not found or not all(found):
             return _empty(rules, column, where, reading)
-    pair: dict[str, Any] = {"query": query, "positive": "", "negatives": _negatives(row, rules.negatives, where)}
+    pair: dict[str, Any] = {
+        "query": query,
+        "positive": "",
+        "negatives": _negatives(row, rules.negatives, where, reading),
+    }
     for key, prompt in (("instruction", "query_prompt"), ("document_instruction", "document_prompt")):
         column = getattr(rules, key)
         pair[key] = (row.get(column) if column else None) or getattr(rules, prompt) or None
@@ -267,14 +271,18 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _negatives(row: dict[str, Any], pattern: str, where: str) -> list[str]:
+def _negatives(row: dict[str, Any], pattern: str, where: str, reading: Reading | None) -> list[str]:
+    """Hard negatives of a row; an empty one counts as absent. An empty cell of a table says nothing and is not counted."""
     out: list[str] = []
     for column in numbered(pattern, row):
         found = row.get(column) or []
         found = [found] if isinstance(found, str) else found
         if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
             raise UserError(f"{where}: the field '{column}' is a text or a list of texts")
-        out += [n.strip() for n in found if n.strip()]  # an empty negative counts as absent
+        texts = [text for n in found if (text := n.strip())]
+        if reading and isinstance(row.get(column), list):
+            reading.blanks += len(found) - len(texts)
+        out += texts
     return out
 
 

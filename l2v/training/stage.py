@@ -6,6 +6,7 @@ import functools
 import gc
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,6 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdo
     stage = settled(stage, data.examples.segments)
     for note in data.notes:
         log(note)
-    if isinstance(stage, Supervised) and len(data.examples) < FEW_PAIRS:
-        log(
-            f"WARNING: {len(data.examples)} pairs are very few to learn from; measure on held-out questions (l2v eval) whether "
-            "the stage helps, and add pairs (l2v data synthesize writes queries for passages)"
-        )
     resume = checkpoint.newest(folder / "checkpoints", log=print if rank == 0 else None)
     if on_first_rank(lambda: is_trained(folder)):
         for line in on_every_rank(functools.partial(_longer, recipe, name, resume)):
@@ -89,12 +85,7 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdo
     _check_data(data, name, stage, resume)
 
     dtype, seed = dtype_of(recipe.base.precision), recipe.stage_seed(name)
-    model, lineage = on_every_rank(functools.partial(build, recipe, name, dtype=dtype, seed=seed))
-    agree({"the base and its adapters": lineage})
-    if model.unfused_reason and recipe.base.backend == "l2v":
-        log(f"plain layers, slower than fused ones: {model.unfused_reason}")
-    if banner := notice(recipe.base):
-        log(banner)
+    model, lineage = _build(recipe, name, dtype, seed, log)
     parameters = {n.removeprefix("decoder."): p for n, p in trainable(model).items()}
     if resume:
         for key, parameter in parameters.items():
@@ -117,6 +108,19 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdo
     engine.destroy()
     del engine, model, job
     gc.collect()
+
+
+def _build(
+    recipe: Recipe, name: str, dtype: torch.dtype, seed: int, log: Callable[[str], None]
+) -> tuple[PackedDecoder, dict[str, Any]]:
+    """The model of a stage and its lineage, the same on all ranks; logs what makes it slower or less exact."""
+    model, lineage = on_every_rank(functools.partial(build, recipe, name, dtype=dtype, seed=seed))
+    agree({"the base and its adapters": lineage})
+    if model.unfused_reason and recipe.base.backend == "l2v":
+        log(f"plain layers, slower than fused ones: {model.unfused_reason}")
+    if banner := notice(recipe.base):
+        log(banner)
+    return model, lineage
 
 
 def _keep_negatives(stage: Stage, folder: Path, fresh: bool) -> None:
@@ -161,7 +165,14 @@ def _open_data(recipe: Recipe, name: str) -> StageData:
     notes = on_every_rank(functools.partial(check_prefixes, recipe, name))
     examples = first_on_node(lambda: open_examples(stage.data, stage, texts))
     held_out = first_on_node(lambda: open_examples(stage.eval_data, stage, texts)) if stage.eval_data else None
-    return StageData(texts, examples, held_out, [*examples.notes, *notes])
+    if isinstance(stage, Supervised) and len(examples) < FEW_PAIRS:
+        notes = [
+            *notes,
+            f"WARNING: {len(examples)} pairs are very few to learn from; measure on held-out questions (l2v eval) whether the "
+            "stage helps, and add pairs (l2v data synthesize writes queries for passages)",
+        ]
+    held = [f"held out: {note}" for note in held_out.notes] if held_out else []
+    return StageData(texts, examples, held_out, [*examples.notes, *held, *notes])
 
 
 def _check_data(data: StageData, name: str, stage: Stage, resume: checkpoint.Checkpoint | None) -> None:

@@ -152,6 +152,14 @@ def test_several_answers_in_a_list_are_a_pair_each(tmp_path, write_jsonl):
     assert found == [("Hvad?", "A"), ("Hvad?", "B"), ("Hvem?", "D")]
 
 
+def test_empty_negatives_are_dropped_and_counted(tmp_path, write_jsonl):
+    rows = [{"query": "Hvad?", "positive": "A", "negatives": ["B", "", " "]}, {"query": "Hvem?", "positive": "C"}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    notes = []
+    assert open_rows([Source(path)], "pairs", notes)["negatives"][:] == [["B"], []]
+    assert notes == [f"{path}: 2 empty hard negatives dropped"]
+
+
 def test_a_label_of_0_is_no_pair(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("sentence1,sentence2,label\nEn hund,Et dyr,1\nEn hund,En sten,0\nEn kat,Et dyr,\n")
