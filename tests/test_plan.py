@@ -209,7 +209,7 @@ def test_a_missing_file_is_refused(capsys, tiny_recipe, tmp_path):
     path = tiny_recipe(tmp_path, **{"stages.supervised.data": str(tmp_path / "væk.csv")})
     assert f"{tmp_path / 'væk.csv'}: file not found" in said(capsys, path, "--gpu", "h200")
     path = tiny_recipe(tmp_path, **{"stages.supervised.data": str(tmp_path / "væk-*.csv")})
-    assert "væk-*.csv: no file matches" in said(capsys, path, "--gpu", "h200")
+    assert "væk-*.csv: no readable file matches" in said(capsys, path, "--gpu", "h200")
 
 
 def test_the_machine_at_hand_is_planned_by_its_calibration(capsys, tiny_recipe, tmp_path):

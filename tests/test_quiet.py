@@ -31,4 +31,5 @@ def test_a_process_of_its_own_is_quiet(tmp_path, tiny_recipe, base):
     )  # fmt: skip
     assert [json.loads(line)["rank"] for line in done.stdout.splitlines()] == [1, 2]
     said = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "text/s]" not in line]
-    assert len(said) == 1 and said[0].startswith(f"next: l2v search {tmp_path / 'out'} "), done.stderr
+    assert said[0] == "searching 2 texts", done.stderr
+    assert len(said) == 2 and said[1].startswith(f"next: l2v search {tmp_path / 'out'} "), done.stderr

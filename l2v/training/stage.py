@@ -160,7 +160,8 @@ def _open_data(recipe: Recipe, name: str) -> StageData:
             base.tokenizer or resolve(base.model), revision=base.revision, trust_remote_code=base.trust_remote_code
         )
     )
-    on_every_rank(lambda: check_vocabulary(tokenizer, load_config(base).get_text_config().vocab_size, base))
+    config = on_every_rank(lambda: load_config(base, trust_remote_code=base.trust_remote_code))
+    on_every_rank(lambda: check_vocabulary(tokenizer, config.get_text_config().vocab_size, base))
     texts = TextTokenizer(tokenizer, base.template, stage.length)
     notes = on_every_rank(functools.partial(check_prefixes, recipe, name))
     examples = first_on_node(lambda: open_examples(stage.data, stage, texts))

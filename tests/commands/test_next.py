@@ -31,25 +31,28 @@ def test_a_built_data_set_is_trained_on_by_its_kind_and_split():
     assert "the same command" in data_build._next(done, Path("d"), True)
 
 
-def test_a_checked_folder(monkeypatch, capsys):
+def test_a_checked_folder(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "passages.jsonl").touch()
     for ok, code, says in (
         (True, 0, "Next: l2v init NAME --data FILE"),
         (False, 1, "Next: correct what was found, then l2v data check mine"),
     ):
         found = SimpleNamespace(ok=ok, render=lambda most: "fund")
-        monkeypatch.setattr(data_check, "check_folder", lambda folder, found=found: found)
+        monkeypatch.setattr("l2v.data.check.report.check_folder", lambda folder, found=found: found)
         assert data_check.main(["mine"]) == code and last(capsys) == says
 
 
 def test_mined_negatives(monkeypatch, capsys):
-    monkeypatch.setattr(data_mine, "mine_negatives", lambda args: print("note: x"))
+    monkeypatch.setattr("l2v.mining.mine.mine_negatives", lambda args: print("note: x"))
     assert data_mine.main(["base", "pairs.jsonl", "--out", "ny fil.jsonl"]) == 0
     assert last(capsys) == "Next: l2v train RECIPE --stage supervised data='ny fil.jsonl'"
 
 
 def test_tuned_settings(monkeypatch, capsys, tiny_recipe, tmp_path):
     entry = {"settings": {"micro_tokens": 1, "recompute": "auto", "backend": "l2v", "kernels": "default"}}
-    monkeypatch.setattr(tune, "tune_stage", lambda *_: entry)
+    monkeypatch.setattr("l2v.tuning.search.tune_stage", lambda *_: entry)
     path = tiny_recipe(tmp_path)
     assert tune.main([str(path), "stages.mntp.steps=2", "--processes", "1"]) == 0
     assert last(capsys) == f"Next: l2v train {path} stages.mntp.steps=2"

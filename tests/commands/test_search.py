@@ -170,7 +170,7 @@ def test_without_texts_it_searches_the_sample(search, base, monkeypatch):
         (["hund", "--top", "0"], "--top is 0; show at least 1"),
         (
             ["hund", "--texts", "væk.csv"],
-            "væk.csv: no such file; give a CSV, TSV, JSONL, Parquet or text file, a folder, or",
+            "væk.csv: file not found; give a file, a folder, hub:NAME or sample:da/train",
         ),
         (["hund", "--texts", "{tmp}/tal.jsonl"], "tal.jsonl, line 1: the field 'text' is text; found int"),
         (["hund", "--texts", "{tmp}/tom.txt"], "tom.txt: holds no text to search"),

@@ -55,7 +55,8 @@ def shell_names(text: str) -> set[str]:
 def makefile_names(text: str) -> set[str]:
     """Names that `make NAME=value` or the environment may set: `X ?=`, and those that are used and never set."""
     used, given = set(re.findall(r"\$\(([A-Z_]+)\)", text)), set(re.findall(r"^([A-Z_]+) :=", text, re.MULTILINE))
-    return set(re.findall(r"^([A-Z_]+) \?=", text, re.MULTILINE)) | (used - given)
+    own = {"CURDIR", "MAKE", "MAKEFILE_LIST", "SHELL"}  # which make sets
+    return set(re.findall(r"^([A-Z_]+) \?=", text, re.MULTILINE)) | (used - given - own)
 
 
 def read_names() -> dict[str, list[str]]:

@@ -28,10 +28,10 @@ def test_four_steps_then_seven_are_seven(run_here, recipe, tmp_path):
     first = adapter(tmp_path / "run")
     output = run_here(recipe, "--stage", "mntp", "steps=7", "save_every=2", "log_every=3", "skip_limit=9")
     assert "mntp: continues after step 4" in output
-    assert output.rstrip().endswith(
+    assert (
         f'Next:\n  l2v search {tmp_path}/run/mntp "your query" --texts {tmp_path}/documents.jsonl\n'
         f"  l2v eval {tmp_path}/run/mntp --benchmark seb-da\n  l2v report {tmp_path}/run"
-    )
+    ) in output
     assert "mntp: trained for 4 steps before; its adapter stays until that of step 7 replaces it" in output
     assert "learning rate" not in output
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole") != first
