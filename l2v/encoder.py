@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from l2v.model.export import export
 from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_config, load_model
 from l2v.model.lora import describe_adapter, merge_adapters
 from l2v.model.packed import PackedDecoder
-from l2v.recipe import Template
+from l2v.recipe import Base, Template
 from l2v.recipe.instructions import Instructions
 from l2v.runs.source import Found, find
 
@@ -274,6 +274,8 @@ def as_texts(texts: str | Sequence[str]) -> list[str]:
     if isinstance(texts, str):
         return [texts]
     try:
+        if isinstance(texts, Mapping):  # whose keys would be encoded
+            raise TypeError
         return list(texts)
     except TypeError:
         raise UserError(f"encode takes a text or several texts; found {type(texts).__name__}") from None
@@ -336,8 +338,14 @@ def _chosen(source: str | Path, base_only: bool, **options: Any) -> Found:
     found = find(str(source))
     if found.note:
         warnings.warn(found.note, Notice, stacklevel=3)
+    hints = get_type_hints(Base)
     for key, value in options.items():
-        setattr(found.base, key, value or getattr(found.base, key))
+        if value is None:
+            continue
+        choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else ()
+        if choices and value not in choices:
+            raise UserError(f"{key} is {value!r}; choose one of {', '.join(choices)}")
+        setattr(found.base, key, value)
     if base_only:
         found.adapters = []
     return found

@@ -322,3 +322,32 @@ def test_an_adapter_with_strange_keys_is_refused(base, tmp_path):
     save_file({k.replace("layers.0", "blocks.0"): v for k, v in load_file(file).items()}, file)
     with pytest.raises(UserError, match="belong to no module of this base"):
         Encoder.from_pretrained(base, [str(tmp_path / "adapter")])
+
+
+@pytest.mark.parametrize("named", ["sdpa", "eager", "flash_attention_2"])
+def test_an_attention_that_a_base_names_mixes_no_texts(base, tmp_path, named):
+    """transformers lets this key of a file win over its argument, and other attentions ignore the borders of packed texts."""
+    own = Path(shutil.copytree(base, tmp_path / "own"))
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(config | {"_attn_implementation": named}))
+    texts = ["En hund løber.", "Vejret er godt i dag, siger de.", "Ja."]
+    encoder = Encoder.from_pretrained(own)
+    together = encoder.encode(texts)
+    assert np.abs(together - np.stack([encoder.encode(text) for text in texts])).max() < 1e-6
+    assert np.abs(together - Encoder.from_pretrained(base).encode(texts)).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ({"attention": "Causal"}, "attention is 'Causal'; choose one of bidirectional, causal"),
+        ({"precision": "float32"}, "precision is 'float32'; choose one of auto, bf16, fp32"),
+        ({"pooling": "cls"}, "pooling is 'cls'; choose one of mean, weighted_mean, last, first"),
+        ({"backend": "eager"}, "backend is 'eager'; choose one of l2v, sdpa, flash_attention_2"),
+    ],
+)
+def test_a_misspelled_option_is_refused(base, option, says):
+    with pytest.raises(UserError, match=says):
+        Encoder.from_pretrained(base, **option)
+    with pytest.raises(UserError, match=says):
+        Encoder.identity(base, **option)

@@ -22,6 +22,7 @@ BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
 SAMPLE = 1 << 20  # bytes from which an encoding is detected
 # Encodings of Danish text that are not UTF-8: Windows, DOS, and the Mac before 2001.
 LEGACY = {"windows-1252": "Windows-1252", "cp850": "DOS code page 850", "mac_roman": "Mac OS Roman"}
+DAMAGED = "UTF-8 with damaged letters"
 LIKELY = frozenset("äöüÄÖÜéÉèêëóòôáàâíúßçñ–—‘’“”„…•€£§°«»´½·©®")
 MAGIC = {
     b"PK\x03\x04": "a zip file or an Excel workbook; give an Excel workbook the ending .xlsx, unpack a zip file",
@@ -120,6 +121,9 @@ def text_lines(
                 except UnicodeDecodeError:
                     if escape:
                         text = line.decode("utf-8", "surrogateescape")
+                    elif is_damaged_utf8(line):
+                        text = line.decode("utf-8", "replace")
+                        reading.decoded(shown, DAMAGED, 1)
                     else:
                         legacy = legacy or detect(path)
                         text = line.decode(legacy, "replace")
@@ -129,12 +133,19 @@ def text_lines(
         raise UserError(f"{shown}: cannot be read to the end: {first_line(error)}") from None
 
 
+def is_damaged_utf8(data: bytes) -> bool:
+    """Whether bytes are UTF-8 but for a few, such as a letter that was cut in half; in another encoding hardly any fits."""
+    text = data.decode("utf-8", "replace")
+    whole = sum(ord(c) > 127 and c != "\ufffd" for c in text)
+    return whole > text.count("\ufffd")
+
+
 def detect(path: str | Path) -> str:
     """The encoding in `LEGACY` of a file that is not UTF-8, from its first lines that are not."""
     sample = bytearray()
     with open_bytes(path) as stream:
         for line in stream:
-            if not line.isascii() and not _is_utf8(line):
+            if not line.isascii() and not _is_utf8(line) and not is_damaged_utf8(line):
                 sample += line
             if len(sample) > SAMPLE // 16 or (sample and stream.tell() > 16 * SAMPLE):
                 break

@@ -56,7 +56,8 @@ def kind_of_data(path: str) -> tuple[Source, Literal["pairs", "documents"], list
         names += [name for name in raw.columns(file, str(file) if len(files) > 1 else path)[0] if name not in names]
     pairs, texts = (settle(Source(path), names, kind).source for kind in ("pairs", "documents"))
     if pairs.query in names and pairs.positive in names:
-        return (pairs if len(files) == 1 else Source(path)), "pairs", names
+        # The column of scores stays a guess, so that a word in it is no mistake.
+        return (replace(pairs, score=None) if len(files) == 1 else Source(path)), "pairs", names
     if texts.text in names:
         return (texts if len(files) == 1 else Source(path)), "documents", names
     if not names:

@@ -15,6 +15,7 @@ from l2v.data.tables import is_table, layout, read_table
 from l2v.data.text import check_text, parse
 from l2v.errors import UserError, first_line
 
+WRAPPERS = ("data", "rows", "texts", "items", "examples")
 FIRST = 100  # rows of a JSONL file from which its columns are collected
 Row = tuple[str, dict[str, Any]]
 Opened = Callable[[BinaryIO], object]
@@ -118,9 +119,16 @@ def _json(path: Path, shown: str, reading: Reading, opened: Opened | None) -> It
         tree = json.loads("".join([first, second, *lines]))
     except json.JSONDecodeError as error:
         raise UserError(f"{shown}, line {error.lineno}: malformed JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{shown}: not readable as JSON: {first_line(error)}") from None
     items = tree
     if isinstance(tree, dict):
-        lists = [value for value in tree.values() if isinstance(value, list)]
+        # A list of objects, or of texts under the usual names: another list of texts is a field of the one row.
+        lists = [
+            value
+            for key, value in tree.items()
+            if isinstance(value, list) and ((value and isinstance(value[0], dict)) or key in WRAPPERS)
+        ]
         if len(lists) != 1 and second:
             raise UserError(f"{shown}: one JSON object; give a list of objects, or one object a line (.jsonl)")
         items = lists[0] if len(lists) == 1 else [tree]

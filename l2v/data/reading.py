@@ -35,12 +35,15 @@ class Reading:
     examples: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def lose(self, error: UserError, *, file: bool = False) -> None:
-        """Count a row (or a whole file) that cannot be read; raises `error` unless `keep_going`."""
+    def lose(self, error: UserError, *, file: bool = False, rows: int = 1) -> None:
+        """Count rows (or a whole file) that cannot be read; raises `error` unless `keep_going`.
+
+        rows: how many are lost with it; a quote that is never closed takes all that follow.
+        """
         if not self.keep_going:
             raise error
         self.files += file
-        self.lost += not file
+        self.lost += 0 if file else rows
         self.example("files" if file else "lost", str(error))
 
     def example(self, kind: str, sentence: str) -> None:
@@ -77,7 +80,7 @@ class Reading:
         several = len(self.encodings) - SHOWN
         for shown, (encoding, lines) in list(self.encodings.items())[:SHOWN]:
             part = "" if lines is None else f" ({_count(lines, 'line')})"
-            out.append(f"{shown}: not UTF-8, read as {encoding}{part}")
+            out.append(f"{shown}: not valid UTF-8, read as {encoding}{part}")
         if several > 0:
             out.append(f"{path}: {_count(several, 'more file')} not UTF-8")
         for kind, count, what in (

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from l2v.data import raw
-from l2v.data.columns import absent, numbered, settle
+from l2v.data.columns import DEFAULTS, absent, guess, numbered, settle
 from l2v.data.find import find_files
 from l2v.data.reading import Reading
 from l2v.data.text import sentences
@@ -20,6 +20,7 @@ Kind = Literal["documents", "sentences", "pairs"]
 
 NAMES = ("text", "query", "positive", "negatives", "instruction", "document_instruction")
 OPTIONAL = ("negatives", "instruction", "document_instruction", "score")
+WORDS = {"true": 1.0, "yes": 1.0, "ja": 1.0, "sand": 1.0, "false": 0.0, "no": 0.0, "nej": 0.0, "falsk": 0.0}
 # l2v's own names of columns that nothing reads unless the source names them.
 SAID = ("instruction", "document_instruction", "group")
 
@@ -122,6 +123,14 @@ def _file(
         raise UserError(absent(shown, missing[0], seen))
     used = columns_read(rules, kind, seen)
     reading.unread |= dict.fromkeys(name for name in seen if name not in used)
+    for key in ("negatives", "score") if kind == "pairs" else ():
+        current = getattr(choice.source, key)
+        column = guess(key, [name for name in seen if name not in names])
+        if column and (not current or (current == DEFAULTS[key] and current not in seen)):
+            reading.note(
+                f"{shown}: the first rows lack the column '{column}', so it was not taken for {key}; set {key}: {column} on the "
+                "source to use it"
+            )
 
 
 def unread_note(source: Source, kind: Kind, reading: Reading) -> str | None:
@@ -152,8 +161,12 @@ def optional_columns(source: Source, kind: Kind) -> list[str]:
     A column with the key's own name may be missing: mining and building write `negatives` or
     `document_instruction` only if there are any.
     """
-    keys = OPTIONAL if kind == "pairs" else ()
-    return [getattr(source, key) for key in keys if getattr(source, key) not in (None, "", key)]
+    if kind != "pairs":
+        return []
+    named = [(key, getattr(source, key)) for key in OPTIONAL]
+    wanted = [column for key, column in named if column not in (None, "") and (column != key or key == "score")]
+    # A smallest score without a column of scores would keep every row.
+    return [*wanted, "score"] if source.min_score is not None and not source.score else wanted
 
 
 def unmet_columns(source: Source, kind: Kind, names: Sequence[str]) -> None:
@@ -183,12 +196,14 @@ def normalise(
         UserError: a text is missing, empty or of another type; the message begins with `where`.
     """
     if kind != "pairs":
-        text = _text(row, rules.text, where)
-        if not text:
+        texts = _answers(row, rules.text, where)
+        if not texts or not all(texts):
             return _empty(rules, rules.text, where, reading)
-        out = {"text": text} | ({"group": _group(row, rules, where)} if rules.grouped else {})
-        return [out | {"text": part} for part in sentences(text)] if rules.sentences else [out]
-    if not _is_pair(row, rules, where):
+        out = {"group": _group(row, rules, where)} if rules.grouped else {}
+        parts = [part for text in texts for part in sentences(text)] if rules.sentences else texts
+        return [{"text": part} | out for part in parts]
+    score = row.get(rules.score) if rules.score else None
+    if rules.score and not is_pair(score, rules.score, rules.min_score, where, guessed=rules.score_guessed):
         if reading:
             reading.below += 1
             reading.example("below", where)
@@ -223,7 +238,7 @@ def _text(row: dict[str, Any], column: str, where: str) -> str:
 
 
 def _answers(row: dict[str, Any], column: str, where: str) -> list[str]:
-    """One answer, or several in a list; without repetitions."""
+    """One text, or several in a list, without repetitions."""
     value = row.get(column)
     if not isinstance(value, list):
         return [_text(row, column, where)]
@@ -241,31 +256,45 @@ def _empty(rules: Rules, column: str, where: str, reading: Reading | None) -> li
     return []
 
 
-def _is_pair(row: dict[str, Any], rules: Rules, where: str) -> bool:
-    """Whether the score of a row says that its texts belong together; a row without a score says nothing else."""
-    value = row.get(rules.score) if rules.score else None
+def is_pair(value: Any, column: str, min_score: float | None, where: str, *, guessed: bool = False) -> bool:
+    """Whether the score of a row says that its texts belong together: at least `min_score`, or 1 of 0 and 1 without it.
+
+    A row without a score is a pair, unless `min_score` is given. guessed: nobody named the column, so a word in it is no
+    score but, say, a topic.
+
+    Raises:
+        UserError: the value is no number, or one that needs a `min_score`.
+    """
     if value is None or value == "":
-        return True
+        return min_score is None
     number = _number(value)
     if number is None:
-        if rules.score_guessed:
-            return True  # a label that is a word, such as a topic
-        raise UserError(f"{where}: the field '{rules.score}' is a number; found {value!r}")
-    if rules.min_score is not None:
-        return number >= rules.min_score
+        if guessed and isinstance(value, str) and min_score is None:
+            return True
+        raise UserError(f"{where}: the field '{column}' is a number; found {value!r}")
+    if min_score is not None:
+        return number >= min_score
     if number not in (0, 1):
         raise UserError(
-            f"{where}: '{rules.score}' is {value}, and only 0 and 1 say by themselves what is a pair; set min_score on the "
-            "source: pairs below it are skipped"
+            f"{where}: '{column}' is {value}, and only 0 and 1 say by themselves what is a pair; set min_score on the "
+            "source: pairs below it are skipped (0 takes all)"
         )
     return number == 1
+
+
+def says_no(row: dict[str, Any], column: str) -> bool:
+    """Whether a row's score is 0 (or false, or nej), so that its texts do not belong together."""
+    return _number(row.get(column)) == 0
 
 
 def _number(value: Any) -> float | None:
     if isinstance(value, bool | int | float):
         return float(value) if math.isfinite(value) else None
+    word = str(value).strip().casefold()
+    if word in WORDS:
+        return WORDS[word]
     try:
-        number = float(str(value).strip().replace(",", "."))
+        number = float(word.replace(",", "."))
     except ValueError:
         return None
     return number if math.isfinite(number) else None

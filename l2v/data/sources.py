@@ -113,7 +113,7 @@ def _generated(
         if "no data" not in str(error):
             raise
         rows = datasets.Dataset.from_dict({key: [] for key in features}, features=features)
-        return rows, _MET.pop()
+        return rows, _MET.pop() if _MET else Reading()  # without rows nothing is kept
     return rows, _reading_of(rows)
 
 

@@ -106,7 +106,8 @@ def read_table(
         try:
             fields = next(rows, None)
         except csv.Error as error:
-            reading.lose(UserError(f"{shown}, line {begins}: {_quote_trouble(error)}"))
+            taken = max(1, rows.line_num + how.before - begins + 1)
+            reading.lose(UserError(f"{shown}, line {begins}: {_quote_trouble(error)}"), rows=taken)
             fields = []
         ends = rows.line_num + how.before
         if fields is None:

@@ -29,6 +29,10 @@ def parse(line: str, where: str) -> dict[str, Any]:
         raise UserError(
             f"{where}: malformed JSON ({error.msg} at column {error.colno}); each line is one object"
         ) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{where}: not readable as JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: JSON nested too deeply; each line is one object of fields") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: each line is one JSON object; found {type(row).__name__}")
     if "\\u" in line:

@@ -1,9 +1,9 @@
-"""Excel workbooks: the first sheet is a table whose first row names the columns."""
+"""Excel workbooks: the first sheet that is visible and holds text is a table whose first row names the columns."""
 
 from __future__ import annotations
 
 import datetime
-import zipfile
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,23 +50,25 @@ def _rows(path: Path, shown: str, reading: Reading) -> Iterator[tuple[int, list[
         ) from None
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
-    except (openpyxl.utils.exceptions.InvalidFileException, zipfile.BadZipFile, KeyError, OSError, ValueError) as error:
+    except Exception as error:  # openpyxl raises what its parser meets
         raise UserError(f"{shown}: not a readable Excel workbook: {first_line(error)}") from None
     try:
-        sheet, *others = book.worksheets
-        if others:
-            named = listed([other.title for other in others], 3)
-            reading.note(f"{shown}: only its first sheet '{sheet.title}' is read, not {named}")
+        visible = [sheet for sheet in book.worksheets if sheet.sheet_state == "visible"]
+        for sheet in visible:
+            sheet.reset_dimensions()  # other programs write a wrong range, and rows outside it would be lost
+        filled = [sheet for sheet in visible if any(map(_text, itertools.chain(*sheet.iter_rows(values_only=True))))]
+        if not filled:
+            raise UserError(f"{shown}: the workbook is empty; its first row names the columns")
+        if others := [sheet.title for sheet in book.worksheets if sheet is not filled[0]]:
+            reading.note(f"{shown}: only its sheet '{filled[0].title}' is read, not {listed(others, 3)}")
         begun = False
-        for number, values in enumerate(sheet.iter_rows(values_only=True), start=1):
+        for number, values in enumerate(filled[0].iter_rows(values_only=True), start=1):
             cells = [_text(value) for value in values]
             if not begun and any(cells):
                 begun = True
                 check_header(tuple(cells), f"{shown}, row {number}")
             if begun:
                 yield number, cells
-        if not begun:
-            raise UserError(f"{shown}: the sheet '{sheet.title}' is empty; its first row names the columns")
     finally:
         book.close()
 

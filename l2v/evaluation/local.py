@@ -30,7 +30,7 @@ _COMMON = {"name": None, "prompt": None, "limit": None, "languages": ["dan-Latn"
 FIELDS: dict[str, dict[str, Any]] = {
     "retrieval": _COMMON
     | {"query": "query", "positive": "positive", "group": "group", "groups": "relevant"}
-    | {"corpus": None, "id": "id", "text": "text"},
+    | {"corpus": None, "id": "id", "text": "text", "score": "score"},
     "bitext": _COMMON | {"first": "da", "second": "en"},
     "classification": _COMMON
     | {"text": "text", "label": "label", "split": None, "train": "train", "test": "test"}
@@ -40,7 +40,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 # Fields that are guessed by their names where a file lacks the default: the key of `l2v.data.columns` for each.
 GUESSED = {
-    "retrieval": {"query": "query", "positive": "positive"},
+    "retrieval": {"query": "query", "positive": "positive", "score": "score"},
     "classification": {"text": "text", "label": "label"},
     "clustering": {"text": "text", "label": "label"},
     "sts": {"first": "query", "second": "positive", "score": "score"},

@@ -20,6 +20,7 @@ from mteb.abstasks import (
 )
 from mteb.abstasks.task_metadata import TaskMetadata
 
+from l2v.data.rows import says_no
 from l2v.errors import RecipeError, UserError
 from l2v.evaluation.rows import Rows, read_rows
 
@@ -79,7 +80,7 @@ class _RetrievalTexts:
 
 def _retrieval_texts(folder: Path, entry: dict[str, Any]) -> _RetrievalTexts:
     query, positive, group = entry["query"], entry["positive"], entry["group"]
-    read = read_rows(folder / entry["file"], [query] if entry["corpus"] else [query, positive], [positive])
+    read = read_rows(folder / entry["file"], [query], [positive])
     out = _RetrievalTexts([read.note()])
     known: dict[str, dict[str, Any]] = {}
     if entry["corpus"]:
@@ -88,7 +89,7 @@ def _retrieval_texts(folder: Path, entry: dict[str, Any]) -> _RetrievalTexts:
         known = {str(row[entry["id"]]): row for row in corpus.rows}
         out.documents = {key: row[entry["text"]] for key, row in known.items()}
     by_text: dict[str, str] = {}
-    missing = 0
+    missing = wrong = no = 0
     for row in read.rows:
         if entry["corpus"]:
             found = row[positive] if isinstance(row[positive], list) else [row[positive]]
@@ -97,8 +98,16 @@ def _retrieval_texts(folder: Path, entry: dict[str, Any]) -> _RetrievalTexts:
             if not ids:
                 continue
         else:
-            ids = [by_text.setdefault(row[positive], f"d{len(by_text)}")]
-            out.documents[ids[0]] = row[positive]
+            answers = row[positive] if isinstance(row[positive], list) else [row[positive]]
+            texts = [text.strip() for text in answers if isinstance(text, str) and text.strip()]
+            wrong += not texts
+            if not texts:
+                continue
+            ids = [by_text.setdefault(text, f"d{len(by_text)}") for text in texts]
+            out.documents |= dict(zip(ids, texts, strict=True))
+            if says_no(row, entry["score"]):  # a document to be found by others
+                no += 1
+                continue
         if row.get(group) is not None:
             out.members.setdefault(str(row[group]), set()).update(ids)
             out.groups.setdefault(row[query], set()).add(str(row[group]))
@@ -107,6 +116,12 @@ def _retrieval_texts(folder: Path, entry: dict[str, Any]) -> _RetrievalTexts:
             continue
         relevant = out.queries.setdefault(row[query], (f"q{len(out.queries)}", {}))[1]
         relevant.update(dict.fromkeys(ids, 1))
+    if wrong:
+        out.notes.append(f"{wrong} rows skipped: their '{positive}' is not a text, or empty")
+    if no:
+        out.notes.append(f"{no} rows are no answer by their '{entry['score']}' of 0; their texts are documents only")
+    if not out.documents:
+        raise UserError(f"{folder / entry['file']}: no row has a text in '{positive}'")
     if missing:
         out.notes.append(
             f"{missing} queries skipped: their '{positive}' is not an '{entry['id']}' of {entry['corpus']}"

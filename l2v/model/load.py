@@ -94,6 +94,7 @@ def load_config(base: Base, *, trust_remote_code: bool = False) -> PretrainedCon
                 f"the base '{base.model}' was not found: {first_line(error)} (give a folder or a hub name; "
                 "base.init=random builds its shape without weights)"
             ) from None
+    config._attn_implementation = None  # a file may name one, even code from the Hub; the recipe's backend decides
     auto_map = getattr(config, "auto_map", None)
     if (
         base.trust_remote_code and not trust_remote_code and auto_map
@@ -168,8 +169,11 @@ def _load(
             "transformers' save_pretrained, which writes safetensors"
         )
     try:
-        return auto.from_pretrained(
+        model = auto.from_pretrained(
             source,
+            # As an object: an `_attn_implementation` in its file would win over the argument, and another implementation
+            # ignores the borders of packed texts.
+            config=config,
             revision=base.revision,
             dtype=dtype,
             attn_implementation=implementation,
@@ -182,6 +186,13 @@ def _load(
         if needs_code(error):
             raise UserError(code_refused(base.model, getattr(config, "auto_map", None))) from None
         raise UserError(f"the base '{base.model}' cannot be loaded: {first_line(error)}") from None
+    for found in (model.config, model.config.get_text_config()):
+        if found._attn_implementation != implementation:
+            raise UserError(
+                f"the base '{base.model}' was loaded with attention '{found._attn_implementation}' instead of "
+                f"'{implementation}'; remove that key from its config.json"
+            )
+    return model
 
 
 def set_attention(model: PreTrainedModel, *, causal: bool) -> None:

@@ -76,6 +76,8 @@ class Source:
         given = [key for key in PAIR_KEYS if getattr(self, key) is not None] + ["swap"] * self.swap
         if not 0 < self.weight < math.inf:
             trouble = f"weight is {self.weight} and must be above 0; 1 uses every row once in an epoch"
+        elif self.limit is not None and self.limit < 1:
+            trouble = f"limit is {self.limit} and must be at least 1; null takes all rows"
         elif given and objective != "supervised":
             trouble = f"{given[0]} applies only to objective: supervised"
         elif self.group and objective == "mntp":

@@ -139,14 +139,16 @@ def write_state(engine, parameters: Mapping[str, nn.Parameter], state: dict[str,
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in parameters.items():
+        # Without an applied update there are no moments, which is what the zeros above say.
+        moments = {key: state[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in state}
         if engine.zero_optimization_stage() == 0 and not hasattr(parameter, "_hp_mapping"):
-            for key in MOMENTS:
-                optimizer.state[parameter][key].copy_(state[f"{key}.{name}"])
+            for key, value in moments.items():
+                optimizer.state[parameter][key].copy_(value)
             continue
         on = engine.device
         safe_set_full_fp32_param(parameter, state[f"weight.{name}"].to(on))
-        for key in MOMENTS:
-            safe_set_full_optimizer_state(parameter, state[f"{key}.{name}"].to(on), key)
+        for key, value in moments.items():
+            safe_set_full_optimizer_state(parameter, value.to(on), key)
 
 
 def _flat_optimizer(engine) -> torch.optim.Optimizer:

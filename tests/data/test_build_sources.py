@@ -249,3 +249,24 @@ def test_nothing_at_all_is_an_error(tmp_path):
     assert make(configure(tmp_path, "documents", [source("e.jsonl")], near=None), tmp_path / "out")["splits"] == {
         "train": 1
     }
+
+
+def test_pairs_are_read_as_in_training(tmp_path):
+    """Scores, several answers in a list, numbered negatives, a letter that was cut in half."""
+    lines = [
+        {"query": "Hvad er en hund?", "positive": ["En hund er et dyr.", "En hund gør højt."], "label": 1},
+        {"query": "Hvad er en kat?", "positive": "En bil har fire hjul.", "label": 0},
+    ]
+    write_lines(tmp_path / "a.jsonl", lines)
+    (tmp_path / "b.csv").write_text(
+        "query,positive,negative_1,negative_2\nHvad er en ko?,En ko giver mælk.,Et hus.,En båd.\n"
+    )
+    (tmp_path / "c.txt").write_bytes("query;positive\nHvad er grød?;Grød er mad på øen blå".encode()[:-1] + b"\n")
+    sources = [source("a.jsonl"), source("b.csv"), source("c.txt", format="csv")]
+    report = make(configure(tmp_path, "pairs", sources, near=None, language=None), tmp_path / "out")
+    found = {(row["query"], row["positive"]): row["negatives"] for row in rows(tmp_path / "out")}
+    assert found == {
+        ("Hvad er en hund?", "En hund er et dyr."): [], ("Hvad er en hund?", "En hund gør højt."): [],
+        ("Hvad er en ko?", "En ko giver mælk."): ["Et hus.", "En båd."],
+    }  # fmt: skip
+    assert report["dropped"] == {"encoding": 1, "not a pair": 1}

@@ -34,7 +34,7 @@ def test_every_finding_has_its_file_and_row(tmp_path, texts):
         "tokens of query: half have at most",
         f"{path}: columns guessed by their names: query: spørgsmål, positive: svar",
         f"{path}: columns that are not used: nr",
-        f"{path}: not UTF-8, read as UTF-16",
+        f"{path}: not valid UTF-8, read as UTF-16",
         f"1 row that cannot be read skipped, the first: {path}, line 8: 1 field where the header has 3 columns",
         f"1 row with an empty text skipped, the first: {path}, line 7",
         f"same twice: 1 (the same text (or pair) as an earlier row)\n    {path}, line 4 and {path}, line 2: hvornår",

@@ -51,7 +51,7 @@ def test_a_folder_of_all_forms_has_the_rows_of_all(tmp_path):
     assert len(rows) == len(FORMS) * len(ROWS) and rows["positive"][-1] == ROWS[-1]["svar"]
     assert f"{tmp_path}: files of other types are not read: logo.png" in notes
     assert any(f"the same in {len(FORMS) - 1} more files" in note for note in notes)
-    assert any("only its first sheet 'Sheet' is read, not Ark2" in note for note in notes)
+    assert any("only its sheet 'Sheet' is read, not Ark2" in note for note in notes)
     again = []  # from the cache, which keeps what reading met
     assert len(open_rows([Source(str(tmp_path))], "pairs", again)) == len(rows) and again == notes
 
@@ -86,7 +86,7 @@ def test_one_line_of_another_encoding_among_utf8(tmp_path):
     path.write_bytes("spørgsmål;svar\nHvad er blåbær?;bær\n".encode() + "Hvad er rødgrød?;grød\n".encode("cp1252"))
     found, reading = pairs(Source(str(path)))
     assert found[1] == ("Hvad er rødgrød?", "grød")
-    assert f"{path}: not UTF-8, read as Windows-1252 (1 line)" in reading.sentences("a")
+    assert f"{path}: not valid UTF-8, read as Windows-1252 (1 line)" in reading.sentences("a")
 
 
 @pytest.mark.parametrize("text", ["“Hej” – sagde hun", "It’s a ‘test’…", "§ 5 koster €", "smør", "Ærø"])
@@ -253,3 +253,83 @@ def test_a_limit_spans_the_files_of_a_source(tmp_path):
     for name in ("a.csv", "b.csv"):
         put(tmp_path, name)
     assert len(open_rows([Source(str(tmp_path), limit=4)], "pairs")) == 4
+
+
+def test_words_and_missing_columns_of_scores(tmp_path, write_jsonl):
+    path = tmp_path / "a.csv"
+    path.write_text("query,positive,label\nq1,p1,True\nq2,p2,false\nq3,p3,ja\nq4,p4,nej\n")
+    assert [query for query, _ in pairs(Source(str(path)))[0]] == ["q1", "q3"]
+    path.write_text("query,positive\nq1,p1\n")
+    assert "the field 'score' is absent; found query, positive" in refused(Source(str(path), min_score=0.5))
+    assert "the field 'score' is absent" in refused(Source(str(path), score="score"))
+    path.write_text("query,positive,score\nq1,p1,80%\n")
+    assert "the field 'score' is a number; found '80%'" in refused(Source(str(path), min_score=0.5))
+    path.write_text("query,positive,score\nq1,p1,\nq2,p2,0.9\n")
+    assert [query for query, _ in pairs(Source(str(path), min_score=0.5))[0]] == ["q2"]
+    rows = [{"query": f"q{n}", "positive": f"p{n}"} for n in range(120)]
+    late = write_jsonl(tmp_path / "b.jsonl", [*rows, {"query": "q", "positive": "p", "label": 0, "negative": "n"}])
+    assert "the field 'score' is absent" in refused(Source(late, min_score=0.5))
+    notes = pairs(Source(late))[1].notes
+    assert (
+        f"{late}: the first rows lack the column 'label', so it was not taken for score; set score: label on the source to use it"
+        in notes
+    )
+    assert any("set negatives: negative on the source" in note for note in notes)
+
+
+def test_a_list_of_texts_is_a_text_each(tmp_path, write_jsonl):
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"query": "Hvad?", "positive": ["En.", "To."]}, {"query": "Hvem?", "positive": "Tre."}]
+    )
+    assert open_rows([Source(path, text="positive")], "documents")["text"][:] == ["En.", "To.", "Tre."]
+
+
+def test_a_range_that_another_program_wrote_wrong_loses_no_row(tmp_path):
+    import zipfile
+
+    book = openpyxl.Workbook()
+    book.active.title = "Forside"
+    data = book.create_sheet("Data")
+    for line in [("spørgsmål", "svar"), *((f"q{n}", f"p{n}") for n in range(9))]:
+        data.append(line)
+    book.create_sheet("Skjult").sheet_state = "hidden"
+    book.save(tmp_path / "right.xlsx")
+    with zipfile.ZipFile(tmp_path / "right.xlsx") as old, zipfile.ZipFile(tmp_path / "a.xlsx", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(b'ref="A1:B10"', b'ref="A1"'))
+    found, reading = pairs(Source(str(tmp_path / "a.xlsx")))
+    assert len(found) == 9 and "only its sheet 'Data' is read, not Forside, Skjult" in reading.notes[0]
+
+
+def test_rows_that_are_all_skipped_are_none_again_and_again(tmp_path, write_jsonl):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": " "}, {"text": ""}])
+    for _ in range(3):
+        with pytest.raises(UserError, match="the data set is empty"):
+            open_rows([Source(path, skip_empty=True)], "documents")
+
+
+def test_a_letter_that_was_cut_in_half_garbles_no_other(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("Rødgrød med fløde.\n".encode() + "Blåbærgrød på øen, blå".encode()[:-1] + b"\n")
+    reading = Reading()
+    rows = [row["text"] for _, several in read_source(Source(str(path)), "documents", reading) for row in several]
+    assert rows == ["Rødgrød med fløde.", "Blåbærgrød på øen, bl\ufffd"]
+    assert reading.sentences("a")[-1] == f"{path}: not valid UTF-8, read as UTF-8 with damaged letters (1 line)"
+
+
+def test_a_quote_that_is_never_closed_counts_all_that_it_takes(tmp_path):
+    path = tmp_path / "a.csv"
+    rows = [f"q{n};p{n}\n" for n in range(40)]
+    path.write_text("query;positive\n" + "".join(rows[:5]) + '"q;p\n' + "".join(rows))
+    with pytest.raises(UserError, match=r"41 of 46 rows cannot be read; the first: .*line 7: a quote is opened here"):
+        open_rows([Source(str(path), skip_bad=True)], "pairs")
+
+
+def test_a_list_in_the_only_row_of_a_json_file_is_no_list_of_rows(tmp_path):
+    (tmp_path / "a.json").write_text('{"query": "Hvad?", "positive": "Det.", "negatives": ["Nej.", "Jo."]}')
+    assert open_rows([Source(str(tmp_path / "a.json"))], "pairs")["negatives"][:] == [["Nej.", "Jo."]]
+
+
+def test_json_nested_too_deeply_is_one_sentence(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "Hej"}\n' + "[" * 100_000 + "\n")
+    assert "line 2: JSON nested too deeply" in refused(Source(str(tmp_path / "a.jsonl")), "documents")

@@ -151,7 +151,7 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path):
     name, file = tmp_path.name, tmp_path / "pairs.jsonl"
     (note,) = found.notes
     assert note.startswith(f"{name}-pairs: 4 rows skipped, the first at {file}, line 2: malformed JSON")
-    assert note.endswith(f"; {file}: not UTF-8, read as Windows-1252 (1 line)")
+    assert note.endswith(f"; {file}: not valid UTF-8, read as Windows-1252 (1 line)")
     assert list(found.failed) == [f"{name}-sts"]
     assert f"{tmp_path / 'sts.jsonl'}, line 1: malformed JSON" in found.failed[f"{name}-sts"]
 
@@ -231,3 +231,18 @@ def local_benchmark_metadata(kind):
         name="x", description="x", type=kind, main_score="x", eval_langs=["dan-Latn"], prompt="find",
         dataset={"path": "x", "revision": "x"},
     )  # fmt: skip
+
+
+def test_scores_and_several_answers_of_own_pairs(tmp_path, write_jsonl):
+    rows = [
+        {"query": "Hvad er en hund?", "positive": "Et dyr.", "label": 1},
+        {"query": "Hvad er en hund?", "positive": "En bil.", "label": 0},
+        {"query": "Hvad er en ko?", "positive": ["Et kreatur.", "Noget, der giver mælk."]},
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    found = local_benchmark(tmp_path)
+    split = found.tasks[0].dataset["default"]["test"]
+    texts = dict(zip(split["corpus"]["id"], split["corpus"]["text"], strict=True))
+    relevant = [sorted(texts[key] for key in of) for of in split["relevant_docs"].values()]
+    assert relevant == [["Et dyr."], ["Et kreatur.", "Noget, der giver mælk."]] and "En bil." in texts.values()
+    assert any("1 rows are no answer by their 'label' of 0" in note for note in found.notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from l2v.data.decoding import legacy_of
+from l2v.data.decoding import is_damaged_utf8, legacy_of
 
 _MOJIBAKE = re.compile(r"Ã[\u0080-\u00bf¦¸¥†˜…™©‰¶¼„–œ ]|â€[\u0080-\u00bf™œ“”¦]|Â[\u00a0-\u00bf]")
 _ESCAPED = re.compile(r"[\udc80-\udcff]")
@@ -26,12 +26,17 @@ def decode(data: bytes, encoding: str) -> tuple[str, bool]:
     try:
         return data.decode("utf-8"), False
     except UnicodeDecodeError:
+        if is_damaged_utf8(data):  # a letter was cut in half: its text would not be what was written
+            raise
         return data.decode(legacy_of(data)), True
 
 
 def restored(text: str) -> str:
     """The text with surrogates that stand for bytes decoded."""
-    return decode(text.encode("utf-8", "surrogateescape"), "auto")[0] if _ESCAPED.search(text) else text
+    if not _ESCAPED.search(text):
+        return text
+    data = text.encode("utf-8", "surrogateescape")
+    return data.decode("utf-8", "replace") if is_damaged_utf8(data) else decode(data, "auto")[0]
 
 
 def mojibake(text: str) -> tuple[str, bool]:

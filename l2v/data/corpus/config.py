@@ -25,6 +25,7 @@ FIELDS = (
     "section",
     "instruction",
     "document_instruction",
+    "score",
 )
 """Keys that `columns` may have: a field of a row; its value is the column that it is read from."""
 
@@ -51,6 +52,7 @@ class Input:
     packages: list[str] = field(default_factory=list)
     english: list[str] = field(default_factory=list)
     into: str | None = None
+    min_score: float | None = None
     limit: int | None = None
     published_rows: int | None = None
 

@@ -25,7 +25,7 @@ Record = tuple[str, bytes | str | dict[str, Any] | UserError]
 FORMATS: dict[str, Format] = {
     "table": "csv", "lines": "jsonl", "json": "json", "parquet": "parquet", "workbook": "excel", "text": "text",
 }  # fmt: skip
-GUESSED = {"pairs": ("query", "positive", "negatives"), "documents": ("text",), "sentences": ("text",)}
+GUESSED = {"pairs": ("query", "positive", "negatives", "score"), "documents": ("text",), "sentences": ("text",)}
 
 
 def find_files(path: str, folder: str | None) -> list[Path]:
@@ -82,7 +82,8 @@ def _with_columns(source: Input, files: list[Path], kind: str) -> tuple[Input, l
     """Columns that the source does not name and its first file lacks, guessed by their names."""
     if format_of(source, files[0]) not in ("csv", "jsonl", "json", "parquet", "excel"):
         return source, []
-    if not find.is_readable(files[0]):  # a format that the source names, in a file of another ending
+    named = FORMATS[find.kind_of(files[0])] if find.is_readable(files[0]) else None
+    if named != format_of(source, files[0]):  # the source names the format of a file with another ending
         return source, []
     names, complete = raw.columns(files[0], source.path)
     chosen: dict[str, str] = {}
@@ -95,7 +96,8 @@ def _with_columns(source: Input, files: list[Path], kind: str) -> tuple[Input, l
     columns = source.columns | chosen
     for key in GUESSED[kind]:
         column = columns.get(key, key)
-        if complete and column not in names and (key != "negatives" or key in source.columns) and "*" not in column:
+        may_lack = key in ("negatives", "score") and key not in source.columns
+        if complete and column not in names and not may_lack and "*" not in column:
             raise UserError(absent(source.path, column, names))
     said = ", ".join(f"{key}: {column}" for key, column in chosen.items())
     notes = [f"{source.path}: columns guessed by their names: {said} (a column that you name wins)"] if said else []
@@ -109,8 +111,8 @@ class _Lost(Reading):
     keep_going: bool = True
     waiting: list[UserError] = field(default_factory=list)
 
-    def lose(self, error: UserError, *, file: bool = False) -> None:
-        self.waiting.append(error)
+    def lose(self, error: UserError, *, file: bool = False, rows: int = 1) -> None:
+        self.waiting += [error] * rows
 
 
 class Reader:
@@ -171,7 +173,10 @@ class Reader:
         yield from self._with_lost(read_table(file, shown, lost, self._opened, escape=True), lost)
 
     def _parsed(self, file: Path, shown: str) -> Iterator[Record]:
-        lost, only = _Lost(), {*self.source.columns.values(), *FIELD_NAMES}
+        lost, named = _Lost(), {*self.source.columns.values(), *FIELD_NAMES}
+        only = (
+            None if any(name.endswith("*") for name in named) else named
+        )  # a pattern stands for columns not known here
         yield from self._with_lost(raw.read_rows(file, shown, lost, opened=self._opened, only=only), lost)
 
     _json = _parquet = _excel = _parsed
@@ -227,7 +232,7 @@ class Reader:
 
 FIELD_NAMES = (
     "id", "text", "query", "positive", "negatives", "group", "document", "section", "title", "url", "instruction",
-    "document_instruction",
+    "document_instruction", "score",
 )  # fmt: skip
 
 

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from l2v.data import danish
+from l2v.data.columns import numbered
 from l2v.data.corpus import clean, markup
 from l2v.data.corpus.config import Build, Input
 from l2v.data.corpus.debian import Index, stanza
 from l2v.data.corpus.tally import Tally
+from l2v.data.rows import is_pair
 from l2v.data.text import parse
 from l2v.errors import UserError
 
@@ -39,10 +41,16 @@ class Parser:
         tally.records += 1
         try:
             columns = self._columns(where, payload, tally)
-            row = self._named(columns, where, number, tally)
+            found = [self._named(each, where, number, tally) for each in self._by_answer(columns, where)]
         except Dropped as why:
             tally.drop(why.reason, where, why.text)
             return
+        if len(found) > 1:
+            for place, row in enumerate(found):
+                tally.made += 1
+                yield row | {"id": f"{row['id']}#{place}"}
+            return
+        (row,) = found
         if self.config.kind != "sentences":
             tally.made += 1
             yield row
@@ -50,6 +58,26 @@ class Parser:
         for place, sentence in enumerate(danish.sentences(row["text"])):
             tally.made += 1
             yield row | {"id": f"{row['id']}#{place}", "text": sentence}
+
+    def _by_answer(self, columns: dict[str, Any], where: str) -> list[dict[str, Any]]:
+        """The record once for each of its answers, if it is a pair; a record whose score says otherwise is dropped."""
+        if not self.pairs:
+            return [columns]
+        score = self.source.columns.get("score", "score")
+        try:
+            # The column may be a guess, so a word in it is no mistake.
+            if score in columns and not is_pair(columns[score], score, self.source.min_score, where, guessed=True):
+                raise Dropped("not a pair", f"{where}: {score} {columns[score]}")
+        except UserError as error:
+            raise Dropped("malformed", str(error)) from None
+        name = self.source.columns.get("positive", "positive")
+        answers = columns.get(name)
+        if not isinstance(answers, list):
+            return [columns]
+        kept = list(dict.fromkeys(answer for answer in answers if isinstance(answer, str) and answer.strip()))
+        if not kept:
+            raise Dropped("empty", f"{where}: '{name}' holds no text")
+        return [columns | {name: answer} for answer in kept]
 
     def _columns(self, where: str, payload: Any, tally: Tally) -> dict[str, Any]:
         source = self.source
@@ -160,9 +188,11 @@ class Parser:
         return done
 
     def _negatives(self, columns: dict[str, Any], positive: str, where: str, tally: Tally) -> list[str]:
-        value = self._value(columns, "negatives") or []
-        value = [value] if isinstance(value, str) else value
-        if not isinstance(value, list) or not all(isinstance(n, str) for n in value):
+        value = []
+        for name in numbered(self.source.columns.get("negatives", "negatives"), columns):
+            found = columns.get(name) or []
+            value += [found] if isinstance(found, str) else found if isinstance(found, list) else [found]
+        if not all(isinstance(n, str) for n in value):
             raise Dropped("malformed", f"{where}: negatives are a text or a list of texts")
         texts = [clean.normal(n).replace("\n", " ") for n in value]
         kept = [n for n in dict.fromkeys(texts) if n and n != positive]

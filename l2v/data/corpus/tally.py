@@ -16,6 +16,7 @@ REASONS = {
     "redirect": "a page that only points to another one",
     "namespace": "a page that is not an article",
     "empty": "no text is left after cleaning",
+    "not a pair": "a score of 0, or below min_score",
     "empty positive": "a pair without its positive",
     "empty query": "a pair without its query",
     "language": "in another language",
@@ -27,7 +28,7 @@ REASONS = {
     "near-duplicate": "nearly the same words as an earlier row",
 }
 """Why something is dropped, in the order of the checks."""
-RECORD_REASONS = ("malformed", "encoding", "redirect", "namespace", "empty")
+RECORD_REASONS = ("malformed", "encoding", "redirect", "namespace", "empty", "not a pair")
 LOST = ("malformed", "encoding")
 """Reasons that lie in a file and not in its texts."""
 CHANGES = {
