@@ -188,7 +188,7 @@ class Parser:
         return done
 
     def _negatives(self, columns: dict[str, Any], positive: str, where: str, tally: Tally) -> list[str]:
-        value = []
+        value: list[Any] = []
         for name in numbered(self.source.columns.get("negatives", "negatives"), columns):
             found = columns.get(name) or []
             value += [found] if isinstance(found, str) else found if isinstance(found, list) else [found]
