@@ -95,7 +95,10 @@ def down_backward(
             **_constants(adapters, dropout),
             **config,
         )
-    da_RE = (da_JRE[0] if splits == 1 else da_JRE.sum(0)).to(x_TE.dtype)
+    da_RE = da_JRE[0]
+    if splits > 1 or x_TE.dtype != torch.float32:
+        da_RE = torch.empty_like(da_RE, dtype=x_TE.dtype)
+        _ordered_sum(da_JRE, da_RE, 1.0)
     return dx_TE, [da_RE[rows] for rows in rank_slices(adapters)]
 
 
