@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -140,6 +141,22 @@ def train_a_little(model):
         optimizer.zero_grad()
         model(batch(step), "vectors").square().sum().backward()
         optimizer.step()
+
+
+def test_each_layers_separate_weights_are_released_before_the_next_are_stacked(monkeypatch):
+    model, stacked = build("llama", "fused", lora=LORA), []
+
+    def count() -> int:
+        return sum(spec.gate_up.linears().stacked_OE is not None for spec in model.fused.specs)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: stacked.append(count()))
+    with mock.patch.object(torch.Tensor, "is_cuda", True):
+        model.fused.stack_weights()
+    layers = len(model.fused.specs)
+    assert layers > 1 and stacked == list(range(1, layers + 1))
+    stacked.clear()
+    build("llama", "fused").fused.stack_weights()
+    assert stacked == [], "there is no such allocator on a CPU"
 
 
 def test_files_are_those_of_plain_layers(tmp_path):
