@@ -212,6 +212,7 @@ def run_here(monkeypatch, capfd, tmp_path):
     from l2v.train import main
 
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+    rank["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "")  # set, so main() sets none that stays
     for key, value in rank.items():
         monkeypatch.setenv(key, value)
     monkeypatch.chdir(tmp_path)

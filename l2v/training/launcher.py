@@ -38,6 +38,15 @@ def restore_visible_devices() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = given
 
 
+def set_allocator() -> None:
+    """In a rank, before torch is loaded: let CUDA's allocator grow its segments, unless the user configured it.
+
+    Steps have varying numbers of tokens, so blocks of fixed size fit the next step badly: as much again stayed reserved.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def launch(module: str, argv: list[str], processes: int, *, restarts: int = 0) -> int:
     """Run `module` in `processes` processes until it ends; returns the exit code.
 

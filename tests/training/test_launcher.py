@@ -78,6 +78,27 @@ def test_a_rank_sees_the_gpus_that_the_user_chose(monkeypatch, given):
     assert "L2V_VISIBLE_DEVICES" not in os.environ
 
 
+@pytest.mark.parametrize(
+    ("given", "set_to"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+    ],
+)
+def test_memory_of_a_rank_grows_in_segments_unless_the_user_configured_it(monkeypatch, given, set_to):
+    for name in [name for name in os.environ if name.endswith("ALLOC_CONF")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # so that what the rank sets is taken back
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(train, "launched", lambda: True)
+    monkeypatch.setattr(train, "_train", lambda args: 0)
+    assert train.main(["any.yaml"]) == 0
+    assert {k: v for k, v in os.environ.items() if k.endswith("ALLOC_CONF")} == set_to
+
+
 def _runs(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
