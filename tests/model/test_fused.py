@@ -11,6 +11,7 @@ from safetensors import safe_open
 from support.forked import KERNELS, output_of
 from support.fused_cases import FAMILIES, batch, build, distance, gradients
 from support.processes import ROOT
+from support.versions import need_interpreter
 from transformers import AutoModel
 
 from l2v.errors import RecipeError
@@ -128,6 +129,7 @@ def test_the_decoders_own_forward_still_works():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 def test_on_the_kernels_in_the_interpreter():
+    need_interpreter()
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     script = ROOT / "tests" / "support" / "fused_interpreted.py"
