@@ -10,7 +10,7 @@ WORKERS ?= 2
 BYTECODE := PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=$(CURDIR)/build/pycache
 PYTEST := $(BYTECODE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup quickstart test test-all lint types docs wheel-test clean
+.PHONY: setup quickstart test test-all test-gpu lint types docs wheel-test clean
 
 setup: $(READY)
 
@@ -30,6 +30,10 @@ test: $(READY) lint
 
 test-all: $(READY) lint wheel-test
 	L2V_SLOW=1 $(PYTEST) -m '' $(ARGS)
+
+# The kernels on this machine's GPU, which `make test` hides from its tests.
+test-gpu: $(READY)
+	$(PYTEST) tests/kernels/test_*_gpu.py $(ARGS)
 
 lint: $(READY) types
 	$(BIN)/ruff check .

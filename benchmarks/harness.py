@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
+from torch._functorch import config as functorch_config
 
 
 class Unavailable(Exception):
@@ -35,12 +36,18 @@ def need_package(module: str, package: str) -> None:
         raise Unavailable(f"{package} is not installed")
 
 
-def compiled(function: Callable, device: torch.device) -> Callable:
-    """torch.compile of a function, for these shapes alone. Raises: Unavailable but on a GPU."""
+def compiled(function: Callable, device: torch.device, *, kept_graph: bool = False) -> Callable:
+    """torch.compile of a function, for these shapes alone. Raises: Unavailable but on a GPU.
+
+    kept_graph: the same forward serves several backwards (retain_graph). The compiled backward then may not write its
+    results into what the forward kept for it.
+    """
     if device.type != "cuda":
         raise Unavailable("compiling for a CPU takes longer than all the rest")
     # Sizes are compiled one by one, and after eight of them it would quietly stop compiling.
     torch.compiler.reset()
+    # Read at the first call, which compiles; each peer is called before the next is made.
+    functorch_config.donated_buffer = not kept_graph
     return torch.compile(function, dynamic=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,12 +85,16 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with its tensors on `device`."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), torch.Tensor)
-        }
-        return replace(self, **moved)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        there: dict[str, Any] = {k: moved(v, device) for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **there)
+
+
+def moved(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """x on `device`, without waiting for it: to a GPU through pinned memory, because a copy from pageable memory waits."""
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def pack(

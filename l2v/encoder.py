@@ -89,9 +89,8 @@ class Encoder:
         dtype = dtype_of(base.precision, encoding=True)
         loaded = load_model(base, head=False, dtype=dtype, trust_remote_code=trust_remote_code)
         inner = merge_adapters(inner_model(loaded), merged)
-        model = PackedDecoder(inner, causal=base.attention == "causal", backend=base.backend, pooling=base.pooling).to(
-            device()
-        )
+        model = PackedDecoder(inner, causal=base.attention == "causal", backend=base.backend, pooling=base.pooling)
+        model = _place(model, device())
         tokenizer = load_tokenizer(
             base.tokenizer or resolve(base.model), revision=base.revision, trust_remote_code=trust_remote_code
         )
@@ -331,6 +330,16 @@ def _batches(order: list[int], lengths: list[int], budget: int, most: int | None
         out[-1].append(i)
         room -= lengths[i]
     return out
+
+
+def _place(model: PackedDecoder, where: torch.device) -> PackedDecoder:
+    """The model on its device; on a GPU with the weights of q, k and v and of gate and up in one buffer: 4 matmuls a layer
+    instead of 7. On a CPU weights stay mapped from their file, which processes share; stacked ones would be copies.
+    """
+    model = model.to(where)
+    if where.type == "cuda" and model.fused is not None:
+        model.fused.stack_weights()
+    return model
 
 
 def _chosen(source: str | Path, base_only: bool, **options: Any) -> Found:

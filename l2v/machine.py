@@ -190,8 +190,14 @@ def has_nvidia_gpu() -> bool:
 def gpu_trouble() -> str | None:
     """Why an existing GPU cannot be used and what to do, in one sentence; None if nothing is wrong.
 
-    No GPU, a torch without CUDA, and GPUs that the user hid are not errors: training runs on the CPU.
+    No GPU, a torch without CUDA, and GPUs that the user hid are not errors: training runs on the CPU. DS_ACCELERATOR=cpu
+    alone hides no GPU from torch: DeepSpeed would wait on the CPU for work that runs on the GPU.
     """
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") == "cpu":
+        return (
+            "DS_ACCELERATOR=cpu contradicts the GPU that torch finds: set DS_ACCELERATOR=cuda, or train on the CPU with "
+            "CUDA_VISIBLE_DEVICES= (empty)"
+        )
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if torch.version.cuda is None or hidden or not has_nvidia_gpu() or torch.cuda.is_available():
         return None

@@ -23,7 +23,7 @@ from l2v.errors import UserError
 from l2v.recipe import Recipe
 from l2v.recipe.load import load_recipe, to_dict
 from l2v.runs.folder import is_trained, read_stage, run_folder
-from l2v.training.launcher import launch, launched
+from l2v.training.launcher import launch, launched, restore_visible_devices, set_allocator
 
 STOPPED_EARLY = "stopped before the first step; nothing has changed"
 
@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_intermixed_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # meant for PEFT, not for users
     if launched():
+        restore_visible_devices()
+        set_allocator()
         return _train(args)
     try:
         recipe = _checked(args)  # before torch is loaded and the launcher takes twenty seconds

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from support.processes import ROOT, free_port, training_environment
+from support.processes import ROOT, free_port, hide_gpus, training_environment
 
 # An installed distribution is on the path by itself; a bare checkout is not.
 for folder in (ROOT, ROOT / "kernels"):
@@ -19,6 +19,10 @@ os.environ["HF_DATASETS_CACHE"] = _CACHE.name
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_configure(config):
+    hide_gpus(config.args)  # before any test asks CUDA, which looks at the variable once
 
 
 def pytest_collection_modifyitems(items):
@@ -208,6 +212,7 @@ def run_here(monkeypatch, capfd, tmp_path):
     from l2v.train import main
 
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+    rank["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "")  # set, so main() sets none that stays
     for key, value in rank.items():
         monkeypatch.setenv(key, value)
     monkeypatch.chdir(tmp_path)

@@ -16,6 +16,26 @@ THREE = [
 ]
 
 
+def test_a_gpu_gets_a_batch_through_pinned_memory(monkeypatch):
+    """A copy from pageable memory waits for the device; nothing is pinned where no GPU is."""
+    pinned, copied = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x.clone())
+
+    def to(x, device, *, non_blocking):
+        assert non_blocking
+        copied.append(x)
+        return x
+
+    batch = pack(THREE)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "to", to)
+        there = batch.to("cuda:1")
+        assert len(pinned) == len(copied) == 11
+        assert not {id(x) for x in pinned} & {id(x) for x in copied}, "the pinned copies are what is sent"
+        assert there.input_ids_T is copied[0] and there.lengths == batch.lengths
+    assert torch.equal(batch.to("cpu").seeds_S, batch.seeds_S) and len(pinned) == 11
+
+
 def test_segments_lie_one_after_another():
     batch = pack(THREE)
     assert batch.input_ids_T.tolist() == [5, 6, 7, 8, 9, 9, 5, 5]

@@ -1,5 +1,6 @@
 """`l2v doctor`: what it says of this machine, and of machines that lack something."""
 
+import ctypes
 import json
 import re
 import subprocess
@@ -134,11 +135,28 @@ def test_colours_only_where_somebody_looks():
     assert tree(report)["kernels"]["rope"] == {"available": False, "text": "why"}
 
 
+def driver(version: int, status: int = 0) -> SimpleNamespace:
+    """A driver's library: C functions, called as ctypes calls them."""
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int))
+    def get_version(out):
+        out[0] = version
+        return status
+
+    return SimpleNamespace(cuDriverGetVersion=get_version)
+
+
 @pytest.fixture
 def gpus(monkeypatch):
     """gpus(name, capability, free, total, works): a machine with two of these; memory in GiB."""
 
-    def pretend(name="NVIDIA H100 80GB HBM3", capability=(9, 0), free=78.0, total=79.0, works=True):
+    def load(name):
+        assert name == "libcuda.so.1"
+        return driver(13000)
+
+    def pretend(
+        name="NVIDIA H100 80GB HBM3", capability=(9, 0), free=78.0, total=79.0, works=True, library=load, cuda="12.8"
+    ):
         def ones(*shape, device):
             if not works:
                 raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore")
@@ -158,8 +176,8 @@ def gpus(monkeypatch):
             (torch.cuda, "mem_get_info", lambda at: (int(free * 2**30), int(total * 2**30))),
             (torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"]),
             (torch.cuda.nccl, "version", lambda: (2, 27, 3)),
-            (torch._C, "_cuda_getDriverVersion", lambda: 13000),
-            (torch.version, "cuda", "12.8"),
+            (ctypes, "CDLL", library),
+            (torch.version, "cuda", cuda),
             (torch, "ones", ones),
             (
                 hardware,
@@ -167,7 +185,8 @@ def gpus(monkeypatch):
                 lambda *arguments: TOPOLOGY if arguments[0] == "topo" else "580.65.06\n580.65.06\n",
             ),
         ):
-            monkeypatch.setattr(owner, attribute, value, raising=False)
+            monkeypatch.setattr(owner, attribute, value)  # raises where torch has no such name
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
         report = Report()
         report.add("devices", hardware.devices)
         return report
@@ -210,6 +229,37 @@ def test_gpus_that_do_not_serve(gpus, what, problem, note):
     report = gpus(**what)
     assert (problem in report.problems[0]) if problem else not report.problems
     assert (note in report.notes[0]) if note else not report.notes
+
+
+@pytest.mark.parametrize(
+    ("library", "newest"),
+    [
+        (driver(12020), "12.2"),
+        (driver(12080), "12.8"),
+        (driver(13010), "13.1"),
+        (driver(0), None),  # a stub: CUDA without a driver
+        (driver(12080, status=34), None),
+        (SimpleNamespace(), None),
+        (OSError("libcuda.so.1: cannot open shared object file"), None),
+    ],
+)
+def test_the_driver_names_the_newest_cuda_it_supports(monkeypatch, gpus, library, newest):
+    def load(name):
+        if isinstance(library, OSError):
+            raise library
+        return library
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    assert hardware.newest_cuda() == newest
+    report = gpus(library=load)
+    assert report.sections["devices"]["CUDA"] == (f"driver up to {newest}, torch 12.8" if newest else "torch 12.8")
+    assert not report.problems
+
+
+def test_rocm_has_no_cuda(gpus, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.1.25424")
+    rows = gpus(name="AMD Instinct MI300X", cuda=None).sections["devices"]
+    assert rows["ROCm"] == "torch 7.1.25424" and "CUDA" not in rows
 
 
 def test_links_between_gpus():

@@ -12,6 +12,7 @@ import torch
 
 from l2v import Encoder
 from l2v.errors import Notice, UserError
+from l2v.model.packed import PackedDecoder
 from l2v.recipe import Template
 from l2v.recipe.instructions import Instructions
 
@@ -33,6 +34,29 @@ def test_neighbours_do_not_matter(encoder, sentences):
     assert np.abs(encoder.encode(texts[::-1])[::-1] - together).max() <= 1e-6
     assert together.dtype == np.float32 and together.shape == (64, 32)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+
+
+def test_on_a_gpu_weights_with_one_input_are_one_matmul(base, encoder, sentences, monkeypatch, tmp_path):
+    """Vectors, memory and the exported files stay what they are. On a CPU weights stay mapped from their file."""
+
+    def groups(of: Encoder) -> list[bool]:
+        pairs = [(spec.qkv, spec.gate_up) for spec in of.model.fused.specs]
+        return [group.linears().stacked_OE is not None for pair in pairs for group in pair]
+
+    def storage(of: Encoder) -> int:
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in of.model.parameters()}
+        return sum(held.values())
+
+    monkeypatch.setattr("l2v.encoder.device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(PackedDecoder, "to", lambda model, _: model)
+    stacked = Encoder.from_pretrained(base, template=TEMPLATE, precision="fp32")
+    monkeypatch.undo()
+    assert groups(stacked) == [True] * 4 and groups(encoder) == [False] * 4
+    assert np.abs(stacked.encode(sentences[:40]) - encoder.encode(sentences[:40])).max() <= 1e-6
+    assert storage(stacked) <= sum(x.numel() * x.element_size() for x in stacked.model.parameters())
+    stacked.save(tmp_path / "stacked")
+    encoder.save(tmp_path / "apart")
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in ("stacked", "apart")}) == 1
 
 
 def test_instruction_is_read_and_not_pooled(encoder):

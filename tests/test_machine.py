@@ -1,12 +1,16 @@
 """What a device reaches, where it is kept, and what is wrong with a GPU."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.processes import hide_gpus, training_environment
 
 from l2v import machine
+from l2v.commands import main
+from l2v.commands.main import may_have_gpu
 from l2v.machine import Calibration, calibration, calibration_file, explain, peak_flops
 
 CPU = torch.device("cpu")
@@ -139,6 +143,67 @@ def test_training_is_refused_where_a_gpu_cannot_be_used(broken_gpu, run_here, ti
     said = run_here(tiny_recipe(tmp_path), expect=1)
     assert said.startswith("l2v: the NVIDIA driver supports CUDA 12.2 at most") and "Traceback" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_an_accelerator_that_contradicts_a_visible_gpu_is_refused(monkeypatch, run_here, tiny_recipe, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    said = run_here(tiny_recipe(tmp_path), expect=1)  # it sets DS_ACCELERATOR=cpu
+    assert said.strip() == (
+        "l2v: DS_ACCELERATOR=cpu contradicts the GPU that torch finds: set DS_ACCELERATOR=cuda, or train on the CPU with "
+        "CUDA_VISIBLE_DEVICES= (empty)"
+    )
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    assert machine.gpu_trouble() is None
+
+
+@pytest.mark.parametrize(
+    ("files", "visible", "may"),
+    [
+        ((), None, False),
+        (("null", "dri"), None, False),
+        (("nvidia0", "nvidiactl"), None, True),
+        (("nvidiactl",), "1", True),
+        (("dxg",), None, True),
+        (("kfd", "dri"), None, True),
+        (("nvmap",), None, True),
+        (("nvidia0",), "", False),
+        (("dxg",), "-1", False),
+    ],
+)
+def test_deepspeed_is_given_the_cpu_only_where_no_gpu_can_be(tmp_path, monkeypatch, files, visible, may):
+    for name in files:
+        (tmp_path / name).touch()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert may_have_gpu(tmp_path) == may
+    for expected in (may_have_gpu, lambda: may):  # of this machine, and of that one
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+        monkeypatch.setattr(main, "may_have_gpu", expected)
+        main.quiet_libraries()
+        assert os.environ.get("DS_ACCELERATOR") == (None if expected() else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hidden"),
+    [
+        ([], True),
+        (["tests"], True),
+        (["tests/kernels/test_fp8_gpu.py"], False),
+        (["tests/kernels/test_fp8_gpu.py::test_a", "/x/tests/kernels/test_rope_gpu.py"], False),
+        (["tests/kernels/test_fp8_gpu.py", "tests/kernels/test_fp8.py"], True),
+        (["tests/launch/test_scaling.py::test_one_gpu"], True),
+    ],
+)
+def test_only_the_tests_of_compiled_kernels_see_a_gpu(monkeypatch, arguments, hidden):
+    """With a stand-in for torch's question, which a process asks once, and which its children ask again."""
+    assert not torch.cuda.is_available(), "this process, and what it starts, is one of the CPU"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: os.environ["CUDA_VISIBLE_DEVICES"] != "")
+    hide_gpus(arguments)
+    assert torch.cuda.is_available() != hidden
+    assert training_environment()["CUDA_VISIBLE_DEVICES"] == "", "training in tests is on the CPU"
 
 
 def test_who_hides_the_gpus_trains_on_the_cpu(broken_gpu, monkeypatch):

@@ -14,6 +14,7 @@ import torch
 from support.forked import KERNELS, output_of
 from support.memory_trace import FakeStep, fake_ranks
 from support.processes import ROOT
+from support.versions import need_interpreter
 
 from l2v.model.memory import ExecutionMode, LayerShape, activation_bytes, kept_for_backward
 from l2v.objectives.contrastive import Groups
@@ -92,6 +93,7 @@ def test_plain_layers_on_kernels():
 
 def test_the_interpreted_kernels_save_the_same():
     """A layer with the heads of Llama-3-8B, a fourth as wide, with real weights and real kernels, dropout on."""
+    need_interpreter()
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     script = ROOT / "tests" / "support" / "plan_kept_interpreted.py"

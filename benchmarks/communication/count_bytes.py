@@ -65,7 +65,7 @@ def main() -> int:
             wrapped = counted(getattr(dist, name), what, chosen)
             for module in (dist, dist.distributed_c10d):
                 setattr(module, name, wrapped)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     import deepspeed
 
     step = deepspeed.DeepSpeedEngine.step

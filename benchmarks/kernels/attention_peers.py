@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.harness import Unavailable, need_cuda, need_package
+from benchmarks.harness import Unavailable, compiled, need_cuda, need_package
 from l2v_kernels import AttentionPlan, attention
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -133,11 +133,11 @@ def flex(w: Workload) -> Attend:
     document = torch.arange(len(w.lengths), device=w.device).repeat_interleave(lengths)
     same = lambda b, h, i, j: document[i] == document[j]  # noqa: E731
     mask = create_block_mask(same, None, None, w.tokens, w.tokens, device=w.device, _compile=True)
-    compiled = torch.compile(flex_attention, dynamic=False)
+    attend = compiled(flex_attention, w.device, kept_graph=True)
 
     def run(q, k, v):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return compiled(q, k, v, block_mask=mask, enable_gqa=w.heads != w.key_heads)[0].transpose(0, 1)
+        return attend(q, k, v, block_mask=mask, enable_gqa=w.heads != w.key_heads)[0].transpose(0, 1)
 
     return run
 

@@ -113,7 +113,7 @@ def eager(w: Workload) -> Step:
 
 def compiled(w: Workload) -> Step:
     """torch.compile of the same."""
-    return compile_for(definition(w), w.device)
+    return compile_for(definition(w), w.device, kept_graph=True)
 
 
 def liger(w: Workload) -> Step:

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
+
+Launcher = TypeVar("Launcher", bound=Callable[..., Any])
 
 PRECISION = "ieee"
 """How kernels multiply fp32: exactly. TF32 would round inputs to 10 bits; 16-bit inputs are not affected."""
+
+
+def on_device(launcher: Launcher, at: int = 0) -> Launcher:
+    """The launcher, run with its tensor's GPU as the current one: Triton launches on the current device's stream.
+
+    at: the positional argument that is a tensor. With a model on cuda:1 while cuda:0 is current, an unguarded kernel would
+    run on cuda:0 and read memory that is not its own. Where the device is current already, two integers are compared.
+    """
+
+    @functools.wraps(launcher)
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        device = args[at].get_device()  # -1 on a CPU, where kernels are interpreted
+        if device < 0 or device == torch.cuda.current_device():
+            return launcher(*args, **kwargs)
+        with torch.cuda.device(device):
+            return launcher(*args, **kwargs)
+
+    return cast(Launcher, launch)
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:

@@ -80,8 +80,19 @@ def quiet_libraries(bars: bool = False, reading: bool = False) -> None:
     if not bars:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not any(Path("/dev").glob("nvidia*")):
+    if not may_have_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
+
+
+def may_have_gpu(devices: Path = Path("/dev")) -> bool:
+    """Whether torch may find a GPU, without the seconds that its import takes. Never False where it finds one.
+
+    devices: the folder of device files. NVIDIA's driver has nvidia*, on Jetson nvhost* or nvmap; WSL 2 has dxg and no
+    other; ROCm has kfd.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return any(any(devices.glob(name)) for name in ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd"))
 
 
 def _format(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:

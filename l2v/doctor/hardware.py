@@ -5,6 +5,7 @@ Imports are inside the functions, so that a missing or broken package becomes a 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -80,8 +81,13 @@ def devices(report: Report) -> Rows:
     else:
         for at in range(torch.cuda.device_count()):
             rows[f"cuda:{at}"] = _gpu(report, at, peak_flops)
-        version = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # not in torch's stubs
-        rows["CUDA"] = f"driver up to {version // 1000}.{version % 1000 // 10}, torch {torch.version.cuda}"
+        if torch.version.cuda:
+            newest = newest_cuda()
+            rows["CUDA"] = (
+                f"driver up to {newest}, torch {torch.version.cuda}" if newest else f"torch {torch.version.cuda}"
+            )
+        else:
+            rows["ROCm"] = f"torch {torch.version.hip}"
         rows["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     driver = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
     if driver:
@@ -115,6 +121,21 @@ def _gpu(report: Report, at: int, peak_flops: Callable) -> str:
         f"{total / GIB:.1f} GiB, {free / GIB:.1f} free, {properties.multi_processor_count} multiprocessors"
         + (f", {peak / 1e12:.0f} TFLOP/s bf16 by its data sheet" if peak else "")
     )
+
+
+def newest_cuda() -> str | None:
+    """The newest version of CUDA that the installed NVIDIA driver supports, as `13.0`; None without a driver.
+
+    From the driver itself (cuDriverGetVersion, 1000 * major + 10 * minor): torch has no public name for it.
+    """
+    version = ctypes.c_int()
+    try:
+        status = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuDriverGetVersion(
+            ctypes.byref(version)
+        )
+    except (OSError, AttributeError):  # no such library; a library without such a function
+        return None
+    return None if status or not version.value else f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from l2v.batch import moved
+
 
 @dataclass
 class Groups:
@@ -104,10 +106,8 @@ class Groups:
     def to(self, device: torch.device) -> Groups:
         """The same with its tensors on a device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {
-            k: v.to(device, non_blocking=True) for k, v in tensors.items() if isinstance(v, torch.Tensor)
-        }
-        return replace(self, **moved, on_host=self.on_host or self)
+        there: dict[str, Any] = {k: moved(v, device) for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **there, on_host=self.on_host or self)
 
 
 def ids_of(groups: Groups, keys: bool, by_group: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -70,6 +70,8 @@ def deepspeed_config(stage: Stage, zero: Zero, dtype: torch.dtype, trainable: in
         "bf16": {"enabled": dtype == torch.bfloat16},
         "communication_data_type": "fp32",
         "steps_per_print": 10**9,
+        # From its third step on it would wait for the device in every forward, for a log that nobody reads.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": {
             "stage": zero.stage,
             "contiguous_gradients": True,
@@ -86,6 +88,11 @@ def deepspeed_config(stage: Stage, zero: Zero, dtype: torch.dtype, trainable: in
         config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     if zero.config:
         _merge(config, read_config(find_config(zero.config)))
+    partitioned = config["zero_optimization"]
+    if partitioned["stage"] in (1, 2) and partitioned.get("offload_optimizer", {}).get("device", "none") == "none":
+        # DeepSpeed would search every gradient for NaN and Inf by itself, with several launches each, and wait for the
+        # answer. The ranks agree on that before the update (`faults.broken_gradients`).
+        config["bf16"].setdefault("check_grad_overflow", False)
     return config
 
 

@@ -91,8 +91,8 @@ def filler(device: torch.device) -> PackedBatch:
 def discard(engine) -> None:
     """End a step without applying its gradients; weights, Adam moments and step count keep every bit.
 
-    Under every ZeRO stage but 0, DeepSpeed itself skips a step whose gradient norm is NaN or Inf and clears what it
-    accumulated, so the gradients are filled with NaN.
+    Under every ZeRO stage but 0, DeepSpeed itself skips a step whose gradients are NaN or Inf and clears what it
+    accumulated, so the gradients are filled with NaN. It looks for them in this step also where it is configured not to.
     """
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 0 and not hasattr(optimizer, "averaged_gradients"):
@@ -109,12 +109,14 @@ def discard(engine) -> None:
         optimizer.local_overflow = True  # an optimizer in host memory keeps no list of gradients
     from deepspeed.utils.logging import logger
 
-    level = logger.level
+    level, searches = logger.level, getattr(optimizer, "check_grad_overflow", True)
     logger.setLevel(logging.ERROR)  # hides its overflow warning; this program logs the skipped step itself
+    optimizer.check_grad_overflow = True
     try:
         engine.step()
     finally:
         logger.setLevel(level)
+        optimizer.check_grad_overflow = searches
     if engine.was_step_applied():
         raise AssertionError("a step that was to be discarded was applied")
 
@@ -129,6 +131,19 @@ def gradient_norm(engine) -> torch.Tensor | None:
         return None
     norms = [p.grad.norm(dtype=torch.float32) for p in engine.module.parameters() if p.grad is not None]
     return torch.stack(norms).norm() if norms else None
+
+
+def broken_gradients(engine) -> torch.Tensor | None:
+    """Whether a gradient of this rank's partition is NaN or Inf: bool [] on the device.
+
+    For ZeRO 1 and 2 where `deepspeed_config` keeps DeepSpeed from searching for them; None elsewhere. One norm of all
+    tensors at once: two launches, where DeepSpeed's search takes several a tensor.
+    """
+    optimizer = engine.optimizer
+    if getattr(optimizer, "check_grad_overflow", True):
+        return None
+    gradients = [g for part in optimizer.averaged_gradients.values() for g in part or () if g is not None]
+    return ~torch.stack(torch._foreach_norm(gradients)).isfinite().all() if gradients else None
 
 
 def smaller(stage: Stage, micro_tokens: int, longest: int) -> int:

@@ -27,6 +27,26 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def restore_visible_devices() -> None:
+    """In a rank, before anything asks CUDA: the CUDA_VISIBLE_DEVICES of the process that called `launch`.
+
+    The deepspeed launcher numbers a rank's GPUs 0, 1, ... whatever the user chose: other GPUs than those named, and all
+    of them where the user hid them.
+    """
+    given = os.environ.pop("L2V_VISIBLE_DEVICES", None)
+    if given is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = given
+
+
+def set_allocator() -> None:
+    """In a rank, before torch is loaded: let CUDA's allocator grow its segments, unless the user configured it.
+
+    Steps have varying numbers of tokens, so blocks of fixed size fit the next step badly: as much again stayed reserved.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def launch(module: str, argv: list[str], processes: int, *, restarts: int = 0) -> int:
     """Run `module` in `processes` processes until it ends; returns the exit code.
 
@@ -38,6 +58,9 @@ def launch(module: str, argv: list[str], processes: int, *, restarts: int = 0) -
     from l2v.machine import free_port, threads
 
     environment = dict(os.environ)
+    visible = environment.pop("CUDA_VISIBLE_DEVICES", None)
+    if visible is not None:
+        environment["L2V_VISIBLE_DEVICES"] = visible  # see `restore_visible_devices`
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(threads(processes)))

@@ -18,7 +18,7 @@ from l2v.recipe import Contrastive, Stage, Tracking
 from l2v.training import checkpoint
 from l2v.training.agreement import Agreement, StopRequest
 from l2v.training.engine import read_state, write_state
-from l2v.training.faults import OutOfMemoryGuard, discard, gradient_norm
+from l2v.training.faults import OutOfMemoryGuard, broken_gradients, discard, gradient_norm
 from l2v.training.metrics import Metrics, Progress
 from l2v.training.prefetch import BatchPrefetcher
 from l2v.training.profile import Profile
@@ -180,6 +180,8 @@ class Training:
             broken = is_broken(shares["loss"], shares.get("nonfinite_S"))
             if (norm := gradient_norm(self.engine)) is not None:
                 broken = broken | ~norm.isfinite()
+            if (of_partition := broken_gradients(self.engine)) is not None:
+                broken = broken | of_partition
             agreed = self.stop.agree(broken, memory=guard.happened, data=self.batches.failed(step + 1))
             if not agreed.memory:
                 return StepResult(plan, shares, agreed, norm)

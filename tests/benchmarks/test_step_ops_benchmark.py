@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import harness
 from benchmarks.harness import Ceilings, Unavailable
 from benchmarks.kernels import step_ops as benchmark
+from benchmarks.kernels import step_ops_peers as peers
 from benchmarks.kernels.step_ops_peers import PROVIDERS, Workload, definition, l2v
 
 CPU = (torch.device("cpu"), torch.float32)
@@ -40,6 +42,25 @@ def test_a_wrong_provider_is_not_timed(monkeypatch):
     results = benchmark.run(Workload("swiglu", "tiny", 3, 5, *CPU), Ceilings(1e9, 1e9), seconds=0.001)
     assert {x.provider for x in results if x.median} == {"l2v"}
     assert all("wrong results" in x.skipped and x.facts["failed"] for x in results if x.provider == "wrong")
+
+
+@pytest.mark.parametrize("kept_graph", [True, False])
+def test_a_compiled_peer_serves_the_backwards_of_a_kept_graph(monkeypatch, kept_graph):
+    """Compiled for a CPU without code of its own; one that cannot keep its graph is skipped with the reason, not a crash."""
+    compile_it = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **more: compile_it(f, backend="aot_eager", **more))
+    if kept_graph:
+        monkeypatch.setattr(
+            peers, "compile_for", lambda f, _, **more: harness.compiled(f, torch.device("cuda"), **more)
+        )
+    else:
+        monkeypatch.setattr(peers, "compile_for", lambda f, _, **more: harness.compiled(f, torch.device("cuda")))
+    monkeypatch.setattr(benchmark, "PROVIDERS", (peers.compiled, l2v))
+    with harness.functorch_config.patch(donated_buffer=True):  # and as it was, afterwards
+        results = benchmark.run(Workload("rms_norm", "tiny", 3, 8, *CPU), Ceilings(1e9, 1e9), seconds=0.001)
+    assert all(x.median for x in results if x.provider == "l2v")
+    for x in (x for x in results if x.provider == "compiled"):
+        assert (x.median and not x.skipped) if kept_graph else "donated buffers" in x.skipped
 
 
 def test_bytes_are_those_of_the_definition():

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.forked import KERNELS, output_of
+from support.versions import need_interpreter
 
 PACKAGE = Path(__file__).resolve().parents[2] / "kernels"
 # An installed distribution puts l2v_kernels on the path itself; a bare checkout does not.
@@ -43,6 +44,8 @@ def run_interpreted():
 
     Triton decides at import whether it interprets, so this process, which also compiles, cannot do both.
     """
+
+    need_interpreter()
 
     def run(path):
         command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)]

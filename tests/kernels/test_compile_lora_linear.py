@@ -82,8 +82,9 @@ def test_gradients_of_outputs(rank, dtype, capability):
     assert "cp.async.cg.shared.global" in used.ptx or "ld.global.v4.b32" in used.ptx
 
 
+@pytest.mark.parametrize("width", [16, 4096])  # a rank, for dB; the inputs, for dA
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
-def test_ordered_sum(capability):
+def test_ordered_sum(capability, width):
     from l2v_kernels.lora_linear import kernel_up
 
     config = dict(kernel_up.ORDERED_SUM_CONFIG)
@@ -91,5 +92,5 @@ def test_ordered_sum(capability):
     function = kernel_up.ordered_sum_kernel
     signature = {p.name: types.get(p.name, "i32") for p in function.params if not p.is_constexpr}
     warps = config.pop("num_warps")
-    used = build(function, signature, config | {"WIDTH": 16}, capability, warps, disassemble=False)
+    used = build(function, signature, config | {"WIDTH": width}, capability, warps, disassemble=False)
     assert not used.problems(capability) and "ld.global.v4" in used.ptx

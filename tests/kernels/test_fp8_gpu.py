@@ -92,12 +92,14 @@ def test_lora_on_tensor_cores_and_on_the_emulation_without_a_host_sync():
     keys = InputDropout(keys.p, keys.seeds_T.cuda(), keys.rows_T.cuda())
     dy = torch.randn(300, 64, device="cuda").bfloat16()
 
+    # Outside of what runs without a host sync: a copy from pageable memory waits for the device.
+    leaf = x.detach().cuda().requires_grad_()
+    on = [
+        Adapter(a.part, *(m.detach().cuda().requires_grad_() for m in (a.a_RE, a.b_OR)), a.scaling, a.stream)
+        for a in adapters
+    ]
+
     def run(emulate):
-        leaf = x.detach().cuda().requires_grad_()
-        on = [
-            Adapter(a.part, *(m.detach().cuda().requires_grad_() for m in (a.a_RE, a.b_OR)), a.scaling, a.stream)
-            for a in adapters
-        ]
         y = lora_linear(leaf, Fp8Linears(weight, SIZES, emulate=emulate), on, keys)
         leaves = [leaf, *(m for a in on for m in (a.a_RE, a.b_OR))]
         return [y.detach(), *torch.autograd.grad(y, leaves, dy)]

@@ -255,6 +255,24 @@ def test_interpreted_without_a_gradient_of_x():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("dtype", "tokens", "launches"), [(torch.float16, 300, 1), (torch.float32, 5, 0)])
+def test_interpreted_gradients_of_all_a_are_summed_and_rounded_in_one_launch(dtype, tokens, launches, monkeypatch):
+    from l2v_kernels.lora_linear import launch
+
+    x, _, _, adapters, keys = problem(dtype, tokens=tokens, p=0.3)
+    dxa, calls, ordered_sum = torch.randn(tokens, 12).to(dtype), [], launch._ordered_sum
+    monkeypatch.setattr(launch, "_ordered_sum", lambda *given: calls.append(given) or ordered_sum(*given))
+    with torch.no_grad():
+        _, da = launch.down_backward(x, dxa, adapters, keys, want_dx=True)
+    assert len(calls) == launches
+    for parts, out, factor in calls:
+        assert len(parts) > 1 and factor == 1.0, "more than one split"
+        exact = parts.double().sum(0)
+        assert ((out.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
+        assert torch.equal(torch.cat(da), out)
+    assert [a.shape for a in da] == [a.a_RE.shape for a in adapters] and all(a.dtype == dtype for a in da)
+
+
 def test_interpreted_keeps_no_mask():
     x, weights, bias, adapters, keys = problem(torch.float32, p=0.3)
     with triton_everywhere(), torch.no_grad():

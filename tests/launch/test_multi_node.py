@@ -18,7 +18,14 @@ DOCUMENT = (ROOT / "docs" / "multi-node.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", DOCUMENT, flags=re.DOTALL)
 STAGES = ("mntp", "simcse", "supervised")
 SETTINGS, SCRIPT, LAUNCHER, NO_SSH, TORCHRUN, SLURM, KUBERNETES = range(7)
-PASSED_ON = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE", "TOKENIZERS_PARALLELISM")
+PASSED_ON = (
+    "DS_ACCELERATOR",
+    "L2V_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "HF_HUB_OFFLINE",
+    "HF_DATASETS_CACHE",
+    "TOKENIZERS_PARALLELISM",
+)
 
 # What Slurm does of it: variables, one call of the script, one task a node.
 SBATCH = """#!/usr/bin/env bash
@@ -58,7 +65,7 @@ def hosts(tmp_path_factory):
     (folder / "launch").symlink_to(ROOT / "launch")
     (folder / "hostfile").write_text("".join(f"{host} slots=2\n" for host in HOSTS))
     with two_hosts(tmp_path_factory.mktemp("hosts") / "ssh") as path:
-        environment = training_environment() | {"HF_HUB_OFFLINE": "1"}
+        environment = training_environment() | {"HF_HUB_OFFLINE": "1", "L2V_VISIBLE_DEVICES": ""}
         before = [str(path), str(Path(sys.executable).parent), environment["PATH"]]
         environment |= {"PATH": os.pathsep.join(before), "NODES": "2", "GPUS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.2"}
         yield folder, environment

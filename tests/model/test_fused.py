@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from support.forked import KERNELS, output_of
 from support.fused_cases import FAMILIES, batch, build, distance, gradients
 from support.processes import ROOT
+from support.versions import need_interpreter
 from transformers import AutoModel
 
 from l2v.errors import RecipeError
@@ -127,6 +129,7 @@ def test_the_decoders_own_forward_still_works():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 def test_on_the_kernels_in_the_interpreter():
+    need_interpreter()
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     script = ROOT / "tests" / "support" / "fused_interpreted.py"
@@ -140,6 +143,22 @@ def train_a_little(model):
         optimizer.zero_grad()
         model(batch(step), "vectors").square().sum().backward()
         optimizer.step()
+
+
+def test_each_layers_separate_weights_are_released_before_the_next_are_stacked(monkeypatch):
+    model, stacked = build("llama", "fused", lora=LORA), []
+
+    def count() -> int:
+        return sum(spec.gate_up.linears().stacked_OE is not None for spec in model.fused.specs)
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: stacked.append(count()))
+    with mock.patch.object(torch.Tensor, "is_cuda", True):
+        model.fused.stack_weights()
+    layers = len(model.fused.specs)
+    assert layers > 1 and stacked == list(range(1, layers + 1))
+    stacked.clear()
+    build("llama", "fused").fused.stack_weights()
+    assert stacked == [], "there is no such allocator on a CPU"
 
 
 def test_files_are_those_of_plain_layers(tmp_path):

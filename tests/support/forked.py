@@ -2,7 +2,7 @@
 
 A rank that starts as `python -m l2v.train` spends most of a short test on imports. `start` gives a process with the same
 arguments, environment, folder and output, which runs its module as `__main__`, forked from one server for each environment of
-imports. Where forking is not safe (a GPU, no Linux) it starts an interpreter instead.
+imports. Where forking is not safe (a GPU that is not hidden, no Linux) it starts an interpreter instead.
 """
 
 import atexit
@@ -42,7 +42,7 @@ def start(
     Returns a Process, or a subprocess.Popen where forking is not safe; both have pid, poll, wait, communicate, send_signal
     and kill.
     """
-    if not sys.platform.startswith("linux") or any(Path("/dev").glob("nvidia[0-9]*")):
+    if not sys.platform.startswith("linux") or env.get("CUDA_VISIBLE_DEVICES") != "":
         return subprocess.Popen(
             [sys.executable, *arguments], env=env, cwd=cwd, text=True, stdout=subprocess.PIPE,
             stderr=errors or subprocess.STDOUT,

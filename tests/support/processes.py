@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from support.forked import Process, start
@@ -17,12 +18,23 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def hide_gpus(arguments: Sequence[str]) -> None:
+    """Hide the GPUs from this process and all it starts, unless every argument of pytest is a file test_*_gpu.py.
+
+    Every other test is one of the CPU: on a machine with a GPU it would train there, or give NCCL tensors of the CPU.
+    """
+    files = [Path(argument.partition("::")[0]).name for argument in arguments]
+    if not files or not all(fnmatch(name, "test_*_gpu.py") for name in files):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def training_environment() -> dict[str, str]:
     """The environment of a training process on the CPU, with a port of its own and no rank."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
     path = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    return environment | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MASTER_PORT": str(free_port())}
+    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return environment | on_cpu | {"MASTER_PORT": str(free_port())}
 
 
 def run_ranks(function: Callable, arguments: tuple, world: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from training.test_ranks import broken_base
 
-from l2v.training import checkpoint
+from l2v.training import checkpoint, loop
 
 ALONE = {"stages.simcse.from": "base", "stages.supervised.from": "base"}
 
@@ -53,6 +53,31 @@ def test_a_step_that_is_not_finite_moves_nothing(recipe, run_here, tmp_path, zer
         assert all(torch.equal(value, states[bad][name]) for name, value in states[bad - 1].items())
     assert bad == 6 or any(not torch.equal(value, states[6][name]) for name, value in states[bad].items())
     assert all(value.isfinite().all() for value in states[6].values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_one_infinite_gradient_skips_its_step(recipe, run_here, tmp_path, precision, monkeypatch):
+    """Loss and embeddings are finite, and DeepSpeed does not search the gradients itself."""
+    real, seen = loop.broken_gradients, []
+
+    def third_is_infinite(engine):
+        seen.append(engine)
+        if len(seen) == 3:
+            [gradients] = engine.optimizer.averaged_gradients.values()
+            gradients[2].view(-1)[1] = float("inf")
+        return real(engine)
+
+    monkeypatch.setattr(loop, "broken_gradients", third_is_infinite)
+    path = recipe([], **{"zero.stage": 1, "base.precision": precision})
+    output = run_here(path, "--stage", "supervised")
+    run = tmp_path / "run/supervised"
+    assert (
+        "WARNING: step 3: a gradient is NaN or Inf, so the step is skipped (1 in a row; training stops at 3)" in output
+    )
+    assert len(seen) == 6 and [row["step"] for row in rows(run) if row["gradient_norm"] is None] == [3]
+    states = [load_file(run / f"checkpoints/step-{step:06d}" / checkpoint.TENSORS) for step in (2, 3, 4)]
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    assert any(not torch.equal(value, states[2][name]) for name, value in states[1].items())
 
 
 def test_a_run_that_left_a_step_out_goes_on_with_the_same_bits(recipe, run_here, tmp_path):

@@ -9,13 +9,14 @@ from l2v_kernels.attention.kernel_forward import forward_kernel
 from l2v_kernels.attention.settings import Settings
 from l2v_kernels.attention.tables import TokenTables
 from l2v_kernels.attention.tune import choose
-from l2v_kernels.launching import PRECISION, unit_stride
+from l2v_kernels.launching import PRECISION, on_device, unit_stride
 from l2v_kernels.philox import keep_scale, threshold
 
 _LOG2E = 1.4426950408889634
 MAX_GROUP = 8
 
 
+@on_device
 def forward(
     q_THD: torch.Tensor,
     k_TKD: torch.Tensor,
@@ -53,6 +54,7 @@ def forward(
     return o_THD, lse_HT
 
 
+@on_device
 def backward(
     do_THD: torch.Tensor,
     q_THD: torch.Tensor,

@@ -27,11 +27,14 @@ class FusedAttention(torch.autograd.Function):
         ctx.save_for_backward(q_THD, k_TKD, v_TKD, o_THD, lse_HT, seeds_S)
         ctx.tables, ctx.settings = tables, settings
         ctx.mark_non_differentiable(lse_HT)
+        ctx.set_materialize_grads(False)  # else every backward fills [H, T] zeros for lse
         return o_THD, lse_HT
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, do_THD: torch.Tensor, _):
+    def backward(ctx, do_THD: torch.Tensor | None, _):
+        if do_THD is None:
+            return None, None, None, None, None, None
         from l2v_kernels.attention import launch
 
         q_THD, k_TKD, v_TKD, o_THD, lse_HT, seeds_S = ctx.saved_tensors

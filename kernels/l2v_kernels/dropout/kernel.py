@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from l2v_kernels.launching import unit_stride
+from l2v_kernels.launching import on_device, unit_stride
 from l2v_kernels.philox import DOMAIN_DROPOUT, keep_scale, threshold
 from l2v_kernels.philox_kernel import random_bytes
 
@@ -44,6 +44,7 @@ def dropout_kernel(
     tl.store(y_ptr + tokens[:, None] * stride_y + columns[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@on_device
 def launch(
     x_TE: torch.Tensor, y_TE: torch.Tensor, p: float, seeds_T: torch.Tensor, rows_T: torch.Tensor, stream: int
 ) -> torch.Tensor:

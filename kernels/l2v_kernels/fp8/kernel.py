@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from l2v_kernels.launching import unit_stride
+from l2v_kernels.launching import on_device, unit_stride
 
 MAX_WIDTH = 16384
 """Elements of the longest row that one program holds in registers."""
@@ -131,6 +131,7 @@ def config(width: int) -> dict[str, int]:
     return {"BLOCK_ROWS": max(1, min(64, TILE_ELEMENTS // block)), "BLOCK_E": block, "num_warps": warps}
 
 
+@on_device
 def launch_quantize(x_TE: torch.Tensor, factors_E: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(q [T, E], scale [T]). Arguments as in `l2v_kernels.fp8.quantize_rows`, which checks them."""
     T, E = x_TE.shape

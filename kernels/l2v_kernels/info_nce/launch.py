@@ -8,9 +8,10 @@ import triton
 from l2v_kernels.info_nce import config, kernel_elementwise, kernel_fused
 from l2v_kernels.info_nce.settings import Settings
 from l2v_kernels.info_nce.tiles import Tile
-from l2v_kernels.launching import architecture
+from l2v_kernels.launching import architecture, on_device
 
 
+@on_device
 def inverse_norms(x_nE: torch.Tensor, settings: Settings) -> torch.Tensor:
     """float64 [P, n]: 1 / norm of each prefix, 0 for a zero vector."""
     n, P = len(x_nE), len(settings.prefixes)
@@ -23,6 +24,7 @@ def inverse_norms(x_nE: torch.Tensor, settings: Settings) -> torch.Tensor:
     return out_Pn
 
 
+@functools.partial(on_device, at=1)
 def statistics(tile: Tile, planes_Prc, m_Pr, l_Pr, pair_Pr) -> None:
     """Updates m, l and pair [P, r] by a tile's planes, in place."""
     P, n_rows, n_columns = planes_Prc.shape
@@ -52,6 +54,7 @@ def statistics(tile: Tile, planes_Prc, m_Pr, l_Pr, pair_Pr) -> None:
     )
 
 
+@functools.partial(on_device, at=1)
 def coefficients(
     tile: Tile, planes_Prc, lse_Pr, row_out_Pr, out_Prc, row_sums_Pr, column_sums_Pc,
 ) -> None:  # fmt: skip
@@ -82,6 +85,7 @@ def coefficients(
         )
 
 
+@functools.partial(on_device, at=1)
 def fused_statistics(tile: Tile, x_rE, m_Pr, l_Pr, pair_Pr, settings: Settings) -> None:
     """As `statistics`, from the embeddings of the tile's rows."""
     y_cE = tile.block.columns.x_nE[tile.columns]
@@ -125,6 +129,7 @@ def fused_statistics(tile: Tile, x_rE, m_Pr, l_Pr, pair_Pr, settings: Settings) 
         pair_Pr.copy_(torch.where((own_r >= 0) & (own_r < n_columns), part_pair.sum(0), pair_Pr))
 
 
+@functools.partial(on_device, at=1)
 def fused_coefficients(
     tile: Tile, x_rE, lse_Pr, row_out_Pr, out_Prc, row_sums_Pr, column_sums_Pc,
     settings: Settings,
@@ -162,6 +167,7 @@ def fused_coefficients(
         )
 
 
+@on_device
 def finish(sum_rE, x_rE, along_Pr, unscale, out_rE, settings: Settings) -> None:
     """out [r, E] = sum * unscale - x * along, slice by slice; 0 beyond the last prefix."""
     for s, (begin, end) in enumerate(settings.prefix_slices):

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from l2v_kernels.launching import on_device
+
 CONFIG = {"BLOCK": 2048, "num_warps": 4}
 """Logits a step: 16 a thread, in four loads of 16 bytes. That takes under 100 registers a thread, so five rows share a
 multiprocessor and one is read while others are computed."""
@@ -69,6 +71,7 @@ def softmax_stats_kernel(
             tl.store(out_ptr + columns, y.to(out_ptr.dtype.element_ty), mask=columns < n_columns)
 
 
+@on_device
 def launch(
     logits_rV: torch.Tensor,
     bias_V: torch.Tensor | None,

@@ -20,13 +20,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(gradient_LE)
         hits = hits_L.sum()
         ctx.mark_non_differentiable(hits)
+        ctx.set_materialize_grads(False)
         return losses_L.sum(), hits
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
         (gradient_LE,) = ctx.saved_tensors
-        return gradient_LE * grad, None, None, None, None
+        return None if grad is None else gradient_LE * grad, None, None, None, None
 
 
 @torch.no_grad()

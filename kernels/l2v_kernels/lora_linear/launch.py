@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from l2v_kernels.launching import PRECISION, unit_stride
+from l2v_kernels.launching import PRECISION, on_device, unit_stride
 from l2v_kernels.lora_linear.kernel_down import (
     DOWN_BACKWARD_CONFIG,
     DOWN_BACKWARD_PROGRAMS,
@@ -27,6 +27,7 @@ from l2v_kernels.lora_linear.settings import MAX_ADAPTERS, Adapter, InputDropout
 from l2v_kernels.philox import threshold
 
 
+@on_device
 def down(x_TE: torch.Tensor, adapters: tuple[Adapter, ...], dropout: InputDropout) -> torch.Tensor:
     """xa [T, sum of ranks] as `reference.down`, without masks: the backward recomputes them."""
     T, E = x_TE.shape
@@ -52,6 +53,7 @@ def down(x_TE: torch.Tensor, adapters: tuple[Adapter, ...], dropout: InputDropou
     return xa_TR
 
 
+@on_device
 def down_backward(
     x_TE: torch.Tensor,
     dxa_TR: torch.Tensor,
@@ -93,7 +95,10 @@ def down_backward(
             **_constants(adapters, dropout),
             **config,
         )
-    da_RE = (da_JRE[0] if splits == 1 else da_JRE.sum(0)).to(x_TE.dtype)
+    da_RE = da_JRE[0]
+    if splits > 1 or x_TE.dtype != torch.float32:
+        da_RE = torch.empty_like(da_RE, dtype=x_TE.dtype)
+        _ordered_sum(da_JRE, da_RE, 1.0)
     return dx_TE, [da_RE[rows] for rows in rank_slices(adapters)]
 
 
@@ -102,6 +107,7 @@ def takes_up_backward(adapter: Adapter) -> bool:
     return _block_r(adapter.rank) <= MAX_BLOCK_R
 
 
+@on_device
 def up_backward(
     dy_TO: torch.Tensor, xa_TR: torch.Tensor, b_OR: torch.Tensor, factor: float, dxa_TR: torch.Tensor
 ) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from l2v_kernels.launching import unit_stride
+from l2v_kernels.launching import on_device, unit_stride
 
 TILE_ELEMENTS = 4096
 """Elements a program where rows are short. Longer rows take one program each, with more warps."""
@@ -157,6 +157,7 @@ def config(width: int) -> dict[str, int]:
     return {"BLOCK_ROWS": max(1, min(32, TILE_ELEMENTS // block)), "BLOCK_E": block, "num_warps": warps}
 
 
+@on_device
 def launch_forward(
     x_TE: torch.Tensor,
     delta_TE: torch.Tensor | None,
@@ -192,6 +193,7 @@ def launch_forward(
     )
 
 
+@on_device
 def launch_backward(
     dy_TE: torch.Tensor,
     sum_TE: torch.Tensor,
@@ -227,6 +229,7 @@ def launch_backward(
     return dx_TE
 
 
+@on_device
 def launch_weight_gradient(dy_TE: torch.Tensor, sum_TE: torch.Tensor, rstd_T: torch.Tensor) -> torch.Tensor:
     """dweight [E] fp32: partial sums by the kernel, then their total, both in a fixed order."""
     n_rows, heads, width = _sizes(sum_TE)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from l2v_kernels.launching import unit_stride
+from l2v_kernels.launching import on_device, unit_stride
 
 CONFIG = {"BLOCK_ROWS": 32, "num_warps": 4}
 """Rows (token, head) a program: 32 rows of 128 columns are two loads of 16 bytes a thread for each half of the columns."""
@@ -56,6 +56,7 @@ def rope_kernel(
     tl.store(y_ptr + HALF, y2.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@on_device
 def launch(
     x_THD: torch.Tensor, y_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor, inverse: bool
 ) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from l2v_kernels.launching import unit_stride
+from l2v_kernels.launching import on_device, unit_stride
 from l2v_kernels.segment_pool.reference import MIN_TOTAL
 
 PIECE = 32
@@ -204,6 +204,7 @@ def config(width: int) -> dict[str, int]:
     }
 
 
+@on_device
 def launch_forward(
     x_TE: torch.Tensor,
     weights_T: torch.Tensor,
@@ -245,6 +246,7 @@ def launch_forward(
     )
 
 
+@on_device
 def launch_backward(
     dvectors_SE: torch.Tensor,
     x_TE: torch.Tensor | None,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from l2v_kernels.launching import PRECISION, unit_stride
+from l2v_kernels.launching import PRECISION, on_device, unit_stride
 from l2v_kernels.swiglu.reference import GateUpLora
 
 CONFIG = {"BLOCK_T": 4, "BLOCK_F": 1024, "num_warps": 8}
@@ -124,6 +124,7 @@ def swiglu_backward_kernel(
     tl.store(out_ptr + n_columns, dup.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@on_device
 def launch_forward(gate_up_TG: torch.Tensor, product_TF: torch.Tensor, lora: GateUpLora | None = None) -> torch.Tensor:
     """Writes the product [T, F], contiguous, and returns it. Arguments as in `op.forward`."""
     T, F = product_TF.shape
@@ -136,6 +137,7 @@ def launch_forward(gate_up_TG: torch.Tensor, product_TF: torch.Tensor, lora: Gat
     return product_TF
 
 
+@on_device
 def launch_backward(
     dproduct_TF: torch.Tensor, gate_up_TG: torch.Tensor, out_TG: torch.Tensor, lora: GateUpLora | None = None
 ) -> torch.Tensor:

@@ -49,11 +49,15 @@ class FusedStack:
     def stack_weights(self) -> None:
         """Store weights with the same input in one buffer, for a single matmul.
 
-        Call it once the model is on its device; not with ZeRO-3, which owns the storage of parameters.
+        Call it once the model is on its device; not with ZeRO-3, which owns the storage of parameters. Layer by layer: never
+        more than one layer's weights exist twice, also in what CUDA's allocator holds for later.
         """
         for spec in self.specs:
             for group in (spec.qkv, spec.gate_up):
                 stack_weights([base_of(m) for m in group.modules])
+            if base_of(spec.linears[0]).weight.is_cuda:
+                # No later layer fits into what the separate weights leave behind: a third of the model stayed reserved.
+                torch.cuda.empty_cache()
 
     def __call__(
         self,
