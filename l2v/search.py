@@ -16,7 +16,7 @@ import numpy as np
 from l2v.batch import mix
 from l2v.data import raw, sample
 from l2v.data.columns import absent, settle
-from l2v.data.find import find_files
+from l2v.data.find import find_files, left_out
 from l2v.data.reading import Reading
 from l2v.data.sources import open_rows
 from l2v.data.tokens import text_key
@@ -72,6 +72,8 @@ def read_corpus(file: str | None, column: str, notes: list[str], *, fields: bool
         texts = open_rows([Source(path=file, text=column, skip_empty=True)], "documents", notes)["text"]
         return [Passage(text, file, at, where=f"{file}, text {at}") for at, text in enumerate(texts, 1)]
     files, reading = find_files(file), Reading(keep_going=True)
+    if sentence := left_out(file):
+        reading.note(sentence)
     found: list[Passage] = []
     for path in files:
         try:

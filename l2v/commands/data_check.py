@@ -38,20 +38,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _lines(args: argparse.Namespace, path: Path) -> list[str]:
-    from l2v.data.check.own import check_own, check_recipe
     from l2v.data.find import find_files
+    from l2v.data.raw import columns
+
+    shipped = not path.exists() and (recipe_folder() / f"{args.data}.yaml").is_file()
+    is_recipe = shipped or path.suffix in (".yaml", ".yml")
+    if not is_recipe and len(files := find_files(args.data)) == 1:  # a mistake is answered before torch is loaded
+        columns(files[0], args.data)
+    from l2v.data.check.own import check_own, check_recipe
     from l2v.data.tokens import TextTokenizer, load_tokenizer
     from l2v.model.embedded import resolve
     from l2v.recipe import Template
     from l2v.recipe.load import load_recipe
 
-    shipped = not path.exists() and (recipe_folder() / f"{args.data}.yaml").is_file()
-    if shipped or path.suffix in (".yaml", ".yml"):
+    if is_recipe:
         recipe = load_recipe(args.data)
         base = recipe.base
         tokenizer = load_tokenizer(base.tokenizer or resolve(base.model), revision=base.revision)
         return check_recipe(recipe, TextTokenizer(tokenizer, base.template, 512), keep_going=args.keep_going)
-    find_files(args.data)  # a wrong name is answered before a tokenizer is loaded
     texts = TextTokenizer(load_tokenizer(resolve(args.base)), Template(), args.length or 512)
     return check_own(args.data, texts, keep_going=args.keep_going)
 

@@ -29,6 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for key in ("processes", "batch_tokens", "length"):
         if (value := getattr(args, key)) is not None and value < 1:
             raise RecipeError(f"--{key.replace('_', '-')} is {value}; use 1 or more")
+    local = [name.removeprefix("local:") for name in args.benchmark or () if name.startswith("local:")]
+    if args.data and not local:
+        raise RecipeError(
+            f"--data is the folder of a local manifest's files; for own questions: --benchmark local:{args.data}"
+        )
+    for name in local:
+        if name != "sample" and not Path(name).exists():
+            raise UserError(f"local:{name}: no such file, folder or manifest")
     from l2v.evaluation.score import evaluate
 
     code = evaluate(args, list(argv) if argv is not None else None)

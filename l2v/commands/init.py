@@ -65,19 +65,22 @@ def _seen(data: OwnData) -> str:
     """The content of the file and how it is read, a line each."""
     delimiter = f", delimiter {data.delimiter}" if data.delimiter else ""
     empty = f", {data.empty:,} more with an empty text (skipped)" if data.empty else ""
-    chosen = ", ".join(f"{key}: {column}" for key, column in data.read_as().items())
+    read_as = ", ".join(f"{key}: {column}" for key, column in data.read_as().items())
+    chosen = f"read as {read_as}" if data.files == 1 else f"each of the {data.files} files is read by its own columns"
     tokens = round(data.long_letters / LETTERS_A_TOKEN)
-    notes = "".join(f"{note}\n" for note in data.notes if "guessed" not in note)  # the next line says what was guessed
+    notes = "".join(
+        f"{note}\n" for note in data.notes if data.files > 1 or "guessed" not in note
+    )  # the next line says what was guessed
     return (
         f"{data.source.path}: {data.rows:,} {data.kind}{empty}{delimiter}\n{notes}"
-        f"columns {', '.join(data.columns)}; read as {chosen}\n"
+        f"columns {', '.join(data.columns)}; {chosen}\n"
         f"95% of the texts are shorter than about {tokens:,} tokens"
     )
 
 
 def _next(name: str, out: Path, data: OwnData) -> str:
     query = shlex.quote(data.example) if data.example else '"your query"'
-    column = "" if data.searched == data.document else f" --column {shlex.quote(data.document)}"
+    column = "" if data.searched == data.document or data.files > 1 else f" --column {shlex.quote(data.document)}"
     return (
         "Next:\n"
         f"  l2v train {shlex.quote(str(out))}\n"

@@ -7,9 +7,13 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2v.commands.parser import add_loading, new_parser
+from l2v.data.columns import absent
+from l2v.data.find import find_files
+from l2v.data.raw import columns
 from l2v.errors import UserError
 from l2v.runs.names import check_model
 
@@ -27,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.top < 1:
         raise UserError(f"--top is {args.top}; show at least 1")
     check_model(args.model)
+    if args.texts and not (":" in args.texts.partition("/")[0] and not Path(args.texts).exists()):
+        files = find_files(args.texts)
+        names, complete = columns(files[0], args.texts)
+        if len(files) == 1 and complete and args.column != "text" and args.column not in names:
+            raise UserError(absent(args.texts, args.column, names))
     # Imported here: a mistyped name is answered before torch and transformers are loaded, which takes seconds.
     from rich.console import Console
 
@@ -119,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--texts",
         metavar="FILE",
-        help="CSV, TSV, JSONL, Parquet or text file to search, a folder of them, or hub:NAME (default: the Danish sample)",
+        help="a file, folder or glob (CSV, JSONL, Parquet, Excel, text) or hub:NAME to search (default: the Danish sample)",
     )
     p.add_argument(
         "--column", default="text", metavar="COLUMN",

@@ -70,13 +70,21 @@ def find_files(path: str, folder: str | None = None) -> list[Path]:
     return readable
 
 
-def other_files(path: str) -> list[str]:
-    """Names of files in a folder that `find_files` leaves out because their ending is not known."""
+def left_out(path: str) -> str | None:
+    """A sentence on the files of a folder that `find_files` leaves out because their ending is not known; else None."""
     full = Path(path).expanduser()
     if not full.is_dir():
-        return []
+        return None
     names = (f.name for f in full.iterdir() if f.is_file() and not is_readable(f))
-    return sorted(name for name in names if not name.startswith("."))
+    others = sorted(name for name in names if not name.startswith((".", "~$")))
+    if not others:
+        return None
+    hints = sorted(
+        {f"{Path(name).suffix}: {HINTS[Path(name).suffix]}" for name in others if Path(name).suffix in HINTS}
+    )
+    return f"{path}: files of other types are not read: {listed(others, 5)}" + (
+        f" ({', '.join(hints)})" if hints else ""
+    )
 
 
 def _of_folder(folder: Path, shown: str) -> list[Path]:

@@ -53,7 +53,13 @@ def kind_of_data(path: str) -> tuple[Source, Literal["pairs", "documents"], list
     files = find_files(path)
     names: list[str] = []
     for file in files:
-        names += [name for name in raw.columns(file, str(file) if len(files) > 1 else path)[0] if name not in names]
+        try:
+            found, _ = raw.columns(file, str(file) if len(files) > 1 else path)
+        except UserError:
+            if len(files) == 1:
+                raise
+            continue  # reported when the files are read
+        names += [name for name in found if name not in names]
     pairs, texts = (settle(Source(path), names, kind).source for kind in ("pairs", "documents"))
     if pairs.query in names and pairs.positive in names:
         # The column of scores stays a guess, so that a word in it is no mistake.
@@ -66,6 +72,11 @@ def kind_of_data(path: str) -> tuple[Source, Literal["pairs", "documents"], list
 
 
 def _unusable(path: str, names: list[str]) -> str:
+    if any(len(name) > 40 or name.endswith((".", "?", "!")) for name in names):
+        return (
+            f"{path}: the first line looks like data, not like names of columns; put a line above it, such as Spørgsmål and Svar "
+            "(or question and answer) with the same delimiter"
+        )
     header = ", the first line of the file," if is_table(path) else ""
     query, positive, text = (", ".join(LOOKED_FOR[key]) for key in ("query", "positive", "text"))
     return (

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from l2v.data import raw
 from l2v.data.columns import DEFAULTS, absent, guess, numbered, settle
-from l2v.data.find import find_files
+from l2v.data.find import find_files, left_out
 from l2v.data.reading import Reading
 from l2v.data.text import sentences
 from l2v.errors import UserError
@@ -79,6 +79,8 @@ def read_source(
             the source names and no row has.
     """
     files = find_files(source.path)
+    if sentence := left_out(source.path):
+        reading.note(sentence)
     choices: dict[str, list[str]] = {}  # by what was guessed: the files, so that a folder of like files gives one note
     for file in files:
         shown = source.path if len(files) == 1 and not Path(source.path).expanduser().is_dir() else str(file)
@@ -90,7 +92,7 @@ def read_source(
             reading.lose(error, file=True)
     for shown_files in choices.values():
         note, *others = shown_files
-        reading.note(f"{note}; the same in {len(others)} more files" if others else note)
+        reading.note(f"{note}; the same in {len(others)} more file{'s' * (len(others) > 1)}" if others else note)
     if sentence := unread_note(source, kind, reading):
         reading.note(sentence)
 

@@ -16,8 +16,8 @@ import datasets
 
 from l2v.data import sample
 from l2v.data.columns import settle
-from l2v.data.find import find_files, other_files
-from l2v.data.reading import Reading, listed
+from l2v.data.find import find_files
+from l2v.data.reading import Reading
 from l2v.data.rows import Kind, Rules, columns_read, normalise, read_source, unmet_columns, unread_note
 from l2v.errors import UserError, first_line
 from l2v.recipe import Source
@@ -86,8 +86,6 @@ def _open(source: Source, kind: Kind, features: datasets.Features, notes: list[s
         stats = [(file, file.stat()) for file in files]
         # Size and time are part of the arguments, so that the cache detects an edited file.
         stamps = [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
-        if others := other_files(source.path):
-            notes.append(f"{source.path}: files of other types are not read: {listed(others, 5)}")
     rows, reading = _generated(source, kind, features, stamps)
     reading.check(source.path)
     notes += reading.sentences(source.path)

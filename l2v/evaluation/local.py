@@ -80,9 +80,10 @@ def local_benchmark(source: str | Path, data: str | Path | None = None) -> Local
         else:
             raise UserError(f"local:{source}: no such folder or manifest")
     elif path.is_file():
-        if not (kind := _kind(path)):
+        if not (kind := _kind(path) or _by_columns(path)):
             raise UserError(
-                f"{path}: cannot tell its task type from its name; call it {', '.join(PREFIXES)}*, or write {MANIFEST}"
+                f"{path}: cannot tell its task type: it has no columns of question and answer, and its name does not begin with "
+                f"{', '.join(PREFIXES)}; rename it, or write {MANIFEST}"
             )
         name, folder, entries = path.name.split(".")[0], path.parent, [_by_name(path, kind)]
     else:
@@ -139,6 +140,15 @@ def _kind(file: Path) -> str | None:
     if not is_readable(file):
         return None
     return next((kind for prefix, kind in PREFIXES.items() if file.name.lower().startswith(prefix)), None)
+
+
+def _by_columns(file: Path) -> str | None:
+    """retrieval for a file with columns of queries and answers."""
+    if not is_readable(file):
+        return None
+    names, _ = raw.columns(file, str(file))
+    query = guess("query", names)
+    return "retrieval" if query and guess("positive", [name for name in names if name != query]) else None
 
 
 def _by_name(file: Path, kind: str) -> dict[str, Any]:

@@ -85,6 +85,12 @@ def _override(tree: Node, text: str, stage: str | None) -> None:
             parts = ["stages", stage, *parts]
         else:
             valid = sorted([*_names(Recipe), *stages])
+            if parts[0] in {name for kind in OBJECTIVES.values() for name in _names(kind)}:
+                key = ".".join(parts)
+                raise RecipeError(
+                    f"{where}: '{key}' is a key of a stage: write stages.{next(iter(stages), 'NAME')}.{key}=..., or choose "
+                    "a --stage"
+                )
             raise RecipeError(f"{where}: unknown key '{parts[0]}'{nearest(parts[0], valid)}; or choose a --stage")
     if parts[0] == "stages" and len(parts) > 1 and parts[1] not in stages:
         raise RecipeError(f"{where}: no stage '{parts[1]}'{nearest(parts[1], stages)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import shlex
 from pathlib import Path
@@ -38,6 +39,10 @@ def find_recipe(name: str) -> Path:
         )
     if not path.is_file() and not _shipped(name).is_file() and Path(f"{name}.yaml").is_file():
         raise RecipeError(f"no recipe '{name}'; did you mean '{name}.yaml'?")
+    if name.endswith((".yaml", ".yml")) and not path.is_file() and path.parent.is_dir():
+        names = [file.name for file in path.parent.glob("*.y*ml")]
+        if close := difflib.get_close_matches(path.name, names, n=1, cutoff=0.6):
+            raise RecipeError(f"no recipe '{name}'; did you mean '{path.with_name(close[0])}'?")
     return find_shipped(name, recipe_folder(), "recipe")
 
 

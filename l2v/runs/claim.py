@@ -117,8 +117,10 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
                     f"use {key}={was}, or {start_again}"
                 )
         elif key.rsplit(".", 1)[-1] not in CHANGEABLE_KEYS:
-            back = "" if isinstance(was, list | dict) else f"use {key}={json.dumps(was)}, or "
-            return f"belongs to another recipe: {key} was {json.dumps(was)} and is now {json.dumps(is_now)}; {back}{start_again}"
+            key, was, is_now = _leaf(key, was, is_now)
+            old, new = (json.dumps(value, ensure_ascii=False) for value in (was, is_now))
+            back = "" if isinstance(was, list | dict) else f"use {key}={old}, or "
+            return f"belongs to another recipe: {key} was {old} and is now {new}; {back}{start_again}"
     return None
 
 
@@ -138,6 +140,18 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str,
             was, is_now = _decay_end(was, stage.get("steps", 0)), _decay_end(is_now, stage.get("steps", 0))
         if was != is_now:
             yield key, was, is_now
+
+
+def _leaf(key: str, was: Any, is_now: Any) -> tuple[str, Any, Any]:
+    """The first value that differs inside two like lists or mappings, so that a message shows no whole source."""
+    if isinstance(was, list) and isinstance(is_now, list) and len(was) == len(is_now):
+        at = next(i for i, (one, two) in enumerate(zip(was, is_now, strict=True)) if one != two)
+        return _leaf(key if len(was) == 1 else f"{key}.{at}", was[at], is_now[at])
+    if isinstance(was, dict) and isinstance(is_now, dict):
+        name = next((name for name in is_now if was.get(name) != is_now[name]), None)
+        if name is not None:
+            return _leaf(f"{key}.{name}", was.get(name), is_now[name])
+    return key, was, is_now
 
 
 def _decay_end(decay_steps: int | str | None, steps: int) -> int | str | None:
