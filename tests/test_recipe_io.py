@@ -243,7 +243,11 @@ def test_the_base_override_keeps_the_rest_of_the_base(load, override):
     [
         ("steps", None, "command line 'steps': an override has the form key=value"),
         ("=3", None, "command line '=3': an override has the form key=value"),
-        ("steps=3", None, "command line 'steps=3': unknown key 'steps'"),
+        (
+            "steps=3",
+            None,
+            "command line 'steps=3': 'steps' is a key of a stage: write stages.mntp.steps=..., or choose a --stage",
+        ),
         ("sede=3", None, "command line 'sede=3': unknown key 'sede'; did you mean 'seed'?; or choose a --stage"),
         ("mnpt.steps=3", None, "unknown key 'mnpt'; did you mean 'mntp'?"),
         ("mntp.stepz=3", None, "command line 'mntp.stepz=3': unknown key 'stages.mntp.stepz'; did you mean 'steps'?"),

@@ -252,3 +252,19 @@ def test_from_a_table_to_a_searched_encoder(init, base, run_here, capfd, tmp_pat
     assert found.err.startswith("faq.csv: columns guessed by their names: text: Svar (a column that you name wins)\n")
     # A text that spans lines is one result.
     assert found.out.count('Tag en taske; og "mad", med.') == 2 and found.out.count("Man sejler til") == 2
+
+
+def test_a_folder_of_unlike_files_and_a_file_without_a_header(init, tmp_path):
+    folder = tmp_path / "filer"
+    folder.mkdir()
+    faq(folder / "a.csv", 10)
+    faq(folder / "b.csv", 10, header=("query", "positive"))
+    (folder / "tom.csv").touch()
+    _, shown = init("alt", "--data", "filer")
+    assert "filer: 20 pairs" in shown and "each of the 3 files is read by its own columns" in shown
+    assert "filer: 1 file that cannot be read skipped, the first: filer/tom.csv: the file is empty" in shown
+    (search,) = (line for line in shown.splitlines() if "l2v search" in line)
+    assert "--column" not in search
+    (tmp_path / "uden.csv").write_text("Hvornår åbner I?;Klokken ti.\nHvad koster det?;Fem kroner.\n", encoding="utf-8")
+    says = "uden.csv: the first line looks like data, not like names of columns; put a line above it"
+    assert says in init("x", "--data", "uden.csv", expect=1)[1]

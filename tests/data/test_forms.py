@@ -333,3 +333,14 @@ def test_a_list_in_the_only_row_of_a_json_file_is_no_list_of_rows(tmp_path):
 def test_json_nested_too_deeply_is_one_sentence(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "Hej"}\n' + "[" * 100_000 + "\n")
     assert "line 2: JSON nested too deeply" in refused(Source(str(tmp_path / "a.jsonl")), "documents")
+
+
+def test_files_that_are_left_out_are_named_with_what_to_do(tmp_path):
+    put(tmp_path, "a.csv")
+    for name in ("brev.docx", "gammel.xls", "~$a.xlsx", "logo.png"):
+        (tmp_path / name).write_bytes(b"x")
+    _, reading = pairs(Source(str(tmp_path)))
+    assert reading.notes[0] == (
+        f"{tmp_path}: files of other types are not read: brev.docx, gammel.xls, logo.png (.docx: save it as .txt, .xls: save it "
+        "as .xlsx)"
+    )

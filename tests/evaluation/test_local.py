@@ -246,3 +246,12 @@ def test_scores_and_several_answers_of_own_pairs(tmp_path, write_jsonl):
     relevant = [sorted(texts[key] for key in of) for of in split["relevant_docs"].values()]
     assert relevant == [["Et dyr."], ["Et kreatur.", "Noget, der giver mælk."]] and "En bil." in texts.values()
     assert any("1 rows are no answer by their 'label' of 0" in note for note in found.notes)
+
+
+def test_own_questions_are_known_by_their_columns(tmp_path):
+    (tmp_path / "kunder.csv").write_text("Spørgsmål;Svar\nHvad?;Det her.\nHvem?;Os alle.\n", encoding="utf-8")
+    found = local_benchmark(tmp_path / "kunder.csv")
+    assert [task.metadata.type for task in found.tasks] == ["Retrieval"]
+    (tmp_path / "andet.csv").write_text("a;b\n1;2\n", encoding="utf-8")
+    with pytest.raises(UserError, match="it has no columns of question and answer, and its name does not begin with"):
+        local_benchmark(tmp_path / "andet.csv")
