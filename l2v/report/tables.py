@@ -279,7 +279,7 @@ def lineage_table(run: RunFacts) -> Table:
             )
     heads = ["Stage", "Base (SHA-256)", "Merged before it (SHA-256)", "Trained in", "Adapter (SHA-256)"]
     return Table(
-        "Lineage: each stage's adapter goes on the base with these adapters merged into it", heads, rows, words=5
+        "Lineage: each stage's adapter applies to the base with these adapters merged into it", heads, rows, words=5
     )
 
 
