@@ -26,6 +26,8 @@ from l2v_kernels.fp8 import ALIGN, Fp8Linears, Fp8Weight, obstacle
 
 FP8_VARIABLE = "L2V_FP8"
 USE_SAME = "use base.base_precision: same"
+NF4_GAP = 0.16
+"""Half of the widest gap between two values of NF4, which are at most 1 (QLoRA, appendix E), rounded up."""
 
 
 def emulated() -> bool:
@@ -160,13 +162,14 @@ def to_nf4(inner: PreTrainedModel, where: torch.device, dtype: torch.dtype) -> N
     NF4 with quantised constants (QLoRA, Dettmers et al. 2023, arXiv 2305.14314). Biases stay; matmuls compute in dtype.
 
     Raises:
-        UserError: the decoder has no nn.Linear.
+        UserError: the decoder has no nn.Linear, or bitsandbytes does not give its weights back.
     """
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     linears = [(name, module) for name, module in inner.named_modules() if type(module) is nn.Linear]
     if not linears:
         raise UserError(f"base.base_precision: nf4 finds no linear in {type(inner).__name__}; {USE_SAME}")
+    checked: set[torch.Size] = set()
     for name, linear in linears:
         how = {"compress_statistics": True, "quant_type": "nf4"}
         small = Linear4bit(
@@ -177,9 +180,35 @@ def to_nf4(inner: PreTrainedModel, where: torch.device, dtype: torch.dtype) -> N
         # On some CPUs an evaluation would repack the weights permanently, into a form without gradients.
         small.support_avx512bf16_for_cpu = False
         inner.set_submodule(name, small.to(where).eval())
+        if linear.weight.shape not in checked:
+            checked.add(linear.weight.shape)
+            _check_nf4(name, linear.weight.detach().to(where), small.weight)
         linear.register_parameter("weight", None)
     inner.is_loaded_in_4bit = True  # PEFT then uses its LoRA class for 4-bit layers
     _refuse_to_write(inner, "NF4", "nf4")
+
+
+def _check_nf4(name: str, weight: torch.Tensor, small: Any) -> None:
+    """Check that every weight comes back within the rounding of NF4: half its widest gap, times the largest of its block.
+
+    bitsandbytes 0.50.2 on a CPU loses this, without a word, where a row is no multiple of its blocks of 64.
+
+    Raises:
+        UserError: some do not.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = small.quant_state
+    wrong = (dequantize_4bit(small.data, state).float() - weight.float()).abs().flatten()
+    flat = torch.nn.functional.pad(weight.float().abs().flatten(), (0, -weight.numel() % state.blocksize))
+    largest = flat.view(-1, state.blocksize).amax(1)
+    # The largest of each block are rounded too, to 8 bits of their range.
+    bound = NF4_GAP * largest + (largest.max() - largest.min()) / 50
+    if (wrong > bound.repeat_interleave(state.blocksize)[: len(wrong)] + 1e-6).any():
+        raise UserError(
+            f"base.base_precision: nf4: bitsandbytes does not give the weights of {name} {tuple(weight.shape)} back on "
+            f"{weight.device.type}; it needs rows of a multiple of {state.blocksize} there; {USE_SAME}"
+        )
 
 
 def _refuse_to_write(decoder: nn.Module, what: str, key: str) -> None:
