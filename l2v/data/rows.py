@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +72,7 @@ def read_source(
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """What each row of a source's files becomes, streamed in order, with its location: none if the row is skipped.
 
-    reading: receives counts, and notes on guessed and unread columns.
+    reading: receives counts, and notes on guessed and unread columns, also if the caller stops early.
 
     Raises:
         UserError: for what cannot be found or read (rows and files: unless `reading` keeps going), and for a column that
@@ -81,58 +81,88 @@ def read_source(
     files = find_files(source.path)
     if sentence := left_out(source.path):
         reading.note(sentence)
-    choices: dict[str, list[str]] = {}  # by what was guessed: the files, so that a folder of like files gives one note
-    for file in files:
-        shown = source.path if len(files) == 1 and not Path(source.path).expanduser().is_dir() else str(file)
-        try:
-            yield from _file(source, kind, reading, file, shown, grouped, choices)
-        except UserError as error:
-            if len(files) == 1:
-                raise
-            reading.lose(error, file=True)
-    for shown_files in choices.values():
-        note, *others = shown_files
-        reading.note(f"{note}; the same in {len(others)} more file{'s' * (len(others) > 1)}" if others else note)
-    if sentence := unread_note(source, kind, reading):
-        reading.note(sentence)
+    choices: Choices = {}
+    try:
+        for file in files:
+            shown = source.path if len(files) == 1 and not Path(source.path).expanduser().is_dir() else str(file)
+            try:
+                names, complete = raw.columns(file, shown)
+                rows = raw.read_rows(file, shown, reading, whole=source.whole)
+                table = Table(shown, names, complete)
+                yield from rows_of(source, kind, reading, table, rows, choices, grouped=grouped)
+            except UserError as error:
+                if len(files) == 1:
+                    raise
+                reading.lose(error, file=True)
+    finally:
+        note_columns(source, kind, reading, choices)
 
 
-def _file(
-    source: Source, kind: Kind, reading: Reading, file: Path, shown: str, grouped: bool,
-    choices: dict[str, list[str]],
+Choices = dict[str, list[str]]
+"""By what was guessed: a note for each file, so that a folder of like files gives one."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with one set of columns: a file, or a data set of the Hub. complete: `names` are all columns a row may have."""
+
+    shown: str
+    names: Sequence[str]
+    complete: bool
+
+
+def rows_of(
+    source: Source, kind: Kind, reading: Reading, table: Table, rows: Iterable[raw.Row], choices: Choices, *, grouped: bool
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:  # fmt: skip
-    names, complete = raw.columns(file, shown)
+    """What each row of one table becomes, with its location; `choices` receives the note on its guessed columns."""
+    shown, names = table.shown, table.names
     choice = settle(source, names, kind)
     if note := choice.note(shown):
         choices.setdefault(str(choice.guessed), []).append(note)
     rules = Rules.of(choice.source, grouped=grouped, guessed=choice.guessed)
     missing = optional_columns(choice.source, kind)
-    if complete:
+    if table.complete:
         _check_columns(missing, names, shown)
     seen: dict[str, None] = {}
-    for where, row in raw.read_rows(file, shown, reading, whole=source.whole):
-        if not seen.keys() >= row.keys():
-            seen |= dict.fromkeys(row)
-            missing = _unmet(missing, seen)
-        try:
-            several = normalise(row, rules, kind, where, reading)
-        except UserError as error:
-            reading.lose(error)
-            continue
-        reading.rows += 1
-        yield where, several
-    if missing and seen:
-        raise UserError(absent(shown, missing[0], seen))
-    used = columns_read(rules, kind, seen)
-    reading.unread |= dict.fromkeys(name for name in seen if name not in used)
+    try:
+        for where, row in rows:
+            if not seen.keys() >= row.keys():
+                seen |= dict.fromkeys(row)
+                missing = _unmet(missing, seen)
+            try:
+                several = normalise(row, rules, kind, where, reading)
+            except UserError as error:
+                reading.lose(error)
+                continue
+            reading.rows += 1
+            yield where, several
+        if missing and seen:
+            raise UserError(absent(shown, missing[0], seen))
+    finally:
+        used = columns_read(rules, kind, seen)
+        reading.unread |= dict.fromkeys(name for name in seen if name not in used)
+        _note_late(choice.source, kind, reading, table, seen)
+
+
+def _note_late(source: Source, kind: Kind, reading: Reading, table: Table, seen: Collection[str]) -> None:
+    """Note columns with a common name that the first rows lack, so that they were not guessed."""
     for key in ("negatives", "score") if kind == "pairs" else ():
-        current = getattr(choice.source, key)
-        column = guess(key, [name for name in seen if name not in names])
+        current = getattr(source, key)
+        column = guess(key, [name for name in seen if name not in table.names])
         if column and (not current or (current == DEFAULTS[key] and current not in seen)):
             reading.note(
-                f"{shown}: the first rows lack the column '{column}', so it was not taken for {key}; set {key}: {column} on the "
-                "source to use it"
+                f"{table.shown}: the first rows lack the column '{column}', so it was not taken for {key}; set {key}: {column} "
+                "on the source to use it"
             )
+
+
+def note_columns(source: Source, kind: Kind, reading: Reading, choices: Choices) -> None:
+    """Note the columns of a source that were guessed, and those that nothing reads."""
+    for note, *others in choices.values():
+        more = f"; the same in {len(others)} more file{'s' * (len(others) > 1)}"
+        reading.note(note + more if others else note)
+    if sentence := unread_note(source, kind, reading):
+        reading.note(sentence)
 
 
 def unread_note(source: Source, kind: Kind, reading: Reading) -> str | None:
@@ -169,15 +199,6 @@ def optional_columns(source: Source, kind: Kind) -> list[str]:
     wanted = [column for key, column in named if column not in (None, "") and (column != key or key == "score")]
     # A smallest score without a column of scores would keep every row.
     return [*wanted, "score"] if source.min_score is not None and not source.score else wanted
-
-
-def unmet_columns(source: Source, kind: Kind, names: Sequence[str]) -> None:
-    """Check the optional columns of a source against all columns that its rows have.
-
-    Raises:
-        UserError: one is missing.
-    """
-    _check_columns(optional_columns(source, kind), names, source.path)
 
 
 def _check_columns(wanted: list[str], names: Collection[str], shown: str) -> None:

@@ -15,10 +15,9 @@ from typing import Any
 import datasets
 
 from l2v.data import sample
-from l2v.data.columns import settle
 from l2v.data.find import find_files
 from l2v.data.reading import Reading
-from l2v.data.rows import Kind, Rules, columns_read, normalise, read_source, unmet_columns, unread_note
+from l2v.data.rows import Choices, Kind, Rules, Table, normalise, note_columns, read_source, rows_of
 from l2v.errors import UserError, first_line
 from l2v.recipe import Source
 
@@ -149,25 +148,13 @@ def _generate(source: dict[str, Any], kind: Kind, stamps: str, grouped: bool, re
 def _hub_rows(
     source: Source, kind: Kind, reading: Reading, found: datasets.Dataset, grouped: bool
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    choice = settle(source, found.column_names, kind)
-    if note := choice.note():
-        reading.note(note)
-    unmet_columns(choice.source, kind, found.column_names)
-    rules = Rules.of(choice.source, grouped=grouped, guessed=choice.guessed)
-    reading.unread |= dict.fromkeys(
-        name for name in found.column_names if name not in columns_read(rules, kind, found.column_names)
-    )
-    for number, row in enumerate(found, start=1):
-        where = f"{source.path}, row {number}"
-        try:
-            several = normalise(row, rules, kind, where, reading)
-        except UserError as error:
-            reading.lose(error)
-            continue
-        reading.rows += 1
-        yield where, several
-    if sentence := unread_note(source, kind, reading):
-        reading.note(sentence)
+    choices: Choices = {}
+    rows = ((f"{source.path}, row {number}", row) for number, row in enumerate(found, start=1))
+    try:
+        table = Table(source.path, found.column_names, complete=True)
+        yield from rows_of(source, kind, reading, table, rows, choices, grouped=grouped)
+    finally:
+        note_columns(source, kind, reading, choices)
 
 
 def _hub(source: Source) -> datasets.Dataset:

@@ -252,7 +252,9 @@ def test_names_of_files(tmp_path):
 def test_a_limit_spans_the_files_of_a_source(tmp_path):
     for name in ("a.csv", "b.csv"):
         put(tmp_path, name)
-    assert len(open_rows([Source(str(tmp_path), limit=4)], "pairs")) == 4
+    notes = []
+    assert len(open_rows([Source(str(tmp_path), limit=4)], "pairs", notes)) == 4
+    assert any("columns guessed by their names: query: spørgsmål, positive: svar" in note for note in notes)
 
 
 def test_words_and_missing_columns_of_scores(tmp_path, write_jsonl):
