@@ -1,13 +1,10 @@
 """The gradient cache through the real step and a real engine: the gradient of one micro-batch, and each text encoded as
 often as it must be."""
 
-import importlib
-import sys
 from collections import Counter
 
 import pytest
 import torch
-from support.processes import free_port
 
 from l2v.data.collate import collate
 from l2v.data.open import open_examples
@@ -15,23 +12,13 @@ from l2v.data.sampler import Sampler
 from l2v.data.tokens import TextTokenizer, load_tokenizer
 from l2v.recipe.load import load_recipe
 from l2v.training.build import build
-from l2v.training.engine import deepspeed_config, initialize, start_distributed
+from l2v.training.engine import deepspeed_config, initialize
 from l2v.training.steps import StepCounts, contrastive_step
 
 MICRO, WHOLE = 104, 8192
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    """This process as the one rank of a launcher."""
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in (place | {"MASTER_PORT": str(free_port())}).items():
-            patch.setenv(key, value)
-        start_distributed()
-        yield
-        torch.distributed.destroy_process_group()
-    importlib.reload(sys.modules["deepspeed.utils.groups"])  # it keeps the groups of the process group that is gone
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture

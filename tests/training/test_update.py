@@ -1,34 +1,21 @@
 """The update of a step under DeepSpeed: no launch and no wait that nobody needs, and no NaN or Inf applied."""
 
-import importlib
-import sys
 from collections import Counter
 
 import pytest
 import torch
-from support.processes import free_port
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from l2v.recipe import Mntp, Source, Zero
-from l2v.training.engine import deepspeed_config, initialize, start_distributed
+from l2v.training.engine import deepspeed_config, initialize
 from l2v.training.faults import broken_gradients, discard
 
 STAGE = Mntp(data=[Source("x")], batch=4, steps=10, lr=1e-2)
 LAYERS = 12
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank():
-    """This process as the one rank of a launcher."""
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in (place | {"MASTER_PORT": str(free_port())}).items():
-            patch.setenv(key, value)
-        start_distributed()
-        yield
-        torch.distributed.destroy_process_group()
-    importlib.reload(sys.modules["deepspeed.utils.groups"])  # it keeps the groups of the process group that is gone
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture
