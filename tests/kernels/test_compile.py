@@ -45,6 +45,22 @@ def test_rope(capability, dtype):
     assert "ld.global.v4.b32" in used.ptx and "st.global.v4.b32" in used.ptx
 
 
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize(("dtype", "rank"), [("bf16", 16), ("bf16", 64), ("fp32", 16)])
+def test_rope_that_adds_the_adapters(capability, dtype, rank):
+    from l2v_kernels.rope.kernel import HEADS_CONFIG, heads_kernel
+
+    config = dict(HEADS_CONFIG)
+    warps, stages = config.pop("num_warps"), config.pop("num_stages")
+    types = dict.fromkeys(("x_ptr", "xa_ptr", "b_ptr", "cos_ptr", "sin_ptr"), f"*{dtype}")
+    signature = {p.name: types.get(p.name, "i32") for p in heads_kernel.params if not p.is_constexpr}
+    constants = config | {"QUERY_HEADS": 32, "KEY_HEADS": 8, "HALF": 64, "BLOCK_HALF": 64}
+    constants |= {"RANK": rank, "BLOCK_R": rank, "PRECISION": "ieee"}
+    used = build(heads_kernel, signature, constants, capability, warps, stages, disassemble=dtype == "bf16")
+    assert not used.problems(capability, "HMMA" if dtype == "bf16" else None), used.registers
+    assert "ld.global.v4.b32" in used.ptx and "st.global.v4.b32" in used.ptx
+
+
 def check(case):
     used = case.build()
     problems = used.problems(case.arch, case.matrix)

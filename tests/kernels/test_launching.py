@@ -74,9 +74,9 @@ def test_every_kernel_is_launched_inside_the_guard():
                 helpers[function.name] = {
                     f.name for f in functions if function.name in {getattr(x, "id", None) for x in names(f)}
                 } - decorated
-    assert helpers == {"_ordered_sum": set()}
+    assert not helpers
     assert guarded == {
-        "attention": 3, "dropout": 1, "fp8": 2, "info_nce": 6, "linear_cross_entropy": 1, "lora_linear": 3, "rms_norm": 3,
+        "attention": 3, "dropout": 1, "fp8": 2, "info_nce": 6, "linear_cross_entropy": 1, "lora_linear": 5, "rms_norm": 3,
         "rope": 1, "segment_pool": 3, "swiglu": 2,
     }  # fmt: skip
 

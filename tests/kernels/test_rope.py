@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from l2v_kernels import rope
-from l2v_kernels.rope.reference import rope_reference
+from l2v_kernels.dispatch import triton_everywhere
+from l2v_kernels.rope.op import add_and_rotate, takes_shares
+from l2v_kernels.rope.reference import add_and_rotate_reference, rope_reference
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 
@@ -111,3 +113,37 @@ def test_interpreted_autograd_path():
     for x, y, grad, leaf in zip((q, k), out, grads, leaves, strict=True):
         torch.testing.assert_close(y.as_subclass(torch.Tensor), rope_reference(x, cos, sin, False))
         torch.testing.assert_close(leaf.grad.as_subclass(torch.Tensor), rope_reference(grad, cos, sin, True))
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("T", "heads", "D", "R"), [(70, (4, 2), 32, 5), (1, (3, 1), 36, 16), (33, (1, 1), 64, 33), (0, (2, 1), 32, 4)]
+)
+def test_interpreted_adds_the_adapters_and_rotates(T, heads, D, R, dtype):
+    """In columns of a wider buffer whose others are poison, with B whose rows lie one below the other."""
+    torch.manual_seed(0)
+    assert takes_shares(D, R) and not takes_shares(16, R) and not takes_shares(D, 65)
+    N = (heads[0] + 2 * heads[1]) * D
+    buffer = torch.full((T, N + 8), float("nan"), dtype=dtype)
+    qkv = buffer[:, 5 : 5 + N]
+    start = qkv.copy_(torch.randn(T, N)).clone()
+    xa, b, (cos, sin) = torch.randn(T, 3 * R).to(dtype), torch.randn(N, R).to(dtype), angles(T, D, dtype)
+    want = start.double()
+    add_and_rotate_reference(want, xa.double(), b.double(), cos.double(), sin.double(), heads)
+    with triton_everywhere():
+        add_and_rotate(qkv, xa, b, cos, sin, heads)
+    assert buffer[:, :5].isnan().all() and buffer[:, 5 + N :].isnan().all()
+    if T:
+        assert (qkv.double() - want).abs().max() <= 8 * torch.finfo(dtype).eps * want.abs().max()
+
+
+def test_adding_the_adapters_is_the_sum_rotated():
+    """PyTorch's path against its parts: the share by hand, then `rope`."""
+    T, (H, K), D, R = 9, (4, 2), 8, 3
+    qkv, xa, b, (cos, sin) = torch.randn(T, 8 * D), torch.randn(T, 3 * R), torch.randn(8 * D, R), angles(T, D)
+    sizes = (H * D, K * D, K * D)
+    parts = [y + x @ w.t() for y, x, w in zip(qkv.split(sizes, 1), xa.split(R, 1), b.split(sizes), strict=True)]
+    q, k = rope(parts[0].view(T, H, D), parts[1].view(T, K, D), cos, sin)
+    add_and_rotate(qkv, xa, b, cos, sin, (H, K))
+    torch.testing.assert_close(qkv, torch.cat([q.flatten(1), k.flatten(1), parts[2]], 1))

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from l2v_kernels.launching import on_device, unit_stride
+from l2v_kernels.launching import cdiv, on_device, unit_stride
 from l2v_kernels.philox import DOMAIN_DROPOUT, keep_scale, threshold
 from l2v_kernels.philox_kernel import random_bytes
 
@@ -53,7 +53,7 @@ def launch(
     if x_TE.numel() == 0:
         return y_TE
     x_TE = unit_stride(x_TE)
-    grid = (triton.cdiv(n_tokens, CONFIG["BLOCK_T"]), triton.cdiv(n_columns, CONFIG["BLOCK_E"]))
+    grid = (cdiv(n_tokens, CONFIG["BLOCK_T"]), cdiv(n_columns, CONFIG["BLOCK_E"]))
     dropout_kernel[grid](
         x_TE,
         y_TE,

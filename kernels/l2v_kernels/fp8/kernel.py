@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from l2v_kernels.launching import on_device, unit_stride
+from l2v_kernels.launching import cdiv, on_device, power_of_2, unit_stride
 
 MAX_WIDTH = 16384
 """Elements of the longest row that one program holds in registers."""
@@ -126,7 +126,7 @@ def wide_rows_kernel(
 
 def config(width: int) -> dict[str, int]:
     """The tile for rows of `width` elements, at most MAX_WIDTH: several short rows, or one."""
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     warps = 4 if block < 4096 else 8 if block < MAX_WIDTH else 16
     return {"BLOCK_ROWS": max(1, min(64, TILE_ELEMENTS // block)), "BLOCK_E": block, "num_warps": warps}
 
@@ -145,7 +145,7 @@ def launch_quantize(x_TE: torch.Tensor, factors_E: torch.Tensor | None) -> tuple
     has = factors_E is not None
     if E <= MAX_WIDTH:
         chosen = config(E)
-        grid = (triton.cdiv(T, chosen["BLOCK_ROWS"]),)
+        grid = (cdiv(T, chosen["BLOCK_ROWS"]),)
         rows_kernel[grid](*common, T, x_TE.stride(0), FACTORS=has, WIDTH=E, **chosen)
     else:
         wide_rows_kernel[(T,)](*common, E, x_TE.stride(0), FACTORS=has, **WIDE_CONFIG)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-import triton
 
-from l2v_kernels.launching import PRECISION, on_device, unit_stride
+from l2v_kernels.launching import PRECISION, cdiv, on_device, power_of_2, unit_stride
 from l2v_kernels.lora_linear.kernel_down import (
     DOWN_BACKWARD_CONFIG,
     DOWN_BACKWARD_PROGRAMS,
@@ -25,7 +24,6 @@ from l2v_kernels.lora_linear.kernel_up import (
     up_sums_kernel,
 )
 from l2v_kernels.lora_linear.settings import MAX_ADAPTERS, Adapters, InputDropout
-from l2v_kernels.philox import threshold
 
 
 @on_device
@@ -35,9 +33,8 @@ def down(x_TE: torch.Tensor, adapters: Adapters, dropout: InputDropout) -> torch
     xa_TR = x_TE.new_empty((T, adapters.ranks))
     if xa_TR.numel() == 0:
         return xa_TR
-    factors = _pad([a.scaling * dropout.scale for a in adapters], 0.0)
     x_TE, config = unit_stride(x_TE), DOWN_CONFIG[x_TE.element_size()]
-    lora_down_kernel[(triton.cdiv(T, config["BLOCK_T"]),)](
+    lora_down_kernel[(cdiv(T, config["BLOCK_T"]),)](
         x_TE,
         adapters.stacked_a(),
         xa_TR,
@@ -45,9 +42,9 @@ def down(x_TE: torch.Tensor, adapters: Adapters, dropout: InputDropout) -> torch
         T,
         E,
         x_TE.stride(0),
-        *_pad([a.stream for a in adapters], 0),
-        *factors,
-        threshold(dropout.p),
+        *adapters.streams,
+        *adapters.factors(dropout),
+        dropout.threshold,
         **_constants(adapters, dropout),
         **config,
     )
@@ -68,9 +65,9 @@ def down_backward(
     """dx [T, E] as `reference.down_backward`, masks recomputed; writes dA [sum of ranks, E], contiguous, summed in fp32."""
     T, E = x_TE.shape
     config = DOWN_BACKWARD_CONFIG[x_TE.element_size()]
-    blocks = triton.cdiv(E, config["BLOCK_E"])
-    splits = max(1, min(triton.cdiv(DOWN_BACKWARD_PROGRAMS, blocks), triton.cdiv(T, 4 * config["BLOCK_T"])))
-    per_split = triton.cdiv(triton.cdiv(T, splits), config["BLOCK_T"]) * config["BLOCK_T"]
+    blocks = cdiv(E, config["BLOCK_E"])
+    splits = max(1, min(cdiv(DOWN_BACKWARD_PROGRAMS, blocks), cdiv(T, 4 * config["BLOCK_T"])))
+    per_split = cdiv(cdiv(T, splits), config["BLOCK_T"]) * config["BLOCK_T"]
     add_dx = dx_TE is not None
     if want_dx and not add_dx:
         dx_TE = torch.empty((T, E), dtype=x_TE.dtype, device=x_TE.device)
@@ -91,15 +88,15 @@ def down_backward(
         E,
         x_TE.stride(0),
         per_split,
-        *_pad([a.stream for a in adapters], 0),
-        threshold(dropout.p),
+        *adapters.streams,
+        dropout.threshold,
         WANT_DX=want_dx,
         ADD_DX=add_dx,
         **_constants(adapters, dropout),
         **config,
     )
     if not at_once:
-        grid = (triton.cdiv(da_RE.numel(), ORDERED_SUM_CONFIG["BLOCK"]),)
+        grid = (cdiv(da_RE.numel(), ORDERED_SUM_CONFIG["BLOCK"]),)
         ordered_sum_kernel[grid](da_JRE, da_RE, splits, da_RE.numel(), **ORDERED_SUM_CONFIG)
     return dx_TE
 
@@ -129,15 +126,15 @@ def up_backward(
         return
     starts = [sum(sizes[: a.part]) for a in adapters]
     config = UP_BACKWARD_CONFIG[dy_TO.element_size(), _block_r(R)]
-    outputs = [a.b_OR.shape[0] for a in adapters]
-    blocks = [triton.cdiv(n, CHUNKS * config["BLOCK_O"]) for n in outputs]
-    splits = max(1, min(UP_BACKWARD_PROGRAMS // sum(blocks), triton.cdiv(T, MIN_SPLIT_TOKENS)))
-    per_split = triton.cdiv(triton.cdiv(T, splits), config["BLOCK_T"]) * config["BLOCK_T"]
-    splits = triton.cdiv(T, per_split)
+    blocks = [cdiv(n, CHUNKS * config["BLOCK_O"]) for n in adapters.outputs]
+    n_blocks = sum(blocks)
+    splits = max(1, min(UP_BACKWARD_PROGRAMS // n_blocks, cdiv(T, MIN_SPLIT_TOKENS)))
+    per_split = cdiv(cdiv(T, splits), config["BLOCK_T"]) * config["BLOCK_T"]
+    splits = cdiv(T, per_split)
     dy_TO, xa_TR = unit_stride(dy_TO), unit_stride(xa_TR)
-    dxa_JTR = torch.empty((sum(blocks), T, R), dtype=torch.float32, device=dy_TO.device)
+    dxa_JTR = torch.empty((n_blocks, T, R), dtype=torch.float32, device=dy_TO.device)
     db_JN = torch.empty((splits, db.numel()), dtype=torch.float32, device=dy_TO.device)
-    lora_up_backward_kernel[(sum(blocks), splits)](
+    lora_up_backward_kernel[(n_blocks, splits)](
         dy_TO,
         adapters.stacked_b(),
         xa_TR,
@@ -145,7 +142,7 @@ def up_backward(
         db_JN,
         T,
         *_pad(starts, 0),
-        *_pad(outputs, 0),
+        *_pad(adapters.outputs, 0),
         dy_TO.stride(0),
         xa_TR.stride(0),
         per_split,
@@ -155,8 +152,8 @@ def up_backward(
         **config,
     )
     block = ORDERED_SUM_CONFIG["BLOCK"]
-    dxa_programs = triton.cdiv(dxa_TR.numel(), block)
-    up_sums_kernel[(dxa_programs + triton.cdiv(db.numel(), block),)](
+    dxa_programs = cdiv(dxa_TR.numel(), block)
+    up_sums_kernel[(dxa_programs + cdiv(db.numel(), block),)](
         dxa_JTR,
         db_JN,
         dxa_TR,
@@ -165,7 +162,7 @@ def up_backward(
         splits,
         db.numel(),
         *_pad(blocks, 0),
-        *_pad([a.scaling * dropout.scale for a in adapters], 0.0),
+        *adapters.factors(dropout),
         dxa_programs,
         dxa_TR.stride(0),
         RANK=R,
@@ -176,7 +173,7 @@ def up_backward(
 
 def _block_r(rank):
     # tl.dot needs sides of at least 16.
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, power_of_2(rank))
 
 
 def _pad(values, filler):

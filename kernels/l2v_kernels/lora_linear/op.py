@@ -203,11 +203,12 @@ def _down(x_TE, adapters, dropout) -> tuple[Kept, torch.Tensor]:
 def _up_backward(dy_TO, xa_TR, sizes, adapters: Adapters, dropout, of_matrices: MatrixGradients) -> torch.Tensor:
     """dxa [T, sum of ranks]; writes dB."""
     dxa_TR = torch.empty_like(xa_TR, memory_format=torch.contiguous_format)
-    parts = dy_TO.split(sizes, 1)
     ranks = elements = 0
     for run in adapters.runs:
         columns, n = slice(ranks, ranks + run.ranks), sum(run.sizes[1])
-        xa, dxa, db = xa_TR[:, columns], dxa_TR[:, columns], of_matrices.db[elements : elements + n]
+        whole = len(run) == len(adapters)
+        xa, dxa = (xa_TR, dxa_TR) if whole else (xa_TR[:, columns], dxa_TR[:, columns])
+        db = of_matrices.db if whole else of_matrices.db[elements : elements + n]
         ranks, elements = columns.stop, elements + n
         if takes_triton(dy_TO):
             from l2v_kernels.lora_linear import launch
@@ -215,6 +216,7 @@ def _up_backward(dy_TO, xa_TR, sizes, adapters: Adapters, dropout, of_matrices: 
             if launch.takes_up_backward(run):
                 launch.up_backward(dy_TO, xa, sizes, run, dropout, dxa, db)
                 continue
+        parts = dy_TO.split(sizes, 1)
         for a, at, out in zip(run, run.slices, db.split(run.sizes[1]), strict=True):
             factor = a.scaling * dropout.scale
             reference.up_backward(parts[a.part], xa[:, at], a.b_OR, factor, dxa[:, at], out.view_as(a.b_OR))
@@ -227,6 +229,8 @@ def _down_backward(x_TE, dxa_TR, adapters: Adapters, kept, dropout, dx_TE, da_RE
         return reference.down_backward(x_TE, dxa_TR, adapters, list(kept.masks), dx_TE, da_RE, want_dx=want_dx)
     from l2v_kernels.lora_linear import launch
 
+    if len(adapters.triples) == 1:
+        return launch.down_backward(x_TE, dxa_TR, adapters, dropout, dx_TE, da_RE, want_dx=want_dx)
     at = 0
     for group in adapters.triples:
         rows = slice(at, at + group.ranks)

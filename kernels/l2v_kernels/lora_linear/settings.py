@@ -46,10 +46,15 @@ class InputDropout:
     seeds_T: torch.Tensor | None = None
     rows_T: torch.Tensor | None = None
 
+    @cached_property
+    def threshold(self) -> int:
+        """p in steps of 1/256."""
+        return threshold(self.p)
+
     @property
     def active(self) -> bool:
         """Whether anything is dropped."""
-        return threshold(self.p) > 0
+        return self.threshold > 0
 
     @property
     def keys(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,7 +62,7 @@ class InputDropout:
         assert self.seeds_T is not None and self.rows_T is not None
         return self.seeds_T, self.rows_T
 
-    @property
+    @cached_property
     def scale(self) -> float:
         """The factor of what is kept, 256 / (256 - threshold(p))."""
         return keep_scale(self.p)
@@ -99,6 +104,21 @@ class Adapters(tuple[Adapter, ...]):
         if len(self) <= MAX_ADAPTERS:
             return [self]
         return [Adapters(self[i : i + MAX_ADAPTERS]) for i in range(0, len(self), MAX_ADAPTERS)]
+
+    @cached_property
+    def outputs(self) -> list[int]:
+        """O of each."""
+        return [a.b_OR.shape[0] for a in self]
+
+    @cached_property
+    def streams(self) -> list[int]:
+        """The dropout stream of each, and 0 up to `MAX_ADAPTERS`, as kernels take them."""
+        return [a.stream for a in self] + [0] * (MAX_ADAPTERS - len(self))
+
+    def factors(self, dropout: InputDropout) -> list[float]:
+        """scaling * the dropout's scale of each, and 0 up to `MAX_ADAPTERS`."""
+        scale = dropout.scale
+        return [a.scaling * scale for a in self] + [0.0] * (MAX_ADAPTERS - len(self))
 
     @cached_property
     def runs(self) -> list[Adapters]:

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from l2v_kernels.launching import on_device, unit_stride
+from l2v_kernels.launching import cdiv, on_device, power_of_2, unit_stride
 
 TILE_ELEMENTS = 4096
 """Elements a program where rows are short. Longer rows take one program each, with more warps."""
@@ -152,7 +152,7 @@ def rms_norm_weight_gradient_kernel(
 
 def config(width: int) -> dict[str, int]:
     """The tile for rows of `width` elements: several short rows, or one."""
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     warps = 4 if block < 4096 else 8 if block < 16384 else 16
     return {"BLOCK_ROWS": max(1, min(32, TILE_ELEMENTS // block)), "BLOCK_E": block, "num_warps": warps}
 
@@ -174,7 +174,7 @@ def launch_forward(
         return
     x_TE, delta_TE = unit_stride(x_TE), unit_stride(x_TE if delta_TE is None else delta_TE)
     chosen = config(width)
-    rms_norm_forward_kernel[(triton.cdiv(n_rows, chosen["BLOCK_ROWS"]),)](
+    rms_norm_forward_kernel[(cdiv(n_rows, chosen["BLOCK_ROWS"]),)](
         x_TE,
         delta_TE,
         weight_E.contiguous(),
@@ -209,7 +209,7 @@ def launch_backward(
     dy_TE, sum_TE = unit_stride(dy_TE), unit_stride(sum_TE)
     added_TE = sum_TE if dsum_TE is None else unit_stride(dsum_TE)
     chosen = config(width)
-    rms_norm_backward_kernel[(triton.cdiv(n_rows, chosen["BLOCK_ROWS"]),)](
+    rms_norm_backward_kernel[(cdiv(n_rows, chosen["BLOCK_ROWS"]),)](
         dy_TE,
         sum_TE,
         rstd_T,
@@ -236,9 +236,9 @@ def launch_weight_gradient(dy_TE: torch.Tensor, sum_TE: torch.Tensor, rstd_T: to
     if sum_TE.numel() == 0:
         return rstd_T.new_zeros(width)
     dy_TE, sum_TE = unit_stride(dy_TE), unit_stride(sum_TE)
-    blocks, rows = triton.cdiv(width, WEIGHT_GRADIENT["BLOCK_E"]), WEIGHT_GRADIENT["BLOCK_ROWS"]
-    rows_per_program = rows * triton.cdiv(triton.cdiv(n_rows, rows), max(1, MAX_WEIGHT_PROGRAMS // blocks))
-    partial_JE = rstd_T.new_empty(triton.cdiv(n_rows, rows_per_program), width)
+    blocks, rows = cdiv(width, WEIGHT_GRADIENT["BLOCK_E"]), WEIGHT_GRADIENT["BLOCK_ROWS"]
+    rows_per_program = rows * cdiv(cdiv(n_rows, rows), max(1, MAX_WEIGHT_PROGRAMS // blocks))
+    partial_JE = rstd_T.new_empty(cdiv(n_rows, rows_per_program), width)
     rms_norm_weight_gradient_kernel[(len(partial_JE), blocks)](
         dy_TE,
         sum_TE,

@@ -15,3 +15,22 @@ def rope_reference(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tens
         left, right = x.chunk(2, -1)
         turned = torch.cat([-right, left], -1) * sin
     return torch.addcmul(turned, x, cos).to(x_THD.dtype)
+
+
+def add_and_rotate_reference(
+    qkv_TN: torch.Tensor,
+    xa_TR: torch.Tensor,
+    b_NR: torch.Tensor,
+    cos_TD: torch.Tensor,
+    sin_TD: torch.Tensor,
+    heads: tuple[int, int],
+) -> None:
+    """As `op.add_and_rotate`: qkv [T, N] += xa B^T of each adapter, then queries and keys rotated; rounded once."""
+    dtype = torch.promote_types(qkv_TN.dtype, torch.float32)
+    D, R = cos_TD.shape[1], b_NR.shape[1]
+    sizes = [D * n for n in (heads[0], heads[1], heads[1])]
+    shares = zip(xa_TR.to(dtype).split(R, 1), b_NR.to(dtype).split(sizes), strict=True)
+    x_THD = (qkv_TN.to(dtype) + torch.cat([xa @ b.t() for xa, b in shares], 1)).unflatten(1, (-1, D))
+    rotated = sum(heads)
+    x_THD[:, :rotated] = rope_reference(x_THD[:, :rotated], cos_TD, sin_TD, inverse=False)
+    qkv_TN.copy_(x_THD.flatten(1))

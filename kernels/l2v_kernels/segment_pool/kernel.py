@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from l2v_kernels.launching import on_device, unit_stride
+from l2v_kernels.launching import cdiv, on_device, power_of_2, unit_stride
 from l2v_kernels.segment_pool.reference import MIN_TOTAL
 
 PIECE = 32
@@ -196,7 +196,7 @@ def pool_backward_kernel(
 
 def config(width: int) -> dict[str, int]:
     """The tile for states of `width` elements: several tokens where they are short, else one."""
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     return {
         "BLOCK_T": max(1, min(PIECE, TILE_ELEMENTS // block)),
         "BLOCK_E": block,
@@ -241,7 +241,7 @@ def launch_forward(
         **constants,
         **config(E),
     )
-    combine_kernel[(S, triton.cdiv(E, COMBINE_CONFIG["BLOCK_E"]))](
+    combine_kernel[(S, cdiv(E, COMBINE_CONFIG["BLOCK_E"]))](
         cu_seqlens, norm_weight_E, partial_JE, partial_J, vectors_SE, totals_S, T, **constants, **COMBINE_CONFIG
     )
 

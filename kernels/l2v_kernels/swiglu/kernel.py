@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from l2v_kernels.launching import PRECISION, on_device, unit_stride
+from l2v_kernels.launching import PRECISION, cdiv, on_device, unit_stride
 from l2v_kernels.swiglu.reference import GateUpLora
 
 CONFIG = {"BLOCK_T": 4, "BLOCK_F": 1024, "num_warps": 8}
@@ -159,7 +159,7 @@ def _config(gate_up_TG: torch.Tensor, lora: GateUpLora | None) -> dict[str, int]
 
 
 def _grid(T: int, F: int, config: dict[str, int]) -> tuple[int, int]:
-    return triton.cdiv(T, config["BLOCK_T"]), triton.cdiv(F, config["BLOCK_F"])
+    return cdiv(T, config["BLOCK_T"]), cdiv(F, config["BLOCK_F"])
 
 
 def _share(gate_up_TG: torch.Tensor, lora: GateUpLora | None) -> dict[str, object]:

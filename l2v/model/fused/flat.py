@@ -119,8 +119,8 @@ class Collector:
     def _part(self, group: Group) -> MatrixGradients:
         assert self._whole is not None
         place, whole = self.flat.places[group], self._whole
-        da = whole[place.a : place.a + place.ranks * place.inputs].view(place.ranks, place.inputs)
-        return MatrixGradients(da, whole[place.b : place.b + place.n_b])
+        da_RE = whole.as_strided((place.ranks, place.inputs), (place.inputs, 1), place.a)
+        return MatrixGradients(da_RE, whole.as_strided((place.n_b,), (1,), place.b))
 
     def take(self) -> torch.Tensor | None:
         """The gradient of the flat weight, given away."""

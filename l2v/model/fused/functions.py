@@ -18,10 +18,11 @@ from torch.autograd.function import once_differentiable
 
 from l2v.model.fused.flat import Collector
 from l2v.model.fused.spec import Group, LayerSpec
+from l2v_kernels.dispatch import takes_triton
 from l2v_kernels.lora_linear import Adapters, InputDropout
 from l2v_kernels.lora_linear import op as lora
 from l2v_kernels.rms_norm import op as rms_norm
-from l2v_kernels.rope.op import rotate
+from l2v_kernels.rope import op as rope
 from l2v_kernels.swiglu import op as swiglu
 
 
@@ -90,17 +91,23 @@ class ProjectHeads(torch.autograd.Function):
         norm = spec.module.input_layernorm
         sum_TE, x_TE, rstd_T = rms_norm.forward(residual_TE, norm.weight, norm.variance_epsilon, delta_TE)
         linears = group.linears()
-        qkv_TN, kept = lora.forward(x_TE, linears, group.adapters(), call.dropout)
+        added_in_rope = _added_in_rope(x_TE, spec)
+        project = lora.forward_frozen if added_in_rope else lora.forward
+        qkv_TN, kept = project(x_TE, linears, group.adapters(), call.dropout)
         q, k, v = (part.unflatten(1, (-1, spec.head_dim)) for part in qkv_TN.split(linears.sizes, 1))
         before: tuple[torch.Tensor, ...] = ()
-        if spec.head_norms is None:
+        if added_in_rope:
+            assert kept.xa_TR is not None  # there are adapters
+            b_NR, heads = group.adapters().stacked_b(), (q.shape[1], k.shape[1])
+            rope.add_and_rotate(qkv_TN, kept.xa_TR, b_NR, call.cos_TD, call.sin_TD, heads)
+        elif spec.head_norms is None:
             _rotate_in_place(qkv_TN, spec, linears.sizes, call)
         else:
             # The backward needs the norms' inputs, so RoPE overwrites their outputs instead.
             q, q_rstd = _norm_heads(q, spec.head_norms[0])
             k, k_rstd = _norm_heads(k, spec.head_norms[1])
-            rotate(q, call.cos_TD, call.sin_TD, out=q)
-            rotate(k, call.cos_TD, call.sin_TD, out=k)
+            rope.rotate(q, call.cos_TD, call.sin_TD, out=q)
+            rope.rotate(k, call.cos_TD, call.sin_TD, out=k)
             before = (qkv_TN, q_rstd, k_rstd)
         ctx.call, ctx.n_before, ctx.has_delta = call, len(before), delta_TE is not None
         ctx.set_materialize_grads(False)
@@ -124,7 +131,7 @@ class ProjectHeads(torch.autograd.Function):
             for part, x, rstd, norm, gradient in zip(
                 parts, inputs, rstds, spec.head_norms, (dq_THD, dk_TKD), strict=False
             ):
-                turned = rotate(gradient, call.cos_TD, call.sin_TD, inverse=True)
+                turned = rope.rotate(gradient, call.cos_TD, call.sin_TD, inverse=True)
                 rms_norm.backward(turned, x, rstd, norm.weight, out=part)
         norm = spec.module.input_layernorm
         if x_TE is None:
@@ -140,7 +147,7 @@ class ProjectHeads(torch.autograd.Function):
 def _rotate_in_place(qkv_TN: torch.Tensor, spec: LayerSpec, sizes: Any, call: Call, *, inverse: bool = False) -> None:
     """Rotates queries and keys where they lie, next to each other in a row, in one launch."""
     heads = qkv_TN[:, : sizes[0] + sizes[1]].unflatten(1, (-1, spec.head_dim))
-    rotate(heads, call.cos_TD, call.sin_TD, inverse=inverse, out=heads)
+    rope.rotate(heads, call.cos_TD, call.sin_TD, inverse=inverse, out=heads)
 
 
 def _side_by_side(dq_THD: torch.Tensor, dk_TKD: torch.Tensor, dv_TKD: torch.Tensor) -> torch.Tensor:
@@ -164,6 +171,18 @@ def _norm_heads(heads_THD: torch.Tensor, norm: Any) -> tuple[torch.Tensor, torch
     """Normalised heads, contiguous [T, H, D], and rstd [T, H]."""
     _, y_THD, rstd_TH = rms_norm.forward(heads_THD, norm.weight, norm.variance_epsilon)
     return y_THD, rstd_TH
+
+
+def _added_in_rope(x_TE: torch.Tensor, spec: LayerSpec) -> bool:
+    """Whether RoPE's kernel adds LoRA's part of q, k and v. Not on PyTorch's path, where it would save nothing."""
+    adapters = spec.qkv.adapters()
+    complete = len(adapters) == 3 and len({a.rank for a in adapters}) == 1
+    return (
+        complete
+        and spec.head_norms is None
+        and takes_triton(x_TE)
+        and rope.takes_shares(spec.head_dim, adapters[0].rank)
+    )
 
 
 def _added_in_swiglu(adapters: Adapters) -> bool:

@@ -111,7 +111,7 @@ class FusedStack:
         return self._layer_once(spec, residual_TE, delta_TE, run)
 
     def _layer_once(self, spec: LayerSpec, residual_TE, delta_TE, run):
-        dropout = InputDropout(spec.dropout(), run.seeds_T, run.rows_T)
+        dropout = run.dropout(spec.dropout())
         call = Call(spec, dropout, run.cos_TD, run.sin_TD, self.recompute == "none", run.collector)
         sum_TE, q, k, v = ProjectHeads.apply(residual_TE, delta_TE, call, *call.matrices(spec.qkv))
         packed, training = run.packed, spec.module.self_attn.training
@@ -133,6 +133,13 @@ class _Run:
     def __init__(self, packed, seeds_T, rows_T, cos_TD, sin_TD, collector: Collector | None) -> None:
         self.packed, self.seeds_T, self.rows_T = packed, seeds_T, rows_T
         self.cos_TD, self.sin_TD, self.collector = cos_TD, sin_TD, collector
+        self._dropout = InputDropout(0.0, seeds_T, rows_T)
+
+    def dropout(self, p: float) -> InputDropout:
+        """LoRA dropout of a layer; all layers have the same unless a user has changed some."""
+        if p != self._dropout.p:
+            self._dropout = InputDropout(p, self.seeds_T, self.rows_T)
+        return self._dropout
 
 
 def _final_norm(norm: Any, residual_TE, delta_TE, weights_T, cu_seqlens):
