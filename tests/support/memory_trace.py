@@ -148,7 +148,8 @@ class FakeStep:
         """Bytes of the storages that each layer saves for its backward, and that are no parameter nor shared by layers."""
         self.model.set_recompute(recompute)
         inner = self.model.decoder.get_base_model()
-        mine = {id(p.untyped_storage()) for p in (*self.model.parameters(), *self.model.buffers())}
+        # By the storage itself: the wrappers that Python makes of it come and go, and their ids with them.
+        mine = {p.untyped_storage()._cdata for p in (*self.model.parameters(), *self.model.buffers())}
         saved: dict[int, tuple[torch.UntypedStorage, set[int]]] = {}
         now = [-1]
         layers = [*inner.layers, inner.norm]
@@ -156,8 +157,8 @@ class FakeStep:
 
         def pack_hook(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if id(storage) not in mine:
-                saved.setdefault(id(storage), (storage, set()))[1].add(now[0])
+            if storage._cdata not in mine:
+                saved.setdefault(storage._cdata, (storage, set()))[1].add(now[0])
             return tensor
 
         with self.running(), torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
