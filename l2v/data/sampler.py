@@ -12,6 +12,8 @@ from l2v.data.balance import Cost, even_out, in_order, last_full, longest_first
 from l2v.data.mixture import Mixture, draw
 from l2v.errors import UserError
 
+SCANNED_STEPS = 64
+"""Steps that are searched for the largest micro-batch."""
 Pool = list[int]
 """Examples of one loss."""
 
@@ -44,6 +46,10 @@ class StepPlan:
     def examples(self) -> list[int]:
         """All examples of the step, of every rank."""
         return [i for units in self.units for unit in units for i in unit.examples]
+
+    def owned(self, rank: int, unit: int) -> list[int]:
+        """The groups of a unit, by their number in `losses`, whose losses a rank computes; empty without `losses`."""
+        return list(range(rank, len(self.losses[unit]), len(self.units))) if self.losses else []
 
 
 class Sized(Protocol):
@@ -97,6 +103,14 @@ class Sampler:
             columns = [self._spread([i for pool in part for i in pool]) for part in losses]
             units = [list(share) for share in zip(*columns, strict=True)]
         return StepPlan(step, epoch + (at + 1) / self.steps_per_epoch, units, losses if self.group else [])
+
+    def largest_micro_batch(self, steps: int) -> int:
+        """Tokens of the largest micro-batch of any rank in `steps` steps, or in SCANNED_STEPS of them, evenly spaced."""
+        found = 1
+        for step in sorted({round(at) for at in np.linspace(0, steps - 1, min(steps, SCANNED_STEPS))}):
+            micros = (micro for units in self.plan(step).units for unit in units for micro in unit.micros)
+            found = max(found, *(int(self.lengths[micro].sum()) for micro in micros if micro))
+        return found
 
     def _pools(self, epoch: int) -> list[np.ndarray]:
         """The examples of an epoch, in pools of one loss each."""

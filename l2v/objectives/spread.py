@@ -57,11 +57,6 @@ def spread_loss(embeddings_SE: torch.Tensor, spread: SpreadGroups, **options) ->
     return torch.stack(losses).sum()
 
 
-def owner_of(group: int, world: int) -> int:
-    """The rank that computes the loss of a unit's group, counted from 0."""
-    return group % world
-
-
 def rows_of(micros: Sequence[Sequence[Sequence[int]]], segments: np.ndarray) -> tuple[list[int], dict[int, list[int]]]:
     """Rows of every rank, and the first row of each occurrence of every example, from the plan of a unit.
 

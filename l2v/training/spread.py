@@ -9,7 +9,7 @@ from l2v.data.collate import segments_of
 from l2v.data.examples import Examples
 from l2v.data.sampler import StepPlan
 from l2v.objectives.groups import Groups
-from l2v.objectives.spread import SpreadGroups, owner_of, rows_of
+from l2v.objectives.spread import SpreadGroups, rows_of
 
 
 def spread_groups(plan: StepPlan, rank: int, examples: Examples, seed: int) -> list[SpreadGroups]:
@@ -24,10 +24,8 @@ def spread_groups(plan: StepPlan, rank: int, examples: Examples, seed: int) -> l
         # An example that occurs twice in a unit has rows for each occurrence.
         starts = [[occurrences[example].pop(0) for example in pool] for pool in pools]
         rows, groups = [], []
-        for number, pool in enumerate(pools):
-            if owner_of(number, len(plan.units)) != rank:
-                continue
-            texts = [segments_of(examples, example, seed, plan.step) for example in pool]
+        for number in plan.owned(rank, at):
+            texts = [segments_of(examples, example, seed, plan.step) for example in pools[number]]
             begun = zip(starts[number], texts, strict=True)
             rows.append(torch.cat([torch.arange(start, start + len(text)) for start, text in begun]))
             labels = labels_of([segment for text in texts for segment in text])
