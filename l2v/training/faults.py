@@ -184,7 +184,7 @@ def _budget(folder: Path) -> dict[str, int]:
 def write_budget(folder: Path, micro_tokens: int, chosen_from: int | None = None) -> None:
     """Store what fits, or is fastest, for the next start. If the file cannot be written, the next start finds it out again.
 
-    chosen_from: the recipe's `micro_tokens` if fewer were chosen for speed; with another value it a choice is made then.
+    chosen_from: the recipe's `micro_tokens` if fewer were chosen for speed; with another value there is a new choice.
     """
     facts = {"micro_tokens": micro_tokens} | ({"chosen_from": chosen_from} if chosen_from else {})
     with contextlib.suppress(OSError):
