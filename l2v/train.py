@@ -59,6 +59,7 @@ def _train(args: argparse.Namespace) -> int:
 
     from l2v.machine import gpu_trouble
     from l2v.model.embedded import resolve
+    from l2v.plan.advice import advise
     from l2v.training.engine import be_deterministic, start_distributed
     from l2v.training.loop import Interrupted
     from l2v.training.ranks import agree, first_on_node, on_every_rank
@@ -81,7 +82,7 @@ def _train(args: argparse.Namespace) -> int:
         if recipe.base.tokenizer is None and recipe.base.model:
             first_on_node(lambda: resolve(recipe.base.model))
         for name in [args.stage] if args.stage else recipe.order():
-            train_stage(recipe, name, rank, world, watch, fresh=args.fresh)
+            train_stage(recipe, name, rank, world, watch, advise=advise, fresh=args.fresh)
         if rank == 0:
             print(_next(recipe, args.stage), flush=True)
     except UserError as error:

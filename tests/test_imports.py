@@ -38,7 +38,7 @@ MAY = {
     "evaluation": {"data", "errors", "files", "encoder", "runs"},
     "runs": {"errors", "files", "recipe", "model"},
     "tuning": {"errors", "package", "recipe", "model", "machine", "doctor", "runs"},
-    "train": {"errors", "recipe", "runs", "data", "model", "training", "machine", "tuning"},
+    "train": {"errors", "recipe", "runs", "data", "model", "training", "machine", "tuning", "plan"},
     "plan": {"errors", "recipe", "data", "model", "training", "machine"},
     "search": {"errors", "files", "recipe", "batch", "data", "encoder"},
     "quickstart": {"errors", "recipe", "data", "model", "encoder", "evaluation", "machine", "runs"},

@@ -22,7 +22,7 @@ from l2v.objectives.mntp import mntp_loss_of_hidden
 from l2v.plan.gpus import named
 from l2v.plan.memory import Model, memory_of, weights
 from l2v.recipe import LLAMA_LINEARS, Base, Lora, Mntp, Recipe, Simcse, Source, Supervised, Zero
-from l2v.training.memory import engine_bytes, execution_mode, largest_micro, tail_memory
+from l2v.training.memory import engine_bytes, execution_mode, tail_memory
 from l2v.training.steps import StepCounts, contrastive_step, mntp_step
 
 LLAMA_8B = {
@@ -228,11 +228,13 @@ def test_weights_by_precision_and_shards():
     assert 3.5e9 < nf4["frozen layers"] < 3.7e9
 
 
-def test_the_largest_micro_batch_of_a_run():
-    assert largest_micro(mntp(batch=32, micro_tokens=16384), 1, 512) == 16384
-    assert largest_micro(mntp(batch=32, micro_tokens=16384), 8, 512) == 5 * 512
-    grouped = Supervised(data=[], batch=512, steps=1, lr=1.0, group=128, negatives="micro", micro_tokens=100000)
-    assert largest_micro(grouped, 8, 512) == 65536
+def test_groups_on_several_ranks_hold_the_rows_of_all():
+    """On one rank a group at a time; on several a share of the batch, and the gathered rows with their gradient."""
+    shape = LayerShape(4096, 14336, 32, 8, 128, 32, targets=LLAMA_LINEARS)
+    grouped = Supervised(data=[], batch=512, steps=1, lr=1.0, group=128, negatives="micro", max_negatives=0)
+    one, two = (tail_memory(grouped, shape, 1000, 8192, world).work for world in (1, 2))
+    row = 4096 * 4
+    assert two - one == 2 * row * (512 - 256) + 2 * 512 * 2 * row
 
 
 def test_the_largest_that_fits_does_and_the_next_does_not():

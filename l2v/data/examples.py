@@ -57,6 +57,7 @@ class MntpBlocks:
         if len(self.lengths) == 0:
             raise UserError("the documents hold fewer than 2 tokens; MNTP has nothing to predict")
         self.segments = np.ones(len(self.lengths), dtype=np.int64)
+        self.squares = _squares(self.ends, length, document_mask)[: len(self.lengths)]
         begins = np.arange(len(self.lengths), dtype=np.int64) * length
         self.rows_of = np.searchsorted(self.ends, begins, side="right")
         self.mixture: Mixture | None = None
@@ -80,6 +81,14 @@ class MntpBlocks:
             pieces = [np.concatenate(pieces)]
         # No loss compares documents, so none needs a key.
         return [Segment(ids, example=index, column=column, text_key=0) for column, ids in enumerate(pieces)]
+
+
+def _squares(ends: np.ndarray, length: int, document_mask: bool) -> np.ndarray:
+    """Sum of the squared lengths of every block's segments: float64 [blocks]. ends: where each document ends."""
+    edges = np.arange(length, int(ends[-1]), length)
+    stops = np.union1d(edges, ends if document_mask else ends[-1:])
+    pieces = np.diff(stops, prepend=0).astype(np.float64)
+    return np.bincount((stops - 1) // length, pieces**2)
 
 
 class Views:

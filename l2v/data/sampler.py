@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from l2v.data.balance import Cost, even_out, in_order, last_full, longest_first
 from l2v.data.mixture import Mixture, draw
 from l2v.errors import UserError
+
+SCANNED_STEPS = 64
+"""Steps that are searched for the largest micro-batch."""
+Pool = list[int]
+"""Examples of one loss."""
 
 
 @dataclass
 class Unit:
-    """Examples of one loss, split into micro-batches; an empty micro-batch keeps ranks in step."""
+    """Examples that are embedded before their loss is computed, in micro-batches; an empty one keeps ranks in step."""
 
     micros: list[list[int]]
 
@@ -25,40 +31,53 @@ class Unit:
 
 @dataclass
 class StepPlan:
-    """The work of one optimizer step. units[rank] is the work of a rank; counts are equal on all ranks."""
+    """The work of one optimizer step. units[rank] is the work of a rank; counts are equal on all ranks.
+
+    losses: for every unit the groups whose losses are computed from the embeddings of all ranks. Empty without groups, where
+    a unit's examples of all ranks share one loss, and on one rank, where each group is a unit.
+    """
 
     step: int
     epoch: float
     units: list[list[Unit]]
+    losses: list[list[Pool]] = field(default_factory=list)
 
     @property
     def examples(self) -> list[int]:
         """All examples of the step, of every rank."""
         return [i for units in self.units for unit in units for i in unit.examples]
 
+    def owned(self, rank: int, unit: int) -> list[int]:
+        """The groups of a unit, by their number in `losses`, whose losses a rank computes; empty without `losses`."""
+        return list(range(rank, len(self.losses[unit]), len(self.units))) if self.losses else []
+
 
 class Sized(Protocol):
-    """What a sampler needs from examples; it also uses `mixture` if they have one."""
+    """What a sampler needs from examples; it also uses `mixture`, and `squares` or `segments`, if they have them."""
 
     @property
     def lengths(self) -> np.ndarray: ...
 
 
 class Sampler:
-    """Deterministic, token-balanced batches.
+    """Deterministic, balanced batches.
 
     Every epoch is a permutation drawn from (seed, epoch); its last batch may be short, so that no example is lost or
     repeated. With a mixture (`l2v.data.mixture`), an epoch uses the rows of a source as often as its weight says and,
     with `homogeneous`, consists of pools (a batch, or a group of one) of one source, of nearly equal sizes. Ranks get
-    shares of nearly equal tokens and cut them into micro-batches of at most `micro_tokens` tokens. Each rank computes the
-    plan of all ranks, so nothing has to be communicated.
+    shares of nearly equal cost, default: of nearly equal tokens, and cut them into micro-batches of at most `micro_tokens`
+    tokens. Each rank computes the plan of all ranks, so nothing has to be communicated.
+
+    group: examples of one loss. On several ranks all of them embed a part of every group. cost: must be the same on all ranks.
     """
 
     def __init__(
-        self, examples: Sized, *, batch: int, micro_tokens: int, seed: int, world: int = 1, group: int | None = None
-    ) -> None:
+        self, examples: Sized, *, batch: int, micro_tokens: int, seed: int, world: int = 1, group: int | None = None,
+        cost: Cost | None = None,
+    ) -> None:  # fmt: skip
         self.lengths, self.batch, self.micro_tokens = examples.lengths, batch, micro_tokens
-        self.seed, self.world, self.group = seed, world, group
+        self.seed, self.world, self.group, self.cost = seed, world, group, cost
+        self.squares = squares_of(examples)
         self.mixture: Mixture | None = getattr(examples, "mixture", None)
         pools = self.mixture.count_pools(group or batch) if self.mixture else -(-len(self.lengths) // (group or batch))
         self.steps_per_epoch = -(-pools // (batch // (group or batch)))
@@ -75,17 +94,23 @@ class Sampler:
         epoch, at = divmod(step, self.steps_per_epoch)
         per_step = self.batch // (self.group or self.batch)
         pools = [pool.tolist() for pool in self._pools(epoch)[at * per_step : (at + 1) * per_step]]
-        if self.group is None:
-            shares = [[Unit(self._split(share))] for share in self._balance([[i] for pool in pools for i in pool])]
+        losses: list[list[Pool]] = []
+        if self.world == 1:
+            groups = pools if self.group else [[i for pool in pools for i in pool]]
+            units = [[Unit(in_order(pool, self.lengths, self.micro_tokens)) for pool in groups]]
         else:
-            shares = [[Unit(self._split(one)) for one in share] for share in self._balance(pools, flat=False)]
-        for units in shares:  # equal numbers on all ranks, or collectives would hang
-            units.extend(Unit([[]]) for _ in range(max(map(len, shares)) - len(units)))
-        for column in zip(*shares, strict=True):
-            most = max(len(unit.micros) for unit in column)
-            for unit in column:
-                unit.micros.extend([] for _ in range(most - len(unit.micros)))
-        return StepPlan(step, epoch + (at + 1) / self.steps_per_epoch, shares)
+            losses = self._rounds(pools)
+            columns = [self._spread([i for pool in part for i in pool]) for part in losses]
+            units = [list(share) for share in zip(*columns, strict=True)]
+        return StepPlan(step, epoch + (at + 1) / self.steps_per_epoch, units, losses if self.group else [])
+
+    def largest_micro_batch(self, steps: int) -> int:
+        """Tokens of the largest micro-batch of any rank in `steps` steps, or in SCANNED_STEPS of them, evenly spaced."""
+        found = 1
+        for step in sorted({round(at) for at in np.linspace(0, steps - 1, min(steps, SCANNED_STEPS))}):
+            micros = (micro for units in self.plan(step).units for unit in units for micro in unit.micros)
+            found = max(found, *(int(self.lengths[micro].sum()) for micro in micros if micro))
+        return found
 
     def _pools(self, epoch: int) -> list[np.ndarray]:
         """The examples of an epoch, in pools of one loss each."""
@@ -99,24 +124,41 @@ class Sampler:
             self._epoch = (epoch, pools)
         return self._epoch[1]
 
-    def _balance(self, items: Sequence[list[int]], flat: bool = True) -> list[list]:
-        """Longest first to the rank with the fewest tokens; within a rank, the order of the batch."""
-        tokens = [int(self.lengths[item].sum()) for item in items]
-        load, owner = [0] * self.world, [0] * len(items)
-        for at in sorted(range(len(items)), key=lambda i: (-tokens[i], i)):
-            owner[at] = min(range(self.world), key=lambda r: (load[r], r))
-            load[owner[at]] += tokens[at]
-        shares = [[item for item, rank in zip(items, owner, strict=True) if rank == r] for r in range(self.world)]
-        return [[i for item in share for i in item] for share in shares] if flat else shares
+    def _rounds(self, pools: list[Pool]) -> list[list[Pool]]:
+        """Groups that are embedded together: as many as fit one micro-batch on every rank, so that none is encoded twice."""
+        tokens = [int(self.lengths[pool].sum()) for pool in pools]
+        fewest = max(1, min(len(pools), -(-sum(tokens) // (self.world * self.micro_tokens))))
+        for count in range(fewest, len(pools)):
+            parts = [list(map(int, part)) for part in np.array_split(np.arange(len(pools)), count)]
+            chosen = [[i for at in part for i in pools[at]] for part in parts]
+            if all(self._busiest(examples) <= self.micro_tokens for examples in chosen):
+                return [[pools[at] for at in part] for part in parts]
+        return [[pool] for pool in pools]
 
-    def _split(self, share: list[int]) -> list[list[int]]:
-        micros: list[list[int]] = [[]]
-        room = self.micro_tokens
-        for i in share:
-            need = int(self.lengths[i])
-            if micros[-1] and need > room:
-                micros.append([])
-                room = self.micro_tokens
-            micros[-1].append(i)
-            room -= need
-        return micros
+    def _busiest(self, examples: Sequence[int]) -> int:
+        """Tokens of the rank with most if these examples are divided."""
+        return int(np.bincount(self._owners(examples), self.lengths[list(examples)], self.world).max())
+
+    def _owners(self, examples: Sequence[int]) -> np.ndarray:
+        """The rank of each of these examples, int64."""
+        tokens_N, squares_N = self.lengths[list(examples)], self.squares[list(examples)]
+        if self.cost is None:
+            return longest_first(tokens_N, self.world)
+        owner_N = longest_first(self.cost.weights(tokens_N, squares_N), self.world)
+        return even_out(owner_N, tokens_N, squares_N, self.world, self.cost, self.micro_tokens)
+
+    def _spread(self, examples: list[int]) -> list[Unit]:
+        """Examples divided among the ranks, a unit each; within a rank they keep the order of the batch."""
+        owners = self._owners(examples)
+        shares = [[i for i, owner in zip(examples, owners, strict=True) if owner == r] for r in range(self.world)]
+        most = max(len(last_full(share, self.lengths, self.micro_tokens)) for share in shares)
+        # Equal numbers on all ranks, or collectives would hang.
+        return [Unit(last_full(share, self.lengths, self.micro_tokens, most)) for share in shares]
+
+
+def squares_of(examples: Sized) -> np.ndarray:
+    """Sum of the squared lengths of every example's texts, float64; without `squares` its texts count as equally long."""
+    found = getattr(examples, "squares", None)
+    if found is None:
+        found = examples.lengths.astype(np.float64) ** 2 / getattr(examples, "segments", 1)
+    return found

@@ -29,7 +29,7 @@ class Gpu:
 
     memory: bytes that CUDA reports. flops: FLOP/s of matmuls by dtype. fp8: the same in FP8, None without FP8. copy: bytes
     read and written per second. link: bytes per second to the other GPUs of a node. network: the same from node to node. timed:
-    whether its speed is predicted; otherwise only its memory is planned.
+    whether its speed is predicted; otherwise only its memory is planned. multiprocessors: 0 on a CPU.
     """
 
     key: str
@@ -43,6 +43,7 @@ class Gpu:
     cpu: bool = False
     network: float = NETWORK
     timed: bool = True
+    multiprocessors: int = 0
 
     def capacity(self, ranks_here: int) -> int:
         """Bytes for one rank: a GPU's memory, or a share of the machine's."""
@@ -62,12 +63,13 @@ def _gib(value: float) -> int:
 
 @dataclass(frozen=True)
 class _Sheet:
-    """A vendor's data sheet: CUDA's device name, GiB, fp32 and fp8 FLOP/s, bytes per second of memory and links.
+    """A vendor's data sheet: CUDA's device name, multiprocessors, GiB, fp32 and fp8 FLOP/s, bytes per second of memory and links.
 
     timed: whether l2v's kernels are made for it, so that a speed can be predicted; otherwise it is planned for memory only.
     """
 
     name: str
+    multiprocessors: int
     memory: float
     fp32: float
     fp8: float | None
@@ -84,20 +86,20 @@ class _Sheet:
 # PCIe x16 for the others (4.0; RTX 5090: 5.0), also where two RTX 3090 could have a bridge.
 PCIE4, PCIE5 = 32e9, 64e9
 SHEETS = {
-    "h200": _Sheet("NVIDIA H200", 139.8, 67e12, 1979e12, 4.8e12, 450e9),
-    "h100": _Sheet("NVIDIA H100 80GB HBM3", 79.1, 67e12, 1979e12, 3.35e12, 450e9),
-    "h20": _Sheet("NVIDIA H20", 95.0, 44e12, 296e12, 4.0e12, 450e9),
-    "a100": _Sheet("NVIDIA A100-SXM4-80GB", 79.1, 19.5e12, None, 2.04e12, 300e9),
-    "a100-40gb": _Sheet("NVIDIA A100-SXM4-40GB", 39.3, 19.5e12, None, 1.555e12, 300e9),
-    "b200": _Sheet("NVIDIA B200", 178.4, 75e12, 4500e12, 8e12, 900e9),
-    "gb200": _Sheet("NVIDIA GB200", 184.0, 80e12, 5000e12, 8e12, 900e9),
-    "l40s": _Sheet("NVIDIA L40S", 44.4, 91.6e12, 733e12, 0.864e12, PCIE4),
-    "l4": _Sheet("NVIDIA L4", 22.0, 30.3e12, 242e12, 0.3e12, PCIE4),
-    "a10": _Sheet("NVIDIA A10", 22.0, 31.2e12, None, 0.6e12, PCIE4),
-    "rtx3090": _Sheet("NVIDIA GeForce RTX 3090", 23.5, 35.6e12, None, 0.936e12, PCIE4),
-    "rtx4090": _Sheet("NVIDIA GeForce RTX 4090", 23.5, 82.6e12, 330e12, 1.008e12, PCIE4),
-    "rtx5090": _Sheet("NVIDIA GeForce RTX 5090", 31.3, 104.8e12, 419e12, 1.792e12, PCIE5),
-    "mi300x": _Sheet("AMD Instinct MI300X", 191.5, 163.4e12, 2614.9e12, 5.3e12, 64e9, timed=False),
+    "h200": _Sheet("NVIDIA H200", 132, 139.8, 67e12, 1979e12, 4.8e12, 450e9),
+    "h100": _Sheet("NVIDIA H100 80GB HBM3", 132, 79.1, 67e12, 1979e12, 3.35e12, 450e9),
+    "h20": _Sheet("NVIDIA H20", 78, 95.0, 44e12, 296e12, 4.0e12, 450e9),
+    "a100": _Sheet("NVIDIA A100-SXM4-80GB", 108, 79.1, 19.5e12, None, 2.04e12, 300e9),
+    "a100-40gb": _Sheet("NVIDIA A100-SXM4-40GB", 108, 39.3, 19.5e12, None, 1.555e12, 300e9),
+    "b200": _Sheet("NVIDIA B200", 148, 178.4, 75e12, 4500e12, 8e12, 900e9),
+    "gb200": _Sheet("NVIDIA GB200", 152, 184.0, 80e12, 5000e12, 8e12, 900e9),
+    "l40s": _Sheet("NVIDIA L40S", 142, 44.4, 91.6e12, 733e12, 0.864e12, PCIE4),
+    "l4": _Sheet("NVIDIA L4", 58, 22.0, 30.3e12, 242e12, 0.3e12, PCIE4),
+    "a10": _Sheet("NVIDIA A10", 72, 22.0, 31.2e12, None, 0.6e12, PCIE4),
+    "rtx3090": _Sheet("NVIDIA GeForce RTX 3090", 82, 23.5, 35.6e12, None, 0.936e12, PCIE4),
+    "rtx4090": _Sheet("NVIDIA GeForce RTX 4090", 128, 23.5, 82.6e12, 330e12, 1.008e12, PCIE4),
+    "rtx5090": _Sheet("NVIDIA GeForce RTX 5090", 170, 31.3, 104.8e12, 419e12, 1.792e12, PCIE5),
+    "mi300x": _Sheet("AMD Instinct MI300X", 304, 191.5, 163.4e12, 2614.9e12, 5.3e12, 64e9, timed=False),
 }
 ALIASES = {"a100-80gb": "a100", "a100-sxm4-80gb": "a100", "a100-sxm4-40gb": "a100-40gb", "mi300": "mi300x"}
 MEASURED = {"h200": (788e12, 4.3e12)}
@@ -130,7 +132,7 @@ def named(key: str) -> Gpu:
     fp8 = sheet.fp8 and EFFICIENCY * sheet.fp8
     return Gpu(
         short, _gib(sheet.memory), flops, fp8, copy, LINK_EFFICIENCY * sheet.link, source if sheet.timed else MEMORY_ONLY,
-        short in MEASURED, timed=sheet.timed,
+        short in MEASURED, timed=sheet.timed, multiprocessors=sheet.multiprocessors,
     )  # fmt: skip
 
 
@@ -174,8 +176,10 @@ def at_hand(dtype: torch.dtype) -> Gpu:
             True,
             True,
         )
-    total = torch.cuda.get_device_properties(device).total_memory
+    properties = torch.cuda.get_device_properties(device)
+    total = properties.total_memory
     gpu = named(known) if known else Gpu(name, total, {}, None, 0.0, LINK_EFFICIENCY * 32e9, "", True)
+    gpu = replace(gpu, multiprocessors=properties.multi_processor_count)
     if found is None:
         return replace(gpu, memory=total)
     flops = gpu.flops | {dtype: found.gemm_flops}

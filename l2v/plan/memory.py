@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from l2v.model.fused import Recompute
@@ -9,6 +10,7 @@ from l2v.model.memory import (
     SLACK,
     ExecutionMode,
     LayerShape,
+    TailMemory,
     activation_bytes,
     choose_recompute,
     kept_for_backward,
@@ -126,7 +128,7 @@ def memory_of(
     elif recompute == "cheap" and not model.fused:
         recompute = "none"
     moving = _moving(shape, recompute, tokens, mode, end(tokens))
-    found = {how: _largest(shape, how, free, mode, end) for how in RECOMPUTES if model.fused or how != "cheap"}
+    found = largest_micro_batches(shape, free, mode, end, fused=model.fused)
     return Memory(tokens, recompute, standing, moving, gpu.capacity(world), margin, found)
 
 
@@ -144,6 +146,13 @@ def _moving(shape: LayerShape, how: Recompute, tokens: int, mode: ExecutionMode,
     else:
         peak = {"the end of the forward": end.kept + end.work}
     return {"kept for the backward": kept} | peak | {"allocator": int(total * (1 / (1 - SLACK) - 1))}
+
+
+def largest_micro_batches(
+    shape: LayerShape, free: int, mode: ExecutionMode, end: Callable[[int], TailMemory], *, fused: bool = True
+) -> dict[Recompute, int]:
+    """For each kind of recompute, from the least, tokens of the largest micro-batch that fits `free` bytes; 0 if none does."""
+    return {how: _largest(shape, how, free, mode, end) for how in RECOMPUTES if fused or how != "cheap"}
 
 
 def _largest(shape: LayerShape, how: Recompute, free: int, mode: ExecutionMode, end) -> int:

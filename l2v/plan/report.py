@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from l2v.model.embedded import SMOLLM2
-from l2v.plan.estimate import Speed, StagePlan
+from l2v.plan import counts
+from l2v.plan.estimate import Relief, Speed, StagePlan
 from l2v.plan.gpus import Gpu
 from l2v.plan.memory import MARGIN_BYTES, MARGIN_SHARE
 from l2v.recipe import Contrastive, Recipe
@@ -64,6 +65,7 @@ def _stage(plan: StagePlan, facts: dict[str, Any]) -> dict[str, Any]:
             "margin": memory.margin,
             "tensors_at_peak": memory.tensors,
             "micro_batch_tokens": memory.tokens,
+            "micro_tokens": plan.micro_tokens,
             "recompute": memory.recompute,
             "standing": memory.standing,
             "moving": memory.moving,
@@ -112,6 +114,12 @@ def _rates(plan: StagePlan, facts: dict[str, Any]) -> dict[str, Any]:
         "micro_batches": speed.micros,
         "hours": plan.hours,
         "seconds_by_kind": speed.seconds,
+        "balance": speed.balance,
+        "device_share": speed.device_share,
+        "device_seconds": speed.device,
+        "host_seconds": speed.host,
+        "ranks_without_work": speed.idle,
+        "as_fast": asdict(plan.relief) if plan.relief else None,
         "calibration": calibrated(speed, facts["gpu"] == "cpu"),
     }
 
@@ -164,6 +172,8 @@ def _memory(plans: Sequence[StagePlan]) -> Table:
     table.add_row("of", *(_gib(plan.memory.capacity) for plan in plans))
     table.add_row("fits", *("yes" if plan.memory.fits else "[bold red]no[/]" for plan in plans))
     table.add_row("recompute", *(plan.memory.recompute for plan in plans))
+    if any(plan.micro_tokens < plan.stage.micro_tokens for plan in plans):
+        table.add_row("micro_tokens", *(f"{plan.micro_tokens:,}" for plan in plans))
     table.add_row("tokens of a micro-batch", *(f"{plan.memory.tokens:,}" for plan in plans))
     return table
 
@@ -179,6 +189,11 @@ def _speed(plans: Sequence[StagePlan], word: str) -> Table:
     table.add_row("micro-batches a step", *(str(plan.speed.micros) for plan in plans))
     table.add_row("tokens/s", *(f"{plan.speed.tokens_per_second:,.0f}" for plan in plans), style="bold")
     table.add_row(f"tokens/s and {word}", *(f"{plan.speed.tokens_per_second / plan.world:,.0f}" for plan in plans))
+    if any(plan.world > 1 for plan in plans):
+        table.add_row("balance of ranks", *(f"{plan.speed.balance:.2f}" for plan in plans))
+    if any(plan.speed.host for plan in plans):
+        table.add_row("ms a step: host", *(f"{1e3 * plan.speed.host:.1f}" for plan in plans))
+        table.add_row("device share", *(f"{plan.speed.device_share:.2f}" for plan in plans))
     table.add_row("MFU (4N a token)", *(f"{plan.mfu:.0%}" for plan in plans))
     table.add_row("steps", *(f"{plan.stage.steps:,}" for plan in plans))
     if any(plan.epochs for plan in plans):
@@ -235,6 +250,11 @@ def _notes(facts: dict[str, Any], plans: Sequence[StagePlan]) -> list[str]:
     if facts["timed"]:
         notes += dict.fromkeys(f"tokens/s: {calibrated(plan.speed, cpu)}" for plan in plans)
         notes.append("these times do not include evaluation, checkpoints, loading and compiling")
+        if not cpu:
+            notes.append(
+                "balance: mean over largest device time of the ranks; device share: device time over the larger of device and "
+                f"host time; launches and host times: {counts.load().source}"
+            )
     assumed = [plan.name for plan in plans if not plan.lengths.real]
     if assumed:
         notes.append(
@@ -259,14 +279,40 @@ def _notes(facts: dict[str, Any], plans: Sequence[StagePlan]) -> list[str]:
         notes.append(f"from the Hub: {', '.join(named)} (docs/deployment.md: nodes without internet)")
     for plan in plans:
         if plan.speed.idle:
-            group = getattr(plan.stage, "group", None)
-            units = f"{plan.stage.batch // group} groups of {group}" if group else f"a batch of {plan.stage.batch}"
             many = _processes(plan.world) if cpu else f"{plan.world} {word}s"
-            notes.append(f"{plan.name}: {units} cannot be divided among {many}; {plan.speed.idle} are idle")
+            notes.append(
+                f"{plan.name}: a batch of {plan.stage.batch} is too small for {many}; {plan.speed.idle} are idle"
+            )
+        if plan.micro_tokens < plan.stage.micro_tokens:
+            notes.append(
+                f"{plan.name}: recompute: auto takes micro_tokens {plan.micro_tokens:,} with recompute {plan.memory.recompute}, "
+                f"the fastest of at most {plan.stage.micro_tokens:,}"
+            )
+        reserved = counts.load().reserved_over_allocated.get(plan.stage.objective)
+        if facts["timed"] and not cpu and reserved:
+            notes.append(
+                f"{plan.name}: with lengths that vary, the allocator reserved up to {reserved:.2f} times what tensors needed "
+                "(counted); PyTorch frees it before memory runs out, so it is not in the total"
+            )
+        if facts["timed"] and plan.speed.device_share < 1:
+            notes.append(f"{plan.name}: {host_limit(plan.speed, plan.relief, plan.world)}")
         if facts["timed"] and (better := best(plan)):
             how, tokens, gain = better
             notes.append(f"{plan.name}: micro_tokens={tokens} with recompute={how} would be {gain:.2f}x as fast")
     return notes
+
+
+def host_limit(speed: Speed, relief: Relief | None, world: int) -> str:
+    """One sentence: the host is the limit, and what would be as fast."""
+    ways = []
+    if relief and relief.gpus:
+        ways.append(f"{relief.gpus} GPU{'s' if relief.gpus > 1 else ''} instead of {world} would be as fast")
+    if relief and relief.batch:
+        ways.append(f"batch={relief.batch} would take no longer a step")
+    return (
+        f"the host is the limit, with {1e3 * speed.host:.0f} ms to start a step that takes the GPU {1e3 * speed.device:.0f} ms"
+        + (f"; {', and '.join(ways)}" if ways else "")
+    )
 
 
 def _data_notes(plan: StagePlan) -> list[str]:

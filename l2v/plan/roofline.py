@@ -1,7 +1,8 @@
 """Time of a micro-batch and of a step by the roofline model.
 
-An operation takes the larger of its FLOPs over the rate of large matmuls and its bytes over the rate of a copy. A step takes
-the sum over its operations, or the time that the host needs to launch them if that is longer. Nothing overlaps.
+An operation takes the larger of its FLOPs over the rate of large matmuls and its bytes over the rate of a copy; a matmul whose
+tiles do not fill the GPU's waves takes longer (`l2v.model.cost`). A step takes the sum over its operations, or the time that the
+host needs to start them if that is longer (`l2v.plan.counts`). Nothing overlaps.
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ from dataclasses import dataclass
 
 import torch
 
+from l2v.model.cost import ATTENTION_EFFICIENCY, GROUPS, wave_waste
 from l2v.model.fused import Recompute
+from l2v.plan import counts
 from l2v.plan.gpus import Gpu
 from l2v.plan.memory import Model
 from l2v.recipe import Contrastive, Mntp, Stage
 
-ATTENTION_EFFICIENCY = (0.45, 0.4)
-"""Share of the rate of large matmuls that attention kernels reach, forward and backward. An assumption: 75% of the published
-values of the best kernels at 512 tokens on Hopper."""
-LAUNCH_SECONDS = 5e-6
-"""Seconds that the host needs for a launch. An assumption."""
+LOSS_LAUNCHES = 40
+"""Launches of a contrastive loss, forward and backward. An assumption."""
 MASK_SECONDS = 1.5e-9
 """Seconds that a CPU needs for one byte of a dropout mask (measured, see l2v_kernels.philox)."""
 
@@ -37,16 +37,21 @@ class Clock:
 
     def __post_init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self.launches, self.times = 0, 1
+        self.launches, self.host, self.times = 0, 0.0, 1
 
     def add(
-        self, kind: str, *, flops: float = 0.0, bytes_: float = 0.0, seconds: float = 0.0, launches: int = 1,
-        rate: float | None = None,
+        self, kind: str, *, flops: float = 0.0, bytes_: float = 0.0, seconds: float = 0.0, rate: float | None = None,
+        waste: float = 1.0,
     ) -> None:  # fmt: skip
-        """Add an operation. rate: FLOP/s, default: that of large matmuls in the model's dtype."""
-        took = max(flops / (rate or self.rate), bytes_ / self.gpu.copy) + seconds
+        """Add an operation. rate: FLOP/s, default: that of large matmuls in the model's dtype. waste: factor on FLOPs."""
+        took = max(flops * waste / (rate or self.rate), bytes_ / self.gpu.copy) + seconds
         self.seconds[kind] += self.times * took
-        self.launches += self.times * launches
+
+    def start(self, launches: int, seconds: float | None = None) -> None:
+        """Add launches and the time that the host needs for them, default: that of the driver alone."""
+        self.launches += launches
+        if not self.gpu.cpu:
+            self.host += counts.load().launch_seconds * launches if seconds is None else seconds
 
     @property
     def rate(self) -> float:
@@ -67,27 +72,31 @@ class Clock:
         b = self.dtype.itemsize
         rate = self.gpu.fp8 if self.fp8 and self.gpu.fp8 else None
         moved = inner * outer * (1 if rate else b) + tokens * ((inner + outer) * b + reads)
-        self.add("products with weights", flops=2 * tokens * inner * outer, bytes_=moved, rate=rate)
+        waste = float(wave_waste(tokens, int(outer), self.gpu.multiprocessors))
+        self.add("products with weights", flops=2 * tokens * inner * outer, bytes_=moved, rate=rate, waste=waste)
         if rate:  # the input is quantised first, and LoRA's part is added in a separate pass
-            self.add("passes over memory", bytes_=tokens * (inner * (b + 1) + 2 * outer * b), launches=2)
+            self.add("passes over memory", bytes_=tokens * (inner * (b + 1) + 2 * outer * b))
+
+    @property
+    def device(self) -> float:
+        """Seconds of the device."""
+        return sum(self.seconds.values())
 
     def total(self) -> float:
-        """Seconds: those of the device, or of the host's launches if they take longer."""
-        host = 0.0 if self.gpu.cpu else self.launches * LAUNCH_SECONDS
-        return max(sum(self.seconds.values()), host)
+        """Seconds: those of the device, or of the host if it needs longer to start the work."""
+        return max(self.device, self.host)
 
 
 def forward(clock: Clock, model: Model, tokens: int, length: float, *, dropped: bool) -> None:
     """Forward of all layers. length: tokens that a token attends to, on average. dropped: with LoRA dropout."""
     s, b, t = model.shape, clock.dtype.itemsize, tokens
+    clock.start(*counts.load().micro_batch(s.layers, model.fused, "none")[0])
     with clock.repeated(s.layers):
         if not model.fused:
             _plain(clock, model, t)
         else:
             _norms(clock, t, s.hidden * b, passes=(4, 4))
-            clock.add(
-                "passes over memory", bytes_=t * 2 * (s.queries + s.keys) * b * (2 if s.head_norms else 1), launches=2
-            )
+            clock.add("passes over memory", bytes_=t * 2 * (s.queries + s.keys) * b * (2 if s.head_norms else 1))
             clock.add("passes over memory", bytes_=t * 3 * s.ffn * b)
         for names in GROUPS:
             _group(clock, model, names, t, dropped=dropped)
@@ -100,27 +109,27 @@ def forward(clock: Clock, model: Model, tokens: int, length: float, *, dropped: 
 def backward(clock: Clock, model: Model, tokens: int, length: float, recompute: Recompute, *, dropped: bool) -> None:
     """Backward of all layers, including recomputation."""
     s, b, t = model.shape, clock.dtype.itemsize, tokens
+    started = clock.launches, clock.host
     if recompute == "layer":
         forward(clock, model, tokens, length, dropped=dropped)
+        clock.launches, clock.host = started  # they are part of the backward's
+    clock.start(*counts.load().micro_batch(s.layers, model.fused, recompute)[1])
     with clock.repeated(s.layers):
         if not model.fused:
             _plain(clock, model, 1.5 * t)
         else:
             _norms(clock, t, s.hidden * b, passes=(4, 4))
             if recompute != "none":
-                clock.add("passes over memory", bytes_=t * (4 * s.hidden + 3 * s.ffn) * b, launches=3)
+                clock.add("passes over memory", bytes_=t * (4 * s.hidden + 3 * s.ffn) * b)
             clock.add("passes over memory", bytes_=t * 5 * s.ffn * b)
-            clock.add("passes over memory", bytes_=t * 2 * (s.queries + 2 * s.keys) * b, launches=3)
+            clock.add("passes over memory", bytes_=t * 2 * (s.queries + 2 * s.keys) * b)
         for names in GROUPS:
             _group(clock, model, names, t, dropped=dropped, back=True)
         # Two kernels, with three and four matmuls.
         clock.add(
-            "attention", flops=14 * t * length * s.queries, bytes_=t * 2 * (4 * s.queries + 4 * s.keys) * b, launches=3,
+            "attention", flops=14 * t * length * s.queries, bytes_=t * 2 * (4 * s.queries + 4 * s.keys) * b,
             rate=ATTENTION_EFFICIENCY[1] * clock.rate,
         )  # fmt: skip
-
-
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
 def _norms(clock: Clock, tokens: float, row: float, passes: tuple[int, int]) -> None:
@@ -146,8 +155,7 @@ def _group(clock: Clock, model: Model, names: tuple[str, ...], t: float, *, drop
     else:  # the output's gradient is read once for both matrices; the input is read, and its gradient is written
         moved, flops = out + 2 * inner, 4 * s.rank * (len(adapted) * inner + out)
     by_bytes = model.fused or clock.gpu.cpu  # on a GPU, `_plain` counts the bytes of plain layers
-    launches = (2 + len(adapted)) * (2 if back else 1)
-    clock.add("LoRA", flops=t * flops, bytes_=t * moved * b if by_bytes else 0.0, launches=launches)
+    clock.add("LoRA", flops=t * flops, bytes_=t * moved * b if by_bytes else 0.0)
     if clock.gpu.cpu and dropped and not back:
         clock.add("LoRA", seconds=t * len(adapted) * inner * MASK_SECONDS)
 
@@ -159,27 +167,28 @@ def _plain(clock: Clock, model: Model, t: float) -> None:
     inputs, outputs = sum(s.inputs[x] for x in s.adapted), sum(s.outputs[x] for x in s.adapted)
     lora = (3 * inputs + 6 * outputs) * b  # dropout, matmul, scaling, sum
     other = (6 * s.hidden + 5 * s.ffn + 10 * (s.queries + s.keys)) * b  # residuals, SiLU times up, RoPE
-    clock.add("passes over memory", bytes_=t * (norms + other), launches=30)
-    clock.add("LoRA", bytes_=t * lora, launches=7 * len(s.adapted))
+    clock.add("passes over memory", bytes_=t * (norms + other))
+    clock.add("LoRA", bytes_=t * lora)
 
 
 def ends(clock: Clock, model: Model, stage: Stage, tokens: int) -> None:
     """Embedding and final norm, and the head with its loss; both directions."""
     s, b, t = model.shape, clock.dtype.itemsize, tokens
-    clock.add("passes over memory", bytes_=t * 8 * s.hidden * b, launches=6)
+    clock.add("passes over memory", bytes_=t * 8 * s.hidden * b)
     if isinstance(stage, Mntp):
         labels, v = t * stage.mask_probability, model.vocabulary
         # Logits are written in fp32, read twice, and written once in the model's dtype for the second matmul.
-        clock.add("head and loss", flops=4 * labels * v * s.hidden, launches=8)
-        clock.add("head and loss", bytes_=labels * v * (4 + 8 + 2 * b), launches=2)
+        clock.add("head and loss", flops=4 * labels * v * s.hidden)
+        clock.add("head and loss", bytes_=labels * v * (4 + 8 + 2 * b))
 
 
 def contrastive(clock: Clock, model: Model, stage: Contrastive, queries: int, candidates: int) -> None:
-    """The loss of one unit: three fp32 matmuls for the scores and their gradients, and passes over the embeddings."""
+    """One loss: three fp32 matmuls for the scores and their gradients, and passes over the embeddings."""
     hidden, rate = model.shape.hidden, clock.gpu.flops.get(torch.float32)
     scores = queries * candidates * len(stage.directions)
-    clock.add("head and loss", flops=6 * scores * hidden, bytes_=18 * scores, rate=rate, launches=30)
-    clock.add("head and loss", bytes_=8 * (queries + candidates) * hidden * 4, launches=10)
+    clock.add("head and loss", flops=6 * scores * hidden, bytes_=18 * scores, rate=rate)
+    clock.add("head and loss", bytes_=8 * (queries + candidates) * hidden * 4)
+    clock.start(LOSS_LAUNCHES)
 
 
 def once_a_step(clock: Clock, model: Model, zero: int, ranks: int, exchanged: float, launches: int) -> None:
@@ -187,6 +196,8 @@ def once_a_step(clock: Clock, model: Model, zero: int, ranks: int, exchanged: fl
     count, b = model.trainable, clock.dtype.itemsize
     share = count / ranks if zero else count
     # Cast of gradients to fp32, their norm, clipping; weights and two moments read and written, Adam's intermediate values.
-    clock.add("optimizer", bytes_=share * (b + 4 * 4 + 14 * 4 + b), launches=40)
+    clock.add("optimizer", bytes_=share * (b + 4 * 4 + 14 * 4 + b))
+    clock.start(*counts.load().update(zero, model.shape.layers))
     if ranks > 1:
-        clock.add("communication", seconds=exchanged, launches=launches)
+        clock.add("communication", seconds=exchanged)
+        clock.start(launches)

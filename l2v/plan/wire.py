@@ -75,19 +75,21 @@ def transfers(
 
 
 def _embeddings(stage: Stage, hidden: int, ranks: int, share: Share) -> list[Transfer]:
-    """With `negatives: global`: rows in fp32, padded to the rank with the most, their gradients, and labels."""
-    if not isinstance(stage, Contrastive) or stage.negatives != "global":
+    """Rows in fp32, padded to the rank with the most, and their gradients; with `negatives: global` labels too."""
+    if not isinstance(stage, Contrastive):
         return []
-    queried = bool(WITH_QUERIES & set(stage.directions))
+    queried = stage.negatives == "global" and bool(WITH_QUERIES & set(stage.directions))
     owned = stage.hard_negatives == "own" or "doc_to_doc" in stage.directions
     parts = 2 if queried else 1
-    rows = ranks * sum(c + (q if queried else 0) for c, q in share.most)
-    ids = 3 * stage.mask_duplicates + stage.grouped  # ids of each text; texts with an equal id are not negatives
-    keys = [ids * (c + q * queried) + 2 * c * owned for c, q in share.most]
+    rows = ranks * sum(c + (q if queried else 0) for c, q in share.gathered)
     found = [
-        Transfer("embeddings", "all-gather", rows * hidden * 4, parts * len(share.most)),
-        Transfer("gradients of embeddings", "reduce-scatter", rows * hidden * 4, parts * len(share.most)),
+        Transfer("embeddings", "all-gather", rows * hidden * 4, parts * len(share.gathered)),
+        Transfer("gradients of embeddings", "reduce-scatter", rows * hidden * 4, parts * len(share.gathered)),
     ]
+    if stage.negatives == "micro":  # every rank reads the labels of its groups from the data
+        return found
+    ids = 3 * stage.mask_duplicates + stage.grouped  # ids of each text; texts with an equal id are not negatives
+    keys = [ids * (c + q * queried) + 2 * c * owned for c, q in share.gathered]
     return found + [Transfer("labels", "all-gather", 8 * ranks * sum(keys), len(keys))] * bool(sum(keys))
 
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from l2v.data.examples import MntpBlocks
+from l2v.data.balance import Cost
 from l2v.data.local import files_of, is_local
 from l2v.data.mixture import Mixture
 from l2v.data.open import open_examples
-from l2v.data.sampler import Sampler, StepPlan
+from l2v.data.sampler import Sampler, StepPlan, Unit, squares_of
 from l2v.data.tokens import TextTokenizer, load_tokenizer
 from l2v.plan.shapes import local_folder
-from l2v.recipe import Contrastive, Mntp, Recipe, Stage
+from l2v.recipe import Contrastive, Recipe, Stage
 from l2v.training.memory import columns_of
 
 MAX_TOKENISED_BYTES = 64 << 20
@@ -24,7 +24,7 @@ PLANNED_STEPS = 8
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of examples, as `Sampler` reads them. text: mean tokens that a token attends to. real: from the data.
+    """Lengths of examples, as `Sampler` reads them. squares: sums of the squared lengths of their texts. real: from the data.
 
     mixture: how often each source is used, as training has it; None if the sources are concatenated. notes: what training
     logs about the data.
@@ -32,10 +32,22 @@ class Lengths:
 
     lengths: np.ndarray
     segments: np.ndarray
-    text: float
+    squares: np.ndarray
     real: bool
     mixture: Mixture | None = None
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, examples) -> Lengths:
+        """Of the examples of a stage."""
+        squares, notes = squares_of(examples), tuple(examples.notes)
+        return cls(examples.lengths, examples.segments, squares, True, examples.mixture, notes)
+
+    @property
+    def text(self) -> float:
+        """Mean number of tokens that a token attends to."""
+        uses = _uses(self.mixture, len(self.lengths))
+        return float((self.squares * uses).sum() / (self.lengths * uses).sum())
 
     @property
     def an_epoch(self) -> int:
@@ -57,17 +69,11 @@ def lengths_of(recipe: Recipe, name: str) -> Lengths:
         base = recipe.base
         tokenizer = load_tokenizer(str(local_folder(base.tokenizer or base.model)), revision=base.revision)
         found = open_examples(stage.data, stage, TextTokenizer(tokenizer, base.template, stage.length))
-        per_text = found.lengths / found.segments
-        tokens = found.lengths * _uses(found.mixture, len(found.lengths))
-        text = float((tokens * per_text).sum() / tokens.sum())
-        if isinstance(found, MntpBlocks) and isinstance(stage, Mntp) and stage.document_mask:
-            # Attention stays within a document, and a document within its block.
-            documents = np.diff(found.ends, prepend=0)
-            text = float((documents * np.minimum(documents, stage.length)).sum() / documents.sum())
-        return Lengths(found.lengths, found.segments, text, True, found.mixture, tuple(found.notes))
+        return Lengths.of(found)
     count, columns = stage.batch * (PLANNED_STEPS + 1), columns_of(stage)
     tokens = min(columns * stage.length, stage.micro_tokens)
-    return Lengths(np.full(count, tokens), np.full(count, columns), float(stage.length), real=False)
+    squares = np.full(count, float(tokens * stage.length))
+    return Lengths(np.full(count, tokens), np.full(count, columns), squares, real=False)
 
 
 def _uses(mixture: Mixture | None, count: int) -> np.ndarray:
@@ -99,15 +105,17 @@ def _is_here(recipe: Recipe, stage: Stage) -> bool:
 
 @dataclass(frozen=True)
 class Share:
-    """The work of the busiest rank in a step: tokens of every micro-batch by unit, and queries and candidates by unit."""
+    """The work of one rank in a step, by unit: tokens of every micro-batch, the sums of squared lengths of its texts, and
+    (queries, candidates) of every loss that it computes.
+
+    gathered: for every unit the largest number of candidates and of queries on any rank with `negatives: global`; with
+    `negatives: micro` the largest number of rows, and 0.
+    """
 
     units: list[list[int]]
-    queries: list[int]
-    candidates: list[int]
-    idle: int = 0
-    """Ranks without work in this step."""
-    most: list[tuple[int, int]] = field(default_factory=list)
-    """With `negatives: global`, for every unit the largest number of candidates and of queries on any rank."""
+    losses: list[list[tuple[int, int]]]
+    squares: list[list[float]] = field(default_factory=list)
+    gathered: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def micros(self) -> int:
@@ -118,21 +126,55 @@ class Share:
         """Tokens of the largest micro-batch."""
         return max((tokens for unit in self.units for tokens in unit), default=0)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all micro-batches; the filler of an empty one is one."""
+        return sum(map(sum, self.units))
 
-def shares(
-    lengths: Lengths, stage: Stage, world: int, seed: int, micro_tokens: int | None = None, steps: int = PLANNED_STEPS
-) -> list[tuple[int, Share]]:
-    """(tokens of all ranks, the busiest rank's share) for each of the first steps.
+
+@dataclass(frozen=True)
+class Work:
+    """A step: its tokens over all ranks, each rank's share, and the number of ranks without an example."""
+
+    tokens: int
+    ranks: list[Share]
+    idle: int = 0
+
+    @property
+    def busiest(self) -> Share:
+        """The share of the rank with most tokens."""
+        return max(self.ranks, key=lambda share: share.tokens)
+
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest micro-batch of any rank."""
+        return max(share.largest for share in self.ranks)
+
+
+def sampler_of(lengths: Lengths, stage: Stage, world: int, seed: int, micro_tokens: int, cost: Cost | None) -> Sampler:
+    """The sampler of training.
 
     Raises:
         UserError: an example is longer than the micro-batch.
     """
-    sampler = Sampler(
-        lengths, batch=stage.batch, micro_tokens=micro_tokens or stage.micro_tokens, seed=seed, world=world,
-        group=getattr(stage, "group", None),
+    return Sampler(
+        lengths, batch=stage.batch, micro_tokens=micro_tokens, seed=seed, world=world, group=getattr(stage, "group", None),
+        cost=cost,
     )  # fmt: skip
+
+
+def work_of(
+    lengths: Lengths, stage: Stage, world: int, seed: int, micro_tokens: int | None = None, steps: int = PLANNED_STEPS,
+    cost: Cost | None = None,
+) -> list[Work]:  # fmt: skip
+    """The work of each of the first steps.
+
+    Raises:
+        UserError: an example is longer than the micro-batch.
+    """
+    sampler = sampler_of(lengths, stage, world, seed, micro_tokens or stage.micro_tokens, cost)
     count = max(1, min(steps, stage.steps, sampler.steps_per_epoch - 1))
-    return [_busiest(sampler.plan(step), lengths, stage) for step in range(count)]
+    return [work_of_step(sampler.plan(step), lengths, stage) for step in range(count)]
 
 
 def steps_per_epoch(lengths: Lengths, stage: Stage) -> int:
@@ -141,24 +183,35 @@ def steps_per_epoch(lengths: Lengths, stage: Stage) -> int:
     return Sampler(lengths, batch=stage.batch, micro_tokens=longest, seed=0, group=group).steps_per_epoch
 
 
-def _busiest(plan: StepPlan, lengths: Lengths, stage: Stage) -> tuple[int, Share]:
-    tokens = lengths.lengths
-    total = int(sum(tokens[unit.examples].sum() for units in plan.units for unit in units if unit.examples))
-    loads = [sum(int(tokens[unit.examples].sum()) for unit in units if unit.examples) for units in plan.units]
-    units = plan.units[int(np.argmax(loads))]
-    micros = [[int(tokens[micro].sum()) if micro else 1 for micro in unit.micros] for unit in units]
-    queries = [len(unit.examples) for unit in units]
-    candidates = [_counts(unit.examples, lengths)[0] for unit in units]
-    most: list[tuple[int, int]] = []
-    if isinstance(stage, Contrastive) and stage.negatives == "global":
-        columns = [
-            [_counts(unit.examples, lengths) for unit in column] for column in zip(*plan.units, strict=True)
-        ]  # by unit, then by rank
-        candidates = [sum(c for column in columns for c, _ in column)] * len(units)
-        most = [(max(c for c, _ in column), max(q for _, q in column)) for column in columns]
-    return total, Share(micros, queries, candidates, sum(load == 0 for load in loads), most)
+def work_of_step(plan: StepPlan, lengths: Lengths, stage: Stage) -> Work:
+    """The work of the sampler's plan of a step."""
+    chosen = plan.examples
+    losses: list[list[list[tuple[int, int]]]] = [[[] for _ in units] for units in plan.units]
+    gathered: list[tuple[int, int]] = []
+    if isinstance(stage, Contrastive):
+        for at, column in enumerate(zip(*plan.units, strict=True)):
+            counts = [_counts(unit.examples, lengths) for unit in column]
+            for rank, (queries, _) in enumerate(counts):
+                if plan.losses:
+                    losses[rank][at] = [_counts(plan.losses[at][i], lengths) for i in plan.owned(rank, at)]
+                else:  # with negatives: global, the candidates of all ranks; else there is one rank
+                    losses[rank][at] = [(queries, sum(c for _, c in counts))]
+            if stage.negatives == "global":
+                gathered.append((max(c for _, c in counts), max(q for q, _ in counts)))
+            else:
+                fillers = [sum(not micro for micro in unit.micros) for unit in column]
+                gathered.append((max(q + c + f for (q, c), f in zip(counts, fillers, strict=True)), 0))
+    shares = [_share(units, losses[rank], gathered, lengths) for rank, units in enumerate(plan.units)]
+    idle = sum(not any(unit.examples for unit in units) for units in plan.units)
+    return Work(int(lengths.lengths[chosen].sum()), shares, idle)
+
+
+def _share(units: list[Unit], losses, gathered, lengths: Lengths) -> Share:
+    tokens = [[int(lengths.lengths[micro].sum()) if micro else 1 for micro in unit.micros] for unit in units]
+    squares = [[float(lengths.squares[micro].sum()) if micro else 1.0 for micro in unit.micros] for unit in units]
+    return Share(tokens, losses, squares, gathered)
 
 
 def _counts(examples: list[int], lengths: Lengths) -> tuple[int, int]:
-    """Number of candidates and of queries."""
-    return (int(lengths.segments[examples].sum()) - len(examples), len(examples)) if examples else (0, 0)
+    """Number of queries and of candidates."""
+    return (len(examples), int(lengths.segments[examples].sum()) - len(examples)) if examples else (0, 0)

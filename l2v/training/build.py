@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from l2v.data.balance import Cost
+from l2v.data.sampler import Sampler
 from l2v.model.load import device, fingerprint, inner_model, load_model, output_head
 from l2v.model.lora import add_lora, describe_adapter, merge_adapters
-from l2v.model.memory import LayerShape, activation_bytes, choose_recompute, free_bytes
+from l2v.model.memory import LayerShape, TailMemory, activation_bytes, choose_recompute, free_bytes
 from l2v.model.packed import PackedDecoder
 from l2v.model.quantize import check_base_precision, check_fused, to_fp8, to_nf4
 from l2v.recipe import Mntp, Recipe, Simcse, Stage
 from l2v.runs.claim import merged_adapters
+from l2v.training.advice import Advise, Question
 from l2v.training.engine import deepspeed_config
 from l2v.training.memory import (
     bucket_in_backward,
     engine_bytes,
     execution_mode,
-    largest_micro,
     not_yet_allocated,
     tail_memory,
 )
-from l2v.training.ranks import ranks_here
+from l2v.training.ranks import on_first_rank, ranks_here
 
 
 def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[PackedDecoder, dict[str, Any]]:
@@ -61,38 +65,81 @@ def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[
     return packed, lineage
 
 
-def place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: torch.dtype, longest: int) -> str | None:
-    """Stack or quantise the frozen weights and choose what the backward recomputes; call it once weights are on the device.
+@dataclass(frozen=True)
+class Placed:
+    """How a stage uses memory and ranks. micro_tokens, cost: for the sampler. lines: to log."""
 
-    longest: tokens of the longest example.
-    Returns a line for the log. The choice does not change the result by a single bit, so each rank may choose differently.
+    micro_tokens: int
+    cost: Cost | None
+    lines: list[str]
+
+
+def place_memory(
+    model: PackedDecoder, recipe: Recipe, name: str, stage: Stage, dtype: torch.dtype, examples: Any, *, micro_tokens: int,
+    may_choose: bool, advise: Advise,
+) -> Placed:  # fmt: skip
+    """Stack or quantise the frozen weights, and choose what the backward recomputes and how large micro-batches are. Collective.
+
+    Call it once weights are on the device. micro_tokens: the most that a forward may have. may_choose: whether fewer may be
+    chosen. advise: predicts what is fastest; called on the first rank. The choice of `recompute` does not change the result by
+    a single bit, so each rank may choose differently; that of `micro_tokens` changes the order of sums.
     """
+    if model.fused is not None:
+        if recipe.base.base_precision == "fp8":
+            to_fp8(model.fused, model.decoder)
+        elif recipe.zero.stage < 3:
+            model.fused.stack_weights()
+    config = model.fused.inner.config if model.fused else model.decoder.config
+    where, world = device(), dist.get_world_size()
+    free, end = _room(model, recipe, stage, dtype, config)
+    least = torch.tensor(free, device=where)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    mode = execution_mode(stage, fused=model.fused is not None, kernels=where.type == "cuda")
+    question = Question(
+        recipe, name, stage, examples, config, dtype, world, max(1, ranks_here()), micro_tokens,
+        may_choose and model.fused is not None, int(least), mode, end,
+    )  # fmt: skip
+    advice = on_first_rank(lambda: advise(question))
+    sampler = Sampler(
+        examples, batch=stage.batch, micro_tokens=advice.micro_tokens, seed=recipe.stage_seed(name), world=world,
+        group=getattr(stage, "group", None), cost=advice.cost,
+    )  # fmt: skip
     if model.fused is None:
         model.set_recompute("none" if stage.recompute == "auto" else stage.recompute)
-        return None
-    if recipe.base.base_precision == "fp8":
-        to_fp8(model.fused, model.decoder)
-    elif recipe.zero.stage < 3:
-        model.fused.stack_weights()
-    where = device()
-    shape = LayerShape.of(
-        model.fused.inner.config, rank=stage.lora.r, targets=tuple(stage.lora.targets), itemsize=dtype.itemsize
-    )
-    world, kernels = dist.get_world_size(), where.type == "cuda"
-    sizes = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters() if p.requires_grad]
-    config = deepspeed_config(stage, recipe.zero, dtype, sum(sizes))
-    engine = engine_bytes(sum(sizes), config, dtype.itemsize, world, max(sizes), gpu=kernels)
-    free = free_bytes(where, max(1, ranks_here())) - not_yet_allocated(engine, recipe.zero.stage)
-    tokens, mode = largest_micro(stage, world, longest), execution_mode(stage, fused=True, kernels=kernels)
-    vocabulary = model.fused.inner.config.get_text_config().vocab_size
-    bucket = bucket_in_backward(engine, recipe.zero.stage)
-    end = tail_memory(stage, shape, vocabulary, tokens, world, kernels=kernels, bucket=bucket)
+        return Placed(advice.micro_tokens, advice.cost, advice.lines)
+    tokens = sampler.largest_micro_batch(stage.steps)
+    shape = _shape(config, stage, dtype)
     chosen = stage.recompute
     if chosen == "auto":
-        chosen = choose_recompute(shape, tokens, free, mode, end)
+        chosen = advice.recompute or choose_recompute(shape, tokens, free, mode, end(tokens))
     model.set_recompute(chosen)
-    needs = activation_bytes(shape, chosen, tokens, mode, end)
-    return (
+    needs = activation_bytes(shape, chosen, tokens, mode, end(tokens))
+    line = (
         f"fused layers, recompute {chosen}: {tokens:,} tokens need up to {needs / 2**30:.1f} GiB of "
         f"{free / 2**30:.1f} GiB free"
     )
+    return Placed(advice.micro_tokens, advice.cost, [line, *advice.lines])
+
+
+def _shape(config: Any, stage: Stage, dtype: torch.dtype) -> LayerShape:
+    return LayerShape.of(config, rank=stage.lora.r, targets=tuple(stage.lora.targets), itemsize=dtype.itemsize)
+
+
+def _room(
+    model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: torch.dtype, config: Any
+) -> tuple[int, Callable[[int], TailMemory]]:
+    """Bytes for activations on this rank, and the memory at the end of a forward by its tokens."""
+    where, world = device(), dist.get_world_size()
+    kernels = where.type == "cuda"
+    sizes = [p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in model.parameters() if p.requires_grad]
+    zero = deepspeed_config(stage, recipe.zero, dtype, sum(sizes))
+    engine = engine_bytes(sum(sizes), zero, dtype.itemsize, world, max(sizes), gpu=kernels)
+    free = free_bytes(where, max(1, ranks_here())) - not_yet_allocated(engine, recipe.zero.stage)
+    bucket = bucket_in_backward(engine, recipe.zero.stage)
+
+    def end(tokens: int) -> TailMemory:
+        vocabulary = config.get_text_config().vocab_size
+        shape = _shape(config, stage, dtype)
+        return tail_memory(stage, shape, vocabulary, tokens, world, kernels=kernels, bucket=bucket)
+
+    return free, end

@@ -160,17 +160,34 @@ def smaller(stage: Stage, micro_tokens: int, longest: int) -> int:
 
 
 def read_budget(folder: Path, micro_tokens: int) -> int:
-    """Tokens of a forward: the recipe's, or fewer if this stage ran out of memory before."""
-    try:
-        return min(micro_tokens, int(json.loads((folder / BUDGET).read_text(encoding="utf-8"))["micro_tokens"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    """Tokens of a forward: the recipe's, or fewer if this stage ran out of memory before or if fewer were chosen."""
+    found = _budget(folder)
+    if found.get("chosen_from", micro_tokens) != micro_tokens:  # chosen when the recipe had another value
         return micro_tokens
+    return min(micro_tokens, found.get("micro_tokens", micro_tokens))
 
 
-def write_budget(folder: Path, micro_tokens: int) -> None:
-    """Store what fits for the next start. If the file cannot be written, the next start finds it out again."""
+def is_chosen(folder: Path, micro_tokens: int) -> bool:
+    """Whether this stage has chosen fewer than the recipe's `micro_tokens`, or ran out of memory."""
+    return _budget(folder).get("chosen_from", micro_tokens) == micro_tokens and bool(_budget(folder))
+
+
+def _budget(folder: Path) -> dict[str, int]:
+    try:
+        found = json.loads((folder / BUDGET).read_text(encoding="utf-8"))
+        return {key: int(found[key]) for key in ("micro_tokens", "chosen_from") if key in found}
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def write_budget(folder: Path, micro_tokens: int, chosen_from: int | None = None) -> None:
+    """Store what fits, or is fastest, for the next start. If the file cannot be written, the next start finds it out again.
+
+    chosen_from: the recipe's `micro_tokens` if fewer were chosen for speed; with another value there is a new choice.
+    """
+    facts = {"micro_tokens": micro_tokens} | ({"chosen_from": chosen_from} if chosen_from else {})
     with contextlib.suppress(OSError):
-        replace_text(folder / BUDGET, json.dumps({"micro_tokens": micro_tokens}) + "\n")
+        replace_text(folder / BUDGET, json.dumps(facts) + "\n")
 
 
 def keep_batch(folder: Path, step: int, units: Sequence[Sequence[PackedBatch]], why: str) -> Path:

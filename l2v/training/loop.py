@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from l2v.data.balance import Cost
 from l2v.data.collate import Masking
 from l2v.data.sampler import StepPlan
 from l2v.errors import UserError
@@ -41,7 +42,7 @@ class Interrupted(Exception):
 @dataclass
 class Job:
     """Everything that a stage's loop needs. `evaluate` is called on every rank with the step; it may be None. grown_from: the
-    recipe's steps at the start before, if it has more now.
+    recipe's steps at the start before, if it has more now. cost: by which ranks are balanced, default: tokens.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Job:
     profile: bool = False
     evaluate: Evaluate | None = None
     grown_from: int | None = None
+    cost: Cost | None = None
 
 
 @dataclass
@@ -199,7 +201,8 @@ class Training:
         examples = [[i for unit in rank_units for i in unit.examples] for rank_units in plan.units]
         candidates = [int((self.job.examples.segments[own] - 1).sum()) for own in examples]
         counts = StepCounts(candidates=candidates, queries=[len(own) for own in examples])
-        return contrastive_step(engine, units, stage, counts, progress=self.bar.within, guard=guard)
+        spread = self.batches.spread
+        return contrastive_step(engine, units, stage, counts, spread=spread, progress=self.bar.within, guard=guard)
 
     def update_or_skip(self, step: int, result: StepResult) -> None:
         """Apply the gradients, or drop them if any rank has NaN or Inf; count tokens and skipped steps."""

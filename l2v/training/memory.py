@@ -60,18 +60,6 @@ def not_yet_allocated(found: Mapping[str, int], stage: int) -> int:
     return sum(found[name] for name in late)
 
 
-def largest_micro(stage: Stage, world: int, longest: int) -> int:
-    """Tokens of the largest micro-batch: `micro_tokens`, or everything that a rank has in one step if that is less.
-
-    longest: tokens of the longest example, all its texts.
-    """
-    if isinstance(stage, Contrastive) and stage.group is not None:
-        examples = stage.group
-    else:  # ranks get equal tokens: at most one example more than with equal numbers of examples
-        examples = stage.batch if world == 1 else math.ceil(stage.batch / world) + 1
-    return min(stage.micro_tokens, examples * longest)
-
-
 def execution_mode(stage: Stage, *, fused: bool, kernels: bool) -> ExecutionMode:
     """How a stage's layers run, for the memory estimate."""
     dropped = isinstance(stage, Simcse) and stage.attention_dropout > 0
@@ -87,14 +75,31 @@ def tail_memory(
         labels = math.ceil(tokens * stage.mask_probability + 4 * math.sqrt(tokens))
         return replace(mntp_tail(shape, tokens, min(labels, tokens), vocabulary, kernels=kernels), backward=bucket)
     assert isinstance(stage, Contrastive)
-    columns = columns_of(stage)
-    local = stage.group if stage.group is not None else math.ceil(stage.batch / world)
-    everyone = 1 if stage.negatives == "micro" else world
-    found = contrastive_tail(
-        shape, tokens, rows=local * columns, candidates=local * (columns - 1), queries=local, ranks=everyone,
-        prefixes=len(stage.matryoshka or [0]),
-    )  # fmt: skip
-    return replace(found, backward=bucket)
+    columns, prefixes = columns_of(stage), len(stage.matryoshka or [0])
+    local = math.ceil(stage.batch / world)
+    if stage.group is None or world == 1:
+        own = stage.group or local
+        found = contrastive_tail(
+            shape,
+            tokens,
+            rows=own * columns,
+            candidates=own * (columns - 1),
+            queries=own,
+            ranks=world,
+            prefixes=prefixes,
+        )
+        return replace(found, backward=bucket)
+    # A part of every group is embedded here, at most a share of the batch; its rows are gathered, and one group is compared.
+    group = contrastive_tail(
+        shape,
+        tokens,
+        rows=local * columns,
+        candidates=stage.group * (columns - 1),
+        queries=stage.group,
+        prefixes=prefixes,
+    )
+    gathered = 2 * stage.batch * columns * shape.hidden * 4  # rows of all ranks and their gradient
+    return replace(group, work=group.work + gathered, backward=bucket)
 
 
 def columns_of(stage: Stage) -> int:

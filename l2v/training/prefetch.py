@@ -19,6 +19,7 @@ from l2v.training.agreement import Agreement
 from l2v.training.alone import queries_alone
 from l2v.training.faults import read_budget, smaller, write_budget
 from l2v.training.saver import retried
+from l2v.training.spread import spread_groups
 
 
 class BatchPrefetcher:
@@ -35,6 +36,8 @@ class BatchPrefetcher:
         self.units: list = []
         self.alone = 0
         """This rank's queries of the step without a negative."""
+        self.spread: list = []
+        """The groups whose losses this rank computes, for every unit of the step; see `l2v.training.spread`."""
         self._work: dict[int, Future] = {}
         # The thread gets one OpenMP thread: a second team would spin on the cores that training needs.
         self._thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
@@ -48,7 +51,7 @@ class BatchPrefetcher:
 
     def get(self, step: int) -> tuple[StepPlan, list]:
         """The plan of a step and this rank's micro-batches; starts preparing the next step."""
-        plan, self.units, self.alone = self._submit(step).result()
+        plan, self.units, self.alone, self.spread = self._submit(step).result()
         self._work = {at: work for at, work in self._work.items() if at >= step}
         if step + 1 < self.job.stage.steps:
             self._submit(step + 1)
@@ -114,7 +117,7 @@ class BatchPrefetcher:
         stage = self.job.stage
         return Sampler(
             self.job.examples, batch=stage.batch, micro_tokens=self.micro_tokens, seed=self.job.seed, world=self.world,
-            group=getattr(stage, "group", None),
+            group=getattr(stage, "group", None), cost=self.job.cost,
         )  # fmt: skip
 
     def _prepare(self, step: int):
@@ -125,6 +128,7 @@ class BatchPrefetcher:
             for unit in plan.units[self.rank]
         ]
         alone = 0
+        spread = spread_groups(plan, self.rank, job.examples, job.seed)
         if isinstance(job.stage, Contrastive):
-            alone = queries_alone(plan, units, self.rank, job.examples, job.stage, job.seed)
-        return plan, units, alone
+            alone = queries_alone(plan, units, self.rank, job.examples, job.stage, job.seed, spread)
+        return plan, units, alone, spread

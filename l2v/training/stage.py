@@ -27,9 +27,10 @@ from l2v.recipe.load import to_dict
 from l2v.runs.claim import claim, publish, recorded_negatives
 from l2v.runs.folder import ADAPTER, has_begun, is_trained, run_folder
 from l2v.training import checkpoint
+from l2v.training.advice import Advise
 from l2v.training.build import build, place_memory
 from l2v.training.engine import deepspeed_config, initialize
-from l2v.training.faults import OutOfMemory, read_budget, smaller, write_budget
+from l2v.training.faults import OutOfMemory, is_chosen, read_budget, smaller, write_budget
 from l2v.training.frozen import frozen_checksum
 from l2v.training.held_out import evaluator
 from l2v.training.loop import Job, train
@@ -50,8 +51,12 @@ class StageData:
     notes: list[str]
 
 
-def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdog, *, fresh: bool = False) -> None:
+def train_stage(
+    recipe: Recipe, name: str, rank: int, world: int, watch: Watchdog, *, advise: Advise, fresh: bool = False
+) -> None:
     """Train one stage from scratch or from its newest checkpoint; a finished stage is skipped. A collective call.
+
+    advise: predicts the balance of ranks and what is fastest (`l2v.plan.advice`).
 
     Raises:
         UserError: the folder belongs to another recipe, or the data, the base or an adapter cannot be used.
@@ -95,11 +100,19 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdo
     units = model.as_units() if recipe.zero.stage == 3 else []
     count = sum(p.numel() for p in parameters.values())
     engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype, count), stage, units)
-    if placed := place_memory(model, recipe, stage, dtype, int(data.examples.lengths.max())):
-        log(placed)
+    micro_tokens, chosen = read_budget(folder, stage.micro_tokens), is_chosen(folder, stage.micro_tokens)
+    placed = place_memory(
+        model, recipe, name, stage, dtype, data.examples, micro_tokens=micro_tokens, may_choose=not (resume or chosen),
+        advise=advise,
+    )  # fmt: skip
+    if placed.micro_tokens < micro_tokens:
+        write_budget(folder, placed.micro_tokens, chosen_from=stage.micro_tokens)
+    for line in placed.lines:
+        log(line)
     job = Job(
         name=name, stage=stage, seed=seed, folder=folder, examples=data.examples, masking=masking, parameters=parameters,
         facts={"world": world}, tracking=recipe.tracking, watchdog=watch, profile=recipe.profile, grown_from=claimed.grown_from,
+        cost=placed.cost,
         evaluate=evaluator(engine, stage, data.held_out, masking) if data.held_out else None,
     )  # fmt: skip
     weights = _train_checked(engine, job, resume, rank)

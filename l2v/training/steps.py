@@ -18,6 +18,7 @@ from l2v.batch import PackedBatch, moved
 from l2v.errors import first_line
 from l2v.objectives.contrastive import Groups, contrastive_loss
 from l2v.objectives.mntp import mntp_loss_of_hidden
+from l2v.objectives.spread import SpreadGroups, spread_loss
 from l2v.recipe import Contrastive
 from l2v.training.faults import OutOfMemory, OutOfMemoryGuard, filler, is_out_of_memory
 from l2v_kernels.spans import span
@@ -93,14 +94,17 @@ def contrastive_step(
     stage: Contrastive,
     counts: StepCounts,
     *,
+    spread: Sequence[SpreadGroups] = (),
     progress: Progress | None = None,
     guard: OutOfMemoryGuard | None = None,
 ) -> dict[str, torch.Tensor]:
     """Exact gradients of the contrastive loss over micro-batches and ranks, with a gradient cache.
 
-    A unit is a set of examples whose embeddings share one loss (with `negatives: global`, together with those of all ranks).
+    A unit is a set of examples whose embeddings share one loss (with `negatives: global`, together with those of all ranks), or
+    a part of the examples of several groups that are divided among ranks.
 
-    units: this rank's; all ranks have the same number, each with the same number of micro-batches. progress: called with
+    units: this rank's; all ranks have the same number, each with the same number of micro-batches. spread: for every unit the
+    groups whose losses this rank computes; empty if groups are not divided among ranks. progress: called with
     (pass 1 or 2, finished micro-batches of that pass, micro-batches of the step). guard: keeps the rank in step if memory
     runs out; the returned values are then meaningless.
     Returns loss, this rank's share of the mean loss (device scalar), and nonfinite_S (bool): for every segment of the units,
@@ -113,6 +117,9 @@ def contrastive_step(
         everyone = {"counts": counts.candidates, "query_counts": counts.queries, "rank": dist.get_rank()}
     loss_sum = torch.zeros((), device=engine.device)
     for at, micros in enumerate(units):
+        if spread:
+            loss_sum += cache.unit(micros, spread[at].to(engine.device), last=at == len(units) - 1)
+            continue
         labels = (torch.cat([getattr(m, n) for m in micros]) for n in ("columns_S", "text_keys_S", "groups_S"))
         groups = Groups.from_columns(*labels, total=counts.total, **everyone).to(engine.device)
         loss_sum += cache.unit(micros, groups, last=at == len(units) - 1)
@@ -143,7 +150,7 @@ class GradientCache:
         self.width = engine.module.decoder.config.get_text_config().hidden_size
         self.nonfinite: list[torch.Tensor] = []
 
-    def unit(self, micros: Micros, groups: Groups, *, last: bool) -> torch.Tensor:
+    def unit(self, micros: Micros, groups: Groups | SpreadGroups, *, last: bool) -> torch.Tensor:
         """Backward of one unit; returns its loss. last: this unit's last backward ends the step's gradient accumulation."""
         with torch.no_grad():
             first = [self._encode(micro) for micro in micros[:-1]]
@@ -175,11 +182,14 @@ class GradientCache:
         self._count(1)
         return vectors_SE
 
-    def _loss(self, cache_SE: torch.Tensor, groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
+    def _loss(self, cache_SE: torch.Tensor, groups: Groups | SpreadGroups) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss over all embeddings of a unit, and its gradient with respect to them."""
         with span("loss"):
             try:
-                loss = contrastive_loss(cache_SE, groups, **self.options)
+                if isinstance(groups, SpreadGroups):
+                    loss = spread_loss(cache_SE, groups, **self.options)
+                else:
+                    loss = contrastive_loss(cache_SE, groups, **self.options)
                 (gradient_SE,) = torch.autograd.grad(loss, cache_SE)
             except (RuntimeError, MemoryError) as error:
                 # The embeddings of all ranks are exchanged here, in collectives that cannot be resumed halfway.

@@ -48,6 +48,8 @@ def units(made: Sampler, step: int) -> list[list[int]]:
     plan = made.plan(step)
     if made.group is None:
         return [[i for rank in plan.units for unit in rank for i in unit.examples]]
+    if plan.losses:
+        return [group for unit in plan.losses for group in unit]
     return [unit.examples for rank in plan.units for unit in rank if unit.examples]
 
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from l2v.data.balance import even_out
 from l2v.data.sampler import Sampler, StepPlan
 from l2v.errors import UserError
 
@@ -110,16 +111,78 @@ def test_every_world_size_trains_on_the_same_examples(group):
         assert all(one == sets[0] for one in sets)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_a_group_is_never_torn_apart(world):
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_every_world_size_has_the_same_groups(world):
+    """One rank embeds a group at a time; several ranks embed a part of each, and its loss still has all of it."""
     of = examples(64)
-    whole = sampler(of, group=4)
-    split = sampler(of, world, group=4)
+    whole, split = sampler(of, group=4), sampler(of, world, group=4)
     for step in range(8):
-        groups = {tuple(unit.examples) for unit in whole.plan(step).units[0]}
-        assert all(len(group) == 4 for group in groups)
-        got = [tuple(unit.examples) for units in split.plan(step).units for unit in units]
-        assert {group for group in got if group} == groups
+        plan = split.plan(step)
+        groups = [unit.examples for unit in whole.plan(step).units[0]]
+        assert all(len(group) == 4 for group in groups) and not whole.plan(step).losses
+        assert [group for unit in plan.losses for group in unit] == groups
+        for at, unit in enumerate(plan.losses):  # a group's texts are all embedded in the unit of its loss
+            embedded = sorted(i for units in plan.units for i in units[at].examples)
+            assert embedded == sorted(i for group in unit for i in group)
+
+
+def test_no_rank_is_idle_while_others_have_several_examples():
+    """Four groups of eight on eight ranks."""
+    of = examples(320, low=20, high=60)
+    made = sampler(of, 8, batch=32, group=8, micro_tokens=4096)
+    for step in range(made.steps_per_epoch):
+        plan = made.plan(step)
+        assert len(plan.losses) == 1 and all(len(rank) == 4 for rank in by_rank(plan))
+
+
+def test_groups_that_do_not_fit_one_micro_batch_are_embedded_in_turn():
+    """Two ranks, four groups of 64 tokens. A second encoding is needed only if one group on two ranks exceeds micro_tokens."""
+    of = Lengths(np.full(16, 16))
+    for micro_tokens, groups, micros in (
+        (128, [4], 1),
+        (127, [2, 2], 1),
+        (64, [2, 2], 1),
+        (63, [1] * 4, 1),
+        (31, [1] * 4, 2),
+    ):
+        plan = sampler(of, 2, batch=16, group=4, micro_tokens=micro_tokens).plan(0)
+        assert [len(unit) for unit in plan.losses] == groups
+        assert [[len(unit.micros) for unit in units] for units in plan.units] == [[micros] * len(groups)] * 2
+
+
+def test_the_last_micro_batch_is_full():
+    """A gradient cache encodes all others twice."""
+    of = Lengths(np.full(40, 10))
+    plan = sampler(of, 2, batch=40, micro_tokens=120).plan(0)
+    assert [[len(micro) for micro in unit.micros] for units in plan.units for unit in units] == [[8, 12]] * 2
+
+
+def test_a_rank_with_fewer_micro_batches_divides_what_it_has():
+    of = Lengths(np.array([50, 50, 20, 20, 20, 20, 20]))
+    plan = sampler(of, 2, batch=7, micro_tokens=60).plan(0)
+    assert_in_step(plan, 2)
+    assert all(micro for units in plan.units for unit in units for micro in unit.micros)
+
+
+class Waves:
+    """Time rises by one with every begun 100 tokens."""
+
+    def weights(self, tokens_N, squares_N):
+        return tokens_N
+
+    def times(self, tokens_N, squares_N):
+        return np.ceil(tokens_N / 100)
+
+
+def test_exchanges_avoid_a_wave_that_equal_tokens_would_begin():
+    """101 and 97 tokens: the first has begun a second hundred. With 40 and 38 exchanged both have 99."""
+    tokens, squares = np.array([61, 40, 59, 38]), np.zeros(4)
+    owners = np.array([0, 0, 1, 1])
+    assert Waves().times(np.bincount(owners, tokens), squares).max() == 2
+    evened = even_out(owners, tokens, squares, 2, Waves(), 1000)
+    assert np.bincount(evened, tokens).max() <= 100 and evened.sum() == 2
+    assert (owners == [0, 0, 1, 1]).all()  # not changed in place
+    assert (even_out(owners, tokens, squares, 2, Waves(), 100) == owners).all()  # several micro-batches each
 
 
 def test_the_plan_is_a_function_of_seed_and_step():
@@ -191,7 +254,8 @@ def test_whatever_the_shape(lengths, groups, per_batch, world, spare, seed):
         micros = [micro for units in plan.units for unit in units for micro in unit.micros]
         assert all(of.lengths[micro].sum() <= budget for micro in micros if micro)
         seen += chosen(plan)
-        loads = [int(of.lengths[rank].sum()) for rank in by_rank(plan) if rank or not groups]
-        if not groups:
-            assert max(loads) - min(loads) <= max(lengths)
+        loads = [int(of.lengths[rank].sum()) for rank in by_rank(plan)]
+        if not groups or world > 1:  # by unit
+            units = len(plan.units[0])
+            assert max(loads) - min(loads) <= units * max(lengths)
     assert sorted(seen) == list(range(len(lengths)))

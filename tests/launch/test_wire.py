@@ -12,11 +12,11 @@ from support.processes import ROOT, finish, training_environment
 from l2v.plan import gpus, wire
 from l2v.plan.estimate import model_of
 from l2v.plan.shapes import shape_of
-from l2v.plan.work import Share, lengths_of, shares
+from l2v.plan.work import Share, lengths_of, work_of
 from l2v.recipe.load import load_recipe
 from l2v.training.engine import deepspeed_config
 
-STAGES = ("mntp", "simcse", "supervised")
+STAGES = ("mntp", "simcse", "supervised", "groups")
 STEPS = 4
 FLAG = 32
 """Bytes up to which an all-reduce is a flag, a norm or a count."""
@@ -32,9 +32,13 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory, tiny_recipe):
+def recipe(tmp_path_factory, tiny_recipe, write_jsonl, sentences):
     """Several micro-batches a step in every stage; queries of all ranks meet in one of them, and owners are asked for."""
-    changes = {
+    groups = {"objective": "supervised", "length": 48, "lr": 1e-3, "negatives": "micro", "group": 2, "batch": 4}
+    folder = tmp_path_factory.mktemp("wire")
+    pairs = [{"query": f"Hvem er {i}?", "positive": text} for i, text in enumerate(sentences[:24])]
+    changes = {"stages.groups": groups | {"data": write_jsonl(folder / "groups.jsonl", pairs), "micro_tokens": 120}}
+    changes |= {
         f"stages.{name}.{key}": value for name in STAGES for key, value in {"steps": STEPS, "from": "base"}.items()
     }
     changes |= {"stages.mntp.batch": 9, "stages.mntp.micro_tokens": 128, "stages.simcse.batch": 7}
@@ -43,7 +47,7 @@ def recipe(tmp_path_factory, tiny_recipe):
         "stages.supervised.directions": ["query_to_doc", "doc_to_query"],
         "stages.supervised.hard_negatives": "own",
     }
-    return tiny_recipe(tmp_path_factory.mktemp("wire"), **changes)
+    return tiny_recipe(folder, **changes)
 
 
 def measured(recipe, setting: str) -> list[list]:
@@ -77,9 +81,9 @@ def planned(recipe, setting: str, name: str) -> list[list[wire.Transfer]]:
     assert lengths.real
     model = model_of(read.base, shape_of(read.base)[0], stage, 4)
     config = deepspeed_config(stage, read.zero, torch.float32, model.trainable)["zero_optimization"] | zero
-    work = shares(lengths, stage, world, read.stage_seed(name), steps=STEPS)
+    work = work_of(lengths, stage, world, read.stage_seed(name), steps=STEPS)
     assert len(work) == STEPS
-    return [wire.transfers(model, stage, config, 4, world, share) for _, share in work]
+    return [wire.transfers(model, stage, config, 4, world, each.busiest) for each in work]
 
 
 def by_kind(rows) -> dict[str, int]:
@@ -132,7 +136,7 @@ def test_what_each_zero_stage_sends_of_llama(tmp_path):
     read = load_recipe("llama3-8b-da")
     stage = read.stages["mntp"]
     model = model_of(read.base, shape_of(read.base)[0], stage, 2)
-    share = Share([[2048], [2048]], [4, 4], [0, 0])
+    share = Share([[2048], [2048]], [[], []])
     trained = 41_943_040
 
     def total(zero: dict) -> dict[str, int]:

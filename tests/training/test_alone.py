@@ -10,6 +10,7 @@ from l2v.data.collate import collate
 from l2v.data.sampler import Sampler
 from l2v.recipe import Supervised
 from l2v.training.alone import queries_alone
+from l2v.training.spread import spread_groups
 
 
 class Examples:
@@ -37,7 +38,8 @@ def counts(rows, world, **options):
     found = []
     for rank, units in enumerate(plan.units):
         batches = [[collate(examples, micro, seed=1, step=0) for micro in unit.micros] for unit in units]
-        found.append(queries_alone(plan, batches, rank, examples, stage, seed=1))
+        spread = spread_groups(plan, rank, examples, seed=1)
+        found.append(queries_alone(plan, batches, rank, examples, stage, 1, spread))
     return found
 
 

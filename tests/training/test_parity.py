@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file
 from support.processes import finish, start_ranks, training_environment
 
-STAGES = ("mntp", "simcse", "supervised", "options")
-STEPS = 20 if os.environ.get("L2V_SLOW") == "1" else 12
+LONG = os.environ.get("L2V_SLOW") == "1"
+STEPS = 20 if LONG else 12
+# tests/training/test_spread.py has a few steps of groups.
+STAGES = ("mntp", "simcse", "supervised", "options", *(["groups"] if LONG else []))
 # Every option that brings ranks together: queries of all, owners of all, a loss for each prefix.
 OPTIONS = {
     "directions": ["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"],
@@ -26,6 +28,8 @@ OPTIONS = {
     "matryoshka": [8, 16, 32],
     "matryoshka_weights": [0.5, 1, 1],
 }
+# Three groups a step: on several ranks each is divided among all of them, and one rank takes one after another.
+GROUPS = {"negatives": "micro", "group": 3, "batch": 9, "directions": ["query_to_doc", "doc_to_query"]}
 # ranks, ZeRO stage, tokens a micro-batch: 104 makes several a step (and a gradient cache) on each of four ranks, 4096 one.
 # The layers are fused but for "plain".
 SETTINGS = {
@@ -55,8 +59,12 @@ def recipe(tmp_path_factory, tiny_recipe, write_jsonl, sentences) -> Path:
     ]
     options = {"objective": "supervised", "data": write_jsonl(folder / "uneven.jsonl", pairs), "micro_tokens": 512}
     changes = {"stages.options": options | OPTIONS | {"length": 48}}
+    if LONG:
+        changes["stages.groups"] = options | {"length": 48}
     shared = {"steps": STEPS, "batch": 7, "save_every": 1, "keep": STEPS, "from": "base", "clip": 0.5}
     changes |= {f"stages.{name}.{key}": value for name in STAGES for key, value in shared.items()}
+    if LONG:
+        changes |= {f"stages.groups.{key}": value for key, value in GROUPS.items()}
     # A loss near zero would be all rounding: a mild scale keeps it above 0.1.
     soft = {f"stages.{name}.{key}": value for name in STAGES[1:] for key, value in {"scale": 3, "lr": 1e-3}.items()}
     return tiny_recipe(folder, **changes, **{"lora.dropout": 0.1, "stages.simcse.attention_dropout": 0.3, **soft})
