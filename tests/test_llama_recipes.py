@@ -37,6 +37,7 @@ GOLDEN_IDS = [
 ]
 RECIPES = ["llama3-8b-da", "ai-sweden-llama3-8b-da", "llama3-8b-en"]
 
+
 @pytest.fixture(scope="session")
 def llama_tokenizer(tmp_path_factory) -> str:
     """The 128,256 entries of Llama 3 from the package llama-models (the dev extra), with its BOS post-processor."""

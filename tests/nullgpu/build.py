@@ -1,8 +1,8 @@
 """Build the null GPU in a folder of the user's: an environment with torch's CUDA wheels, and the compiled stub.
 
-    FOLDER/venv    torch for CUDA, what the project needs, numpy < 2.4 (Triton 3.6's interpreter)
-    FOLDER/lib     libnullgpu.so, which is loaded before torch, and a libcuda.so.1 that refers to it
-    FOLDER/...     caches of Triton, torch and l2v, apart from the machine's
+FOLDER/venv    torch for CUDA, what the project needs, numpy < 2.4 (Triton 3.6's interpreter)
+FOLDER/lib     libnullgpu.so, which is loaded before torch, and a libcuda.so.1 that refers to it
+FOLDER/...     caches of Triton, torch and l2v, apart from the machine's
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ def build(home: Home, *, download: bool) -> str:
 
 def _has_cuda_torch(home: Home) -> bool:
     folder = home.site_packages()
-    return folder is not None and (folder / "nvidia").is_dir() and (folder / "torch" / "lib" / "libtorch_cuda.so").is_file()
+    return (
+        folder is not None
+        and (folder / "nvidia").is_dir()
+        and (folder / "torch" / "lib" / "libtorch_cuda.so").is_file()
+    )
 
 
 def _size_text(home: Home) -> str:
@@ -57,7 +61,18 @@ def _size_text(home: Home) -> str:
 
 def _download_bytes() -> int | None:
     """The size of the wheels of torch and of what it needs, from pip's plan and the servers of the files."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--report", "-", TORCH]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--dry-run",
+        "--ignore-installed",
+        "--report",
+        "-",
+        TORCH,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         return None
@@ -99,7 +114,16 @@ def _compile(home: Home) -> str:
     include = next(site.glob("nvidia/cu[0-9]*/include"), None)
     if include is None or not (include / "crt").is_dir():
         raise NullGpuError(f"{site} lacks the headers of CUDA: {home.python} -m pip install nvidia-cuda-crt")
-    flags = ["-std=c++17", "-O2", "-fPIC", "-Wall", "-fvisibility=hidden", f"-I{include}", f"-I{site}/nvidia/nccl/include", f"-I{STUB}"]
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-fPIC",
+        "-Wall",
+        "-fvisibility=hidden",
+        f"-I{include}",
+        f"-I{site}/nvidia/nccl/include",
+        f"-I{STUB}",
+    ]
     objects = []
     for source in (file for file in sources if file.suffix == ".cpp"):
         objects.append(work / f"{source.stem}.o")

@@ -37,7 +37,13 @@ class Case:
         """Of `l2v train`."""
         every = [f"steps={self.steps}", "log_every=1", "save_every=0"]
         stages = [self.stage] if self.stage else list(STAGES)
-        found = [RECIPE, f"out={out}", "base.init=random", f"base.tokenizer={data / 'tokenizer'}", "tracking.tensorboard=false"]
+        found = [
+            RECIPE,
+            f"out={out}",
+            "base.init=random",
+            f"base.tokenizer={data / 'tokenizer'}",
+            "tracking.tensorboard=false",
+        ]
         found += [f"stages.mntp.data={data / 'documents.jsonl'}", "stages.mntp.eval_data=[]"]
         found += [f"stages.simcse.data={data / 'sentences.jsonl'}", f"stages.supervised.data={data / 'pairs.jsonl'}"]
         found += [f"stages.{stage}.{key}" for stage in stages for key in every]
@@ -59,7 +65,9 @@ def _suite() -> list[Case]:
     found += [Case(f"mntp-zero{zero}-2-ranks", "mntp", (f"zero.stage={zero}",), world=2) for zero in (0, 2, 3)]
     found += [Case(f"{stage}-fp8", stage, (fp8,)) for stage in STAGES]
     found += [Case("mntp-fp8-sm89", "mntp", (fp8,), capability=89)]
-    found += [Case(f"{stage}-sm{capability}", stage, capability=capability) for capability in (80, 89) for stage in STAGES]
+    found += [
+        Case(f"{stage}-sm{capability}", stage, capability=capability) for capability in (80, 89) for stage in STAGES
+    ]
     found += [Case("all-stages", None)]
     found += [Case(f"{stage}-long", stage, steps=LONG, lines=False) for stage in STAGES]
     return found

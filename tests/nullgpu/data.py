@@ -21,8 +21,15 @@ def prepare(home: Home) -> Path:
     """The folder of texts and tokenizer, written at the first call."""
     folder = home.folder / "data"
     if not (folder / READY).is_file():
-        command = [str(home.python), "-c", "import sys; from tests.nullgpu.data import write; write(sys.argv[1])", str(folder)]
-        environment = {key: value for key, value in home.environment().items() if key not in ("LD_PRELOAD", "NULLGPU_PLAN")}
+        command = [
+            str(home.python),
+            "-c",
+            "import sys; from tests.nullgpu.data import write; write(sys.argv[1])",
+            str(folder),
+        ]
+        environment = {
+            key: value for key, value in home.environment().items() if key not in ("LD_PRELOAD", "NULLGPU_PLAN")
+        }
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise NullGpuError(f"texts and tokenizer could not be written to {folder}:\n{done.stderr[-2000:]}")
@@ -45,7 +52,9 @@ def write(target: str) -> None:
     for i in range(3000):
         row = draw.choice(questions)
         negatives = [passages[name] for name in row["negatives"]][:1]
-        pairs.append({"query": f"{i} {row['query']}", "positive": f"{i} {passages[row['positive']]}", "negatives": negatives})
+        pairs.append(
+            {"query": f"{i} {row['query']}", "positive": f"{i} {passages[row['positive']]}", "negatives": negatives}
+        )
     for name, rows in (("documents", documents), ("sentences", sentences), ("pairs", pairs)):
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

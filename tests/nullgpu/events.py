@@ -25,9 +25,7 @@ class Kind(enum.IntEnum):
 LAUNCHES = (Kind.KERNEL, Kind.TRITON, Kind.GEMM, Kind.SET, Kind.COPY, Kind.COLLECTIVE)
 """What a GPU would be given to do: each costs the host a launch."""
 DIRECTIONS = ("host to host", "host to device", "device to host", "device to device")
-HOOK = ctypes.CFUNCTYPE(
-    None, ctypes.c_int, ctypes.c_char_p, ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_long
-)
+HOOK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_long, ctypes.c_long, ctypes.c_long, ctypes.c_long)
 
 
 class Stub:

@@ -58,7 +58,9 @@ class Home:
             raise NullGpuError(f"no folder for the null GPU: give one with --home or in {VARIABLE}")
         home = cls(Path(named))
         if home.folder.is_relative_to(CHECKOUT):
-            raise NullGpuError(f"{home.folder} is inside the checkout: give a folder outside it, gigabytes of wheels go there")
+            raise NullGpuError(
+                f"{home.folder} is inside the checkout: give a folder outside it, gigabytes of wheels go there"
+            )
         return home
 
     def need(self) -> Home:
@@ -68,7 +70,9 @@ class Home:
             NullGpuError: it is not.
         """
         if not self.library.is_file():
-            raise NullGpuError(f"{self.folder} holds no null GPU: run python -m tests.nullgpu build --home {self.folder}")
+            raise NullGpuError(
+                f"{self.folder} holds no null GPU: run python -m tests.nullgpu build --home {self.folder}"
+            )
         return self
 
     def site_packages(self) -> Path | None:

@@ -27,6 +27,8 @@ from .place import CHECKOUT
 PHASES = ("forward", "backward", "agreement", "update", "log", "save", "outside")
 SHOWN = ("l2v", "l2v_kernels", "deepspeed", "transformers", "peft", "benchmarks", "tests")
 """Packages whose lines are shown; torch's own would hide who called."""
+PASS_THROUGH = ("l2v_kernels/launching.py", "l2v_kernels/spans.py")
+"""Decorators around launches."""
 CALLERS = 3
 
 
@@ -186,7 +188,7 @@ def shown_name(file: str) -> str | None:
     for root in (CHECKOUT / "kernels", CHECKOUT):
         if path.is_relative_to(root):
             relative = path.relative_to(root)
-            return str(relative) if relative.parts[0] in SHOWN else None
+            return str(relative) if relative.parts[0] in SHOWN and str(relative) not in PASS_THROUGH else None
     parts = path.parts
     if "site-packages" in parts:
         own = parts[len(parts) - parts[::-1].index("site-packages") :]

@@ -57,7 +57,9 @@ def run_train(home: Home, case: Case, arguments: Sequence[str], plan: Plan, fold
             own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             command = [str(home.python), "-m", "l2v.train", *arguments]
             ranks.append(
-                subprocess.Popen(command, env=own, cwd=folder, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+                subprocess.Popen(
+                    command, env=own, cwd=folder, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                )
             )
     codes = _wait(ranks, timeout)
     outputs = [log.read_text(errors="replace") for log in logs]

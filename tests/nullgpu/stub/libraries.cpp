@@ -25,6 +25,16 @@ cublasStatus_t gemm(const char *name, cublasOperation_t ta, cublasOperation_t tb
   report(possible ? GEMM : BAD, name, m, n, k, possible ? batch : lda);
   return possible ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE;
 }
+const char *type_name(int type) {  // a cudaDataType
+  switch (type) {
+    case CUDA_R_32F: return "fp32";
+    case CUDA_R_16F: return "fp16";
+    case CUDA_R_16BF: return "bf16";
+    case CUDA_R_8F_E4M3: return "e4m3";
+    case CUDA_R_8F_E5M2: return "e5m2";
+    default: return "other";
+  }
+}
 struct Layout {  // what the stub keeps in a cublasLtMatrixLayout_t
   int type;
   uint64_t rows, columns;
@@ -47,9 +57,8 @@ BLAS cublasGetMathMode(cublasHandle_t, cublasMath_t *mode) { *mode = CUBLAS_DEFA
 BLAS cublasGetPointerMode_v2(cublasHandle_t, cublasPointerMode_t *mode) { *mode = CUBLAS_POINTER_MODE_HOST; return CUBLAS_STATUS_SUCCESS; }
 BLAS cublasGemmEx(cublasHandle_t, OPS, const void *, const void *, cudaDataType at, int lda, const void *, cudaDataType bt, int ldb,
                   const void *, void *, cudaDataType ct, int ldc, cublasComputeType_t, cublasGemmAlgo_t) {
-  // Three types: CUDA_R_32F is 0, CUDA_R_16F 2, CUDA_R_16BF 14.
   char name[48];
-  std::snprintf(name, sizeof name, "GemmEx %d x %d -> %d", at, bt, ct);
+  std::snprintf(name, sizeof name, "GemmEx %s x %s to %s", type_name(at), type_name(bt), type_name(ct));
   return gemm(name, ta, tb, m, n, k, lda, ldb, ldc);
 }
 BLAS cublasSgemm_v2(cublasHandle_t, OPS, const float *, const float *, int lda, const float *, int ldb, const float *, float *, int ldc) {
@@ -95,7 +104,7 @@ BLAS cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t, const void *, const 
   std::memcpy(&second, b, sizeof second);
   std::memcpy(&out, d, sizeof out);
   char name[48];
-  std::snprintf(name, sizeof name, "LtMatmul %d x %d -> %d", first.type, second.type, out.type);
+  std::snprintf(name, sizeof name, "LtMatmul %s x %s to %s", type_name(first.type), type_name(second.type), type_name(out.type));
   const uint64_t inner = first.rows == out.rows ? first.columns : first.rows;
   report(GEMM, name, static_cast<long>(out.rows), static_cast<long>(out.columns), static_cast<long>(inner), 1);
   return CUBLAS_STATUS_SUCCESS;
