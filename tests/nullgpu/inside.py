@@ -1,8 +1,8 @@
 """What is changed inside a process on the null GPU, each when its module has been imported.
 
-The product's code has no part in it. Values are zero here, so what would act on a value is answered: objects of all ranks travel by
-gloo, weights of `init: random` are made on the device (16 GB of them would take minutes on the host), comparisons that a load
-depends on come out equal.
+The product's code has no part in it. Values are zero here, so what would act on a value is answered: objects of all ranks
+travel by gloo, weights of `init: random` are made on the device (16 GB of them would take minutes on the host), comparisons
+that a load depends on come out equal.
 """
 
 from __future__ import annotations
@@ -43,16 +43,18 @@ class _Finder(importlib.abc.MetaPathFinder):
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
             if spec is not None and spec.loader is not None:
-                execute = spec.loader.exec_module
-
-                def exec_module(module: ModuleType) -> None:
-                    execute(module)
-                    for function in AFTER[name]:
-                        function(module)
-
-                spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+                spec.loader.exec_module = _then(spec.loader.exec_module, AFTER[name])  # type: ignore[method-assign]
                 return spec
         return None
+
+
+def _then(execute: Callable[[ModuleType], None], functions: list[Callable]) -> Callable[[ModuleType], None]:
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        for function in functions:
+            function(module)
+
+    return exec_module
 
 
 def install() -> None:

@@ -94,6 +94,7 @@ class Home:
         return found | {
             "LD_PRELOAD": str(self.library),
             "LD_LIBRARY_PATH": library,
+            "DS_ACCELERATOR": "cuda",  # the program looks for device files before it imports torch, and there are none
             "NULLGPU_CAPABILITY": str(capability),
             "NULLGPU_DEVICES": str(devices),
             "NULLGPU_GIB": str(gib),

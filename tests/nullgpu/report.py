@@ -76,7 +76,7 @@ def _lines(recording: dict[str, Any], stage: str, step: int, phase: str, limit: 
             counted[kind, short(name), line] += count
         if kind in ("wait", "bad") or detail.endswith("pageable"):
             notes.append(f"  {kind} {count} x {short(name)} {detail}  {line}")
-    if not counted:
+    if not counted and not notes:
         return []
     found = [f"\n{phase}, by line:"]
     for (kind, name, line), count in counted.most_common(limit):
