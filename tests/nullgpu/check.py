@@ -82,13 +82,14 @@ def _kernels(recording: dict[str, Any]) -> list[str]:
 
 
 def _growth(recording: dict[str, Any], stage: str) -> list[str]:
-    late = [each for each in recording["specialisations"] if each["stage"] == stage and each["step"] > SETTLED]
-    kernels = sorted({each["kernel"] for each in late})
-    if not late:
-        return []
+    late: dict[str, list[str]] = {}
+    for each in recording["specialisations"]:
+        if each["stage"] == stage and each["step"] > SETTLED:
+            late.setdefault(each["kernel"], []).append(each["line"])
     return [
-        f"{stage} still compiles after step {SETTLED}, {len(late)} times: {', '.join(kernels)} (launched at "
-        f"{late[-1]['line']}) is specialised on something that changes with the batch"
+        f"{stage} compiles {kernel} again after step {SETTLED}, {len(lines)} x at {lines[0]}: it is specialised on something "
+        "that changes with the batch"
+        for kernel, lines in sorted(late.items())
     ]
 
 

@@ -143,8 +143,8 @@ def test_a_long_run_judges_growth_memory_and_the_hosts_time():
         each["cpu"] = 0.2
     faulty["intervals"][-1]["free"] = 3
     assert findings(finished(LONG_RUN, faulty), budget_of(clean)) == [
-        "rank 0: mntp still compiles after step 5, 1 times: grows (launched at ours.py:1) is specialised on something that "
-        "changes with the batch",
+        "rank 0: mntp compiles grows again after step 5, 1 x at ours.py:1: it is specialised on something that changes with "
+        "the batch",
         "rank 0: mntp reserves 120.0 GiB for 100.0 GiB allocated after step 24, 1.20 times as much; at most 1.15 is allowed",
         "rank 0: mntp returns memory to the device 3 times after step 5, and a GPU waits for each",
         "mntp: the host takes 2.00 times its committed time for a step; at most 1.25 is allowed",
