@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from .benches import BENCHMARKS
 from .build import build
 from .cases import RECIPE, STEADY, SUITE, Case
 from .check import findings, read_budgets, write_budgets
@@ -17,6 +18,8 @@ from .place import CAPABILITIES, CHECKOUT, VARIABLE, Home, NullGpuError, Plan
 from .report import render, stages_of
 from .run import run_case
 
+# Imported, not run with -m, which would give the module another name than the one that ignore.py waits for.
+STARTED = "import importlib, sys; sys.exit(importlib.import_module(sys.argv[1]).main(sys.argv[2:]))"
 ABOUT = f"""\
 Counts what l2v's CUDA path does, on a machine without a GPU.
 
@@ -77,6 +80,11 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--write", action="store_true", help="write what was counted as the new budgets of these cases")
     one = add("gpu-tests", _gpu_tests, "Run the flow of tests/kernels/test_*_gpu.py; values are not compared.")
     one.add_argument("files", nargs="*", type=Path, help="default: all of them")
+    _capability(one)
+    one = add(
+        "benchmarks", _benchmarks, "Run the flow of the GPU benchmarks; errors are not compared, times mean nothing."
+    )
+    one.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(BENCHMARKS)}")
     _capability(one)
     one = add("run", _run, "Run any command on the null GPU, for example: run -- l2v doctor --seconds 0.")
     one.add_argument("command", nargs=argparse.REMAINDER, help="after --; python is that of the null GPU's environment")
@@ -145,6 +153,21 @@ def _gpu_tests(args: argparse.Namespace) -> int:
     environment = home.environment(plan, capability=args.capability) | {"PYTHONOPTIMIZE": "1"}
     command = [str(home.python), "-m", "pytest", "-q", "--assert=plain", "-p", "no:cacheprovider", *files]
     return subprocess.run(command, env=environment, cwd=CHECKOUT).returncode
+
+
+def _benchmarks(args: argparse.Namespace) -> int:
+    if unknown := sorted(set(args.names) - BENCHMARKS.keys()):
+        raise NullGpuError(f"no benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}")
+    home = Home.find(args.home).need()
+    environment = home.environment(replace(Plan(), ignore_values=True), capability=args.capability)
+    out = home.folder / "results" / "nullgpu"
+    wrong = 0
+    for name in args.names or BENCHMARKS:
+        command = [str(home.python), "-c", STARTED, f"benchmarks.{name}", *BENCHMARKS[name], "--out", str(out)]
+        code = subprocess.run(command, env=environment, cwd=CHECKOUT).returncode
+        print(f"{name}: exit code {code}", flush=True)
+        wrong += code != 0
+    return int(wrong > 0)
 
 
 def _run(args: argparse.Namespace) -> int:
