@@ -10,7 +10,7 @@ from torch import nn
 
 from l2v.batch import PackedBatch
 from l2v.errors import RecipeError
-from l2v.model.fused import FusedStack, Recompute, Unsupported
+from l2v.model.fused import FlatAdapters, FusedStack, Recompute, Unsupported
 from l2v.model.head import Loss, WithHead
 from l2v.model.keyed_dropout import DropoutKeys, install_keyed_dropout
 from l2v.model.pooling import pool, pool_weights
@@ -54,6 +54,7 @@ class PackedDecoder(nn.Module):
         self.attention_dropout = attention_dropout
         self.dropout_keys: DropoutKeys = install_keyed_dropout(decoder)
         self.fused: FusedStack | None = None
+        self.flat: FlatAdapters | None = None
         self.unfused_reason: str | None = None
         if layers != "plain":
             try:
@@ -74,6 +75,14 @@ class PackedDecoder(nn.Module):
             return []
         self.fused.gathered = True
         return [spec.module for spec in self.fused.specs]
+
+    def flatten_adapters(self) -> None:
+        """Make the adapters of fused layers one trainable parameter (see `FlatAdapters`), unless an engine gathers parameters.
+
+        After the engine has moved the model, call `flat.bind()`.
+        """
+        if self.fused is not None and not self.fused.gathered:
+            self.flat = self.fused.flatten_adapters()
 
     def set_recompute(self, how: Recompute) -> None:
         """Set what the backward recomputes (see `FusedStack`); plain layers support `layer`, and else keep everything."""

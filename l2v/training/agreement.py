@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from l2v.batch import moved
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -50,7 +52,7 @@ class StopRequest:
         This is the only point in a step that waits for the device, and it costs one small collective. It runs before the
         update, so that a broken step is never applied.
         """
-        mine = torch.tensor([self.requested, memory, data], device=broken.device)
+        mine = moved(torch.tensor([self.requested, memory, data]), broken.device)
         flags = torch.cat([mine, broken[None]]).float()
         if dist.get_world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)

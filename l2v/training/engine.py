@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -13,8 +14,11 @@ import torch.distributed as dist
 from torch import nn
 
 from l2v.errors import RecipeError
+from l2v.model.fused import FlatAdapters
+from l2v.model.packed import PackedDecoder
 from l2v.recipe import Stage, Zero
 from l2v.recipe.zero import find_config, read_config
+from l2v.training.norm import GradientNorm
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -97,7 +101,7 @@ def deepspeed_config(stage: Stage, zero: Zero, dtype: torch.dtype, trainable: in
 
 
 def initialize(model: nn.Module, config: dict[str, Any], stage: Stage, units: Sequence[nn.Module] = ()):
-    """The DeepSpeed engine over the trainable parameters, with torch's AdamW.
+    """The DeepSpeed engine over the trainable parameters, with torch's AdamW; adapters of fused layers become one of them.
 
     units: modules whose forward uses the parameters of its submodules directly; ZeRO-3 gathers each as a whole.
     """
@@ -105,9 +109,18 @@ def initialize(model: nn.Module, config: dict[str, Any], stage: Stage, units: Se
 
     for unit in units:
         deepspeed.utils.set_z3_leaf_module(unit, True)
+    zero, trainable = config["zero_optimization"], sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if isinstance(model, PackedDecoder):
+        model.flatten_adapters()
     parameters = [p for p in model.parameters() if p.requires_grad]
+    if zero.get("reduce_bucket_size") == trainable:  # `deepspeed_config` meant all of them; flat ones may be padded
+        zero["reduce_bucket_size"] = sum(p.numel() for p in parameters)
     optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay, eps=1e-8)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)
+    if getattr(engine.optimizer, "check_grad_overflow", True) is False:
+        GradientNorm.install(engine.optimizer)
+    if isinstance(model, PackedDecoder) and model.flat is not None:
+        model.flat.bind()  # the engine moved the model and its trainable parameters
     return engine
 
 
@@ -119,17 +132,18 @@ def read_state(engine, parameters: Mapping[str, nn.Parameter]) -> dict[str, torc
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     state: dict[str, torch.Tensor] = {}
-    for name, parameter in parameters.items():
-        if engine.zero_optimization_stage() == 0 and not hasattr(parameter, "_hp_mapping"):
-            moments = engine.optimizer.state.get(parameter, {})
-            whole = [parameter, *(moments.get(key) for key in MOMENTS)]
+    for part in _parts(engine, parameters):
+        if engine.zero_optimization_stage() == 0 and not hasattr(part.parameter, "_hp_mapping"):
+            moments = engine.optimizer.state.get(part.parameter, {})
+            whole = [part.parameter, *(moments.get(key) for key in MOMENTS)]
         else:
-            whole = [safe_get_full_fp32_param(parameter)]
+            whole = [safe_get_full_fp32_param(part.parameter)]
             has_moments = bool(_flat_optimizer(engine).state)
-            whole += [safe_get_full_optimizer_state(parameter, key) if has_moments else None for key in MOMENTS]
+            whole += [safe_get_full_optimizer_state(part.parameter, key) if has_moments else None for key in MOMENTS]
         for key, value in zip(("weight", *MOMENTS), whole, strict=True):
             if value is not None:
-                state[f"{key}.{name}"] = value.detach().float().cpu().view(-1).reshape(value.shape).clone()
+                values = part.split(value.detach().float().cpu().view(-1).reshape(value.shape))
+                state |= {f"{key}.{name}": each.clone() for name, each in values.items()}
     return state
 
 
@@ -145,17 +159,47 @@ def write_state(engine, parameters: Mapping[str, nn.Parameter], state: dict[str,
         optimizer.state[p] = {"step": torch.tensor(float(steps))} | {key: torch.zeros_like(p.data) for key in MOMENTS}
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._lazy_init_hp_params_optimizer_state()
-    for name, parameter in parameters.items():
+    for part in _parts(engine, parameters):
         # Without an applied update there are no moments, which is what the zeros above say.
-        moments = {key: state[f"{key}.{name}"] for key in MOMENTS if f"{key}.{name}" in state}
-        if engine.zero_optimization_stage() == 0 and not hasattr(parameter, "_hp_mapping"):
+        moments = {key: whole for key in MOMENTS if (whole := part.join(key, state)) is not None}
+        if engine.zero_optimization_stage() == 0 and not hasattr(part.parameter, "_hp_mapping"):
             for key, value in moments.items():
-                optimizer.state[parameter][key].copy_(value)
+                optimizer.state[part.parameter][key].copy_(value)
             continue
         on = engine.device
-        safe_set_full_fp32_param(parameter, state[f"weight.{name}"].to(on))
+        weight = part.join("weight", state)
+        assert weight is not None
+        safe_set_full_fp32_param(part.parameter, weight.to(on))
         for key, value in moments.items():
-            safe_set_full_optimizer_state(parameter, value.to(on), key)
+            safe_set_full_optimizer_state(part.parameter, value.to(on), key)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A parameter of the optimizer, and the named ones that it holds: itself, or the matrices of flat adapters."""
+
+    parameter: nn.Parameter
+    names: Mapping[str, nn.Parameter]
+    flat: FlatAdapters | None = None
+
+    def split(self, whole: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.flat.split(whole, self.names) if self.flat else dict.fromkeys(self.names, whole)
+
+    def join(self, key: str, state: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """Its part of the state under a key, None if the state has none."""
+        parts = {name: state[f"{key}.{name}"] for name in self.names if f"{key}.{name}" in state}
+        if not parts:
+            return None
+        return self.flat.join(parts, self.names) if self.flat else next(iter(parts.values()))
+
+
+def _parts(engine, parameters: Mapping[str, nn.Parameter]) -> list[_Part]:
+    flat = getattr(engine.module, "flat", None)
+    if flat is None:
+        return [_Part(parameter, {name: parameter}) for name, parameter in parameters.items()]
+    inside = {name: p for name, p in parameters.items() if p in flat.matrices}
+    others = [_Part(p, {name: p}) for name, p in parameters.items() if name not in inside]
+    return [_Part(flat.weight, inside, flat), *others]
 
 
 def _flat_optimizer(engine) -> torch.optim.Optimizer:

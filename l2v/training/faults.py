@@ -20,6 +20,7 @@ from l2v.batch import PackedBatch, Segment, pack
 from l2v.errors import UserError, first_line
 from l2v.files import follow_umask, reason, replace_text
 from l2v.recipe import Stage
+from l2v.training.norm import GradientNorm
 
 BUDGET = "budget.json"
 
@@ -136,14 +137,12 @@ def gradient_norm(engine) -> torch.Tensor | None:
 def broken_gradients(engine) -> torch.Tensor | None:
     """Whether a gradient of this rank's partition is NaN or Inf: bool [] on the device.
 
-    For ZeRO 1 and 2 where `deepspeed_config` keeps DeepSpeed from searching for them; None elsewhere. One norm of all
-    tensors at once: two launches, where DeepSpeed's search takes several a tensor.
+    For ZeRO 1 and 2 where `deepspeed_config` keeps DeepSpeed from searching for them; None elsewhere. One norm of all, where
+    DeepSpeed's search takes several launches a tensor.
     """
-    optimizer = engine.optimizer
-    if getattr(optimizer, "check_grad_overflow", True):
-        return None
-    gradients = [g for part in optimizer.averaged_gradients.values() for g in part or () if g is not None]
-    return ~torch.stack(torch._foreach_norm(gradients)).isfinite().all() if gradients else None
+    own: GradientNorm | None = getattr(engine.optimizer, "gradient_norm", None)
+    norm = own.local() if own is not None else None
+    return None if norm is None else ~norm.isfinite()
 
 
 def smaller(stage: Stage, micro_tokens: int, longest: int) -> int:

@@ -17,7 +17,13 @@ def frozen_checksum(model: nn.Module) -> str:
     Every 32-bit word is weighted by its position, modulo 2**64, so both changed and swapped words change the checksum.
     """
     total = 0
-    named = [(n, p) for n, p in model.named_parameters() if not p.requires_grad] + list(model.named_buffers())
+    trained = {p.untyped_storage().data_ptr() for p in model.parameters() if p.requires_grad} - {
+        0
+    }  # 0: ZeRO-3 holds it
+    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+    # Matrices that are views of a trainable parameter (`FlatAdapters`) are not frozen.
+    frozen = [(n, p) for n, p in frozen if hasattr(p, "ds_id") or p.untyped_storage().data_ptr() not in trained]
+    named = frozen + list(model.named_buffers())
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         with _whole(tensor):
             salt = int.from_bytes(name.encode()[-7:], "big") | 1

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from l2v.batch import PackedBatch
+from l2v.batch import PackedBatch, moved
 from l2v.errors import first_line
 from l2v.objectives.contrastive import Groups, contrastive_loss
 from l2v.objectives.mntp import mntp_loss_of_hidden
@@ -35,7 +35,7 @@ def mntp_step(
     """
     micros = [micro for unit in units for micro in unit]
     world = dist.get_world_size()
-    count = torch.tensor(float(sum(len(m.labels_L) for m in micros)), device=device)
+    count = moved(torch.tensor(float(sum(len(m.labels_L) for m in micros))), device)
     dist.all_reduce(count)
     count = count.clamp(min=1)
     share = functools.partial(mntp_loss_of_hidden, count=count)

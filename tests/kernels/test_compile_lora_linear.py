@@ -82,15 +82,17 @@ def test_gradients_of_outputs(rank, dtype, capability):
     assert "cp.async.cg.shared.global" in used.ptx or "ld.global.v4.b32" in used.ptx
 
 
-@pytest.mark.parametrize("width", [16, 4096])  # a rank, for dB; the inputs, for dA
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
-def test_ordered_sum(capability, width):
+@pytest.mark.parametrize("name", ["ordered_sum_kernel", "up_sums_kernel"])
+def test_ordered_sums(name, capability):
     from l2v_kernels.lora_linear import kernel_up
 
     config = dict(kernel_up.ORDERED_SUM_CONFIG)
-    types = {"parts_ptr": "*fp32", "out_ptr": "*bf16", "factor": "fp32"}
-    function = kernel_up.ordered_sum_kernel
+    types = dict.fromkeys(("parts_ptr", "dxa_parts_ptr", "db_parts_ptr"), "*fp32")
+    types |= dict.fromkeys(("out_ptr", "dxa_ptr", "db_ptr"), "*bf16") | {f"factor_{i}": "fp32" for i in range(3)}
+    function = getattr(kernel_up, name)
     signature = {p.name: types.get(p.name, "i32") for p in function.params if not p.is_constexpr}
     warps = config.pop("num_warps")
-    used = build(function, signature, config | {"WIDTH": width}, capability, warps, disassemble=False)
+    constants = config | ({"RANK": 16, "ADAPTERS": 3} if name == "up_sums_kernel" else {})
+    used = build(function, signature, constants, capability, warps, disassemble=False)
     assert not used.problems(capability) and "ld.global.v4" in used.ptx

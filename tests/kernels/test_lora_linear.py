@@ -2,13 +2,14 @@ import importlib.util
 
 import pytest
 import torch
+from support.launches import launches
 from support.step_cases import poisoned
 
 from l2v_kernels import dropout
 from l2v_kernels.dispatch import triton_everywhere
 from l2v_kernels.lora_linear import Adapter, InputDropout, Linears, lora_linear, op, stack_weights
 from l2v_kernels.lora_linear.reference import lora_linear_reference
-from l2v_kernels.lora_linear.settings import rank_slices
+from l2v_kernels.lora_linear.settings import Adapters, rank_slices
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 
@@ -255,22 +256,17 @@ def test_interpreted_without_a_gradient_of_x():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("dtype", "tokens", "launches"), [(torch.float16, 300, 1), (torch.float32, 5, 0)])
-def test_interpreted_gradients_of_all_a_are_summed_and_rounded_in_one_launch(dtype, tokens, launches, monkeypatch):
-    from l2v_kernels.lora_linear import launch
-
-    x, _, _, adapters, keys = problem(dtype, tokens=tokens, p=0.3)
-    dxa, calls, ordered_sum = torch.randn(tokens, 12).to(dtype), [], launch._ordered_sum
-    monkeypatch.setattr(launch, "_ordered_sum", lambda *given: calls.append(given) or ordered_sum(*given))
-    with torch.no_grad():
-        _, da = launch.down_backward(x, dxa, adapters, keys, want_dx=True)
-    assert len(calls) == launches
-    for parts, out, factor in calls:
-        assert len(parts) > 1 and factor == 1.0, "more than one split"
-        exact = parts.double().sum(0)
-        assert ((out.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
-        assert torch.equal(torch.cat(da), out)
-    assert [a.shape for a in da] == [a.a_RE.shape for a in adapters] and all(a.dtype == dtype for a in da)
+@pytest.mark.parametrize(("dtype", "tokens", "sums"), [(torch.float16, 300, 1), (torch.float32, 5, 0)])
+def test_interpreted_gradients_of_all_a_are_summed_and_rounded_in_one_launch(dtype, tokens, sums, monkeypatch):
+    x, weights, bias, adapters, keys = problem(dtype, ranks=(4, 4, 4), tokens=tokens, p=0.3)
+    dy, linears = torch.randn(tokens, sum(SIZES)).to(dtype), Linears(weights, bias)
+    with triton_everywhere(), torch.no_grad(), launches() as names:
+        _, kept = op.forward(x, linears, adapters, keys)
+        names.clear()
+        op.backward(dy, x, kept, linears, adapters, keys)
+    assert names == ["lora_up_backward_kernel", "up_sums_kernel", "lora_backward_kernel"] + sums * [
+        "ordered_sum_kernel"
+    ]
 
 
 def test_interpreted_keeps_no_mask():
@@ -299,12 +295,14 @@ def test_interpreted_one_read_of_dy(tokens, outputs, rank, dtype):
     b = torch.randn(outputs, rank).to(dtype)
     want = 0.75 * dy.double() @ b.double(), dy.double().t() @ xa.double()
     plain = (dy @ b).mul_(0.75), dy.t() @ xa
+    adapters = Adapters([Adapter(0, b.new_empty(rank, 3), b, 0.75)])
     runs = []
     for _ in range(2):
         dxa.fill_(float("nan"))
         with poisoned():
-            db = launch.up_backward(dy, xa, b, 0.75, dxa)
-        runs.append((dxa.clone(), db))
+            db = torch.full((outputs * rank,), float("nan"), dtype=dtype)
+            launch.up_backward(dy, xa, (outputs,), adapters, InputDropout(), dxa, db)
+        runs.append((dxa.clone(), db.view(outputs, rank)))
     assert buffer[:, :5].isnan().all() and buffer[:, 5 + rank :].isnan().all()
     for got, again, expected, same_dtype in zip(*runs, want, plain, strict=True):
         assert torch.equal(got, again) and got.dtype == dtype and got.shape == expected.shape
@@ -313,12 +311,38 @@ def test_interpreted_one_read_of_dy(tokens, outputs, rank, dtype):
             assert error <= 2 * allowed + 1e-6 * expected.abs().max()
 
 
+@pytest.mark.parametrize(("dtype", "tokens"), [(torch.float32, 37), (torch.float16, 300), (torch.float32, 1)])
+@pytest.mark.parametrize("parts", [(0, 1, 2), (0, 2), (1,)])
+def test_interpreted_adapters_of_one_rank_share_a_launch(parts, tokens, dtype):
+    """q, k and v of different widths, or some of them, with factors of their own; each as a launch of its own gives it."""
+    from l2v_kernels.lora_linear import launch
+
+    torch.manual_seed(1)
+    sizes, rank, width = (700, 40, 130), 5, 5 * len(parts)
+    dy, xa = torch.randn(tokens, sum(sizes)).to(dtype), torch.randn(tokens, width).to(dtype)
+    adapters = Adapters(
+        Adapter(part, torch.empty(rank, 3, dtype=dtype), torch.randn(sizes[part], rank).to(dtype), 0.5 + part)
+        for part in parts
+    )
+    dxa, db = (torch.full(shape, float("nan"), dtype=dtype) for shape in ((tokens, width), (sum(adapters.sizes[1]),)))
+    with poisoned(), launches() as names:
+        launch.up_backward(dy, xa, sizes, adapters, InputDropout(), dxa, db)
+    assert names == ["lora_up_backward_kernel", "up_sums_kernel"]
+    for a, at, of_b in zip(adapters, adapters.slices, db.split(adapters.sizes[1]), strict=True):
+        own = dy.split(sizes, 1)[a.part].double()
+        for got, want in (
+            (dxa[:, at], a.scaling * own @ a.b_OR.double()),
+            (of_b.view_as(a.b_OR), own.t() @ xa[:, at].double()),
+        ):
+            assert (got.double() - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max() + 1e-6
+
+
 def test_interpreted_high_ranks_read_dy_twice():
     """A rank whose partial sums would cost more than they spare takes two matmuls, and the results do not depend on the way."""
     from l2v_kernels.lora_linear import launch
 
     x, weights, bias, adapters, keys = problem(torch.float32, ranks=(32, 33, None))
-    assert [launch.takes_up_backward(a) for a in adapters] == [True, False]
+    assert [launch.takes_up_backward(run) for run in Adapters.of(adapters).runs] == [True, False]
     linears, dy = Linears(weights, bias), torch.randn(T, sum(SIZES))
     with torch.no_grad():
         with triton_everywhere():

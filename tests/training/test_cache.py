@@ -56,8 +56,8 @@ def step(tiny_recipe, tmp_path):
             engine, units, stage, StepCounts(counts, [stage.batch]), progress=lambda *call: told.append(call)
         )
         assert shares["nonfinite_S"].tolist() == [False] * sum(len(m.lengths) for unit in units for m in unit)
-        parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}
-        gradients = {key: safe_get_full_grad(p).double() for key, p in parameters.items()}
+        matrices = {key: p for key, p in model.named_parameters() if "lora_" in key}
+        gradients = model.flat.split(safe_get_full_grad(model.flat.weight).double(), matrices)
         engine.destroy()
         return float(shares["loss"]), gradients, (units, encoded), told
 

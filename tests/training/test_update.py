@@ -111,6 +111,30 @@ def test_where_deepspeed_or_another_check_looks_there_is_no_second_look(engine_o
     assert broken_gradients(engine) is None
 
 
+@pytest.mark.parametrize("clip", [1e-7, 1e3, 0.0])
+@pytest.mark.parametrize("zero", [1, 2])
+def test_norm_and_clipping_read_nothing_on_the_host(engine_of, zero, clip):
+    """A value that is read waits for the device. DeepSpeed's own norm and factor, bit for bit."""
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer as Theirs
+
+    engine = engine_of(zero, torch.bfloat16)
+    optimizer = engine.optimizer
+    optimizer.clip_grad = clip
+    backward(engine, 0)
+    [gradients] = optimizer.averaged_gradients.values()
+    mine, theirs = ([g.float() for g in gradients] for _ in range(2))
+    with Ops() as ops:
+        norm = optimizer.scaled_global_norm()
+        optimizer.unscale_and_clip_grads(mine, norm)
+    assert ops.counts["aten._local_scalar_dense"] == 0
+    with Ops() as ops:
+        Theirs.unscale_and_clip_grads(optimizer, theirs, Theirs.scaled_global_norm(optimizer))
+    assert ops.counts["aten._local_scalar_dense"] > 0 or not clip
+    assert norm == Theirs.scaled_global_norm(optimizer) > 0
+    for one, other, before in zip(mine, theirs, gradients, strict=True):
+        assert torch.equal(one, other) and torch.equal(one, before.float()) == (clip != 1e-7)
+
+
 @pytest.mark.parametrize("timed", [False, True])
 def test_no_forward_waits_for_the_device(engine_of, monkeypatch, timed):
     """DeepSpeed's throughput timer would, from its third step on."""

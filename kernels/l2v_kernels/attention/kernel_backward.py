@@ -110,6 +110,8 @@ def query_gradient_kernel(
     stride_oh,
     stride_dot,
     stride_doh,
+    stride_dqt,
+    stride_dqh,
     scale,
     scale_in,
     scale_out,
@@ -129,7 +131,7 @@ def query_gradient_kernel(
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Writes dq [T, H, D] (strides of o) and delta fp32 [H, T]. Tiles as in the forward."""
+    """Writes dq [T, H, D] and delta fp32 [H, T]. Tiles as in the forward."""
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     rows = tl.arange(0, BLOCK_M)
     first = tl.program_id(0) * TOKENS
@@ -140,9 +142,8 @@ def query_gradient_kernel(
     key_head = (tl.program_id(1) // GROUPS_PER_KEY_HEAD).to(tl.int64)
     query64, head64 = query.to(tl.int64), head.to(tl.int64)
 
-    out_rows = query64 * stride_ot + head64 * stride_oh
     do = load_rows(do_ptr, query64 * stride_dot + head64 * stride_doh, HEAD_DIM, BLOCK_D)
-    o = load_rows(o_ptr, out_rows, HEAD_DIM, BLOCK_D)
+    o = load_rows(o_ptr, query64 * stride_ot + head64 * stride_oh, HEAD_DIM, BLOCK_D)
     # delta is computed here, where do is read anyway, and written for the other kernel: no pass of its own.
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + head64 * n_tokens + query64, delta, mask=inside)
@@ -175,7 +176,7 @@ def query_gradient_kernel(
             scale_in, scale_out, window, stream, drop_below, keep_scale,
             HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, MASKED=True,
         )  # fmt: skip
-    store_rows(dq_ptr, out_rows, dq * scale, inside, HEAD_DIM, BLOCK_D)
+    store_rows(dq_ptr, query64 * stride_dqt + head64 * stride_dqh, dq * scale, inside, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit

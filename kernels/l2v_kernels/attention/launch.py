@@ -67,12 +67,14 @@ def backward(
     settings: Settings,
     configs: tuple[Config, Config] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq [T, H, D], dk and dv [T, K, D], contiguous. configs: of the query and of the key gradient."""
+    """dq [T, H, D], dk and dv [T, K, D]. configs: of the query and of the key gradient.
+
+    Where q, k and v are parts of one buffer, their gradients lie side by side in one as well, [T, (H + 2 K) D].
+    """
     T, H, _ = q_THD.shape
     K = k_TKD.shape[1]
     do_THD, q_THD, k_TKD, v_TKD = (unit_stride(x) for x in (do_THD, q_THD, k_TKD, v_TKD))
-    dq_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
-    dk_TKD, dv_TKD = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k_TKD, v_TKD))
+    dq_THD, dk_TKD, dv_TKD = _gradients(q_THD, k_TKD, v_TKD)
     if q_THD.numel() == 0:
         return dq_THD, dk_TKD.zero_(), dv_TKD.zero_()
     group, constants = _constants(q_THD, k_TKD, settings)
@@ -81,7 +83,7 @@ def backward(
     def run_query(config):
         query_gradient_kernel[(triton.cdiv(T * group, config.block_m), H // group)](
             q_THD, k_TKD, v_TKD, o_THD, do_THD, dq_THD, lse_HT, delta_HT,
-            *_tables(tables, seeds_S, settings), *_strides(q_THD, k_TKD, v_TKD, o_THD, do_THD),
+            *_tables(tables, seeds_S, settings), *_strides(q_THD, k_TKD, v_TKD, o_THD, do_THD, dq_THD),
             settings.scale, *_scales(settings), **constants, **config.meta(),
         )  # fmt: skip
 
@@ -105,6 +107,14 @@ def head_group(n_query_heads: int, n_key_heads: int) -> int:
     """How many query heads share a tile: the largest power of two up to MAX_GROUP that divides those of a key head."""
     ratio = n_query_heads // n_key_heads
     return min(ratio & -ratio, MAX_GROUP)
+
+
+def _gradients(*inputs_THD):
+    if len({x.untyped_storage().data_ptr() for x in inputs_THD}) > 1:
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs_THD]
+    sizes = [x.shape[1] * x.shape[2] for x in inputs_THD]
+    whole = inputs_THD[0].new_empty((inputs_THD[0].shape[0], sum(sizes)))
+    return [part.unflatten(1, x.shape[1:]) for part, x in zip(whole.split(sizes, 1), inputs_THD, strict=True)]
 
 
 def _constants(q_THD, k_TKD, settings):

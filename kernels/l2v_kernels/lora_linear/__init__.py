@@ -8,9 +8,9 @@ import torch
 
 from l2v_kernels.lora_linear.frozen import FrozenLinears, Linears, stack_weights
 from l2v_kernels.lora_linear.op import LoraLinear
-from l2v_kernels.lora_linear.settings import Adapter, InputDropout
+from l2v_kernels.lora_linear.settings import Adapter, Adapters, InputDropout
 
-__all__ = ["Adapter", "FrozenLinears", "InputDropout", "Linears", "lora_linear", "stack_weights"]
+__all__ = ["Adapter", "Adapters", "FrozenLinears", "InputDropout", "Linears", "lora_linear", "stack_weights"]
 
 
 def lora_linear(

@@ -57,7 +57,7 @@ class Linears:
         self.weights = tuple(weights)
         self.biases = tuple(biases)
         self.sizes = tuple(w.shape[0] for w in self.weights)
-        self.stacked_OE = _stacked_view(self.weights)
+        self.stacked_OE = stacked_view(self.weights)
 
     def matmul(self, x_TE: torch.Tensor) -> torch.Tensor:
         """y [T, O] = x W^T + bias."""
@@ -102,7 +102,7 @@ def stack_weights(linears: Sequence[nn.Linear]) -> None:
     its rows alone. Moving or casting a model separates them again, and each linear then has its own matmul.
     """
     weights = [linear.weight for linear in linears]
-    if _stacked_view(weights) is not None or len(weights) == 1:
+    if stacked_view(weights) is not None or len(weights) == 1:
         return
     with torch.no_grad():
         whole = torch.cat([w.detach() for w in weights])
@@ -110,8 +110,8 @@ def stack_weights(linears: Sequence[nn.Linear]) -> None:
             weight.data = rows
 
 
-def _stacked_view(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The weights as one [O, E], if they lie in memory one below the other."""
+def stacked_view(weights: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The weights as one [O, E], if they lie in memory one below the other; None if not. A single one as it is."""
     first = weights[0].detach()
     if len(weights) == 1:
         return first

@@ -1,4 +1,4 @@
-"""The gradients of xa B^T for one adapter as Triton kernels: dy [T, O] is read once, for dxa and for dB.
+"""The gradients of xa B^T as Triton kernels, of up to three adapters at once: dy [T, O] is read once, for dxa and for dB.
 
 dxa sums over outputs and dB over tokens, so no program can finish both: each writes partial sums in fp32, which a second
 kernel adds in order.
@@ -48,8 +48,8 @@ def _chunk_backward(
 
 
 @triton.jit
-def _store_db(db_ptr, split, columns, r, n_columns, db, RANK: tl.constexpr):
-    at = (split * n_columns + columns)[None, :] * RANK + r[:, None]
+def _store_db(db_ptr, columns, r, n_columns, db, RANK: tl.constexpr):
+    at = columns[None, :] * RANK + r[:, None]
     tl.store(db_ptr + at, db, mask=(columns < n_columns)[None, :] & (r < RANK)[:, None])
 
 
@@ -61,7 +61,12 @@ def lora_up_backward_kernel(
     dxa_ptr,
     db_ptr,
     n_tokens,
-    n_columns,
+    start_0,
+    start_1,
+    start_2,
+    outputs_0,
+    outputs_1,
+    outputs_2,
     stride_dy,
     stride_xa,
     tokens_per_split,
@@ -71,14 +76,27 @@ def lora_up_backward_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    """Partial sums, fp32: dxa [J, T, R] = dy B over a block of outputs, db [J, O, R] = dy^T xa over a split of tokens.
+    """Partial sums of up to three adapters, fp32: dxa [J, T, R] = dy B over a block of outputs, db [J, O, R] = dy^T xa over a
+    split of tokens.
 
-    Program (i, j) computes block i, four chunks of BLOCK_O outputs, of split j.
+    B [O, R] and db hold the adapters' outputs one below the other; those of adapter i are `outputs_i` columns of dy from
+    column `start_i`. Program (i, j) computes block i, four chunks of BLOCK_O outputs of one adapter, of split j.
     """
     split = tl.program_id(1).to(tl.int64)
+    first_1 = tl.cdiv(outputs_0, 4 * BLOCK_O)
+    first_2 = first_1 + tl.cdiv(outputs_1, 4 * BLOCK_O)
+    program = tl.program_id(0)
+    adapter = (program >= first_1).to(tl.int32) + (program >= first_2).to(tl.int32)
+    block = program - tl.where(adapter == 0, 0, tl.where(adapter == 1, first_1, first_2))
+    start = tl.where(adapter == 0, start_0, tl.where(adapter == 1, start_1, start_2))
+    n_columns = tl.where(adapter == 0, outputs_0, tl.where(adapter == 1, outputs_1, outputs_2))
+    above = tl.where(adapter == 0, 0, tl.where(adapter == 1, outputs_0, outputs_0 + outputs_1))
     r = tl.arange(0, BLOCK_R)
-    columns_0 = tl.program_id(0) * (4 * BLOCK_O) + tl.arange(0, BLOCK_O)
+    columns_0 = block * (4 * BLOCK_O) + tl.arange(0, BLOCK_O)
     columns_1, columns_2, columns_3 = columns_0 + BLOCK_O, columns_0 + 2 * BLOCK_O, columns_0 + 3 * BLOCK_O
+    dy_ptr += start
+    xa_ptr += adapter * RANK
+    b_ptr += above.to(tl.int64) * RANK
     b_0 = _load_b(b_ptr, columns_0, r, n_columns, RANK)
     b_1 = _load_b(b_ptr, columns_1, r, n_columns, RANK)
     b_2 = _load_b(b_ptr, columns_2, r, n_columns, RANK)
@@ -87,11 +105,11 @@ def lora_up_backward_kernel(
     db_1 = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
     db_2 = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
     db_3 = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
-    dxa_ptr += tl.program_id(0).to(tl.int64) * n_tokens * RANK
+    dxa_ptr += program.to(tl.int64) * n_tokens * RANK
     begin = split * tokens_per_split
     end = tl.minimum(begin + tokens_per_split, n_tokens)
-    for start in tl.range(begin, end, BLOCK_T):
-        tokens = start + tl.arange(0, BLOCK_T)
+    for start_token in tl.range(begin, end, BLOCK_T):
+        tokens = start_token + tl.arange(0, BLOCK_T)
         in_pack = tokens < end
         mask = in_pack[:, None] & (r < RANK)[None, :]
         xa = tl.load(xa_ptr + tokens[:, None] * stride_xa + r[None, :], mask=mask, other=0.0)
@@ -109,29 +127,79 @@ def lora_up_backward_kernel(
             dxa, db_3, dy_ptr, xa, b_3, tokens, in_pack, columns_3, n_columns, stride_dy, PRECISION
         )
         tl.store(dxa_ptr + tokens[:, None] * RANK + r[None, :], dxa, mask=mask)
-    _store_db(db_ptr, split, columns_0, r, n_columns, db_0, RANK)
-    _store_db(db_ptr, split, columns_1, r, n_columns, db_1, RANK)
-    _store_db(db_ptr, split, columns_2, r, n_columns, db_2, RANK)
-    _store_db(db_ptr, split, columns_3, r, n_columns, db_3, RANK)
+    db_ptr += (split * (outputs_0 + outputs_1 + outputs_2) + above) * RANK
+    _store_db(db_ptr, columns_0, r, n_columns, db_0, RANK)
+    _store_db(db_ptr, columns_1, r, n_columns, db_1, RANK)
+    _store_db(db_ptr, columns_2, r, n_columns, db_2, RANK)
+    _store_db(db_ptr, columns_3, r, n_columns, db_3, RANK)
 
 
-@triton.jit(do_not_specialize=["n_parts", "factor"])
-def ordered_sum_kernel(
-    parts_ptr,
-    out_ptr,
-    n_parts,
-    n_elements,
-    stride_out,
-    factor,
-    WIDTH: tl.constexpr,
+@triton.jit(
+    do_not_specialize=[
+        "n_tokens",
+        "n_splits",
+        "blocks_0",
+        "blocks_1",
+        "blocks_2",
+        "factor_0",
+        "factor_1",
+        "factor_2",
+        "dxa_programs",
+    ]
+)
+def up_sums_kernel(
+    dxa_parts_ptr,
+    db_parts_ptr,
+    dxa_ptr,
+    db_ptr,
+    n_tokens,
+    n_splits,
+    n_db,
+    blocks_0,
+    blocks_1,
+    blocks_2,
+    factor_0,
+    factor_1,
+    factor_2,
+    dxa_programs,
+    stride_dxa,
+    RANK: tl.constexpr,
+    ADAPTERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out [rows, WIDTH] = factor * the sum of parts [J, rows, WIDTH] over J, added in order and rounded once."""
+    """What `lora_up_backward_kernel` left to add, in order, each sum rounded once: dxa [T, ADAPTERS R], of each adapter times
+    its factor, by the first `dxa_programs` programs, and db [n_db] by the others.
+    """
+    WIDTH: tl.constexpr = ADAPTERS * RANK
+    total = tl.zeros((BLOCK,), tl.float32)
+    if tl.program_id(0) < dxa_programs:
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        in_dxa = i < n_tokens.to(tl.int64) * WIDTH
+        adapter = i % WIDTH // RANK
+        first = tl.where(adapter == 0, 0, tl.where(adapter == 1, blocks_0, blocks_0 + blocks_1))
+        blocks = tl.where(adapter == 0, blocks_0, tl.where(adapter == 1, blocks_1, blocks_2))
+        factor = tl.where(adapter == 0, factor_0, tl.where(adapter == 1, factor_1, factor_2))
+        at = (first.to(tl.int64) * n_tokens + i // WIDTH) * RANK + i % RANK
+        for part in tl.range(0, tl.maximum(blocks_0, tl.maximum(blocks_1, blocks_2))):
+            total += tl.load(dxa_parts_ptr + at, mask=in_dxa & (part < blocks), other=0.0)
+            at += n_tokens.to(tl.int64) * RANK
+        at = i // WIDTH * stride_dxa + i % WIDTH
+        tl.store(dxa_ptr + at, (total * factor).to(dxa_ptr.dtype.element_ty), mask=in_dxa)
+    else:
+        i = (tl.program_id(0) - dxa_programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        for _ in tl.range(0, n_splits):
+            total += tl.load(db_parts_ptr + i, mask=i < n_db, other=0.0)
+            db_parts_ptr += n_db
+        tl.store(db_ptr + i, total.to(db_ptr.dtype.element_ty), mask=i < n_db)
+
+
+@triton.jit(do_not_specialize=["n_parts"])
+def ordered_sum_kernel(parts_ptr, out_ptr, n_parts, n_elements, BLOCK: tl.constexpr):
+    """out [n] = the sum of parts [J, n] over J, added in order and rounded once."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < n_elements
     total = tl.zeros((BLOCK,), tl.float32)
     for _ in tl.range(0, n_parts):
         total += tl.load(parts_ptr + i, mask=mask, other=0.0)
         parts_ptr += n_elements
-    out = (total * factor).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + i // WIDTH * stride_out + i % WIDTH, out, mask=mask)
+    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=mask)

@@ -22,23 +22,24 @@ from l2v_kernels.lora_linear.kernel_up import (
     UP_BACKWARD_PROGRAMS,
     lora_up_backward_kernel,
     ordered_sum_kernel,
+    up_sums_kernel,
 )
-from l2v_kernels.lora_linear.settings import MAX_ADAPTERS, Adapter, InputDropout, rank_slices
+from l2v_kernels.lora_linear.settings import MAX_ADAPTERS, Adapters, InputDropout
 from l2v_kernels.philox import threshold
 
 
 @on_device
-def down(x_TE: torch.Tensor, adapters: tuple[Adapter, ...], dropout: InputDropout) -> torch.Tensor:
+def down(x_TE: torch.Tensor, adapters: Adapters, dropout: InputDropout) -> torch.Tensor:
     """xa [T, sum of ranks] as `reference.down`, without masks: the backward recomputes them."""
     T, E = x_TE.shape
-    xa_TR = x_TE.new_empty((T, sum(a.rank for a in adapters)))
+    xa_TR = x_TE.new_empty((T, adapters.ranks))
     if xa_TR.numel() == 0:
         return xa_TR
     factors = _pad([a.scaling * dropout.scale for a in adapters], 0.0)
     x_TE, config = unit_stride(x_TE), DOWN_CONFIG[x_TE.element_size()]
     lora_down_kernel[(triton.cdiv(T, config["BLOCK_T"]),)](
         x_TE,
-        _stack(adapters),
+        adapters.stacked_a(),
         xa_TR,
         *_keys(dropout, x_TE),
         T,
@@ -57,13 +58,14 @@ def down(x_TE: torch.Tensor, adapters: tuple[Adapter, ...], dropout: InputDropou
 def down_backward(
     x_TE: torch.Tensor,
     dxa_TR: torch.Tensor,
-    adapters: tuple[Adapter, ...],
+    adapters: Adapters,
     dropout: InputDropout,
-    dx_TE: torch.Tensor | None = None,
+    dx_TE: torch.Tensor | None,
+    da_RE: torch.Tensor,
     *,
     want_dx: bool,
-) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """(dx [T, E], dA [R, E] of each) as `reference.down_backward`, masks recomputed. dA in A's dtype, summed in fp32."""
+) -> torch.Tensor | None:
+    """dx [T, E] as `reference.down_backward`, masks recomputed; writes dA [sum of ranks, E], contiguous, summed in fp32."""
     T, E = x_TE.shape
     config = DOWN_BACKWARD_CONFIG[x_TE.element_size()]
     blocks = triton.cdiv(E, config["BLOCK_E"])
@@ -72,66 +74,78 @@ def down_backward(
     add_dx = dx_TE is not None
     if want_dx and not add_dx:
         dx_TE = torch.empty((T, E), dtype=x_TE.dtype, device=x_TE.device)
-    da_JRE = torch.empty((splits, dxa_TR.shape[1], E), dtype=torch.float32, device=x_TE.device)
     if T == 0:
-        da_JRE.zero_()
-    else:
-        x_TE = unit_stride(x_TE)
-        lora_backward_kernel[(blocks, splits)](
-            x_TE,
-            dxa_TR.contiguous(),
-            _stack(adapters),
-            x_TE if dx_TE is None else dx_TE,
-            da_JRE,
-            *_keys(dropout, x_TE),
-            T,
-            E,
-            x_TE.stride(0),
-            per_split,
-            *_pad([a.stream for a in adapters], 0),
-            threshold(dropout.p),
-            WANT_DX=want_dx,
-            ADD_DX=add_dx,
-            **_constants(adapters, dropout),
-            **config,
-        )
-    da_RE = da_JRE[0]
-    if splits > 1 or x_TE.dtype != torch.float32:
-        da_RE = torch.empty_like(da_RE, dtype=x_TE.dtype)
-        _ordered_sum(da_JRE, da_RE, 1.0)
-    return dx_TE, [da_RE[rows] for rows in rank_slices(adapters)]
+        da_RE.zero_()
+        return dx_TE
+    at_once = splits == 1 and da_RE.dtype == torch.float32
+    da_JRE = da_RE if at_once else torch.empty((splits, *da_RE.shape), dtype=torch.float32, device=x_TE.device)
+    x_TE = unit_stride(x_TE)
+    lora_backward_kernel[(blocks, splits)](
+        x_TE,
+        dxa_TR.contiguous(),
+        adapters.stacked_a(),
+        x_TE if dx_TE is None else dx_TE,
+        da_JRE,
+        *_keys(dropout, x_TE),
+        T,
+        E,
+        x_TE.stride(0),
+        per_split,
+        *_pad([a.stream for a in adapters], 0),
+        threshold(dropout.p),
+        WANT_DX=want_dx,
+        ADD_DX=add_dx,
+        **_constants(adapters, dropout),
+        **config,
+    )
+    if not at_once:
+        grid = (triton.cdiv(da_RE.numel(), ORDERED_SUM_CONFIG["BLOCK"]),)
+        ordered_sum_kernel[grid](da_JRE, da_RE, splits, da_RE.numel(), **ORDERED_SUM_CONFIG)
+    return dx_TE
 
 
-def takes_up_backward(adapter: Adapter) -> bool:
-    """Whether the kernel, with one read of dy for both gradients, moves fewer bytes than two matmuls."""
-    return _block_r(adapter.rank) <= MAX_BLOCK_R
+def takes_up_backward(adapters: Adapters) -> bool:
+    """Whether the kernel, with one read of dy for both gradients, moves fewer bytes than two matmuls an adapter."""
+    return _block_r(adapters[0].rank) <= MAX_BLOCK_R
 
 
 @on_device
 def up_backward(
-    dy_TO: torch.Tensor, xa_TR: torch.Tensor, b_OR: torch.Tensor, factor: float, dxa_TR: torch.Tensor
-) -> torch.Tensor:
-    """dB [O, R] as `reference.up_backward`, with one read of dy. Both gradients are summed in fp32 and rounded once."""
-    (T, n_outputs), R = dy_TO.shape, b_OR.shape[1]
-    db_OR = torch.empty_like(b_OR, memory_format=torch.contiguous_format)
+    dy_TO: torch.Tensor,
+    xa_TR: torch.Tensor,
+    sizes: tuple[int, ...],
+    adapters: Adapters,
+    dropout: InputDropout,
+    dxa_TR: torch.Tensor,
+    db: torch.Tensor,
+) -> None:
+    """Gradients as `reference.up_backward` of up to three adapters of one rank: dxa [T, n R], and all dB, flat, contiguous.
+
+    dy is read once; both are summed in fp32 and rounded once. sizes: columns of dy [T, O] of each linear of the group.
+    """
+    T, R = dy_TO.shape[0], adapters[0].rank
     if T == 0:
-        return db_OR.zero_()
+        db.zero_()
+        return
+    starts = [sum(sizes[: a.part]) for a in adapters]
     config = UP_BACKWARD_CONFIG[dy_TO.element_size(), _block_r(R)]
-    blocks = triton.cdiv(n_outputs, CHUNKS * config["BLOCK_O"])
-    splits = max(1, min(UP_BACKWARD_PROGRAMS // blocks, triton.cdiv(T, MIN_SPLIT_TOKENS)))
+    outputs = [a.b_OR.shape[0] for a in adapters]
+    blocks = [triton.cdiv(n, CHUNKS * config["BLOCK_O"]) for n in outputs]
+    splits = max(1, min(UP_BACKWARD_PROGRAMS // sum(blocks), triton.cdiv(T, MIN_SPLIT_TOKENS)))
     per_split = triton.cdiv(triton.cdiv(T, splits), config["BLOCK_T"]) * config["BLOCK_T"]
     splits = triton.cdiv(T, per_split)
     dy_TO, xa_TR = unit_stride(dy_TO), unit_stride(xa_TR)
-    dxa_JTR = torch.empty((blocks, T, R), dtype=torch.float32, device=dy_TO.device)
-    db_JOR = torch.empty((splits, n_outputs, R), dtype=torch.float32, device=dy_TO.device)
-    lora_up_backward_kernel[(blocks, splits)](
+    dxa_JTR = torch.empty((sum(blocks), T, R), dtype=torch.float32, device=dy_TO.device)
+    db_JN = torch.empty((splits, db.numel()), dtype=torch.float32, device=dy_TO.device)
+    lora_up_backward_kernel[(sum(blocks), splits)](
         dy_TO,
-        b_OR.contiguous(),
+        adapters.stacked_b(),
         xa_TR,
         dxa_JTR,
-        db_JOR,
+        db_JN,
         T,
-        n_outputs,
+        *_pad(starts, 0),
+        *_pad(outputs, 0),
         dy_TO.stride(0),
         xa_TR.stride(0),
         per_split,
@@ -140,28 +154,29 @@ def up_backward(
         PRECISION=PRECISION,
         **config,
     )
-    _ordered_sum(dxa_JTR, dxa_TR, factor)
-    _ordered_sum(db_JOR, db_OR, 1.0)
-    return db_OR
-
-
-def _ordered_sum(parts, out, factor):
-    """out [rows, width] = factor * parts [J, rows, width] summed over J."""
-    n_parts, rows, width = parts.shape
-    grid = (triton.cdiv(rows * width, ORDERED_SUM_CONFIG["BLOCK"]),)
-    ordered_sum_kernel[grid](
-        parts, out, n_parts, rows * width, out.stride(0), factor, WIDTH=width, **ORDERED_SUM_CONFIG
+    block = ORDERED_SUM_CONFIG["BLOCK"]
+    dxa_programs = triton.cdiv(dxa_TR.numel(), block)
+    up_sums_kernel[(dxa_programs + triton.cdiv(db.numel(), block),)](
+        dxa_JTR,
+        db_JN,
+        dxa_TR,
+        db,
+        T,
+        splits,
+        db.numel(),
+        *_pad(blocks, 0),
+        *_pad([a.scaling * dropout.scale for a in adapters], 0.0),
+        dxa_programs,
+        dxa_TR.stride(0),
+        RANK=R,
+        ADAPTERS=len(adapters),
+        **ORDERED_SUM_CONFIG,
     )
 
 
 def _block_r(rank):
     # tl.dot needs sides of at least 16.
     return max(16, triton.next_power_of_2(rank))
-
-
-def _stack(adapters):
-    """A of all adapters, one below the other: [sum of ranks, E]."""
-    return adapters[0].a_RE.contiguous() if len(adapters) == 1 else torch.cat([a.a_RE for a in adapters])
 
 
 def _pad(values, filler):

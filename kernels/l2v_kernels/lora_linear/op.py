@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from l2v_kernels.dispatch import takes_triton
 from l2v_kernels.lora_linear import reference
 from l2v_kernels.lora_linear.frozen import AccumulatingLinears, FrozenLinears, accumulates
-from l2v_kernels.lora_linear.settings import MAX_ADAPTERS, Adapter, InputDropout, rank_slices
+from l2v_kernels.lora_linear.settings import Adapter, Adapters, InputDropout, rank_slices
 from l2v_kernels.spans import span, spanned
 
 
@@ -36,8 +36,29 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class MatrixGradients:
+    """The gradients of a group's adapters: dA one below the other [sum of ranks, E], and all dB, flat, in their order."""
+
+    da_RE: torch.Tensor
+    db: torch.Tensor
+
+    @classmethod
+    def empty(cls, adapters: Adapters, like: torch.Tensor) -> MatrixGradients:
+        """Memory for them, not initialised, of the dtype and device of x [T, E]."""
+        return cls(like.new_empty((adapters.ranks, like.shape[1])), like.new_empty(sum(adapters.sizes[1])))
+
+    def split(self, adapters: Adapters) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """dA [R, E] and dB [O, R] of each adapter."""
+        db = [part.view_as(a.b_OR) for part, a in zip(self.db.split(adapters.sizes[1]), adapters, strict=True)]
+        return [self.da_RE[rows] for rows in adapters.slices], db
+
+
+@dataclass(frozen=True)
 class Gradients:
-    """dx [T, E], None unless wanted, and of each adapter dA [R, E] and dB [O, R], in the order of the adapters."""
+    """dx [T, E], None unless wanted, and of each adapter dA [R, E] and dB [O, R], in the order of the adapters.
+
+    The lists are empty where the matrices' gradients were written to memory of the caller's.
+    """
 
     dx_TE: torch.Tensor | None
     da: list[torch.Tensor]
@@ -89,26 +110,27 @@ def backward(
     dropout: InputDropout,
     *,
     want_dx: bool = True,
+    into: MatrixGradients | None = None,
 ) -> Gradients:
-    """Gradients of x and of the adapters; the frozen weights have none."""
+    """Gradients of x and of the adapters; the frozen weights have none.
+
+    into: where to write the gradients of the matrices; all of it is overwritten.
+    """
     if kept.xa_TR is None:
         with span("gemm"):
             return Gradients(linears.input_gradient(dy_TO) if want_dx else None, [], [])
-    dy_parts = dy_TO.split(linears.sizes, 1)
-    dxa_TR = torch.empty_like(kept.xa_TR)
-    db = []
-    for adapter, columns in zip(adapters, rank_slices(adapters), strict=True):
-        factor = adapter.scaling * dropout.scale
-        db.append(_up_backward(dy_parts[adapter.part], kept.xa_TR[:, columns], adapter, factor, dxa_TR[:, columns]))
+    adapters = Adapters.of(adapters)
+    of_matrices = into or MatrixGradients.empty(adapters, x_TE)
+    dxa_TR = _up_backward(dy_TO, kept.xa_TR, linears.sizes, adapters, dropout, of_matrices)
     dx_TE = None
     if want_dx and not accumulates(linears):
         with span("gemm"):
             dx_TE = linears.input_gradient(dy_TO)
-    dx_TE, da = _down_backward(x_TE, dxa_TR, adapters, kept, dropout, dx_TE, want_dx=want_dx)
+    dx_TE = _down_backward(x_TE, dxa_TR, adapters, kept, dropout, dx_TE, of_matrices.da_RE, want_dx=want_dx)
     if dx_TE is not None and accumulates(linears):
         with span("gemm"):
             linears.add_input_gradient_(dx_TE, dy_TO)
-    return Gradients(dx_TE, da, db)
+    return Gradients(dx_TE, *(([], []) if into else of_matrices.split(adapters)))
 
 
 class LoraLinear(torch.autograd.Function):
@@ -151,11 +173,6 @@ class LoraLinear(torch.autograd.Function):
         return found.dx_TE, None, None, None, *of_matrices
 
 
-def _groups(adapters):
-    """Adapters by as many as one launch computes."""
-    return [adapters[i : i + MAX_ADAPTERS] for i in range(0, len(adapters), MAX_ADAPTERS)]
-
-
 def _shares(x_TE, xa_TR, linears: AccumulatingLinears, adapters) -> torch.Tensor:
     """y [T, O] with the adapters' shares and the biases, to which the frozen matmul is then added."""
     y_TO = x_TE.new_empty((x_TE.shape[0], sum(linears.sizes)))
@@ -178,30 +195,41 @@ def _down(x_TE, adapters, dropout) -> tuple[Kept, torch.Tensor]:
         return Kept(xa_TR, tuple(masks)), xa_TR
     from l2v_kernels.lora_linear import launch
 
-    parts = [launch.down(x_TE, group, dropout) for group in _groups(adapters)]
+    parts = [launch.down(x_TE, group, dropout) for group in Adapters.of(adapters).triples]
     xa_TR = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return Kept(xa_TR), xa_TR
 
 
-def _up_backward(dy_TO, xa_TR, adapter, factor, dxa_TR):
-    if takes_triton(dy_TO):
-        from l2v_kernels.lora_linear import launch
+def _up_backward(dy_TO, xa_TR, sizes, adapters: Adapters, dropout, of_matrices: MatrixGradients) -> torch.Tensor:
+    """dxa [T, sum of ranks]; writes dB."""
+    dxa_TR = torch.empty_like(xa_TR, memory_format=torch.contiguous_format)
+    parts = dy_TO.split(sizes, 1)
+    ranks = elements = 0
+    for run in adapters.runs:
+        columns, n = slice(ranks, ranks + run.ranks), sum(run.sizes[1])
+        xa, dxa, db = xa_TR[:, columns], dxa_TR[:, columns], of_matrices.db[elements : elements + n]
+        ranks, elements = columns.stop, elements + n
+        if takes_triton(dy_TO):
+            from l2v_kernels.lora_linear import launch
 
-        if launch.takes_up_backward(adapter):
-            return launch.up_backward(dy_TO, xa_TR, adapter.b_OR, factor, dxa_TR)
-    return reference.up_backward(dy_TO, xa_TR, adapter.b_OR, factor, dxa_TR)
+            if launch.takes_up_backward(run):
+                launch.up_backward(dy_TO, xa, sizes, run, dropout, dxa, db)
+                continue
+        for a, at, out in zip(run, run.slices, db.split(run.sizes[1]), strict=True):
+            factor = a.scaling * dropout.scale
+            reference.up_backward(parts[a.part], xa[:, at], a.b_OR, factor, dxa[:, at], out.view_as(a.b_OR))
+    return dxa_TR
 
 
-def _down_backward(x_TE, dxa_TR, adapters, kept, dropout, dx_TE, *, want_dx):
+def _down_backward(x_TE, dxa_TR, adapters: Adapters, kept, dropout, dx_TE, da_RE, *, want_dx):
+    """dx [T, E] or None; writes dA [sum of ranks, E]."""
     if not takes_triton(x_TE):
-        return reference.down_backward(x_TE, dxa_TR, adapters, list(kept.masks), dx_TE, want_dx=want_dx)
+        return reference.down_backward(x_TE, dxa_TR, adapters, list(kept.masks), dx_TE, da_RE, want_dx=want_dx)
     from l2v_kernels.lora_linear import launch
 
-    da: list[torch.Tensor] = []
     at = 0
-    for group in _groups(adapters):
-        ranks = sum(a.rank for a in group)
-        dx_TE, found = launch.down_backward(x_TE, dxa_TR[:, at : at + ranks], group, dropout, dx_TE, want_dx=want_dx)
-        da += found
-        at += ranks
-    return dx_TE, da
+    for group in adapters.triples:
+        rows = slice(at, at + group.ranks)
+        dx_TE = launch.down_backward(x_TE, dxa_TR[:, rows], group, dropout, dx_TE, da_RE[rows], want_dx=want_dx)
+        at = rows.stop
+    return dx_TE

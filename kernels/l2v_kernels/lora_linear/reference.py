@@ -45,12 +45,17 @@ def down(
 
 
 def up_backward(
-    dy_TO: torch.Tensor, xa_TR: torch.Tensor, b_OR: torch.Tensor, factor: float, dxa_TR: torch.Tensor
-) -> torch.Tensor:
-    """Gradients of xa B^T: returns dB [O, R], and writes factor * dy B into dxa [T, R], as `down_backward` takes it."""
+    dy_TO: torch.Tensor,
+    xa_TR: torch.Tensor,
+    b_OR: torch.Tensor,
+    factor: float,
+    dxa_TR: torch.Tensor,
+    db_OR: torch.Tensor,
+) -> None:
+    """Gradients of xa B^T: writes dB [O, R], and factor * dy B into dxa [T, R], as `down_backward` takes it."""
     # Not written into the slice directly: a GEMM library that cannot do that would copy it twice.
     dxa_TR.copy_((dy_TO @ b_OR).mul_(factor))
-    return dy_TO.t() @ xa_TR
+    torch.mm(dy_TO.t(), xa_TR, out=db_OR)
 
 
 def down_backward(
@@ -58,22 +63,22 @@ def down_backward(
     dxa_TR: torch.Tensor,
     adapters: tuple[Adapter, ...],
     masks: list[torch.Tensor | None],
-    dx_TE: torch.Tensor | None = None,
+    dx_TE: torch.Tensor | None,
+    da_RE: torch.Tensor,
     *,
     want_dx: bool,
-) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """Gradients of `down`: dx [T, E] (None unless wanted), added to the given one, and dA [R, E] of each adapter.
+) -> torch.Tensor | None:
+    """Gradients of `down`: dx [T, E] (None unless wanted), added to the given one; writes dA [sum of ranks, E].
 
     dxa_TR: the gradient of what `down` scaled and masked; scaling and the dropout's scale are in it already.
     """
-    gradients = []
     for adapter, columns, mask_TE in zip(adapters, rank_slices(adapters), masks, strict=True):
         dxa = dxa_TR[:, columns]
         kept_TE = x_TE if mask_TE is None else x_TE.masked_fill(mask_TE, 0.0)
-        gradients.append(dxa.t() @ kept_TE)
+        torch.mm(dxa.t(), kept_TE, out=da_RE[columns])
         if want_dx:
             part_TE = dxa @ adapter.a_RE
             if mask_TE is not None:
                 part_TE.masked_fill_(mask_TE, 0.0)
             dx_TE = part_TE if dx_TE is None else dx_TE.add_(part_TE)
-    return dx_TE, gradients
+    return dx_TE

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from l2v_kernels.lora_linear.frozen import stacked_view
 from l2v_kernels.philox import keep_scale, threshold
 
 MAX_ADAPTERS = 3
@@ -59,10 +63,71 @@ class InputDropout:
         return keep_scale(self.p)
 
 
+class Adapters(tuple[Adapter, ...]):
+    """The adapters of a group, with what a call asks of them worked out once.
+
+    Build it again when a matrix moves to other memory; values may change in place.
+    """
+
+    @classmethod
+    def of(cls, adapters: Iterable[Adapter]) -> Adapters:
+        """The same adapters; itself if it is one."""
+        return adapters if isinstance(adapters, cls) else cls(adapters)
+
+    @cached_property
+    def ranks(self) -> int:
+        """The sum of their ranks: width of xa [T, sum of ranks]."""
+        return sum(a.rank for a in self)
+
+    @cached_property
+    def slices(self) -> list[slice]:
+        """Each adapter's columns in xa [T, sum of ranks]."""
+        slices, at = [], 0
+        for adapter in self:
+            slices.append(slice(at, at + adapter.rank))
+            at += adapter.rank
+        return slices
+
+    @cached_property
+    def sizes(self) -> tuple[list[int], list[int]]:
+        """Number of elements of each A, and of each B."""
+        return [a.a_RE.numel() for a in self], [a.b_OR.numel() for a in self]
+
+    @cached_property
+    def triples(self) -> list[Adapters]:
+        """Adapters by as many as one launch of the kernels computes."""
+        if len(self) <= MAX_ADAPTERS:
+            return [self]
+        return [Adapters(self[i : i + MAX_ADAPTERS]) for i in range(0, len(self), MAX_ADAPTERS)]
+
+    @cached_property
+    def runs(self) -> list[Adapters]:
+        """Neighbours of one rank, by as many as one launch of the kernels computes."""
+        by_rank = itertools.groupby(self, lambda a: a.rank)
+        return [triple for _, run in by_rank for triple in Adapters(run).triples]
+
+    @cached_property
+    def _a_view(self) -> torch.Tensor | None:
+        return _contiguous_view([a.a_RE for a in self])
+
+    @cached_property
+    def _b_view(self) -> torch.Tensor | None:
+        return _contiguous_view([a.b_OR for a in self])
+
+    def stacked_a(self) -> torch.Tensor:
+        """All A, one below the other: [sum of ranks, E]; copied only if they do not lie so in memory."""
+        return self._a_view if self._a_view is not None else torch.cat([a.a_RE for a in self])
+
+    def stacked_b(self) -> torch.Tensor:
+        """All B of one rank, one below the other: [sum of outputs, R], likewise."""
+        return self._b_view if self._b_view is not None else torch.cat([a.b_OR for a in self])
+
+
+def _contiguous_view(matrices: list[torch.Tensor]) -> torch.Tensor | None:
+    view = stacked_view(matrices)
+    return view if view is not None and view.is_contiguous() else None
+
+
 def rank_slices(adapters: tuple[Adapter, ...]) -> list[slice]:
     """Each adapter's columns in xa [T, sum of ranks]."""
-    slices, at = [], 0
-    for adapter in adapters:
-        slices.append(slice(at, at + adapter.rank))
-        at += adapter.rank
-    return slices
+    return Adapters.of(adapters).slices

@@ -3,9 +3,9 @@
 Only what the backward needs is kept. Norm outputs and SwiGLU outputs are recomputed in the backward; matmuls with weights
 never are.
 
-Adapter matrices are arguments, so that autograd sees them. Frozen weights are read from the modules, in the forward and
-again in the backward, because ZeRO-3 gathers them for each. A norm also returns the residual sum that it reads, so the
-residual is added without another pass over memory.
+Adapter matrices are arguments, so that autograd sees them; or, where they are parts of one flat parameter, its collector's
+token is. Weights are read from the modules, in the forward and again in the backward, because ZeRO-3 gathers them for each.
+A norm also returns the residual sum that it reads, so the residual is added without another pass over memory.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from l2v.model.fused.flat import Collector
 from l2v.model.fused.spec import Group, LayerSpec
-from l2v_kernels.lora_linear import Adapter, InputDropout
+from l2v_kernels.lora_linear import Adapters, InputDropout
 from l2v_kernels.lora_linear import op as lora
-from l2v_kernels.lora_linear.settings import rank_slices
 from l2v_kernels.rms_norm import op as rms_norm
 from l2v_kernels.rope.op import rotate
 from l2v_kernels.swiglu import op as swiglu
@@ -35,25 +35,33 @@ class Call:
     sin_TD: torch.Tensor
     keep_all: bool
     """Also keep norm and SwiGLU outputs (recompute: none)."""
+    collector: Collector | None = None
+    """Where gradients of adapters go that are parts of one parameter."""
 
+    def matrices(self, *groups: Group) -> list[torch.Tensor]:
+        """What autograd must see of the groups' adapters: A and B of each in turn, or the collector's token."""
+        if self.collector is not None:
+            return [self.collector.token]
+        return [matrix for group in groups for a in group.adapters() for matrix in (a.a_RE, a.b_OR)]
 
-def _adapters(group: Group, matrices: tuple[torch.Tensor, ...]) -> tuple[Adapter, ...]:
-    """The group's adapters with the matrices that autograd passed."""
-    pairs = zip(matrices[::2], matrices[1::2], strict=True)
-    return tuple(replace(a, a_RE=A, b_OR=B) for a, (A, B) in zip(group.adapters(), pairs, strict=True))
+    def into(self, group: Group) -> lora.MatrixGradients | None:
+        """Where the group's gradients are written; None if they are returned to autograd."""
+        return self.collector.of(group) if self.collector is not None and group.adapters() else None
 
-
-def _flat(found: lora.Gradients) -> list[torch.Tensor]:
-    return [gradient for pair in zip(found.da, found.db, strict=True) for gradient in pair]
+    def returned(self, *found: lora.Gradients) -> list[torch.Tensor | None]:
+        """The gradients of `matrices`."""
+        if self.collector is not None:
+            return [None]
+        return [gradient for each in found for pair in zip(each.da, each.db, strict=True) for gradient in pair]
 
 
 class GroupLinear(torch.autograd.Function):
     """A group whose input is kept by another function anyway: the output projection, on attention's output."""
 
     @staticmethod
-    def forward(ctx, x_TE: torch.Tensor, group: Group, dropout: InputDropout, *matrices: torch.Tensor) -> torch.Tensor:
-        y_TN, kept = lora.forward(x_TE, group.linears(), _adapters(group, matrices), dropout)
-        ctx.group, ctx.dropout = group, dropout
+    def forward(ctx, x_TE: torch.Tensor, group: Group, call: Call, *matrices: torch.Tensor) -> torch.Tensor:
+        y_TN, kept = lora.forward(x_TE, group.linears(), group.adapters(), call.dropout)
+        ctx.group, ctx.call = group, call
         ctx.save_for_backward(x_TE, *kept.tensors())
         return y_TN
 
@@ -61,12 +69,12 @@ class GroupLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_TN: torch.Tensor):
         x_TE, *kept = ctx.saved_tensors
-        group = ctx.group
+        group, call = ctx.group, ctx.call
         found = lora.backward(
-            dy_TN, x_TE, lora.Kept.of(tuple(kept)), group.linears(), group.adapters(), ctx.dropout,
-            want_dx=ctx.needs_input_grad[0],
+            dy_TN, x_TE, lora.Kept.of(tuple(kept)), group.linears(), group.adapters(), call.dropout,
+            want_dx=ctx.needs_input_grad[0], into=call.into(group),
         )  # fmt: skip
-        return found.dx_TE, None, None, *_flat(found)
+        return found.dx_TE, None, None, *call.returned(found)
 
 
 class ProjectHeads(torch.autograd.Function):
@@ -82,12 +90,11 @@ class ProjectHeads(torch.autograd.Function):
         norm = spec.module.input_layernorm
         sum_TE, x_TE, rstd_T = rms_norm.forward(residual_TE, norm.weight, norm.variance_epsilon, delta_TE)
         linears = group.linears()
-        qkv_TN, kept = lora.forward(x_TE, linears, _adapters(group, matrices), call.dropout)
+        qkv_TN, kept = lora.forward(x_TE, linears, group.adapters(), call.dropout)
         q, k, v = (part.unflatten(1, (-1, spec.head_dim)) for part in qkv_TN.split(linears.sizes, 1))
         before: tuple[torch.Tensor, ...] = ()
         if spec.head_norms is None:
-            for heads in (q, k):
-                rotate(heads, call.cos_TD, call.sin_TD, out=heads)
+            _rotate_in_place(qkv_TN, spec, linears.sizes, call)
         else:
             # The backward needs the norms' inputs, so RoPE overwrites their outputs instead.
             q, q_rstd = _norm_heads(q, spec.head_norms[0])
@@ -107,13 +114,11 @@ class ProjectHeads(torch.autograd.Function):
         before, kept = rest[: ctx.n_before], lora.Kept.of(tuple(rest[ctx.n_before :]))
         call, spec = ctx.call, ctx.call.spec
         linears = spec.qkv.linears()
-        dqkv_TN = sum_TE.new_empty((sum_TE.shape[0], sum(linears.sizes)))
-        parts = [part.unflatten(1, (-1, spec.head_dim)) for part in dqkv_TN.split(linears.sizes, 1)]
-        parts[2].copy_(dv_TKD)
+        dqkv_TN = _side_by_side(dq_THD, dk_TKD, dv_TKD)
         if spec.head_norms is None:
-            for part, gradient in zip(parts, (dq_THD, dk_TKD), strict=False):
-                rotate(gradient, call.cos_TD, call.sin_TD, inverse=True, out=part)
+            _rotate_in_place(dqkv_TN, spec, linears.sizes, call, inverse=True)
         else:
+            parts = [part.unflatten(1, (-1, spec.head_dim)) for part in dqkv_TN.split(linears.sizes, 1)]
             qkv_TN, *rstds = before
             inputs = [part.unflatten(1, (-1, spec.head_dim)) for part in qkv_TN.split(linears.sizes, 1)]
             for part, x, rstd, norm, gradient in zip(
@@ -126,10 +131,33 @@ class ProjectHeads(torch.autograd.Function):
             x_TE = rms_norm.normalize(sum_TE, rstd_T, norm.weight)
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         found = lora.backward(
-            dqkv_TN, x_TE, kept, linears, spec.qkv.adapters(), call.dropout, want_dx=wanted
-        )  # fmt: skip
+            dqkv_TN, x_TE, kept, linears, spec.qkv.adapters(), call.dropout, want_dx=wanted, into=call.into(spec.qkv)
+        )
         dx_TE = rms_norm.backward(found.dx_TE, sum_TE, rstd_T, norm.weight, dsum_TE) if wanted else None
-        return dx_TE, (dx_TE if ctx.has_delta else None), None, *_flat(found)
+        return dx_TE, (dx_TE if ctx.has_delta else None), None, *call.returned(found)
+
+
+def _rotate_in_place(qkv_TN: torch.Tensor, spec: LayerSpec, sizes: Any, call: Call, *, inverse: bool = False) -> None:
+    """Rotates queries and keys where they lie, next to each other in a row, in one launch."""
+    heads = qkv_TN[:, : sizes[0] + sizes[1]].unflatten(1, (-1, spec.head_dim))
+    rotate(heads, call.cos_TD, call.sin_TD, inverse=inverse, out=heads)
+
+
+def _side_by_side(dq_THD: torch.Tensor, dk_TKD: torch.Tensor, dv_TKD: torch.Tensor) -> torch.Tensor:
+    """Gradients of queries, keys and values as one [T, N]; copied only if they do not lie so in memory."""
+    parts = [d.flatten(1) for d in (dq_THD, dk_TKD, dv_TKD)]
+    T, N = len(dq_THD), sum(p.shape[1] for p in parts)
+    at = dq_THD.data_ptr()
+    for d, flat in zip((dq_THD, dk_TKD, dv_TKD), parts, strict=True):
+        # flatten gives a view of heads that lie in a row. Rows of other buffers can have this distance only by being far away.
+        if (
+            flat.stride() != (N, 1)
+            or d.data_ptr() != at
+            or d.untyped_storage().data_ptr() != dq_THD.untyped_storage().data_ptr()
+        ):
+            return torch.cat(parts, 1)
+        at += flat.shape[1] * flat.element_size()
+    return dq_THD.as_strided((T, N), (N, 1))
 
 
 def _norm_heads(heads_THD: torch.Tensor, norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,18 +166,18 @@ def _norm_heads(heads_THD: torch.Tensor, norm: Any) -> tuple[torch.Tensor, torch
     return y_THD, rstd_TH
 
 
-def _added_in_swiglu(adapters: tuple[Adapter, ...]) -> bool:
+def _added_in_swiglu(adapters: Adapters) -> bool:
     """Whether SwiGLU adds LoRA's part of gate and up; that saves writing it and reading it again in the frozen matmul."""
     return bool(adapters) and max(a.rank for a in adapters) <= swiglu.MAX_RANK
 
 
-def _share(kept: lora.Kept, adapters: tuple[Adapter, ...]) -> swiglu.GateUpLora | None:
+def _share(kept: lora.Kept, adapters: Adapters) -> swiglu.GateUpLora | None:
     """What SwiGLU adds to the frozen matmul of gate and up; None if there is no LoRA or the matmul has added it already."""
     if not _added_in_swiglu(adapters):
         return None
     assert kept.xa_TR is not None  # there are adapters
     pairs: dict[int, tuple[Any, Any]] = {
-        a.part: (kept.xa_TR[:, at], a.b_OR) for a, at in zip(adapters, rank_slices(adapters), strict=True)
+        a.part: (kept.xa_TR[:, at], a.b_OR) for a, at in zip(adapters, adapters.slices, strict=True)
     }
     none = (None, None)
     return swiglu.GateUpLora(*pairs.get(0, none), *pairs.get(1, none))
@@ -166,8 +194,7 @@ class GatedMlp(torch.autograd.Function):
         spec = call.spec
         norm = spec.module.post_attention_layernorm
         sum_TE, x_TE, rstd_T = rms_norm.forward(residual_TE, norm.weight, norm.variance_epsilon, delta_TE)
-        n = 2 * len(spec.gate_up.adapters())
-        of_gate_up, of_down = _adapters(spec.gate_up, matrices[:n]), _adapters(spec.down, matrices[n:])
+        of_gate_up, of_down = spec.gate_up.adapters(), spec.down.adapters()
         project = lora.forward_frozen if _added_in_swiglu(of_gate_up) else lora.forward
         gate_up_TG, kept_gate_up = project(x_TE, spec.gate_up.linears(), of_gate_up, call.dropout)
         product_TF = swiglu.forward(gate_up_TG, _share(kept_gate_up, of_gate_up))
@@ -194,15 +221,27 @@ class GatedMlp(torch.autograd.Function):
         if product_TF is None:
             product_TF = swiglu.forward(gate_up_TG, share)
         of_down = lora.backward(
-            dy_TE, product_TF, kept_down, spec.down.linears(), spec.down.adapters(), call.dropout
-        )  # fmt: skip
+            dy_TE,
+            product_TF,
+            kept_down,
+            spec.down.linears(),
+            spec.down.adapters(),
+            call.dropout,
+            into=call.into(spec.down),
+        )
         del product_TF
         dgate_up_TG = swiglu.backward(of_down.dx_TE, gate_up_TG, lora=share)
         of_down = replace(of_down, dx_TE=None)
         if x_TE is None:
             x_TE = rms_norm.normalize(sum_TE, rstd_T, norm.weight)
         found = lora.backward(
-            dgate_up_TG, x_TE, kept_gate_up, spec.gate_up.linears(), of_gate_up, call.dropout
-        )  # fmt: skip
+            dgate_up_TG,
+            x_TE,
+            kept_gate_up,
+            spec.gate_up.linears(),
+            of_gate_up,
+            call.dropout,
+            into=call.into(spec.gate_up),
+        )
         dx_TE = rms_norm.backward(found.dx_TE, sum_TE, rstd_T, norm.weight, dsum_TE)
-        return dx_TE, dx_TE, None, *_flat(found), *_flat(of_down)
+        return dx_TE, dx_TE, None, *call.returned(found, of_down)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from peft.tuners.lora import Linear as LoraModule
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from l2v.model.keyed_dropout import KeyedDropout
-from l2v_kernels.lora_linear import Adapter, FrozenLinears, Linears
+from l2v_kernels.lora_linear import Adapter, Adapters, FrozenLinears, Linears
 
 FAMILIES = {
     "LlamaDecoderLayer": "llama",
@@ -53,22 +52,40 @@ class Group:
     """Linear layers with the same input, as modules of transformers and PEFT.
 
     Weights are read from the modules at every call, forward and backward: ZeRO-3 gathers them for each, and the optimizer
-    changes adapters in place.
+    changes adapters in place. After `bind` they are read once and kept for as long as nothing about them changes: what a
+    layer's forward and backward ask for is a large part of a step's host time.
     """
 
     def __init__(self, modules: list[Any]) -> None:
         self.modules = modules
         self.quantized: Quantized | None = None
+        self._state: Any = None
+        self._bound: tuple[FrozenLinears, Adapters, float] | None = None
+
+    def bind(self) -> None:
+        """Read the modules again if a weight has moved or another adapter is active; call it before a forward.
+
+        Not with ZeRO-3, whose weights move between forward and backward.
+        """
+        state = [_state(m) for m in self.modules], self.quantized
+        if state != self._state:
+            self._bound = None
+            self._bound = self.linears(), self.adapters(), self.dropout()
+            self._state = state
 
     def linears(self) -> FrozenLinears:
         """The frozen weights."""
+        if self._bound is not None:
+            return self._bound[0]
         if self.quantized is not None:
             return self.quantized.linears()
         bases = [base_of(m) for m in self.modules]
         return Linears([b.weight for b in bases], [b.bias for b in bases])
 
-    def adapters(self) -> tuple[Adapter, ...]:
+    def adapters(self) -> Adapters:
         """The current LoRA adapters, in the order of the modules."""
+        if self._bound is not None:
+            return self._bound[1]
         found = []
         for part, module in enumerate(self.modules):
             name = _active(module)
@@ -77,11 +94,32 @@ class Group:
                 stream = drop.stream if isinstance(drop, KeyedDropout) else 0
                 a, b = module.lora_A[name].weight, module.lora_B[name].weight
                 found.append(Adapter(part, a, b, module.scaling[name], stream))
-        return tuple(found)
+        return Adapters(found)
 
-    def matrices(self) -> list[torch.Tensor]:
-        """A and B of each adapter in turn, as arguments for autograd."""
-        return [matrix for adapter in self.adapters() for matrix in (adapter.a_RE, adapter.b_OR)]
+    def dropout(self) -> float:
+        """The current probability of LoRA dropout, the same in all its layers; 0 in eval mode and without LoRA."""
+        if self._bound is not None:
+            return self._bound[2]
+        for module in self.modules:
+            if (name := _active(module)) is not None:
+                return getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0
+        return 0.0
+
+
+def _state(module: Any) -> tuple[Any, ...]:
+    """What a bound group depends on, without nn.Module's lookup by name: this runs for every linear of a model at each call."""
+    if not isinstance(module, LoraLayer):
+        own = module._parameters
+        return own["weight"].data_ptr(), id(own["bias"])
+    own = module._modules["base_layer"]._parameters
+    weights = own["weight"].data_ptr(), id(own["bias"])
+    name = _active(module)
+    if name is None:
+        return weights
+    a, b = (module._modules[of]._modules[name]._parameters["weight"] for of in ("lora_A", "lora_B"))
+    drop = module._modules["lora_dropout"]._modules[name]
+    keyed = getattr(drop, "p", 0.0), drop.stream if isinstance(drop, KeyedDropout) else 0
+    return *weights, name, module.scaling[name], a.data_ptr(), b.data_ptr(), module.training, *keyed
 
 
 @dataclass(frozen=True)
@@ -135,15 +173,16 @@ class LayerSpec:
     @property
     def linears(self) -> list[Any]:
         """All seven linear layers."""
-        return [m for group in (self.qkv, self.o, self.gate_up, self.down) for m in group.modules]
+        return [m for group in self.groups for m in group.modules]
+
+    @property
+    def groups(self) -> tuple[Group, Group, Group, Group]:
+        """Its linear layers, by input."""
+        return self.qkv, self.o, self.gate_up, self.down
 
     def dropout(self) -> float:
         """The current probability of LoRA dropout; all linear layers have the same. 0 in eval mode."""
-        for module in self.linears:
-            name = _active(module)
-            if name is not None:
-                return getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0
-        return 0.0
+        return next((p for group in self.groups if (p := group.dropout())), 0.0)
 
 
 def _family(layer: nn.Module) -> str | None:

@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from l2v.model.fused.flat import Collector, FlatAdapters
 from l2v.model.fused.functions import Call, GatedMlp, GroupLinear, ProjectHeads
 from l2v.model.fused.spec import LayerSpec, base_of
 from l2v_kernels import attention, rms_norm, segment_pool
@@ -37,6 +38,7 @@ class FusedStack:
         inner: Any = decoder.get_base_model() if isinstance(decoder, PeftModel) else decoder
         self.inner, self.recompute = inner, recompute
         self.gathered = False
+        self.flat: FlatAdapters | None = None
         self.specs = [LayerSpec.of(layer) for layer in inner.layers]
         for spec in self.specs:
             _install_fused_forward(
@@ -59,6 +61,13 @@ class FusedStack:
                 # No later layer fits into what the separate weights leave behind: a third of the model stayed reserved.
                 torch.cuda.empty_cache()
 
+    def flatten_adapters(self) -> FlatAdapters | None:
+        """Make all adapters parts of one trainable parameter; None if there are none. Not with ZeRO-3, which gathers each."""
+        groups = [group for spec in self.specs for group in spec.groups]
+        if any(group.adapters() for group in groups):
+            self.flat = FlatAdapters(groups)
+        return self.flat
+
     def __call__(
         self,
         input_ids_T: torch.Tensor,
@@ -78,7 +87,14 @@ class FusedStack:
         if self.gathered and torch.is_grad_enabled():
             # ZeRO-3 reduces a layer's gradients once its input has a gradient; without one it would do so too early.
             embedded_TE.requires_grad_()
-        run = _Run(packed, seeds_T, rows_T, cos[0], sin[0])
+        collector = None
+        if not self.gathered:
+            for spec in self.specs:
+                for group in spec.groups:
+                    group.bind()
+            if self.flat is not None and torch.is_grad_enabled():
+                collector = self.flat.collector()
+        run = _Run(packed, seeds_T, rows_T, cos[0], sin[0], collector)
         sum_TE, delta_TE = embedded_TE[0], None
         for spec in self.specs:
             sum_TE, delta_TE = spec.module(sum_TE, delta_TE, fused=run)
@@ -96,8 +112,8 @@ class FusedStack:
 
     def _layer_once(self, spec: LayerSpec, residual_TE, delta_TE, run):
         dropout = InputDropout(spec.dropout(), run.seeds_T, run.rows_T)
-        call = Call(spec, dropout, run.cos_TD, run.sin_TD, keep_all=self.recompute == "none")
-        sum_TE, q, k, v = ProjectHeads.apply(residual_TE, delta_TE, call, *spec.qkv.matrices())
+        call = Call(spec, dropout, run.cos_TD, run.sin_TD, self.recompute == "none", run.collector)
+        sum_TE, q, k, v = ProjectHeads.apply(residual_TE, delta_TE, call, *call.matrices(spec.qkv))
         packed, training = run.packed, spec.module.self_attn.training
         window = spec.window
         if window is not None and not packed.causal:
@@ -106,17 +122,17 @@ class FusedStack:
             q, k, v, packed.cu_seqlens, scale=spec.scale, dropout_p=packed.dropout_p if training else 0.0,
             seeds_S=packed.seeds_S, stream=spec.index, causal=packed.causal, window=window, plan=packed.plan,
         )  # fmt: skip
-        a_TE = GroupLinear.apply(o_THD.flatten(1), spec.o, dropout, *spec.o.matrices())
+        a_TE = GroupLinear.apply(o_THD.flatten(1), spec.o, call, *call.matrices(spec.o))
         residual_TE = residual_TE if sum_TE is None else sum_TE
-        return GatedMlp.apply(residual_TE, a_TE, call, *spec.gate_up.matrices(), *spec.down.matrices())
+        return GatedMlp.apply(residual_TE, a_TE, call, *call.matrices(spec.gate_up, spec.down))
 
 
 class _Run:
     """What all layers of one forward share."""
 
-    def __init__(self, packed, seeds_T, rows_T, cos_TD, sin_TD) -> None:
+    def __init__(self, packed, seeds_T, rows_T, cos_TD, sin_TD, collector: Collector | None) -> None:
         self.packed, self.seeds_T, self.rows_T = packed, seeds_T, rows_T
-        self.cos_TD, self.sin_TD = cos_TD, sin_TD
+        self.cos_TD, self.sin_TD, self.collector = cos_TD, sin_TD, collector
 
 
 def _final_norm(norm: Any, residual_TE, delta_TE, weights_T, cu_seqlens):
