@@ -33,6 +33,14 @@ class Case:
         """Whether memory, growth and the host's time are judged."""
         return self.steps >= LONG
 
+    @property
+    def deepspeeds_phases(self) -> tuple[str, ...]:
+        """Phases in which DeepSpeed's own waits are counted against the budget; elsewhere none is allowed.
+
+        ZeRO 3 waits for the weights of a layer that it gathers; the other stages for the norm of the gradients.
+        """
+        return ("forward", "backward", "update") if "zero.stage=3" in self.overrides else ("update",)
+
     def arguments(self, data: Path, out: Path) -> list[str]:
         """Of `l2v train`."""
         every = [f"steps={self.steps}", "log_every=1", "save_every=0"]

@@ -46,7 +46,7 @@ def findings(run: Run, budget: dict[str, Any] | None) -> list[str]:
             if case.long:
                 of_rank += _growth(recording, stage) + _memory(recording, stage)
             else:
-                of_rank += _waits(recording, stage)
+                of_rank += _waits(case, recording, stage)
         found += [f"rank {recording['rank']}: {text}" for text in of_rank]
     found += _balance(run.recordings)
     if budget is None:
@@ -93,12 +93,12 @@ def _growth(recording: dict[str, Any], stage: str) -> list[str]:
     ]
 
 
-def _waits(recording: dict[str, Any], stage: str) -> list[str]:
-    """Waits and pageable copies inside the phases of the last step; DeepSpeed's own in the update have a budget."""
+def _waits(case: Case, recording: dict[str, Any], stage: str) -> list[str]:
+    """Waits and pageable copies inside the phases of the last step, without those of DeepSpeed that have a budget."""
     found = []
     step = last_step(recording, stage)
     for phase, kind, name, detail, line, count in rows_of(recording, stage, step, PHASES, ("wait", "copy")):
-        if _of_deepspeed(phase, line):
+        if _of_deepspeed(case, phase, line):
             continue
         if kind == "wait":
             found.append(f"{stage} waits for the device in its {phase}, {count} x {name} at {line}")
@@ -107,8 +107,8 @@ def _waits(recording: dict[str, Any], stage: str) -> list[str]:
     return found
 
 
-def _of_deepspeed(phase: str, line: str) -> bool:
-    return phase == "update" and line.startswith("deepspeed/")
+def _of_deepspeed(case: Case, phase: str, line: str) -> bool:
+    return phase in case.deepspeeds_phases and line.startswith("deepspeed/")
 
 
 def _memory(recording: dict[str, Any], stage: str) -> list[str]:
@@ -173,8 +173,9 @@ def _of_stage(case: Case, recording: dict[str, Any], stage: str) -> dict[str, fl
         f"launches {phase}": each["launches"] for phase, each in phases_of(recording, stage, step).items()
     }
     found["specialisations"] = sum(each["stage"] == stage for each in recording["specialisations"])
-    waits = rows_of(recording, stage, step, PHASES, ("wait",))
-    found["waits of DeepSpeed in the update"] = sum(row[5] for row in waits if _of_deepspeed(row[0], row[4]))
+    waits = [row for row in rows_of(recording, stage, step, PHASES, ("wait",)) if _of_deepspeed(case, row[0], row[4])]
+    for phase in case.deepspeeds_phases:
+        found[f"waits of DeepSpeed in the {phase}"] = sum(row[5] for row in waits if row[0] == phase)
     return found
 
 

@@ -163,6 +163,23 @@ def test_a_rank_without_work_or_without_an_end():
     assert findings(run, {}) == ["rank 1 ended with exit code 1: l2v: the error", "1 of 2 ranks wrote no recording"]
 
 
+def test_zero_3_waits_for_its_weights_within_a_budget():
+    case = SUITE["mntp-zero3"]
+    waiting = recording()
+    waiting["rows"].append(
+        ["mntp", 3, "forward", "wait", "cudaStreamSynchronize", "", "deepspeed/runtime/zero/x.py:1", 65]
+    )
+    budget = budget_of(finished(case, waiting))
+    assert findings(finished(case, waiting), budget) == []
+    assert findings(finished(SHORT, waiting), budget_of(finished(SHORT, waiting))) == [
+        "rank 0: mntp waits for the device in its forward, 65 x cudaStreamSynchronize at deepspeed/runtime/zero/x.py:1"
+    ]
+    waiting["rows"][-1][-1] = 66
+    assert findings(finished(case, waiting), budget) == [
+        "mntp: waits of DeepSpeed in the forward 66, more than the committed 65"
+    ]
+
+
 def test_budgets_are_written_and_read_again(tmp_path):
     path = tmp_path / "budgets.json"
     assert read_budgets(path) == {}
