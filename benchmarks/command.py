@@ -15,6 +15,8 @@ import torch
 
 from benchmarks.harness import Ceilings, Result, Target, Unavailable, device_facts, measure_ceilings, release
 from benchmarks.pages import SMOKE, Panel, bars, headline, table, targets_table, tflops_panels, write
+from l2v.errors import UserError
+from l2v.machine import check_results_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +51,20 @@ class Command:
         if self.any_device:
             options.device = torch.empty(0, device=options.device).device
         try:
+            if options.out:
+                _check_out(options.out)
             return self.run(options)
         except Unavailable as error:
             print(f"{self.name}: {error}", file=sys.stderr)
             return 1
+
+
+def _check_out(folder: Path) -> None:
+    """Raises: Unavailable where numbers of the null GPU would come among those of hardware."""
+    try:
+        check_results_folder(folder)
+    except UserError as error:
+        raise Unavailable(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True)

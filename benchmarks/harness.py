@@ -124,6 +124,10 @@ def device_facts(device: torch.device, packages: Sequence[str] = ()) -> dict:
             "l2": properties.L2_cache_size,
             "cuda": torch.version.cuda,
         }
+        from l2v.machine import on_null_gpu
+
+        if on_null_gpu():
+            facts["device"] = "null"
     facts["smoke"] = device.type != "cuda"
     return facts
 

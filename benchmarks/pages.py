@@ -8,6 +8,7 @@ from benchmarks.harness import Result, Target, Unavailable
 from l2v.files import replace_text
 
 SMOKE = "SMOKE TEST on a CPU: these times say nothing about a GPU."
+NULL = "NULL GPU: kernels were counted and not run; these times say nothing."
 CPU = "Work on a CPU: these numbers say nothing about a GPU."
 
 
@@ -47,7 +48,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def headline(facts: dict) -> str:
     """The line above every table."""
     head = f"{facts['device']}, torch {facts['torch']}, triton {facts['triton']}"
-    return f"{SMOKE} {head}" if facts["smoke"] else head
+    label = NULL if facts["device"] == "null" else SMOKE if facts["smoke"] else ""
+    return f"{label} {head}".strip()
 
 
 def work_headline(facts: dict) -> str:

@@ -25,6 +25,8 @@ from l2v.errors import UserError
 from l2v.files import replace_text
 from l2v.model.embedded import cache_folder
 
+NULL_GPU = "null GPU"
+"""Begins the name of a device that counts kernels and runs none (tests/nullgpu): no number of it may pass for a GPU's."""
 SECONDS = 10.0
 ROUNDS = 9
 GEMM_SHARE = 0.6  # of the seconds; a GPU needs some time to drop to the clock that its power limit allows
@@ -69,7 +71,8 @@ def calibration(
     """The cached calibration of this device under this version of torch, or None.
 
     dtype: of the matmul; default: that of `base.precision: auto`. On a CPU the number of threads is part of the device.
-    measure: measure now, for about `seconds`, and cache the result. If the cache cannot be written, nothing is cached.
+    measure: measure now, for about `seconds`, and cache the result. If the cache cannot be written, nothing is cached. The null
+        GPU has no speed, so nothing is measured.
 
     Raises:
         UserError: the device has no free memory for the measurement.
@@ -79,7 +82,7 @@ def calibration(
 
         dtype = dtype_of("auto")
     file = calibration_file(device, dtype)
-    if not measure:
+    if not measure or (device.type == "cuda" and on_null_gpu()):
         try:
             return Calibration(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):  # missing, or written by another version
@@ -109,6 +112,24 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     count = torch.get_num_threads()
     return f"{processor()}, {count} thread{'s' if count > 1 else ''}"
+
+
+def on_null_gpu() -> bool:
+    """Whether CUDA's device is the null GPU of tests/nullgpu, which computes nothing."""
+    return torch.cuda.is_available() and torch.cuda.get_device_name().startswith(NULL_GPU)
+
+
+def check_results_folder(folder: Path) -> None:
+    """Keep numbers of the null GPU apart from those of hardware.
+
+    Raises:
+        UserError: this is the null GPU, and neither the folder nor one above it is called `nullgpu`.
+    """
+    if on_null_gpu() and "nullgpu" not in folder.resolve().parts:
+        raise UserError(
+            f"this is the null GPU, whose times mean nothing, and "
+            f"{folder} may hold those of hardware: give a folder named nullgpu"
+        )
 
 
 def processor() -> str:
@@ -198,6 +219,8 @@ def gpu_trouble() -> str | None:
             "DS_ACCELERATOR=cpu contradicts the GPU that torch finds: set DS_ACCELERATOR=cuda, or train on the CPU with "
             "CUDA_VISIBLE_DEVICES= (empty)"
         )
+    if on_null_gpu() and not {"L2V_CACHE", "TRITON_CACHE_DIR"} <= os.environ.keys():
+        return "the null GPU needs caches of its own, L2V_CACHE and TRITON_CACHE_DIR: start with python -m tests.nullgpu run"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if torch.version.cuda is None or hidden or not has_nvidia_gpu() or torch.cuda.is_available():
         return None

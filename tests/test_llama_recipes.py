@@ -1,6 +1,5 @@
 """Each Llama-3 recipe, all stages, under the deepspeed launcher: the real tokenizer, a shrunken shape without weights."""
 
-import importlib.util
 import json
 import math
 import os
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.llama3 import save_tokenizer
 
 from l2v.data.tokens import TextTokenizer, load_tokenizer
 from l2v.recipe.load import load_recipe
@@ -36,47 +36,14 @@ GOLDEN_IDS = [
     128009,
 ]
 RECIPES = ["llama3-8b-da", "ai-sweden-llama3-8b-da", "llama3-8b-en"]
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPECIALS = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_2|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-]
 
 
 @pytest.fixture(scope="session")
 def llama_tokenizer(tmp_path_factory) -> str:
     """The 128,256 entries of Llama 3 from the package llama-models (the dev extra), with its BOS post-processor."""
-    spec = importlib.util.find_spec("llama_models")
-    if spec is None:
-        pytest.skip("llama-models is not installed (pip install 'l2v[dev]')")
-    from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    model = Path(spec.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
-    specials = [*SPECIALS, *(f"<|reserved_special_token_{i}|>" for i in range(3, 249))]
-    backend = TikTokenConverter(vocab_file=str(model), pattern=PATTERN, extra_special_tokens=specials).converted()
-    bos = processors.TemplateProcessing(
-        single="<|begin_of_text|> $A", pair="<|begin_of_text|> $A $B", special_tokens=[("<|begin_of_text|>", 128000)]
-    )
-    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), bos])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>", pad_token="<|eot_id|>"
-    )
-    assert len(tokenizer) == 128256
     folder = tmp_path_factory.mktemp("llama3")
-    tokenizer.save_pretrained(folder)
+    if not save_tokenizer(folder):
+        pytest.skip("llama-models is not installed (pip install 'l2v[dev]')")
     return str(folder)
 
 

@@ -8,10 +8,16 @@ import pytest
 import torch
 from support.processes import hide_gpus, training_environment
 
+from benchmarks import harness, pages
+from benchmarks.command import Benchmark
 from l2v import machine
 from l2v.commands import main
 from l2v.commands.main import may_have_gpu
+from l2v.doctor import hardware
+from l2v.doctor.report import Report
+from l2v.errors import UserError
 from l2v.machine import Calibration, calibration, calibration_file, explain, peak_flops
+from l2v.tuning.apply import place
 
 CPU = torch.device("cpu")
 TOO_OLD = (
@@ -147,6 +153,7 @@ def test_training_is_refused_where_a_gpu_cannot_be_used(broken_gpu, run_here, ti
 
 def test_an_accelerator_that_contradicts_a_visible_gpu_is_refused(monkeypatch, run_here, tiny_recipe, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
     said = run_here(tiny_recipe(tmp_path), expect=1)  # it sets DS_ACCELERATOR=cpu
     assert said.strip() == (
         "l2v: DS_ACCELERATOR=cpu contradicts the GPU that torch finds: set DS_ACCELERATOR=cuda, or train on the CPU with "
@@ -211,3 +218,67 @@ def test_who_hides_the_gpus_trains_on_the_cpu(broken_gpu, monkeypatch):
     assert machine.gpu_trouble()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert machine.gpu_trouble() is None
+
+
+@pytest.fixture
+def null_gpu(monkeypatch):
+    """A machine that shows the GPU of tests/nullgpu, which computes nothing, with caches of its own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "null GPU sm_90")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "triton")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+
+
+def test_the_null_gpu_has_no_speed(null_gpu, tmp_path):
+    assert calibration(torch.device("cuda"), torch.bfloat16, measure=True, seconds=0.01) is None
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_null_gpu_needs_caches_of_its_own(null_gpu, monkeypatch):
+    assert machine.gpu_trouble() is None
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    assert machine.gpu_trouble() == (
+        "the null GPU needs caches of its own, L2V_CACHE and TRITON_CACHE_DIR: start with python -m tests.nullgpu run"
+    )
+
+
+def test_results_of_the_null_gpu_stay_apart(null_gpu, monkeypatch, tmp_path):
+    machine.check_results_folder(tmp_path / "nullgpu")
+    machine.check_results_folder(tmp_path / "nullgpu" / "sm_90")
+    with pytest.raises(UserError, match=r"this is the null GPU, .* give a folder named nullgpu"):
+        machine.check_results_folder(tmp_path / "results")
+    monkeypatch.undo()
+    machine.check_results_folder(tmp_path / "results")
+
+
+def test_what_is_written_on_the_null_gpu_says_so(null_gpu, monkeypatch, tiny_recipe, tmp_path, capsys):
+    assert place(1)["device"] == "null"
+    recipe = tiny_recipe(tmp_path)
+    assert main.main(["tune", str(recipe)]) == 1
+    assert "this is the null GPU" in capsys.readouterr().err and not recipe.with_suffix(".tuned.json").exists()
+    properties = {"name": "null GPU sm_90", "major": 9, "minor": 0, "multi_processor_count": 132, "total_memory": 1}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**properties, L2_cache_size=1))
+    facts = harness.device_facts(torch.device("cuda"))
+    assert facts["device"] == "null" and not facts["smoke"]
+    assert pages.headline(facts).startswith("NULL GPU: kernels were counted and not run")
+
+
+def test_a_benchmark_on_the_null_gpu_refuses_other_folders(null_gpu, tmp_path, capsys):
+    ran = []
+    benchmark = Benchmark(
+        name="x", doc="X.", quick="less", any_device=False, run=lambda options: ran.append(options) or 0
+    )
+    assert benchmark.main(["--out", str(tmp_path / "results")]) == 1
+    assert "x: this is the null GPU" in capsys.readouterr().err
+    assert benchmark.main(["--out", str(tmp_path / "nullgpu")]) == 0 and len(ran) == 1
+
+
+def test_doctor_says_that_it_is_the_null_gpu(null_gpu, monkeypatch):
+    report = Report()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28))
+    assert hardware.devices(report)["device"] == "null" and not report.problems
+    assert report.notes == [
+        "this is the null GPU of tests/nullgpu: kernels are counted, not run, and no number is measured"
+    ]
+    assert hardware.calibration(report, 1.0) == {"": "none: this is the null GPU, which has no speed"}

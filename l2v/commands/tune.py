@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported here: help and mistakes in the recipe need no torch.
     import torch
 
+    from l2v.machine import check_results_folder
     from l2v.tuning.apply import place, read_tuned, tuned_file
     from l2v.tuning.search import tune_stage
 
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Checked before anything runs, not after an hour of measurements.
     if not os.access(file.parent, os.W_OK):
         raise UserError(f"{file} cannot be written: copy the recipe to your own folder (l2v recipes NAME > mine.yaml)")
+    check_results_folder(file.parent)
     here = place(args.processes or max(1, torch.cuda.device_count()))
     before = read_tuned(args.recipe) or {}
     stages = before.get("stages", {}) if before.get("place") == here else {}

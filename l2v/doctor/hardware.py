@@ -62,9 +62,14 @@ def devices(report: Report) -> Rows:
     """GPUs, their driver and how they are linked."""
     import torch
 
-    from l2v.machine import gpu_trouble, has_nvidia_gpu, peak_flops
+    from l2v.machine import gpu_trouble, has_nvidia_gpu, on_null_gpu, peak_flops
 
     rows: Rows = {}
+    if on_null_gpu():
+        rows["device"] = "null"
+        report.notes.append(
+            "this is the null GPU of tests/nullgpu: kernels are counted, not run, and no number is measured"
+        )
     if trouble := gpu_trouble():
         report.problems.append(trouble)
     if not torch.cuda.is_available():
@@ -179,7 +184,7 @@ def calibration(report: Report, seconds: float) -> Rows:
     """Measure the first GPU, or the CPU with the threads that training uses; 0 seconds: show the last measurement."""
     import torch
 
-    from l2v.machine import calibration, calibration_file, peak_flops, threads
+    from l2v.machine import calibration, calibration_file, on_null_gpu, peak_flops, threads
     from l2v.model.load import dtype_of
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -187,6 +192,8 @@ def calibration(report: Report, seconds: float) -> Rows:
         torch.set_num_threads(threads())
     dtype = dtype_of("auto")
     found = calibration(device, dtype, measure=seconds > 0, seconds=seconds)
+    if device.type == "cuda" and on_null_gpu():
+        return {"": "none: this is the null GPU, which has no speed"}
     if found is None:
         return {"": "none yet; l2v doctor measures it, and training then logs MFU"}
     report.rates = asdict(found)

@@ -117,6 +117,7 @@ def triton_error() -> str | None:
     """Compile and run a small kernel and compare it with its reference; None if it works. Triton needs a C compiler."""
     import torch
 
+    from l2v.machine import on_null_gpu
     from l2v_kernels import dropout
 
     x_TE = torch.linspace(1, 2, 256 * 24).view(256, 24)
@@ -125,7 +126,7 @@ def triton_error() -> str | None:
         got_TE = dropout(x_TE.cuda(), 0.5, seeds_T.cuda(), rows_T.cuda(), 1).cpu()
     except Exception as error:
         return f"{first_line(error)} (Triton needs a C compiler and Python's header files, for example python3-dev)"
-    same = torch.allclose(got_TE, dropout(x_TE, 0.5, seeds_T, rows_T, 1), rtol=1e-5)
+    same = on_null_gpu() or torch.allclose(got_TE, dropout(x_TE, 0.5, seeds_T, rows_T, 1), rtol=1e-5)
     return None if same else "dropout differs from its reference"
 
 

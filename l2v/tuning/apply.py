@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from l2v.errors import RecipeError, UserError
-from l2v.machine import device_name, processor
+from l2v.machine import device_name, on_null_gpu, processor
 from l2v.recipe import Recipe
 from l2v.recipe.checks import check
 from l2v.recipe.shipped import find_recipe
@@ -34,6 +34,8 @@ def place(processes: int) -> dict[str, Any]:
     """What tuned settings are valid for: device, number of processes on it, version of torch."""
     # All cores of the CPU count, however many threads a launcher gives each process.
     name = device_name(torch.device("cuda")) if torch.cuda.is_available() else f"{processor()}, {os.cpu_count()} cores"
+    if on_null_gpu():
+        name = "null"
     return {"device": name, "processes": processes, "torch": torch.__version__}
 
 

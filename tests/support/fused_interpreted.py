@@ -1,11 +1,11 @@
 """Run with TRITON_INTERPRET=1: the whole fused layer on its Triton kernels, against the plain layer on the references."""
 
-import torch
-
 import support.interpreter  # noqa: F401 (it patches Triton's interpreter)
+import torch
+from support.fused_cases import FAMILIES, batch, build, distance, gradients
+
 from l2v.recipe import Lora
 from l2v_kernels.dispatch import triton_everywhere
-from support.fused_cases import FAMILIES, batch, build, distance, gradients
 
 SMALL = batch(lengths=(3, 1, 6))
 

@@ -1,9 +1,9 @@
 """Run with TRITON_INTERPRET=1: what one layer saves for its backward, on its Triton kernels."""
 
 import numpy as np
+import support.interpreter  # noqa: F401 (it patches Triton's interpreter)
 import torch
 
-import support.interpreter  # noqa: F401 (it patches Triton's interpreter)
 from l2v.batch import Segment, pack
 from l2v.model.load import inner_model, load_model
 from l2v.model.lora import add_lora
