@@ -7,12 +7,12 @@ On a CPU it runs tiny packs as a smoke test, and labels everything it writes as 
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from benchmarks.command import Comparison, Setup
-from benchmarks.harness import Ceilings, Result, attempt, sets_beyond_cache, time_results
+from benchmarks.harness import Ceilings, Result, Unavailable, attempt, sets_beyond_cache, time_results
 from benchmarks.kernels.attention_peers import PROVIDERS, Workload
 from benchmarks.pages import Panel, tflops_panels
 from l2v_kernels import AttentionPlan
@@ -32,12 +32,16 @@ def sentences(tokens: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def workloads(device: torch.device, quick: bool) -> list[Workload]:
-    """The packs that are measured: 16k tokens on a GPU, a few hundred on a CPU."""
+def workloads(device: torch.device, quick: bool, only: Sequence[str] = ()) -> list[Workload]:
+    """The packs that are measured: 16k tokens on a GPU, a few hundred on a CPU.
+
+    only: names of packs, `sentences` or a length; those that are not measured here are skipped.
+    """
     smoke = device.type != "cuda"
     tokens, dtype = (256, torch.float32) if smoke else (16384, torch.bfloat16)
     fixed = (128,) if smoke else (128, 512, 2048) if quick else FIXED
     packs = {"sentences": sentences(tokens)} | {str(n): (n,) * (tokens // n) for n in fixed}
+    packs = {name: lengths for name, lengths in packs.items() if not only or name in only}
     shapes = dict(list(SHAPES.items())[:1]) if quick else SHAPES
     if smoke:
         shapes = {name: (heads // 8, max(1, key_heads // 8), D) for name, (heads, key_heads, D) in shapes.items()}
@@ -122,7 +126,12 @@ def _backward(output, tensors):
 def parts(setup: Setup) -> Iterator[Callable[[], list[Result]]]:
     """A call for each workload."""
     seconds = setup.seconds(quick=0.1, full=0.3)
-    for w in workloads(setup.device, setup.quick):
+    only = [name for name in setup.options.packs.split(",") if name]
+    if unknown := set(only) - {"sentences", *map(str, FIXED)}:
+        raise Unavailable(
+            f"--packs has no {', '.join(sorted(unknown))}; choose of sentences, {', '.join(map(str, FIXED))}"
+        )
+    for w in workloads(setup.device, setup.quick, only):
         yield lambda w=w: run(w, setup.ceilings, seconds)
 
 
@@ -135,6 +144,7 @@ BENCHMARK = Comparison(
     name="attention",
     doc=__doc__,
     quick="one shape and fewer lengths: minutes on a GPU",
+    options={"--packs": {"default": "", "metavar": "NAMES", "help": "of these packs alone, for example sentences,512"}},
     parts=parts,
     panels=panels,
 )

@@ -1,6 +1,6 @@
 """The full training step: `l2v train` itself against llm2vec, transformers + PEFT, Liger, sentence-transformers.
 
-l2v bench train_step [--out FOLDER] [--model 8b|smollm2|mini] [--minutes M] [--llm2vec PATH]
+l2v bench train_step [--out FOLDER] [--model 8b|shallow|smollm2|mini] [--minutes M] [--llm2vec PATH]
 
 Ours is the training program and no second loop: `l2v.train` with the recipe, as the one rank of a launcher; its numbers are
 those of its metrics.jsonl. Weights are random and stored in a folder that all providers load (`base.model=FOLDER`, where
@@ -8,7 +8,8 @@ those of its metrics.jsonl. Weights are random and stored in a folder that all p
 turns if there are several rounds. A result is on the disk as soon as it is measured, and the same command resumes where a run
 stopped.
 
-8b: Llama-3-8B as in llama3-8b-da.yaml, for a GPU. smollm2: the quickstart's own work, for a CPU. mini: a check of all this.
+8b: Llama-3-8B as in llama3-8b-da.yaml, for a GPU; shallow: two of its layers, which compile the same kernels. smollm2: the
+quickstart's own work, for a CPU. mini: a check of all this.
 """
 
 from __future__ import annotations
