@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from l2v.errors import UserError
+from l2v.machine.gpus import too_little_memory
 from l2v.model.load import device, fingerprint, inner_model, load_model, output_head
 from l2v.model.lora import add_lora, describe_adapter, merge_adapters
 from l2v.model.memory import LayerShape, activation_bytes, choose_recompute, free_bytes
@@ -23,7 +25,10 @@ from l2v.training.memory import (
     not_yet_allocated,
     tail_memory,
 )
-from l2v.training.ranks import ranks_here
+from l2v.training.ranks import on_every_rank, ranks_here
+
+ESTIMATE = 0.9
+"""Share of an estimate of memory that is certainly needed: training is refused only where that does not fit."""
 
 
 def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[PackedDecoder, dict[str, Any]]:
@@ -61,11 +66,38 @@ def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[
     return packed, lineage
 
 
+def check_weights(model: PackedDecoder, recipe: Recipe, name: str) -> None:
+    """Before the weights move to a GPU: whether they fit. A collective call on GPUs, and nothing on a CPU.
+
+    Raises:
+        UserError: they do not, on any rank.
+    """
+    where = device()
+    waiting = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_cuda)
+    shards = dist.get_world_size() if recipe.zero.stage == 3 else 1
+    _refuse(where, f"stage '{name}': the base's weights", waiting / shards, free_bytes(where), recipe)
+
+
+def _refuse(where: torch.device, what: str, needs: float, free: int, recipe: Recipe, shorter: bool = False) -> None:
+    """Raises UserError on all ranks if something does not fit on a GPU of any."""
+    zero, precision = recipe.zero.stage, recipe.base.base_precision
+
+    def check() -> None:
+        if said := too_little_memory(what, needs, free, zero=zero, precision=precision, shorter=shorter):
+            raise UserError(said)
+
+    if where.type == "cuda":
+        on_every_rank(check)
+
+
 def place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: torch.dtype, longest: int) -> str | None:
     """Stack or quantise the frozen weights and choose what the backward recomputes; call it once weights are on the device.
 
     longest: tokens of the longest example.
     Returns a line for the log. The choice does not change the result by a single bit, so each rank may choose differently.
+
+    Raises:
+        UserError: not even one example fits on a GPU.
     """
     if model.fused is None:
         model.set_recompute("none" if stage.recompute == "auto" else stage.recompute)
@@ -88,6 +120,9 @@ def place_memory(model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: torc
     bucket = bucket_in_backward(engine, recipe.zero.stage)
     end = tail_memory(stage, shape, vocabulary, tokens, world, kernels=kernels, bucket=bucket)
     chosen = stage.recompute
+    smallest = tail_memory(stage, shape, vocabulary, longest, world, kernels=kernels, bucket=bucket)
+    least = activation_bytes(shape, "layer" if chosen == "auto" else chosen, longest, mode, smallest)
+    _refuse(where, f"one example of {longest:,} tokens and its gradients", ESTIMATE * least, free, recipe, shorter=True)
     if chosen == "auto":
         chosen = choose_recompute(shape, tokens, free, mode, end)
     model.set_recompute(chosen)

@@ -27,7 +27,7 @@ from l2v.recipe.load import to_dict
 from l2v.runs.claim import claim, publish, recorded_negatives
 from l2v.runs.folder import ADAPTER, has_begun, is_trained, run_folder
 from l2v.training import checkpoint
-from l2v.training.build import build, place_memory
+from l2v.training.build import build, check_weights, place_memory
 from l2v.training.engine import deepspeed_config, initialize
 from l2v.training.faults import OutOfMemory, read_budget, smaller, write_budget
 from l2v.training.frozen import frozen_checksum
@@ -94,6 +94,7 @@ def train_stage(recipe: Recipe, name: str, rank: int, world: int, watch: Watchdo
     masking = _masking(stage, data.texts, recipe.base.mask_token, model)
     units = model.as_units() if recipe.zero.stage == 3 else []
     count = sum(p.numel() for p in parameters.values())
+    check_weights(model, recipe, name)
     engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype, count), stage, units)
     if placed := place_memory(model, recipe, stage, dtype, int(data.examples.lengths.max())):
         log(placed)

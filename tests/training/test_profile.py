@@ -269,7 +269,10 @@ def test_modules_of_unfused_layers():
     assert kind_of_module("decoder.layers.0", nn.Module()) is None
 
 
-@pytest.mark.parametrize(("stage", "layers"), [("mntp", "auto"), pytest.param("mntp", "plain", marks=pytest.mark.slow), ("supervised", "auto")])
+@pytest.mark.parametrize(
+    ("stage", "layers"),
+    [("mntp", "auto"), pytest.param("mntp", "plain", marks=pytest.mark.slow), ("supervised", "auto")],
+)
 def test_a_profile_of_a_run(run_here, tiny_recipe, tmp_path, stage, layers):
     recipe = tiny_recipe(tmp_path, **ALONE, **{f"stages.{stage}.micro_tokens": 160})
     said = run_here(recipe, "--stage", stage, "steps=6", "profile=true", f"base.layers={layers}")
