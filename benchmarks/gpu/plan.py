@@ -99,7 +99,7 @@ def _rest(mntp: tuple[str, ...], gpu: bool, llm2vec: str | None) -> list[Step]:
             continues=("mntp_plain", "mntp"),
         ),
         _benchmark(
-            "attention_more", "rest", "kernels.attention", "--quick", "--packs", "128,2048", limit=60, result="attention",
+            "attention_more", "rest", "kernels.attention", "--quick", "--packs", "128,2048,window", limit=60, result="attention",
             ops=("attention",),
         ),
         *(

@@ -21,6 +21,9 @@ from l2v_kernels.attention.settings import Settings
 
 SHAPES = {"llama-3-8b": (32, 8, 128), "64-dim": (16, 16, 64)}
 FIXED = (128, 256, 512, 2048, 8192)
+WINDOW = 256
+"""Of the pack `window`, whose segments are the longest that --quick measures."""
+NAMES = ("sentences", *map(str, FIXED), "window")
 
 
 def sentences(tokens: int, seed: int = 0) -> tuple[int, ...]:
@@ -35,7 +38,7 @@ def sentences(tokens: int, seed: int = 0) -> tuple[int, ...]:
 def workloads(device: torch.device, quick: bool, only: Sequence[str] = ()) -> list[Workload]:
     """The packs that are measured: 16k tokens on a GPU, a few hundred on a CPU.
 
-    only: names of packs, `sentences` or a length; those that are not measured here are skipped.
+    only: names of packs: `sentences`, a length, or `window`; those that are not measured here are skipped.
     """
     smoke = device.type != "cuda"
     tokens, dtype = (256, torch.float32) if smoke else (16384, torch.bfloat16)
@@ -45,12 +48,20 @@ def workloads(device: torch.device, quick: bool, only: Sequence[str] = ()) -> li
     shapes = dict(list(SHAPES.items())[:1]) if quick else SHAPES
     if smoke:
         shapes = {name: (heads // 8, max(1, key_heads // 8), D) for name, (heads, key_heads, D) in shapes.items()}
-    return [
+    found = [
         Workload(f"{name} {shape}", lengths, *heads, dropout, device, dtype)
         for shape, heads in shapes.items()
         for name, lengths in packs.items()
         for dropout in (0.0, 0.3)
     ]
+    if not only or "window" in only:
+        length, window = (128, 16) if smoke else (2048, WINDOW)
+        segments = (length,) * (tokens // length)
+        found += [
+            Workload(f"{length} window {window} {shape}", segments, *heads, 0.0, device, dtype, window)
+            for shape, heads in shapes.items()
+        ]
+    return found
 
 
 def inputs(w: Workload, n: int) -> list[list[torch.Tensor]]:
@@ -80,7 +91,7 @@ def exact_results(w: Workload, tensors: list[torch.Tensor], dropout: float) -> l
     """[o, dq, dk, dv] of the reference in fp32."""
     leaves = [x.detach().float().requires_grad_() for x in tensors[:3]]
     plan = AttentionPlan.from_lengths(w.lengths, w.device)
-    settings = Settings(w.head_dim**-0.5, dropout)
+    settings = Settings(w.head_dim**-0.5, dropout, window=w.window)
     o, _ = attention_reference(*leaves, plan, torch.arange(len(w.lengths), device=w.device), settings)
     return [o.detach(), *torch.autograd.grad(o, leaves, tensors[3].float())]
 
@@ -127,10 +138,8 @@ def parts(setup: Setup) -> Iterator[Callable[[], list[Result]]]:
     """A call for each workload."""
     seconds = setup.seconds(quick=0.1, full=0.3)
     only = [name for name in setup.options.packs.split(",") if name]
-    if unknown := set(only) - {"sentences", *map(str, FIXED)}:
-        raise Unavailable(
-            f"--packs has no {', '.join(sorted(unknown))}; choose of sentences, {', '.join(map(str, FIXED))}"
-        )
+    if unknown := set(only) - {*NAMES}:
+        raise Unavailable(f"--packs has no {', '.join(sorted(unknown))}; choose of {', '.join(NAMES)}")
     for w in workloads(setup.device, setup.quick, only):
         yield lambda w=w: run(w, setup.ceilings, seconds)
 
