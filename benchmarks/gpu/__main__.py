@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.work = options.work.resolve()  # steps run in another folder
     environment = _environment(options.work)
     signal.signal(signal.SIGTERM, _interrupt)
-    plan = steps(cores(), **_probe(environment), llm2vec=os.environ.get("LLM2VEC"))
+    named = {"--llm2vec": os.environ.get("LLM2VEC"), "--nemo": os.environ.get("NEMO")}
+    peers = [word for option, path in named.items() if path for word in (option, path)]
+    plan = steps(cores(), **_probe(environment), peers=peers)
     if unknown := set(options.parts) - set(parts(plan)):
         print(f"gpu.sh: no part {', '.join(sorted(unknown))}; choose of {', '.join(parts(plan))}", file=sys.stderr)
         return 2

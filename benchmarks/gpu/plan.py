@@ -6,6 +6,7 @@ Nothing here needs torch: the plan is made, and the rest of it runs, also where 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,11 +58,11 @@ def _tests(op: str, workers: int) -> Step:
     return Step(f"tests-{op}", "tests", arguments, 150, "tests.json", beside="tests")
 
 
-def steps(cores: int = 1, *, gpu: bool = True, xdist: bool = False, llm2vec: str | None = None) -> list[Step]:
+def steps(cores: int = 1, *, gpu: bool = True, xdist: bool = False, peers: Sequence[str] = ()) -> list[Step]:
     """The plan.
 
     cores: of the CPU, shared by what is compiled side by side. gpu: whether torch finds one; without, the plan is a rehearsal
-    on tiny sizes. xdist: whether pytest-xdist is installed. llm2vec: see `l2v bench train_step --llm2vec`.
+    on tiny sizes. xdist: whether pytest-xdist is installed. peers: options of `l2v bench train_step` that name environments.
     """
     workers = max(1, round(cores / len(TESTED))) if xdist else 1
     mntp = ("--workloads", "mntp", "--providers", "l2v")
@@ -83,15 +84,14 @@ def steps(cores: int = 1, *, gpu: bool = True, xdist: bool = False, llm2vec: str
             result="train_step" if gpu else "train_step_mini", ops=LAYER,
         ),
         _benchmark("contrastive", "info_nce", "kernels.contrastive", "--quick", limit=80, ops=("info_nce",)),
-        *_rest(mntp, gpu, llm2vec),
+        *_rest(mntp, gpu, peers),
     ]  # fmt: skip
 
 
-def _rest(mntp: tuple[str, ...], gpu: bool, llm2vec: str | None) -> list[Step]:
+def _rest(mntp: Sequence[str], gpu: bool, peers: Sequence[str]) -> list[Step]:
     """What the time allows, and what the next call continues with."""
     trained = "train_step" if gpu else "train_step_mini"
     step = ("train_step.bench", "--work", "{work}/train_step", "--minutes")
-    peer = ("--llm2vec", llm2vec) if llm2vec else ()
     checked = ("tests/kernels/test_attention_gpu.py", "-k", "bit_for_bit or nan_and_no_fault")
     return [
         _benchmark(
@@ -111,7 +111,7 @@ def _rest(mntp: tuple[str, ...], gpu: bool, llm2vec: str | None) -> list[Step]:
         _benchmark("fp8", "rest", "fp8.kernels", "--quick", limit=60, ops=("fp8",)),
         _benchmark("gradient_cache", "rest", "gradient_cache.bench", "--quick", limit=90, ops=LAYER),
         _benchmark(
-            "train_step", "rest", *step, "5", *peer, limit=310, least=90, result=trained, ops=LAYER,
+            "train_step", "rest", *step, "5", *peers, limit=310, least=90, result=trained, ops=LAYER,
             continues=("train_step", "mntp_plain", "mntp"),
         ),
         _benchmark(

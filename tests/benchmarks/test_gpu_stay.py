@@ -37,7 +37,7 @@ def go(plan, folder, seconds=60.0, earlier=None):
 
 
 def test_the_order_of_the_plan():
-    for plan in (steps(), steps(16, xdist=True, llm2vec="/some/packages"), steps(2, gpu=False)):
+    for plan in (steps(), steps(16, xdist=True, peers=("--llm2vec", "/some/packages")), steps(2, gpu=False)):
         assert parts(plan) == ["versions", "tests", "attention", "train_step", "info_nce", "rest"]
         assert plan[-1].name == "sanitizer", "nothing waits for it"
         assert len({x.name for x in plan}) == len(plan)
@@ -46,7 +46,7 @@ def test_the_order_of_the_plan():
     assert "-n" not in steps()[1].arguments
     assert steps(16, xdist=True)[1].arguments[-3:-1] == ("-n", "3")
     assert "shallow_step" not in [x.name for x in steps(gpu=False)], "sizes of a GPU"
-    (full,) = [x for x in steps(llm2vec="/some/packages") if x.name == "train_step"]
+    (full,) = [x for x in steps(peers=("--llm2vec", "/some/packages")) if x.name == "train_step"]
     assert full.arguments[-2:] == ("--llm2vec", "/some/packages")
 
 
