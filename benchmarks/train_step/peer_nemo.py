@@ -5,7 +5,8 @@ python -m benchmarks.train_step.peer_nemo SPEC.json     (`record.Spec`)
 The package (nemo-automodel 0.7) pins a transformers of its own. Model, bidirectional attention, pooling, LoRA and its fused MLP
 are the package's; the step around them is that of its recipe for bi-encoders: one forward for queries and one for all passages
 of a batch, in-batch negatives, cosines over the temperature. On a GPU the model is made as the recipe makes it, with
-Liger-Kernel; on a CPU, where that path does not exist, from the same class.
+Liger-Kernel; on a CPU, where that path does not exist, from the same class. Its mean over a text counts the BOS token too, so
+its losses differ from ours in the third digit.
 """
 
 from __future__ import annotations
