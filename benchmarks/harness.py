@@ -32,7 +32,7 @@ def need_package(module: str, package: str) -> None:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:  # of a package that holds it
         found = None
-    if found is None:
+    if found is None or found.origin is None:  # a bare folder of that name, as this checkout has one called kernels
         raise Unavailable(f"{package} is not installed")
 
 

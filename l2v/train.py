@@ -38,10 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _train(args)
     try:
         recipe = _checked(args)  # before torch is loaded and the launcher takes twenty seconds
-        from l2v.machine import gpu_trouble
+        from l2v.machine.gpus import check
 
-        if trouble := gpu_trouble():  # torch would silently train on the CPU
-            raise UserError(trouble)
+        for note in check(args.processes or 0):  # else torch would silently train on the CPU
+            print(f"l2v: {note}", file=sys.stderr, flush=True)
         _tuned(recipe, args)
         arguments = list(sys.argv[1:] if argv is None else argv)
         return launch("l2v.train", arguments, processes(args), restarts=args.restarts)
@@ -57,7 +57,7 @@ def _train(args: argparse.Namespace) -> int:
     """Train as one rank of a launcher."""
     import torch.distributed as dist
 
-    from l2v.machine import gpu_trouble
+    from l2v.machine.gpus import check
     from l2v.model.embedded import resolve
     from l2v.plan.advice import advise
     from l2v.training.engine import be_deterministic, start_distributed
@@ -68,8 +68,7 @@ def _train(args: argparse.Namespace) -> int:
 
     watch = None
     try:
-        if trouble := gpu_trouble():
-            raise UserError(trouble)
+        check()
         rank, world = start_distributed(_timeout(args))
         recipe = on_every_rank(functools.partial(_checked, args))
         notes = on_every_rank(functools.partial(_tuned, recipe, args))

@@ -268,8 +268,34 @@ def wait_for_rows(metrics: Path, rows: int, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(recipe, run_here, cli_environment, tmp_path):
-    """Two ranks under the launcher that `l2v train` starts; one goes on."""
+def assert_stopped_and_continues(run_here, path: Path, run: Path, said: str) -> None:
+    """An interrupt kept a checkpoint, and one rank takes every step that is left."""
+    saved = checkpoint.newest(run / "checkpoints")
+    assert saved is not None and 3 <= saved.step < 150
+    assert f"l2v: stopped after step {saved.step}; the same command continues from there" in said
+    assert "Traceback" not in said
+    assert not (run / "adapter").exists() and not list(run.rglob("*.partial"))
+    assert f"mntp: continues after step {saved.step}" in run_here(path, "--stage", "mntp")
+    rows = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, 151))
+    assert (run / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_continues(recipe, run_here, tmp_path):
+    """Two ranks; one continues."""
+    path, run = recipe(**{"stages.mntp.steps": 150}), tmp_path / "run" / "mntp"
+    ranks = start_ranks([[path, "--stage", "mntp"]] * 2)
+    try:
+        wait_for_rows(run / "metrics.jsonl", 3, ranks[0])
+    finally:
+        for rank in ranks:
+            rank.send_signal(signal.SIGINT)
+    assert_stopped_and_continues(run_here, path, run, "".join(finish(ranks, expect=1)))
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_ranks_through_the_launcher(recipe, run_here, cli_environment, tmp_path):
+    """Two ranks under the launcher that `l2v train` starts; one continues."""
     path, run = recipe(**{"stages.mntp.steps": 150}), tmp_path / "run" / "mntp"
     log = tmp_path / "log.txt"
     with open(log, "w") as output:
@@ -285,12 +311,4 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(recipe, run_here
             process.kill()
     output = log.read_text()
     assert code == 1, output
-    saved = checkpoint.newest(run / "checkpoints")
-    assert saved is not None and 3 <= saved.step < 150
-    assert f"l2v: stopped after step {saved.step}; the same command continues from there" in output
-    assert "Traceback" not in output
-    assert not (run / "adapter").exists() and not list(run.rglob("*.partial"))
-    assert f"mntp: continues after step {saved.step}" in run_here(path, "--stage", "mntp")
-    rows = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert rows == list(range(1, 151))
-    assert (run / "adapter/adapter_model.safetensors").is_file()
+    assert_stopped_and_continues(run_here, path, run, output)

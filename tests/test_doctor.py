@@ -14,6 +14,7 @@ from support.processes import ROOT, free_port, training_environment
 from l2v.commands import doctor
 from l2v.doctor import hardware, software
 from l2v.doctor.report import Report, render, tree
+from l2v.machine import gpus as gpu_facts
 
 OPS = {path.parent.name for path in (ROOT / "kernels" / "l2v_kernels").glob("*/kernel*.py")}
 TOPOLOGY = (
@@ -92,19 +93,17 @@ def test_without_torch_there_is_still_a_report(tmp_path):
 
 
 def test_a_gpu_that_cannot_be_used_is_a_problem(capsys, monkeypatch):
-    from l2v import machine
-
-    monkeypatch.setattr(machine, "gpu_trouble", lambda: "the NVIDIA driver supports CUDA 12.2 at most")
+    facts = gpu_facts.Facts(cuda="13.0", device=True, error="driver on your system is too old (found version 12020)")
+    monkeypatch.setattr(gpu_facts, "inspect", lambda memory: facts)
     text = said(capsys, "--seconds", "0", code=1)
-    assert "problems\n  - the NVIDIA driver supports" in text
+    assert "problems\n  - the NVIDIA driver supports CUDA 12.2 at most" in text
     assert "GPU  no  there is a GPU, but it cannot be used" in text
 
 
 def test_a_gpu_beside_a_torch_without_cuda_is_a_note(capsys, monkeypatch):
-    from l2v import machine
-
-    monkeypatch.setattr(machine, "has_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(gpu_facts, "has_nvidia_gpu", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     text = said(capsys, "--seconds", "0")
     assert "notes\n  - there is a GPU, but torch" in text and "install a torch that is built for CUDA" in text
 
@@ -180,7 +179,7 @@ def gpus(monkeypatch):
             (torch.version, "cuda", cuda),
             (torch, "ones", ones),
             (
-                hardware,
+                gpu_facts,
                 "nvidia_smi",
                 lambda *arguments: TOPOLOGY if arguments[0] == "topo" else "580.65.06\n580.65.06\n",
             ),
@@ -219,8 +218,8 @@ def test_gpus_are_described(gpus):
         ({"name": "Tesla P4", "capability": (6, 1)}, "has no code for cuda:0 (Tesla P4, compute capability 6.1)", None),
         (
             {"name": "Tesla T4", "capability": (7, 5)},
+            "cuda:0 (Tesla T4, compute capability 7.5) is too old: bf16 and the kernels need 8.0 or newer",
             None,
-            "are tested for 8.0 and up, and this GPU has no bf16 in hardware",
         ),
         ({"free": 20.0}, None, "59.0 of 79.0 GiB of cuda:0 are already in use"),
     ],
@@ -250,7 +249,7 @@ def test_the_driver_names_the_newest_cuda_it_supports(monkeypatch, gpus, library
         return library
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    assert hardware.newest_cuda() == newest
+    assert gpu_facts.newest_cuda() == newest
     report = gpus(library=load)
     assert report.sections["devices"]["CUDA"] == (f"driver up to {newest}, torch 12.8" if newest else "torch 12.8")
     assert not report.problems
@@ -265,22 +264,6 @@ def test_rocm_has_no_cuda(gpus, monkeypatch):
 def test_links_between_gpus():
     assert hardware.links(TOPOLOGY) == "NV18 between 2 pairs, SYS between 1 pairs"
     assert hardware.links(TOPOLOGY.replace("SYS", "NV18")) == "NV18 between all 3 pairs"
-
-
-@pytest.mark.parametrize(
-    ("capability", "builds", "runs"),
-    [
-        ((9, 0), ["sm_80", "sm_90"], True),
-        ((8, 9), ["sm_75", "sm_80", "sm_86", "sm_90"], True),
-        ((6, 1), ["sm_75", "sm_80"], False),
-        ((12, 0), ["sm_90", "sm_100"], False),
-        ((12, 0), ["sm_90", "compute_90"], True),
-        ((12, 0), ["sm_90a", "sm_120"], True),
-        ((9, 0), [], True),
-    ],
-)
-def test_which_gpus_a_build_of_torch_runs_on(capability, builds, runs):
-    assert hardware.has_code_for(capability, builds) is runs
 
 
 def test_a_kernel_is_compiled_and_compared(monkeypatch):

@@ -123,10 +123,10 @@ def planned(step: FakeStep, stage, zero: int, world: int, tokens: int, length: i
 @pytest.mark.parametrize(
     ("zero", "recompute", "layers"),
     [
-        (1, "cheap", 8),
-        (1, "none", 8),
-        (1, "layer", 8),
-        (3, "cheap", 8),
+        (1, "cheap", 4),
+        (1, "none", 4),
+        (1, "layer", 4),
+        (3, "cheap", 8),  # what ZeRO 3 gathers at once is a part of this size
         pytest.param(1, "cheap", 32, marks=pytest.mark.slow),
         pytest.param(0, "cheap", 8, marks=pytest.mark.slow),
         pytest.param(2, "cheap", 8, marks=pytest.mark.slow),
@@ -159,7 +159,7 @@ def test_peak_of_a_contrastive_step(monkeypatch, stage, recompute):
         stage, dropped, columns = Simcse(**common, micro_tokens=8192), 0.3, 2
     else:
         stage, dropped, columns = Supervised(**common, micro_tokens=12288), 0.0, 3
-    step = FakeStep(LLAMA_8B | {"num_hidden_layers": 4}, BF16, head=False, attention_dropout=dropped)
+    step = FakeStep(LLAMA_8B | {"num_hidden_layers": 2}, BF16, head=False, attention_dropout=dropped)
     step.model.set_recompute(recompute)
     micros = [step.batch([128] * 32 * columns) for _ in range(4)]
     columns_S = torch.arange(columns).repeat(128)

@@ -7,12 +7,12 @@ On a CPU it runs tiny packs as a smoke test, and labels everything it writes as 
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from benchmarks.command import Comparison, Setup
-from benchmarks.harness import Ceilings, Result, attempt, sets_beyond_cache, time_results
+from benchmarks.harness import Ceilings, Result, Unavailable, attempt, sets_beyond_cache, time_results
 from benchmarks.kernels.attention_peers import PROVIDERS, Workload
 from benchmarks.pages import Panel, tflops_panels
 from l2v_kernels import AttentionPlan
@@ -21,6 +21,9 @@ from l2v_kernels.attention.settings import Settings
 
 SHAPES = {"llama-3-8b": (32, 8, 128), "64-dim": (16, 16, 64)}
 FIXED = (128, 256, 512, 2048, 8192)
+WINDOW = 256
+"""Of the pack `window`, whose segments are the longest that --quick measures."""
+NAMES = ("sentences", *map(str, FIXED), "window")
 
 
 def sentences(tokens: int, seed: int = 0) -> tuple[int, ...]:
@@ -32,21 +35,33 @@ def sentences(tokens: int, seed: int = 0) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def workloads(device: torch.device, quick: bool) -> list[Workload]:
-    """The packs that are measured: 16k tokens on a GPU, a few hundred on a CPU."""
+def workloads(device: torch.device, quick: bool, only: Sequence[str] = ()) -> list[Workload]:
+    """The packs that are measured: 16k tokens on a GPU, a few hundred on a CPU.
+
+    only: names of packs: `sentences`, a length, or `window`; those that are not measured here are skipped.
+    """
     smoke = device.type != "cuda"
     tokens, dtype = (256, torch.float32) if smoke else (16384, torch.bfloat16)
     fixed = (128,) if smoke else (128, 512, 2048) if quick else FIXED
     packs = {"sentences": sentences(tokens)} | {str(n): (n,) * (tokens // n) for n in fixed}
+    packs = {name: lengths for name, lengths in packs.items() if not only or name in only}
     shapes = dict(list(SHAPES.items())[:1]) if quick else SHAPES
     if smoke:
         shapes = {name: (heads // 8, max(1, key_heads // 8), D) for name, (heads, key_heads, D) in shapes.items()}
-    return [
+    found = [
         Workload(f"{name} {shape}", lengths, *heads, dropout, device, dtype)
         for shape, heads in shapes.items()
         for name, lengths in packs.items()
         for dropout in (0.0, 0.3)
     ]
+    if not only or "window" in only:
+        length, window = (128, 16) if smoke else (2048, WINDOW)
+        segments = (length,) * (tokens // length)
+        found += [
+            Workload(f"{length} window {window} {shape}", segments, *heads, 0.0, device, dtype, window)
+            for shape, heads in shapes.items()
+        ]
+    return found
 
 
 def inputs(w: Workload, n: int) -> list[list[torch.Tensor]]:
@@ -76,7 +91,7 @@ def exact_results(w: Workload, tensors: list[torch.Tensor], dropout: float) -> l
     """[o, dq, dk, dv] of the reference in fp32."""
     leaves = [x.detach().float().requires_grad_() for x in tensors[:3]]
     plan = AttentionPlan.from_lengths(w.lengths, w.device)
-    settings = Settings(w.head_dim**-0.5, dropout)
+    settings = Settings(w.head_dim**-0.5, dropout, window=w.window)
     o, _ = attention_reference(*leaves, plan, torch.arange(len(w.lengths), device=w.device), settings)
     return [o.detach(), *torch.autograd.grad(o, leaves, tensors[3].float())]
 
@@ -122,7 +137,10 @@ def _backward(output, tensors):
 def parts(setup: Setup) -> Iterator[Callable[[], list[Result]]]:
     """A call for each workload."""
     seconds = setup.seconds(quick=0.1, full=0.3)
-    for w in workloads(setup.device, setup.quick):
+    only = [name for name in setup.options.packs.split(",") if name]
+    if unknown := set(only) - {*NAMES}:
+        raise Unavailable(f"--packs has no {', '.join(sorted(unknown))}; choose of {', '.join(NAMES)}")
+    for w in workloads(setup.device, setup.quick, only):
         yield lambda w=w: run(w, setup.ceilings, seconds)
 
 
@@ -135,6 +153,7 @@ BENCHMARK = Comparison(
     name="attention",
     doc=__doc__,
     quick="one shape and fewer lengths: minutes on a GPU",
+    options={"--packs": {"default": "", "metavar": "NAMES", "help": "of these packs alone, for example sentences,512"}},
     parts=parts,
     panels=panels,
 )

@@ -5,8 +5,9 @@ l2v bench contrastive [--quick] [--out FOLDER]
 On a CPU it runs tiny sizes as a smoke test, and labels everything it writes as one.
 """
 
+import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -15,13 +16,15 @@ from benchmarks.harness import (
     Ceilings,
     Result,
     Target,
+    attempt,
     fill,
     peak_memory,
+    release,
     sets_beyond_cache,
     time_interleaved,
     time_results,
 )
-from benchmarks.kernels.contrastive_peers import PROVIDERS, Workload, bare_matmuls, spans
+from benchmarks.kernels.contrastive_peers import PROVIDERS, Workload, bare_matmuls, memeff_matryoshka, spans
 from benchmarks.kernels.losses import BARE, STEP, by_workload, prepare
 from benchmarks.kernels.losses import comparison as ratios
 from benchmarks.pages import Panel, headline, markdown, table, targets_table, tflops_panels
@@ -107,7 +110,7 @@ def run(w: Workload, ceilings: Ceilings, seconds: float, rounds: int = 5) -> lis
 
 
 def run_matryoshka(device: torch.device, ceilings: Ceilings, seconds: float) -> list[Result]:
-    """Six prefixes in one call, against one loss of the whole length and against six calls; the forward by itself too."""
+    """Six prefixes in one call, against one loss of the whole length, six calls, and memeff; the forward by itself too."""
     if device.type == "cuda":
         w, prefixes = Workload(16384, 16384, 4096, device, torch.bfloat16), (128, 256, 512, 1024, 2048, 4096)
     else:
@@ -115,25 +118,43 @@ def run_matryoshka(device: torch.device, ceilings: Ceilings, seconds: float) -> 
     targets, (q, k) = w.targets_N(), w.inputs()
     losses = {
         "one loss": lambda: info_nce(q, k, targets, scale=w.scale),
-        "six prefixes": lambda: info_nce(q, k, targets, scale=w.scale, prefixes=prefixes),
         "six losses": lambda: sum(info_nce(q[:, :p], k[:, :p], targets, scale=w.scale) for p in prefixes),
     }
+    checked = {
+        "six prefixes": lambda: lambda: info_nce(q, k, targets, scale=w.scale, prefixes=prefixes),
+        "memeff": lambda: functools.partial(memeff_matryoshka(w, prefixes), q, k),
+    }
+    results = {
+        name: [Result(f"matryoshka {w.name}", name, direction) for direction in ("forward", STEP)]
+        for name in ("one loss", "six prefixes", "six losses", "memeff")
+    }
     want = torch.autograd.grad(losses["six losses"](), (q, k))
-    got = torch.autograd.grad(losses["six prefixes"](), (q, k))
-    error = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(got, want, strict=True))
-    del want, got
-    if not error < (2e-2 if w.dtype == torch.bfloat16 else 1e-4):
-        return [Result(f"matryoshka {w.name}", "six prefixes", STEP, skipped=f"wrong gradients: {error:.1e}")]
-    results = []
-    for direction, call in (("forward", lambda f: f()), (STEP, lambda f: torch.autograd.grad(f(), (q, k)))):
+    for name, make in checked.items():
+        with attempt(*results[name]):
+            loss = make()
+            error = _wrong(torch.autograd.grad(loss(), (q, k)), want, 2e-2 if w.dtype == torch.bfloat16 else 1e-4)
+            for result in results[name]:
+                result.error = error
+            losses[name] = loss
+        release(device)
+    del want
+    for at, call in enumerate((lambda f: f(), lambda f: torch.autograd.grad(f(), (q, k)))):
         # The forward with a graph, as training runs it; its share of the whole is subtracted for the backward.
         calls = {name: [lambda f=f, c=call: c(f)] for name, f in losses.items()}
-        memory = {name: peak_memory(variants[0], w.device) for name, variants in calls.items()}
+        for name, variants in calls.items():
+            results[name][at].memory = peak_memory(variants[0], w.device)
+            results[name][at].flops = w.flops if at else 2.0 * w.n * w.m * w.e
         for name, times in time_interleaved(calls, device, seconds, rounds=5).items():
-            flops = w.flops if direction == STEP else 2.0 * w.n * w.m * w.e
-            result = Result(f"matryoshka {w.name}", name, direction, flops=flops, memory=memory[name], error=error)
-            results.append(fill(result, times, ceilings))
-    return results
+            fill(results[name][at], times, ceilings)
+    return [x for pair in results.values() for x in pair]
+
+
+def _wrong(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor], tolerance: float) -> float:
+    """The relative error of gradients. Raises: ValueError above the tolerance."""
+    error = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(got, want, strict=True))
+    if not error < tolerance:
+        raise ValueError(f"wrong gradients: {error:.1e}")
+    return error
 
 
 def steps(results: list[Result]) -> list[Result]:
@@ -240,6 +261,7 @@ BENCHMARK = Comparison(
     page=report,
     panels=panels,
     ours=("l2v", "six"),
+    packages=("memeff",),
 )
 main = BENCHMARK.main
 

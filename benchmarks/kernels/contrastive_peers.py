@@ -2,8 +2,9 @@
 returns a step, from (q_NE, k_ME) to (loss, dq_NE, dk_ME), or raises Unavailable with the reason."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -230,6 +231,31 @@ def inf_cl(w: Workload) -> Step:
     return loss_step(loss_of)
 
 
+def memeff(w: Workload) -> Step:
+    """memeff (Kindulov): Triton kernels whose gradients are accumulated in fp32, with its InfoNCE of query to document."""
+    need_cuda(w.device)
+    need_package("memeff", "memeff")
+    from memeff import MemoryEfficientQwen3Loss
+
+    if w.n != w.m:
+        raise Unavailable("gives every query hard negatives of its own, which no other sees")
+    return loss_step(MemoryEfficientQwen3Loss(**memeff_options(w.scale)))
+
+
+def memeff_options(scale: float) -> dict[str, Any]:
+    """Plain InfoNCE: no false negatives are masked (cosines are below the margin), and gradients are the loss's own."""
+    return {"temperature": 1 / scale, "margin": 4.0, "stable": False}
+
+
+def memeff_matryoshka(w: Workload, prefixes: Sequence[int]) -> Callable[..., torch.Tensor]:
+    """A loss summed over prefixes, in one pass over the scores."""
+    need_cuda(w.device)
+    need_package("memeff", "memeff")
+    from memeff import MemoryEfficientMatryoshkaQwen3Loss
+
+    return MemoryEfficientMatryoshkaQwen3Loss(dims=tuple(prefixes), **memeff_options(w.scale))
+
+
 def bare_matmuls(w: Workload) -> Step:
     """Only the matmuls of a step, by torch, chunk by chunk: no loss is computed."""
     rows = max(1, min(w.n, (2 << 30) // (w.m * w.itemsize)))
@@ -259,4 +285,5 @@ PROVIDERS = (
     torch_one_pass,
     sentence_transformers_cached,
     inf_cl,
+    memeff,
 )

@@ -1,6 +1,6 @@
-"""The full training step: `l2v train` itself against llm2vec, transformers + PEFT, Liger, sentence-transformers.
+"""The full training step: `l2v train` itself against llm2vec, transformers + PEFT, Liger, sentence-transformers, NeMo.
 
-l2v bench train_step [--out FOLDER] [--model 8b|smollm2|mini] [--minutes M] [--llm2vec PATH]
+l2v bench train_step [--out FOLDER] [--model 8b|shallow|smollm2|mini] [--minutes M] [--llm2vec PATH] [--nemo PATH]
 
 Ours is the training program and no second loop: `l2v.train` with the recipe, as the one rank of a launcher; its numbers are
 those of its metrics.jsonl. Weights are random and stored in a folder that all providers load (`base.model=FOLDER`, where
@@ -8,7 +8,8 @@ those of its metrics.jsonl. Weights are random and stored in a folder that all p
 turns if there are several rounds. A result is on the disk as soon as it is measured, and the same command resumes where a run
 stopped.
 
-8b: Llama-3-8B as in llama3-8b-da.yaml, for a GPU. smollm2: the quickstart's own work, for a CPU. mini: a check of all this.
+8b: Llama-3-8B as in llama3-8b-da.yaml, for a GPU; shallow: two of its layers, which compile the same kernels. smollm2: the
+quickstart's own work, for a CPU. mini: a check of all this.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from pathlib import Path
 from benchmarks.command import Benchmark
 from benchmarks.harness import device_facts
 from benchmarks.train_step.report import Run, comparison, disagreement, page, save, targets
-from benchmarks.train_step.runs import Runner
+from benchmarks.train_step.runs import ELSEWHERE, Runner
 from benchmarks.train_step.work import MODELS, Model, Work
 from l2v.machine import processor
 
-PEERS = ("llm2vec", "transformers_peft", "liger", "sentence_transformers")
+PEERS = ("llm2vec", "transformers_peft", "liger", "sentence_transformers", "nemo")
 MIN_SECONDS_LEFT = 20
 
 
@@ -122,7 +123,7 @@ def run_all(options: argparse.Namespace) -> int:
     facts |= {"smoke": model.name == "mini", "processor": processor()}
     with tempfile.TemporaryDirectory(prefix="l2v-train-step-", ignore_cleanup_errors=True) as temporary:
         work = Work(model, options.work or Path(temporary), options.tokenizer)
-        runner = Runner(work, device, rungs(model), options.llm2vec)
+        runner = Runner(work, device, rungs(model), {name: getattr(options, name) for name in ELSEWHERE})
         facts |= runner.prepare()
         campaign = Campaign(model, options, facts, runner)
         if wrong := campaign.run(todo):
@@ -164,6 +165,7 @@ BENCHMARK = Benchmark(
             "metavar": "PATH",
             "help": "a Python that has the llm2vec package, or a folder of packages to run it with",
         },
+        "--nemo": {"metavar": "PATH", "help": "the same for nemo-automodel"},
         "--tokenizer": {"help": "a folder or hub name, in place of one token a word"},
         "--work": {"type": Path, "help": "keep weights and texts in this folder"},
         "--fresh": {"action": "store_true", "help": "forget what an earlier run left in --out"},

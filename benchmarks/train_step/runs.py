@@ -29,6 +29,8 @@ from benchmarks.train_step.work import Model, Work, linear_parameters
 from l2v.machine import threads
 
 ROOT = Path(__file__).resolve().parents[2]
+ELSEWHERE = {"llm2vec": "llm2vec", "nemo": "nemo_automodel"}
+"""Peers that need other versions than ours, and their packages."""
 RUN_SECONDS_LIMIT = 900.0
 """Seconds that a run may take."""
 
@@ -37,9 +39,14 @@ class Runner:
     """Starts processes and reads what they leave."""
 
     def __init__(
-        self, work: Work, device: torch.device, rungs: Mapping[str, Sequence[str]], llm2vec: str | None
+        self,
+        work: Work,
+        device: torch.device,
+        rungs: Mapping[str, Sequence[str]],
+        environments: Mapping[str, str | None],
     ) -> None:
-        self.work, self.device, self.rungs, self.llm2vec = work, device, rungs, llm2vec
+        """environments: a Python, or a folder of packages, of each peer of `ELSEWHERE`."""
+        self.work, self.device, self.rungs, self.environments = work, device, rungs, environments
         self.model: Model = work.model
         self.steps = self.model.warmup + self.model.steps
         self.gpu = device.type == "cuda"
@@ -125,13 +132,13 @@ class Runner:
     def _peer(self, run: Run, limit: float) -> list[Run]:
         python, path = sys.executable, None
         module = "benchmarks.train_step.peers"
-        if run.provider == "llm2vec":
-            module = "benchmarks.train_step.peer_llm2vec"
-            if self.llm2vec is None and importlib.util.find_spec("llm2vec") is None:
-                return [dataclasses.replace(run, skipped="no environment with llm2vec was named (--llm2vec)")]
-            if self.llm2vec is not None:
-                folder = Path(self.llm2vec).is_dir()
-                python, path = (python, self.llm2vec) if folder else (self.llm2vec, "")
+        if package := ELSEWHERE.get(run.provider):
+            module, named = f"benchmarks.train_step.peer_{run.provider}", self.environments.get(run.provider)
+            if named is None and importlib.util.find_spec(package) is None:
+                why = f"no environment with {package} was named (--{run.provider})"
+                return [dataclasses.replace(run, skipped=why)]
+            if named is not None:
+                python, path = (python, named) if Path(named).is_dir() else (named, "")
         out = self.work.folder / f"{run.workload}-{run.provider}-{run.round}.jsonl"
         out.unlink(missing_ok=True)
         file = out.with_suffix(".spec.json")

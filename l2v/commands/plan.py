@@ -34,11 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = [args.stage] if args.stage else recipe.order()
         check_data(args.recipe, args.overrides, args.stage, recipe, names)
         # Imported here: help and mistakes in the recipe need no torch.
+        from l2v.machine.gpus import check
         from l2v.plan.estimate import plan_stage
         from l2v.plan.gpus import device_and_dtype
         from l2v.plan.report import hub_names, remedies, render, tree
         from l2v.plan.shapes import shape_of
 
+        noted = check() if args.gpu in (None, "here") and args.gpu_memory is None else []
         gpu, dtype = device_and_dtype(args.gpu, recipe, args.gpu_memory)
         gpu = replace(gpu, network=args.network / 8 * 1e9)
         shape, source = shape_of(recipe.base)
@@ -57,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         render(facts, gpu, plans)
     failed = [plan for plan in plans if not plan.memory.fits]
+    for note in noted:
+        print(f"l2v: {note}", file=sys.stderr)
     for plan in failed:
         print(f"l2v: {remedies(plan, recipe, gpu)}", file=sys.stderr)
     if not args.json and not failed:

@@ -5,20 +5,20 @@ Imports are inside the functions, so that a missing or broken package becomes a 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import re
 import shutil
-import subprocess
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from l2v.doctor.report import Report, Rows, first_line
 
-MIN_CAPABILITY = (8, 0)  # the oldest GPUs that the tests compile the kernels for
+if TYPE_CHECKING:
+    from l2v.machine.gpus import Gpu
+
 GIB = 2**30
 
 
@@ -62,7 +62,8 @@ def devices(report: Report) -> Rows:
     """GPUs, their driver and how they are linked."""
     import torch
 
-    from l2v.machine import gpu_trouble, has_nvidia_gpu, on_null_gpu, peak_flops
+    from l2v.machine import on_null_gpu
+    from l2v.machine.gpus import inspect, newest_cuda, notes, nvidia_smi, problems
 
     rows: Rows = {}
     if on_null_gpu():
@@ -70,94 +71,53 @@ def devices(report: Report) -> Rows:
         report.notes.append(
             "this is the null GPU of tests/nullgpu: kernels are counted, not run, and no number is measured"
         )
-    if trouble := gpu_trouble():
-        report.problems.append(trouble)
-    if not torch.cuda.is_available():
-        if trouble:
+    facts = inspect(memory=True)
+    found = problems(facts)
+    report.problems += found
+    report.notes += notes(facts)
+    if not facts.gpus:
+        if found:
             why = "there is a GPU, but it cannot be used"
-        elif torch.version.cuda is None and has_nvidia_gpu():
-            why = f"there is a GPU, but torch {torch.__version__} is built without CUDA"
-            report.notes.append(f"{why}: training would run on the CPU; install a torch that is built for CUDA")
-        elif has_nvidia_gpu():
-            why = f"hidden by CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}; training runs on the CPU"
+        elif facts.hidden and facts.device:
+            why = f"hidden by CUDA_VISIBLE_DEVICES={facts.visible}; training runs on the CPU"
+        elif facts.device:
+            why = f"there is a GPU, but torch {facts.torch} is built without CUDA"
         else:
             why = "training runs on the CPU"
         rows["GPU"] = (False, why)
     else:
-        for at in range(torch.cuda.device_count()):
-            rows[f"cuda:{at}"] = _gpu(report, at, peak_flops)
-        if torch.version.cuda:
+        for at, gpu in enumerate(facts.gpus):
+            rows[f"cuda:{at}"] = _gpu(report, at, gpu)
+        if facts.cuda:
             newest = newest_cuda()
-            rows["CUDA"] = (
-                f"driver up to {newest}, torch {torch.version.cuda}" if newest else f"torch {torch.version.cuda}"
-            )
+            rows["CUDA"] = f"driver up to {newest}, torch {facts.cuda}" if newest else f"torch {facts.cuda}"
         else:
             rows["ROCm"] = f"torch {torch.version.hip}"
         rows["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     driver = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
     if driver:
         rows["driver"] = driver.splitlines()[0].strip()
-    if torch.cuda.is_available() and torch.cuda.device_count() > 1 and (topology := nvidia_smi("topo", "-m")):
+    if len(facts.gpus) > 1 and (topology := nvidia_smi("topo", "-m")):
         rows["links"] = links(topology)
     return rows
 
 
-def _gpu(report: Report, at: int, peak_flops: Callable) -> str:
+def _gpu(report: Report, at: int, gpu: Gpu) -> str:
     import torch
 
-    properties = torch.cuda.get_device_properties(at)
-    capability = (properties.major, properties.minor)
-    label = f"cuda:{at} ({properties.name}, compute capability {properties.major}.{properties.minor})"
+    from l2v.machine import peak_flops
+
+    capability = f"compute capability {gpu.capability[0]}.{gpu.capability[1]}"
     try:
-        free, total = torch.cuda.mem_get_info(at)
         torch.ones(1, device=f"cuda:{at}").add_(1).item()
     except RuntimeError as error:
-        report.problems.append(f"{label} does not work: {first_line(error)}")
-        free, total = 0, properties.total_memory
-    if not has_code_for(capability, torch.cuda.get_arch_list()):
-        report.problems.append(f"torch {torch.__version__} has no code for {label}: install a build of torch that has")
-    elif capability < MIN_CAPABILITY:
-        report.notes.append(f"{label}: the kernels are tested for 8.0 and up, and this GPU has no bf16 in hardware")
-    if free and free < 0.9 * total:
-        report.notes.append(f"{(total - free) / GIB:.1f} of {total / GIB:.1f} GiB of cuda:{at} are already in use")
-    peak = peak_flops(properties.name, torch.bfloat16)
+        report.problems.append(f"cuda:{at} ({gpu.name}, {capability}) does not work: {first_line(error)}")
+    peak = peak_flops(gpu.name, torch.bfloat16)
     return (
-        f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
-        f"{total / GIB:.1f} GiB, {free / GIB:.1f} free, {properties.multi_processor_count} multiprocessors"
+        f"{gpu.name}, {capability}, {gpu.memory / GIB:.1f} GiB, {(gpu.free or 0) / GIB:.1f} free, "
+        f"{torch.cuda.get_device_properties(at).multi_processor_count} multiprocessors"
         + (f", {peak / 1e12:.0f} TFLOP/s bf16 by its data sheet" if peak else "")
     )
-
-
-def newest_cuda() -> str | None:
-    """The newest version of CUDA that the installed NVIDIA driver supports, as `13.0`; None without a driver.
-
-    From the driver itself (cuDriverGetVersion, 1000 * major + 10 * minor): torch has no public name for it.
-    """
-    version = ctypes.c_int()
-    try:
-        status = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1").cuDriverGetVersion(
-            ctypes.byref(version)
-        )
-    except (OSError, AttributeError):  # no such library; a library without such a function
-        return None
-    return None if status or not version.value else f"{version.value // 1000}.{version.value % 1000 // 10}"
-
-
-def has_code_for(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether one of torch's architectures (`sm_90`, `compute_120`, ...) runs on a GPU.
-
-    Binaries (sm) run on the same major version with the same or a newer minor one, PTX (compute) on anything newer. An
-    empty list counts as True.
-    """
-    for name in architectures:
-        kind, _, digits = name.partition("_")
-        number = re.match(r"\d+", digits)
-        if not number:
-            continue
-        built = (int(number[0][:-1]), int(number[0][-1]))
-        if built <= capability and (kind == "compute" or built[0] == capability[0]):
-            return True
-    return not architectures
 
 
 def links(topology: str) -> str:
@@ -169,15 +129,6 @@ def links(topology: str) -> str:
     if len(pairs) == 1:
         return f"{next(iter(pairs))} between all {pairs.total()} pairs"
     return ", ".join(f"{kind} between {count} pairs" for kind, count in pairs.most_common())
-
-
-def nvidia_smi(*arguments: str) -> str | None:
-    """The output of nvidia-smi, or None if it is missing, fails or prints nothing."""
-    try:
-        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 and done.stdout.strip() else None
 
 
 def calibration(report: Report, seconds: float) -> Rows:

@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from l2v.data.balance import Cost
 from l2v.data.sampler import Sampler
+from l2v.errors import UserError
+from l2v.machine.gpus import too_little_memory
 from l2v.model.load import device, fingerprint, inner_model, load_model, output_head
 from l2v.model.lora import add_lora, describe_adapter, merge_adapters
 from l2v.model.memory import LayerShape, TailMemory, activation_bytes, choose_recompute, free_bytes
@@ -27,7 +29,10 @@ from l2v.training.memory import (
     not_yet_allocated,
     tail_memory,
 )
-from l2v.training.ranks import on_first_rank, ranks_here
+from l2v.training.ranks import on_every_rank, on_first_rank, ranks_here
+
+ESTIMATE = 0.9
+"""Share of an estimate of memory that is certainly needed: training is refused only where that does not fit."""
 
 
 def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[PackedDecoder, dict[str, Any]]:
@@ -65,6 +70,30 @@ def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[
     return packed, lineage
 
 
+def check_weights(model: PackedDecoder, recipe: Recipe, name: str) -> None:
+    """Before the weights move to a GPU: whether they fit. A collective call on GPUs, and nothing on a CPU.
+
+    Raises:
+        UserError: they do not, on any rank.
+    """
+    where = device()
+    waiting = sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_cuda)
+    shards = dist.get_world_size() if recipe.zero.stage == 3 else 1
+    _refuse(where, f"stage '{name}': the base's weights", waiting / shards, free_bytes(where), recipe)
+
+
+def _refuse(where: torch.device, what: str, needs: float, free: int, recipe: Recipe, shorter: bool = False) -> None:
+    """Raises UserError on all ranks if something does not fit on a GPU of any."""
+    zero, precision = recipe.zero.stage, recipe.base.base_precision
+
+    def check() -> None:
+        if said := too_little_memory(what, needs, free, zero=zero, precision=precision, shorter=shorter):
+            raise UserError(said)
+
+    if where.type == "cuda":
+        on_every_rank(check)
+
+
 @dataclass(frozen=True)
 class Placed:
     """How a stage uses memory and ranks. micro_tokens, cost: for the sampler. lines: to log."""
@@ -83,6 +112,9 @@ def place_memory(
     Call it once weights are on the device. micro_tokens: the most that a forward may have. may_choose: whether fewer may be
     chosen. advise: predicts what is fastest; called on the first rank. The choice of `recompute` does not change the result by
     a single bit, so each rank may choose differently; that of `micro_tokens` changes the order of sums.
+
+    Raises:
+        UserError: not even one example fits on a GPU.
     """
     if model.fused is not None:
         if recipe.base.base_precision == "fp8":
@@ -110,6 +142,10 @@ def place_memory(
     tokens = sampler.largest_micro_batch(stage.steps)
     shape = _shape(config, stage, dtype)
     chosen = stage.recompute
+    longest = int(examples.lengths.max())
+    smallest = activation_bytes(shape, "layer" if chosen == "auto" else chosen, longest, mode, end(longest))
+    what = f"one example of {longest:,} tokens and its gradients"
+    _refuse(where, what, ESTIMATE * smallest, free, recipe, shorter=True)
     if chosen == "auto":
         chosen = advice.recompute or choose_recompute(shape, tokens, free, mode, end(tokens))
     model.set_recompute(chosen)

@@ -28,7 +28,7 @@ from l2v.runs.claim import claim, publish, recorded_negatives
 from l2v.runs.folder import ADAPTER, has_begun, is_trained, run_folder
 from l2v.training import checkpoint
 from l2v.training.advice import Advise
-from l2v.training.build import build, place_memory
+from l2v.training.build import build, check_weights, place_memory
 from l2v.training.engine import deepspeed_config, initialize
 from l2v.training.faults import OutOfMemory, is_chosen, read_budget, smaller, write_budget
 from l2v.training.frozen import frozen_checksum
@@ -99,6 +99,7 @@ def train_stage(
     masking = _masking(stage, data.texts, recipe.base.mask_token, model)
     units = model.as_units() if recipe.zero.stage == 3 else []
     count = sum(p.numel() for p in parameters.values())
+    check_weights(model, recipe, name)
     engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype, count), stage, units)
     micro_tokens, chosen = read_budget(folder, stage.micro_tokens), is_chosen(folder, stage.micro_tokens)
     placed = place_memory(

@@ -58,12 +58,41 @@ def test_rates():
 
 @pytest.mark.parametrize("provider", PROVIDERS, ids=lambda x: x.__name__)
 def test_cpu_providers_are_right_or_say_why_not(provider):
-    w = Workload("equal", (8, 8), 4, 2, 16, 0.0, torch.device("cpu"), torch.float32)
-    tensors = benchmark.inputs(w, 1)[0]
-    try:
-        attend = provider(w)
-        attend(*tensors[:3])
-    except (Unavailable, RuntimeError) as error:
-        assert str(error)
-        return
-    benchmark.check(w, attend, tensors, benchmark.exact_results(w, tensors, 0.0))
+    for window in (None, 3):
+        w = Workload("equal", (8, 8), 4, 2, 16, 0.0, torch.device("cpu"), torch.float32, window)
+        tensors = benchmark.inputs(w, 1)[0]
+        try:
+            attend = provider(w)
+            attend(*tensors[:3])
+        except (Unavailable, RuntimeError) as error:
+            assert str(error)
+            continue
+        benchmark.check(w, attend, tensors, benchmark.exact_results(w, tensors, 0.0))
+
+
+def test_pairs_within_a_window_are_counted():
+    for window in (None, 1, 3, 6, 9):
+        w = Workload("x", (6, 2), 1, 1, 1, 0.0, torch.device("cpu"), torch.float32, window)
+        near = [abs(i - j) < (window or 9) for n in w.lengths for i in range(n) for j in range(n)]
+        assert w.flops(False) == 4 * sum(near)
+
+
+def test_packs_by_name(capsys):
+    cpu = torch.device("cpu")
+    assert [w.name for w in benchmark.workloads(cpu, True, ["sentences", "512"])] == ["sentences llama-3-8b"] * 2
+    (windowed,) = benchmark.workloads(torch.device("cuda"), True, ["window"])
+    assert windowed.window == benchmark.WINDOW and set(windowed.lengths) == {2048} and windowed.tokens == 16384
+    assert benchmark.main(["--packs", "512,sentence", "--device", "cpu"]) == 1
+    assert "--packs has no sentence; choose of sentences, 128, 256" in capsys.readouterr().err
+
+
+def test_code_from_the_hub_needs_the_users_word(monkeypatch):
+    monkeypatch.setattr("benchmarks.kernels.attention_peers.need_cuda", lambda device: None)
+    (provider,) = [x for x in PROVIDERS if x.__name__ == "flash_attn_4"]
+    w = Workload("x", (4,), 1, 1, 16, 0.0, torch.device("cpu"), torch.float32)
+    monkeypatch.delenv("L2V_HUB_KERNELS", raising=False)
+    with pytest.raises(Unavailable, match="L2V_HUB_KERNELS=1 takes kernels-community/flash-attn4 from the Hub"):
+        provider(w)
+    monkeypatch.setenv("L2V_HUB_KERNELS", "1")
+    with pytest.raises(Unavailable, match="kernels is not installed"):
+        provider(w)

@@ -20,7 +20,7 @@ def test_smoke_run_is_labelled_and_complete(tmp_path, capsys):
     assert data["facts"]["smoke"] and page.startswith("SMOKE TEST on a CPU")
     assert {x["verdict"] for x in data["targets"]} == {"not measured"} and "| not measured |" in page
     results = data["results"]
-    assert len(results) == 2 * (len(PROVIDERS) + 1) + 6
+    assert len(results) == 2 * (len(PROVIDERS) + 1) + 8
     assert all((x["median"] is None) == bool(x["skipped"]) for x in results)
     timed = {x["provider"] for x in results if x["median"]}
     assert timed >= {"l2v", "l2v_chunked", "torch_naive", "torch_chunked", "torch_one_pass", "bare_matmuls"}

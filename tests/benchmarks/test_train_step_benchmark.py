@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.harness import Unavailable
 from benchmarks.train_step import bench as benchmark
-from benchmarks.train_step import report
+from benchmarks.train_step import peer_nemo, report
 from benchmarks.train_step import runs as runs_module
 from benchmarks.train_step import work as work_module
 from benchmarks.train_step.peers import PROVIDERS
@@ -107,6 +107,10 @@ def test_all_do_the_same_work(runner, workload, tmp_path):
 def test_llm2vec_and_liger_say_why_not(runner, tmp_path, monkeypatch):
     (run,) = runner.run("mntp", "llm2vec", 0, None)
     assert run.skipped == "no environment with llm2vec was named (--llm2vec)"
+    (run,) = runner.run("supervised", "nemo", 0, None)
+    assert run.skipped == "no environment with nemo_automodel was named (--nemo)"
+    with pytest.raises(Unavailable, match="nemo-automodel is not installed"):
+        peer_nemo.nemo(None, None)
     with pytest.raises(Unavailable, match=r"not installed|need a GPU"):
         peer(runner, "mntp", "liger", tmp_path)
     # What the training program refuses is a reason too.
@@ -131,9 +135,15 @@ def test_llm2vec_has_its_own_environment(base, monkeypatch, tmp_path):
         (str(packages), sys.executable, str(packages)),
         ("/env/bin/python", "/env/bin/python", root),
     ):
-        (run,) = Runner(Work(TINY, base), CPU, {}, given).run("mntp", "llm2vec", 0, None)
+        (run,) = Runner(Work(TINY, base), CPU, {}, {"llm2vec": given}).run("mntp", "llm2vec", 0, None)
         assert (seen["python"], seen["path"][0]) == (python, first) and "/other/transformers" not in seen["path"]
         assert "No module named 'llm2vec'" in run.skipped
+
+
+def test_nemo_gets_passages_in_its_recipes_order():
+    queries, passages = peer_nemo.inputs([[[1], [2, 3], [4]], [[5, 6], [7], [8, 9]]])
+    assert queries["input_ids"].tolist() == [[1, 0], [5, 6]] and queries["attention_mask"].tolist() == [[1, 0], [1, 1]]
+    assert passages["input_ids"].tolist() == [[2, 3], [4, 0], [7, 0], [8, 9]]
 
 
 def test_texts_have_the_lengths_and_the_blocks_that_were_asked_for():
@@ -242,7 +252,7 @@ class FakeRunner:
     asked: ClassVar[list] = []
     loss: ClassVar[dict] = {}
 
-    def __init__(self, work, device, rungs, llm2vec):
+    def __init__(self, work, device, rungs, environments):
         pass
 
     def prepare(self):

@@ -269,7 +269,10 @@ def test_modules_of_unfused_layers():
     assert kind_of_module("decoder.layers.0", nn.Module()) is None
 
 
-@pytest.mark.parametrize(("stage", "layers"), [("mntp", "auto"), ("mntp", "plain"), ("supervised", "auto")])
+@pytest.mark.parametrize(
+    ("stage", "layers"),
+    [("mntp", "auto"), pytest.param("mntp", "plain", marks=pytest.mark.slow), ("supervised", "auto")],
+)
 def test_a_profile_of_a_run(run_here, tiny_recipe, tmp_path, stage, layers):
     recipe = tiny_recipe(tmp_path, **ALONE, **{f"stages.{stage}.micro_tokens": 160})
     said = run_here(recipe, "--stage", stage, "steps=6", "profile=true", f"base.layers={layers}")
@@ -294,7 +297,7 @@ def test_a_profile_of_a_run(run_here, tiny_recipe, tmp_path, stage, layers):
     assert tabulate(read(folder / "trace.json.gz")).step_ms == pytest.approx(table["step_ms"])
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_of_few_steps(run_here, tiny_recipe, tmp_path, steps):
     run_here(tiny_recipe(tmp_path), "--stage", "mntp", f"steps={steps}", "profile=true")
     table = json.loads((tmp_path / "run" / "mntp" / "profile" / "table.json").read_text())

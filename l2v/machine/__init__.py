@@ -1,4 +1,4 @@
-"""Speed of a device: its calibration, measured by `l2v doctor` and cached, and the vendor's peak; and problems of a GPU.
+"""Speed of a device: its calibration, measured by `l2v doctor` and cached, and the vendor's peak. Problems of GPUs: `gpus`.
 
 Throughput is reported as a share of these. Nothing is assumed about a device that was not measured and is not in the table.
 """
@@ -201,49 +201,6 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
-
-def has_nvidia_gpu() -> bool:
-    """Whether the system has an NVIDIA GPU, even if torch cannot use it."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
-
-
-def gpu_trouble() -> str | None:
-    """Why an existing GPU cannot be used and what to do, in one sentence; None if nothing is wrong.
-
-    No GPU, a torch without CUDA, and GPUs that the user hid are not errors: training runs on the CPU. DS_ACCELERATOR=cpu
-    alone hides no GPU from torch: DeepSpeed would wait on the CPU for work that runs on the GPU.
-    """
-    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") == "cpu":
-        return (
-            "DS_ACCELERATOR=cpu contradicts the GPU that torch finds: set DS_ACCELERATOR=cuda, or train on the CPU with "
-            "CUDA_VISIBLE_DEVICES= (empty)"
-        )
-    if on_null_gpu() and not {"L2V_CACHE", "TRITON_CACHE_DIR"} <= os.environ.keys():
-        return "the null GPU needs caches of its own, L2V_CACHE and TRITON_CACHE_DIR: start with python -m tests.nullgpu run"
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if torch.version.cuda is None or hidden or not has_nvidia_gpu() or torch.cuda.is_available():
-        return None
-    try:
-        torch.cuda.init()  # is_available() swallows the reason
-        message = "no GPU is visible"
-    except (RuntimeError, AssertionError) as error:
-        message = str(error)
-    return explain(message, torch.__version__, torch.version.cuda)
-
-
-def explain(message: str, version: str, cuda: str) -> str:
-    """CUDA's error as one sentence that says what to do. version, cuda: of torch."""
-    way_out = "or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
-    found = re.search(r"driver on your system is too old \(found version (\d+)\)", message)
-    if found:
-        major, minor = divmod(int(found[1]) // 10, 100)
-        return (
-            f"the NVIDIA driver supports CUDA {major}.{minor} at most and torch {version} is built for CUDA {cuda}: "
-            f"update the driver, install a torch that is built for CUDA {major}, {way_out}"
-        )
-    first = message.strip().splitlines()[0].rstrip(".") if message.strip() else "no reason was given"
-    return f"torch {version} cannot use the GPU of this machine: {first}; check nvidia-smi and CUDA_VISIBLE_DEVICES, {way_out}"
 
 
 def _short(dtype: torch.dtype) -> str:
