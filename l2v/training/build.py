@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -154,7 +156,25 @@ def place_memory(
         f"fused layers, recompute {chosen}: {tokens:,} tokens need up to {needs / 2**30:.1f} GiB of "
         f"{free / 2**30:.1f} GiB free"
     )
+    reserve(where, needs)
     return Placed(advice.micro_tokens, advice.cost, [line, *advice.lines])
+
+
+def reserve(where: torch.device, needs: float) -> None:
+    """Let CUDA's allocator take the memory of a step's activations as one block, from which it then gives every tensor.
+
+    Without it each tensor of the first step gets a block of its own size, which a slightly longer micro-batch cannot use: the
+    allocator takes as much again, up to the end of the device's memory. Where segments can grow there are no such blocks.
+    """
+    if where.type == "cuda" and not _segments_grow():
+        with contextlib.suppress(torch.OutOfMemoryError):  # then it has to do with what there is, block by block
+            torch.empty(int(needs), dtype=torch.uint8, device=where)
+
+
+def _segments_grow() -> bool:
+    """Whether CUDA's allocator has expandable segments; torch reads both variables, the first is the newer name."""
+    settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    return "expandable_segments:True" in settings.replace(" ", "")
 
 
 def _shape(config: Any, stage: Stage, dtype: torch.dtype) -> LayerShape:
