@@ -92,7 +92,9 @@ def build(
     types = {name: signature.get(name, "constexpr") for name in (p.name for p in kernel.params)}
     free = {p.name for p in kernel.params if p.do_not_specialize}
     aligned = [
-        (i,) for i, (name, kind) in enumerate(types.items()) if kind not in ("fp32", "constexpr") and name not in free
+        (i,)
+        for i, (name, kind) in enumerate(types.items())
+        if kind not in ("fp32", "constexpr") and not kind.startswith("tensordesc") and name not in free
     ]
     source = ASTSource(
         kernel, signature=types, constexprs=constants, attrs={i: [["tt.divisibility", 16]] for i in aligned}

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from benchmarks.kernels.aot import MATRIX_INSTRUCTION, Usage, build, print_usage
 from l2v_kernels.attention.config import ARCHITECTURES, Config, Kind, default
-from l2v_kernels.attention.kernel_backward import key_gradient_kernel, query_gradient_kernel
+from l2v_kernels.attention.kernel_forward import forward_kernel
+from l2v_kernels.attention.kernel_key import key_gradient_kernel
+from l2v_kernels.attention.kernel_query import query_gradient_kernel
 from l2v_kernels.attention.kernel_forward import forward_kernel
 
 KERNELS = {"forward": forward_kernel, "query": query_gradient_kernel, "key": key_gradient_kernel}
@@ -53,9 +55,17 @@ class Case:
         """Raises: whatever Triton or ptxas raise."""
         kernel, config = KERNELS[self.kind], config or self.config
         signature = {p.name: _type(p.name, self.dtype) for p in kernel.params if not p.is_constexpr}
+        block_d = max(16, 1 << (self.head_dim - 1).bit_length())
+        if config.tma:
+            queries = f"tensordesc<{self.dtype}[{config.block_m // self.group}, {self.group}, {block_d}]>"
+            keys = f"tensordesc<{self.dtype}[{config.block_n}, 1, {block_d}]>"
+            described = {"q_ptr": queries, "do_ptr": queries}
+            if self.kind != "key":
+                described |= {"k_ptr": keys, "v_ptr": keys}
+            signature |= {name: block for name, block in described.items() if name in signature}
         constants = {
             "HEAD_DIM": self.head_dim,
-            "BLOCK_D": max(16, 1 << (self.head_dim - 1).bit_length()),
+            "BLOCK_D": block_d,
             "GROUP": self.group,
             "GROUPS_PER_KEY_HEAD": 1,
             "BLOCK_M": config.block_m,
@@ -63,9 +73,12 @@ class Case:
             "CAUSAL": self.causal,
             "WINDOW": self.window,
             "SOFTCAP": self.softcap,
+            "FOLD": not self.softcap,
             "DROPOUT": self.dropout,
             "PRECISION": "ieee",
+            "TMA": config.tma,
         }
+        constants = {p.name: constants[p.name] for p in kernel.params if p.is_constexpr}
         return build(kernel, signature, constants, self.arch, config.num_warps, config.num_stages, disassemble)
 
 

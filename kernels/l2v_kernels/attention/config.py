@@ -19,6 +19,8 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    """Whether q, k, v and do come through tensor descriptors (sm_90 and later, no dropout)."""
 
     def meta(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
@@ -27,6 +29,7 @@ class Config:
             "BLOCK_N": self.block_n,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "TMA": self.tma,
         }
 
 

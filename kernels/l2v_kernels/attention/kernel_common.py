@@ -38,6 +38,16 @@ def store_rows(base, offsets, rows, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
+def load_tile(source, token, head, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[TOKENS * HEADS, BLOCK_D] of a tensor descriptor [tokens, heads, D], head after head within a token.
+
+    The copy engine (TMA) computes the addresses: one instruction a tile, where pointers take a 64-bit address a row. What lies
+    outside of the tensor is 0.
+    """
+    return source.load([token, head, 0]).reshape([TOKENS * HEADS, BLOCK_D])
+
+
+@triton.jit
 def key_tokens(
     position,
     n_tokens,

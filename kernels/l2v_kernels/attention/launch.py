@@ -2,9 +2,12 @@
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from l2v_kernels.attention.config import Config
-from l2v_kernels.attention.kernel_backward import key_gradient_kernel, query_gradient_kernel
+from l2v_kernels.attention.kernel_forward import forward_kernel
+from l2v_kernels.attention.kernel_key import key_gradient_kernel
+from l2v_kernels.attention.kernel_query import query_gradient_kernel
 from l2v_kernels.attention.kernel_forward import forward_kernel
 from l2v_kernels.attention.settings import Settings
 from l2v_kernels.attention.tables import TokenTables
@@ -37,10 +40,11 @@ def forward(
 
     def run(config):
         grid = (triton.cdiv(T * group, config.block_m), H // group)
+        of_queries, of_keys = _tiles(config, group, constants["BLOCK_D"])
         forward_kernel[grid](
-            q_THD,
-            k_TKD,
-            v_TKD,
+            of_queries(q_THD),
+            of_keys(k_TKD),
+            of_keys(v_TKD),
             o_THD,
             lse_HT,
             *_tables(tables, seeds_S, settings),
@@ -50,7 +54,8 @@ def forward(
             **config.meta(),
         )
 
-    run(config or choose("forward", q_THD, tables.n_segments, group, _variant(constants), run))
+    config = config or choose("forward", q_THD, tables.n_segments, group, _variant(constants), can_tma(q_THD, k_TKD, v_TKD), run)
+    run(config)
     return o_THD, lse_HT
 
 
@@ -79,22 +84,24 @@ def backward(
     delta_HT = torch.empty_like(lse_HT)
 
     def run_query(config):
+        of_queries, of_keys = _tiles(config, group, constants["BLOCK_D"])
         query_gradient_kernel[(triton.cdiv(T * group, config.block_m), H // group)](
-            q_THD, k_TKD, v_TKD, o_THD, do_THD, dq_THD, lse_HT, delta_HT,
+            of_queries(q_THD), of_keys(k_TKD), of_keys(v_TKD), o_THD, of_queries(do_THD), dq_THD, lse_HT, delta_HT,
             *_tables(tables, seeds_S, settings), *_strides(q_THD, k_TKD, v_TKD, o_THD, do_THD),
             settings.scale, *_scales(settings), **constants, **config.meta(),
         )  # fmt: skip
 
     def run_key(config):
+        of_queries, _ = _tiles(config, group, constants["BLOCK_D"])
         positions = 16 * tables.n_blocks if threshold(settings.dropout_p) else T
         key_gradient_kernel[(triton.cdiv(positions, config.block_n), K)](
-            q_THD, k_TKD, v_TKD, do_THD, dk_TKD, dv_TKD, lse_HT, delta_HT,
+            of_queries(q_THD), k_TKD, v_TKD, of_queries(do_THD), dk_TKD, dv_TKD, lse_HT, delta_HT,
             *_tables(tables, seeds_S, settings), *_strides(q_THD, k_TKD, v_TKD, do_THD, dk_TKD),
             settings.scale, *_scales(settings), **constants, **config.meta(),
         )  # fmt: skip
 
     of_query, of_key = configs or (None, None)
-    choice = (q_THD, tables.n_segments, group, _variant(constants))
+    choice = (q_THD, tables.n_segments, group, _variant(constants), can_tma(q_THD, k_TKD, v_TKD, do_THD))
     # In this order: the first kernel writes the delta that the second reads.
     run_query(of_query or choose("query", *choice, run_query))
     run_key(of_key or choose("key", *choice, run_key))
@@ -118,9 +125,29 @@ def _constants(q_THD, k_TKD, settings):
         "CAUSAL": settings.causal,
         "WINDOW": settings.window is not None,
         "SOFTCAP": settings.softcap is not None,
+        "FOLD": settings.softcap is None and settings.scale > 0,
         "DROPOUT": threshold(settings.dropout_p) > 0,
         "PRECISION": PRECISION,
     }
+
+
+def can_tma(*tensors: torch.Tensor) -> bool:
+    """Whether tensor descriptors can describe all of them: 16-byte addresses and strides (cuTensorMapEncodeTiled)."""
+    return all(
+        x.element_size() == 2 and x.data_ptr() % 16 == 0 and all(0 < s and s % 8 == 0 for s in x.stride()[:2])
+        for x in tensors
+    )
+
+
+def _tiles(config, group, block_d):
+    """How the kernels take queries and keys: with TMA as descriptors of their tiles, else as they are."""
+    if not config.tma:
+        return (lambda x: x), (lambda x: x)
+
+    def described(block):
+        return lambda x: TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+
+    return described([config.block_m // group, group, block_d]), described([config.block_n, 1, block_d])
 
 
 def _variant(constants):
