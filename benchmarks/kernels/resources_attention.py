@@ -60,8 +60,9 @@ class Case:
             queries = f"tensordesc<{self.dtype}[{config.block_m // self.group}, {self.group}, {block_d}]>"
             keys = f"tensordesc<{self.dtype}[{config.block_n}, 1, {block_d}]>"
             described = {"q_ptr": queries, "do_ptr": queries}
-            if self.kind != "key":
-                described |= {"k_ptr": keys, "v_ptr": keys}
+            described |= dict.fromkeys(("dk_ptr", "dv_ptr") if self.kind == "key" else ("k_ptr", "v_ptr"), keys)
+            if self.kind == "key" and self.group >= 4:
+                described["statistics_ptr"] = f"tensordesc<fp32[1, {config.block_m // self.group}, {self.group}]>"
             signature |= {name: block for name, block in described.items() if name in signature}
         constants = {
             "HEAD_DIM": self.head_dim,
@@ -85,7 +86,7 @@ class Case:
 def _type(name, dtype):
     if name in _TABLES:
         return "*i32"
-    special = {"seeds_ptr": "*i64", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "keep_scale": "fp32"}
+    special = {"seeds_ptr": "*i64", "lse_ptr": "*fp32", "statistics_ptr": "*fp32", "keep_scale": "fp32"}
     if name in special:
         return special[name]
     if name.endswith("_ptr"):

@@ -48,6 +48,34 @@ def load_tile(source, token, head, TOKENS: tl.constexpr, HEADS: tl.constexpr, BL
 
 
 @triton.jit
+def store_tile(target, token, head, rows):
+    """Stores rows [tokens, BLOCK_D] of one head through a tensor descriptor, in its dtype, where they lie inside the tensor."""
+    target.store([token, head, 0], rows.to(target.dtype).expand_dims(1))
+
+
+@triton.jit
+def store_statistics(statistics_ptr, row, first, values, inside, stride, GROUP: tl.constexpr):
+    """Stores a number for each row of a query tile, values [BLOCK_M], in the order of the tile's rows."""
+    offsets = tl.arange(0, values.shape[0])
+    tl.store(statistics_ptr + row.to(tl.int64) * stride + first * GROUP + offsets, values, mask=inside)
+
+
+@triton.jit
+def load_statistics(
+    statistics_ptr, row, first, n_tokens, stride, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, TMA: tl.constexpr
+):
+    """What `store_statistics` stored for the tile of query token `first`, fp32 [BLOCK_M]; 0 outside of the pack."""
+    if TMA and GROUP >= 4:
+        # Pointers would do, but Triton 3.6.0 then copies each number once for every thread that needs it. A descriptor's
+        # rows are 16 bytes at least, so 4 heads.
+        values = statistics_ptr.load([row, first, 0]).reshape([BLOCK_M])
+    else:
+        offsets = first * GROUP + tl.arange(0, BLOCK_M)
+        values = tl.load(statistics_ptr + row.to(tl.int64) * stride + offsets, mask=offsets < n_tokens * GROUP, other=0.0)
+    return values
+
+
+@triton.jit
 def key_tokens(
     position,
     n_tokens,

@@ -4,14 +4,15 @@ import triton
 import triton.language as tl
 
 from l2v_kernels.attention.kernel_common import (
-    LOG2E,
     in_reach,
     kept,
     key_tokens,
     load_rows,
+    load_statistics,
     load_tile,
     log2_scores,
     store_rows,
+    store_tile,
 )
 from l2v_kernels.attention.kernel_forward import NOT_SPECIALIZED
 
@@ -30,8 +31,8 @@ def _key_step(
     group,
     q_ptr,
     do_ptr,
-    lse_ptr,
-    delta_ptr,
+    statistics_ptr,
+    n_groups,
     start_ptr,
     segment_ptr,
     first_block_ptr,
@@ -41,6 +42,7 @@ def _key_step(
     stride_qh,
     stride_dot,
     stride_doh,
+    stride_statistics,
     scale_in,
     scale_out,
     window,
@@ -67,26 +69,26 @@ def _key_step(
     token = query
     if MASKED:
         token = tl.minimum(query, n_tokens - 1)
-    query64, head64 = token.to(tl.int64), head.to(tl.int64)
     if TMA:
         q = load_tile(q_ptr, first, group * GROUP, BLOCK_M // GROUP, GROUP, BLOCK_D)
         do = load_tile(do_ptr, first, group * GROUP, BLOCK_M // GROUP, GROUP, BLOCK_D)
     else:
+        query64, head64 = token.to(tl.int64), head.to(tl.int64)
         q = load_rows(q_ptr, query64 * stride_qt + head64 * stride_qh, HEAD_DIM, BLOCK_D)
         do = load_rows(do_ptr, query64 * stride_dot + head64 * stride_doh, HEAD_DIM, BLOCK_D)
-    lse2 = tl.load(lse_ptr + head64 * n_tokens + query64) * LOG2E
-    delta = tl.load(delta_ptr + head64 * n_tokens + query64)
+    lse2 = load_statistics(statistics_ptr, group, first, n_tokens, stride_statistics, GROUP, BLOCK_M, TMA)
+    delta = load_statistics(statistics_ptr, n_groups + group, first, n_tokens, stride_statistics, GROUP, BLOCK_M, TMA)
 
     dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     scores, slope = log2_scores(dots, scale_in, scale_out, SOFTCAP)
     weights = tl.exp2(scores - lse2[None, :])
     if MASKED:
-        see = (query[None, :] >= start[:, None]) & (query[None, :] < end[:, None])
+        see = (query[None, :] - start[:, None]).to(tl.uint32) < (end - start).to(tl.uint32)[:, None]
         see = see & in_reach(query[None, :], key[:, None], window, CAUSAL, WINDOW)
         weights = tl.where(see, weights, 0.0)
-    dweights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     dropped_weights = weights
     if DROPOUT:
+        dweights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         if MASKED:
             segment, row_start = tl.load(segment_ptr + token), tl.load(start_ptr + token)
             row_block = tl.load(first_block_ptr + token)
@@ -99,6 +101,8 @@ def _key_step(
         dropped_weights = tl.where(keep, weights, 0.0)
         dweights = tl.where(keep, dweights * keep_scale, 0.0)
     dv = tl.dot(dropped_weights.to(do.dtype), do, dv, input_precision=PRECISION)
+    if not DROPOUT:
+        dweights = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     dscores = weights * (dweights - delta[None, :])
     if SOFTCAP:
         dscores *= slope
@@ -114,8 +118,7 @@ def key_gradient_kernel(
     do_ptr,
     dk_ptr,
     dv_ptr,
-    lse_ptr,
-    delta_ptr,
+    statistics_ptr,
     start_ptr,
     end_ptr,
     segment_ptr,
@@ -135,6 +138,7 @@ def key_gradient_kernel(
     stride_doh,
     stride_dkt,
     stride_dkh,
+    stride_statistics,
     scale,
     scale_in,
     scale_out,
@@ -194,28 +198,36 @@ def key_gradient_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    n_groups = tl.num_programs(1) * GROUPS_PER_KEY_HEAD
     for i in range(GROUPS_PER_KEY_HEAD):
         group = key_head * GROUPS_PER_KEY_HEAD + i
         for first in range(low, whole, TOKENS):
             dk, dv = _key_step(
-                dk, dv, k, v, key, start, end, position, first, group, q_ptr, do_ptr, lse_ptr, delta_ptr,
+                dk, dv, k, v, key, start, end, position, first, group, q_ptr, do_ptr, statistics_ptr, n_groups,
                 start_ptr, segment_ptr, first_block_ptr, seeds_ptr, n_tokens,
-                stride_qt, stride_qh, stride_dot, stride_doh,
+                stride_qt, stride_qh, stride_dot, stride_doh, stride_statistics,
                 scale_in, scale_out, window, stream, drop_below, keep_scale,
                 HEAD_DIM, BLOCK_D, GROUP, BLOCK_M, BLOCK_N,
                 CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, TMA, MASKED=False,
             )  # fmt: skip
         for first in range(whole, high, TOKENS):
             dk, dv = _key_step(
-                dk, dv, k, v, key, start, end, position, first, group, q_ptr, do_ptr, lse_ptr, delta_ptr,
+                dk, dv, k, v, key, start, end, position, first, group, q_ptr, do_ptr, statistics_ptr, n_groups,
                 start_ptr, segment_ptr, first_block_ptr, seeds_ptr, n_tokens,
-                stride_qt, stride_qh, stride_dot, stride_doh,
+                stride_qt, stride_qh, stride_dot, stride_doh, stride_statistics,
                 scale_in, scale_out, window, stream, drop_below, keep_scale,
                 HEAD_DIM, BLOCK_D, GROUP, BLOCK_M, BLOCK_N,
                 CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, TMA, MASKED=True,
             )  # fmt: skip
-    key = key_tokens(position, n_tokens, n_blocks, block_first_ptr, block_end_ptr, BLOCK_N, DROPOUT, RELOAD=True)
-    inside = (key >= 0) & (key < n_tokens)
-    rows = key.to(tl.int64) * stride_dkt + head64 * stride_dkh
-    store_rows(dk_ptr, rows, dk * scale, inside, HEAD_DIM, BLOCK_D)
-    store_rows(dv_ptr, rows, dv * keep_scale, inside, HEAD_DIM, BLOCK_D)
+    if TMA:
+        # 0, which the compiler cannot know: it computes the tile's place again instead of keeping it over the loops.
+        again = tl.minimum(tl.load(start_ptr, volatile=True), 0)
+        position, key_head = (tl.program_id(0) + again) * BLOCK_N, tl.program_id(1) + again
+        store_tile(dk_ptr, position, key_head, dk * scale)
+        store_tile(dv_ptr, position, key_head, dv)
+    else:
+        key = key_tokens(position, n_tokens, n_blocks, block_first_ptr, block_end_ptr, BLOCK_N, DROPOUT, RELOAD=True)
+        inside = (key >= 0) & (key < n_tokens)
+        rows = key.to(tl.int64) * stride_dkt + head64 * stride_dkh
+        store_rows(dk_ptr, rows, dk * scale, inside, HEAD_DIM, BLOCK_D)
+        store_rows(dv_ptr, rows, dv * keep_scale, inside, HEAD_DIM, BLOCK_D)

@@ -19,6 +19,7 @@ from l2v_kernels.attention.kernel_common import (
     load_tile,
     log2_scores,
     store_rows,
+    store_statistics,
     visible,
 )
 from l2v_kernels.attention.kernel_forward import NOT_SPECIALIZED
@@ -98,7 +99,7 @@ def query_gradient_kernel(
     do_ptr,
     dq_ptr,
     lse_ptr,
-    delta_ptr,
+    statistics_ptr,
     start_ptr,
     end_ptr,
     segment_ptr,
@@ -118,6 +119,7 @@ def query_gradient_kernel(
     stride_oh,
     stride_dot,
     stride_doh,
+    stride_statistics,
     scale,
     scale_in,
     scale_out,
@@ -138,7 +140,7 @@ def query_gradient_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Writes dq [T, H, D] (strides of o) and delta fp32 [H, T]. Tiles, and TMA for q, k, v and do, as in the forward."""
+    """Writes dq [T, H, D] (strides of o) and for the other kernel delta and lse2 = lse / log(2), fp32 [H, T]. Tiles, and TMA for q, k, v and do, as in the forward."""
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     rows = tl.arange(0, BLOCK_M)
     first = tl.program_id(0) * TOKENS
@@ -159,10 +161,11 @@ def query_gradient_kernel(
         q = load_rows(q_ptr, query64 * stride_qt + head64 * stride_qh, HEAD_DIM, BLOCK_D)
         k_base, v_base = k_ptr + key_head64 * stride_kh, v_ptr + key_head64 * stride_vh
     o = load_rows(o_ptr, out_rows, HEAD_DIM, BLOCK_D)
-    # delta is computed here, where do is read anyway, and written for the other kernel: no pass of its own.
+    # delta is computed here, where do is read anyway, and written for the other kernel with the scaled lse: no pass of its own.
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + head64 * n_tokens + query64, delta, mask=inside)
     lse2 = tl.load(lse_ptr + head64 * n_tokens + query64) * LOG2E
+    store_statistics(statistics_ptr, tl.program_id(1), first, lse2, inside, stride_statistics, GROUP)
+    store_statistics(statistics_ptr, tl.num_programs(1) + tl.program_id(1), first, delta, inside, stride_statistics, GROUP)
     start, end = tl.load(start_ptr + query), tl.load(end_ptr + query)
     seed, row_block = start, start
     if DROPOUT:

@@ -1,5 +1,7 @@
 """Launchers of the attention kernels. Imported only where Triton is installed."""
 
+import functools
+
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -81,22 +83,25 @@ def backward(
     if q_THD.numel() == 0:
         return dq_THD, dk_TKD.zero_(), dv_TKD.zero_()
     group, constants = _constants(q_THD, k_TKD, settings)
-    delta_HT = torch.empty_like(lse_HT)
+    # lse / log(2) and delta in the order of the tiles' rows: half, group, token, head of the group.
+    statistics = torch.empty((2 * H // group, T, group), dtype=torch.float32, device=lse_HT.device)
 
     def run_query(config):
         of_queries, of_keys = _tiles(config, group, constants["BLOCK_D"])
         query_gradient_kernel[(triton.cdiv(T * group, config.block_m), H // group)](
-            of_queries(q_THD), of_keys(k_TKD), of_keys(v_TKD), o_THD, of_queries(do_THD), dq_THD, lse_HT, delta_HT,
-            *_tables(tables, seeds_S, settings), *_strides(q_THD, k_TKD, v_TKD, o_THD, do_THD),
+            of_queries(q_THD), of_keys(k_TKD), of_keys(v_TKD), o_THD, of_queries(do_THD), dq_THD, lse_HT, statistics,
+            *_tables(tables, seeds_S, settings), *_strides(q_THD, k_TKD, v_TKD, o_THD, do_THD), statistics.stride(0),
             settings.scale, *_scales(settings), **constants, **config.meta(),
         )  # fmt: skip
 
     def run_key(config):
-        of_queries, _ = _tiles(config, group, constants["BLOCK_D"])
+        of_queries, of_keys = _tiles(config, group, constants["BLOCK_D"])
+        described = config.tma and group >= 4
+        of_statistics = _described(described, [1, config.block_m // group, group], statistics)
         positions = 16 * tables.n_blocks if threshold(settings.dropout_p) else T
         key_gradient_kernel[(triton.cdiv(positions, config.block_n), K)](
-            of_queries(q_THD), k_TKD, v_TKD, of_queries(do_THD), dk_TKD, dv_TKD, lse_HT, delta_HT,
-            *_tables(tables, seeds_S, settings), *_strides(q_THD, k_TKD, v_TKD, do_THD, dk_TKD),
+            of_queries(q_THD), k_TKD, v_TKD, of_queries(do_THD), of_keys(dk_TKD), of_keys(dv_TKD), of_statistics,
+            *_tables(tables, seeds_S, settings), *_strides(q_THD, k_TKD, v_TKD, do_THD, dk_TKD), statistics.stride(0),
             settings.scale, *_scales(settings), **constants, **config.meta(),
         )  # fmt: skip
 
@@ -141,13 +146,14 @@ def can_tma(*tensors: torch.Tensor) -> bool:
 
 def _tiles(config, group, block_d):
     """How the kernels take queries and keys: with TMA as descriptors of their tiles, else as they are."""
-    if not config.tma:
-        return (lambda x: x), (lambda x: x)
+    return (
+        functools.partial(_described, config.tma, [config.block_m // group, group, block_d]),
+        functools.partial(_described, config.tma, [config.block_n, 1, block_d]),
+    )
 
-    def described(block):
-        return lambda x: TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
-    return described([config.block_m // group, group, block_d]), described([config.block_n, 1, block_d])
+def _described(tma, block, x):
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block) if tma else x
 
 
 def _variant(constants):
