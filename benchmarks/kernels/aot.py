@@ -31,6 +31,7 @@ class Usage:
     matrix: frozenset[str]
     """Which of HMMA, HGMMA and UTCHMMA the machine code has."""
     ptx: str
+    cubin: bytes = b""
 
     def problems(self, capability: int, matrix: str | None = None) -> list[str]:
         """Why this build must not ship, empty where it may: spills, too much shared memory, no tensor core."""
@@ -113,6 +114,7 @@ def build(
         stack=numbers["STACK"] + numbers["LOCAL"],
         matrix=frozenset(re.findall(r"\b(UTCHMMA|HGMMA|HMMA)\b", code)),
         ptx=compiled.asm["ptx"],
+        cubin=compiled.asm["cubin"],
     )
 
 

@@ -20,11 +20,17 @@ PIPES: tuple[tuple[str, str], ...] = (
     ("shared", r"LDS|LDSM|STS|STSM|LDGSTS|SHFL|LDTM|STTM|ATOMS|UTMA\w+|UBLKCP|LDTM|SYNCS"),
     ("global", r"LDG|STG|RED|ATOM|ATOMG|LD|ST|LDL|STL|LDC|LDCU|ULDC"),
     ("fp32", r"FFMA|FFMA2|FADD|FADD2|FMUL|FMUL2|IMAD|HFMA2|HADD2|HMUL2|FFMA32I|FADD32I|FMUL32I"),
-    ("alu", r"FMNMX\d?|FSETP|FSEL|FSET|FCHK|F2FP|F2F|I2F|I2FP|F2I|IADD|IADD3|IADD32I|VIADD|VIADDMNMX|LOP3|LEA|SHF|SHL|SHR|PRMT|SEL|"
-    r"MOV|ISETP|PLOP3|VIMNMX\d?|IMNMX|IABS|POPC|FLO|BREV|SGXT|BMSK|P2R|R2P|CS2R|S2R|VOTE\w*|HSET2|HMNMX2|LOP"),
+    (
+        "alu",
+        r"FMNMX\d?|FSETP|FSEL|FSET|FCHK|F2FP|F2F|I2F|I2FP|F2I|IADD|IADD3|IADD32I|VIADD|VIADDMNMX|LOP3|LEA|SHF|"
+        r"SHL|SHR|PRMT|SEL|MOV|ISETP|PLOP3|VIMNMX\d?|IMNMX|IABS|POPC|FLO|BREV|SGXT|BMSK|P2R|R2P|CS2R|S2R|VOTE\w*|HSET2|HMNMX2|LOP",
+    ),
     ("uniform", r"U[A-Z0-9]+|R2UR|S2UR|REDUX|CREDUX"),
-    ("control", r"BAR|BRA|BSSY|BSYNC|WARPSYNC|WARPGROUP|DEPBAR|LDGDEPBAR|NOP|EXIT|CALL|RET|FENCE|MEMBAR|ERRBAR|CCTL|YIELD|"
-    r"NANOSLEEP|ELECT|ACQBULK|JMP|BMOV|ARRIVES|BREAK"),
+    (
+        "control",
+        r"BAR|BRA|BSSY|BSYNC|WARPSYNC|WARPGROUP|DEPBAR|LDGDEPBAR|NOP|EXIT|CALL|RET|FENCE|MEMBAR|ERRBAR|CCTL|YIELD|"
+        r"NANOSLEEP|ELECT|ACQBULK|JMP|BMOV|ARRIVES|BREAK",
+    ),
 )
 """Pipes and the opcodes that occupy them, first match wins (a matrix instruction is named UTC... but is no uniform one)."""
 
@@ -36,6 +42,7 @@ _GUARD = re.compile(r"^@!?U?P\w+\s+")
 _WARPGROUP_SHAPE = re.compile(r"[A-Z]GMMA(?:\.SP)?\.(\d+)x(\d+)x(\d+)")
 _WARP_SHAPE = re.compile(r"^[A-Z]MMA(?:\.SP)?\.(16816|1688|16832|16864|8816)")
 _WARP_SIZES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "16832": (16, 8, 32), "16864": (16, 8, 64), "8816": (8, 8, 16)}
+_SPIN = 12
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,8 @@ class Loop:
     """An innermost loop: its instructions in order, without their guards."""
 
     instructions: tuple[str, ...]
+    around: int = 0
+    """Instructions of the loop around it, or of the kernel where there is none, that it does not hold itself."""
 
     @property
     def pipes(self) -> dict[str, int]:
@@ -89,10 +98,30 @@ def matrix_flops(instruction: str) -> int:
     return 0
 
 
+def warpgroup_shape(instruction: str) -> tuple[int, int, int]:
+    """m, n and k of a warpgroup's matrix instruction.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = _WARPGROUP_SHAPE.match(instruction)
+    if not found:
+        raise ValueError(f"not a warpgroup's matrix instruction: {instruction}")
+    m, n, k = map(int, found.groups())
+    return m, n, k
+
+
+def a_in_registers(instruction: str) -> bool:
+    """Whether a warpgroup's matrix instruction takes its first factor from registers and not from shared memory."""
+    operands = instruction.split(maxsplit=1)[1].split(",")
+    return operands[1].strip().startswith("R") and operands[1].strip() != "RZ"
+
+
 def instructions_and_loops(code: str) -> tuple[list[str], list[Loop]]:
     """All instructions of a disassembly, and its innermost loops in the order of the code.
 
-    A loop is what lies between a label and a later branch back to it.
+    A loop is what lies between a label and a later branch back to it. Loops of a few instructions wait for a barrier and are not
+    counted as loops: they may lie inside of the one that works.
     """
     lines: list[str] = []
     labels: dict[str, int] = {}
@@ -107,17 +136,22 @@ def instructions_and_loops(code: str) -> tuple[list[str], list[Loop]]:
         branch = _BRANCH.search(line)
         if branch and labels.get(branch[1], at + 1) < at:
             spans.add((labels[branch[1]], at))
+    spans = {(low, high) for low, high in spans if high - low >= _SPIN}
     inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
     plain = [_GUARD.sub("", line) for line in lines]
-    return plain, [Loop(tuple(plain[low : high + 1])) for low, high in sorted(inner)]
+    loops = []
+    for low, high in sorted(inner):
+        outer = [b - a for a, b in spans if a <= low and high <= b and (a, b) != (low, high)]
+        loops.append(Loop(tuple(plain[low : high + 1]), min(outer, default=len(plain)) - (high - low)))
+    return plain, loops
 
 
 def main_loop(loops: list[Loop]) -> Loop | None:
-    """Where the kernel spends its time on long inputs: of the loops with matrix instructions the one with the fewest
-    instructions to each of them, so the one without masks; without any, the longest. None for a kernel without a loop."""
+    """Where the kernel spends its time on long inputs: the loop with the most matrix FLOPs, of several the one with the fewest
+    instructions, so the one without masks; without any such, the longest loop. None for a kernel without a loop."""
     matrix = [loop for loop in loops if "tensor" in loop.pipes]
     if matrix:
-        return min(matrix, key=lambda loop: len(loop.instructions) / (loop.warp_flops or loop.pipes["tensor"]))
+        return min(matrix, key=lambda loop: (-(loop.warp_flops or loop.pipes["tensor"]), len(loop.instructions)))
     return max(loops, key=lambda loop: len(loop.instructions), default=None)
 
 

@@ -112,6 +112,38 @@ _MASKED = {
     (100, "query"): ((64, 32, 4, 2), (64, 32, 4, 2)),
     (120, "forward"): ((64, 32, 4, 3), (64, 64, 4, 2)),
 }
+# Without dropout, softcap, causality and windows a tile needs fewer registers, and on sm_90 and later q, k, v and do come
+# through tensor descriptors (fifth number: True). Chosen by issue slots over tensor-core clocks among what does not spill
+# (`python -m benchmarks.resources --issue`). What is not listed takes the tiles above.
+_PLAIN: dict[int, dict[Kind, dict[int, tuple[tuple, tuple]]]] = {
+    80: {"forward": {128: ((64, 32, 4, 3), (128, 64, 8, 2))}},
+    90: {
+        "forward": {
+            64: ((64, 64, 4, 2, True), (128, 128, 8, 3, True)),
+            128: ((64, 64, 4, 2, True), (128, 128, 8, 3, True)),
+        },
+        "query": {
+            64: ((64, 64, 4, 2, True), (128, 128, 8, 2, True)),
+            128: ((64, 64, 4, 2, True), (128, 64, 8, 2, True)),
+        },
+        "key": {
+            64: ((32, 64, 4, 2, True), (64, 128, 8, 2, True)),
+            128: ((32, 64, 4, 2, True), (64, 128, 8, 2, True)),
+        },
+    },
+    100: {
+        "forward": {128: ((64, 32, 4, 3), (128, 128, 8, 2, True))},
+        "query": {128: ((64, 32, 4, 2), (128, 128, 8, 2, True))},
+        "key": {128: ((32, 64, 4, 2), (64, 128, 8, 2, True))},
+    },
+    120: {
+        "forward": {128: ((64, 32, 4, 3), (128, 64, 8, 2, True))},
+        "query": {128: ((64, 32, 4, 2), (128, 32, 8, 2))},
+    },
+}
+# The key gradient of 64 x 128 fits the registers only if 4 query heads share a tile; with fewer a descriptor cannot carry
+# lse and delta either.
+_OTHER_GROUPS = (32, 128, 8, 2, True)
 # fp32 matmuls run on the CUDA cores, the same on every architecture. Every tile tried for the query gradient of a head
 # dimension above 128 spills.
 _SINGLE = {
@@ -128,18 +160,40 @@ def is_short(mean_length: float, group: int) -> bool:
     return mean_length < max(64, 256 // group)
 
 
-def default(kind: Kind, arch: int, head_dim: int, itemsize: int, short: bool) -> Config:
-    """The configuration without a search. arch: one of ARCHITECTURES; itemsize: bytes an element."""
+def default(
+    kind: Kind,
+    arch: int,
+    head_dim: int,
+    itemsize: int,
+    short: bool,
+    plain: bool = False,
+    tma: bool = False,
+    group: int = 4,
+) -> Config:
+    """The configuration without a search.
+
+    arch: one of ARCHITECTURES; itemsize: bytes an element; short: the answer of `is_short`; plain: no dropout, softcap,
+    causality or window; tma: tensor descriptors can describe the tensors; group: how many query heads share a tile.
+    """
     block_d = _padded(head_dim)
     if itemsize == 4:
         return Config(*_SINGLE[kind][block_d])
+    found = _PLAIN[arch].get(kind, {}).get(block_d) if plain else None
+    if found is not None:
+        config = Config(*found[0 if short else 1])
+        if kind == "key" and group != 4 and config.tma and not short:
+            config = Config(*_OTHER_GROUPS)
+        if tma or not config.tma:
+            return config
     shapes = _HALF[arch][kind][block_d]
     if 64 < head_dim < 128:
         shapes = _MASKED.get((arch, kind), shapes)
     return Config(*shapes[0 if short else 1])
 
 
-def candidates(kind: Kind, arch: int, head_dim: int, itemsize: int) -> list[Config]:
+def candidates(
+    kind: Kind, arch: int, head_dim: int, itemsize: int, plain: bool = False, tma: bool = False
+) -> list[Config]:
     """What a search tries: the defaults of all architectures and kinds of segments, this architecture's first, and
     those with one pipeline stage more or less. Some may spill and lose, or not fit and be skipped."""
     block_d = _padded(head_dim)
@@ -152,6 +206,10 @@ def candidates(kind: Kind, arch: int, head_dim: int, itemsize: int) -> list[Conf
         [(64, 64, 4, 2), (128, 32, 8, 2), (128, 128, 8, 2)] if kind != "key" else [(64, 64, 4, 2), (64, 128, 8, 2)]
     )
     shapes += [(m, n, warps, stages + more) for m, n, warps, stages in shapes for more in (-1, 1) if stages + more > 0]
+    if plain:
+        own = [shape for name in (arch, *ARCHITECTURES) for shape in _PLAIN[name].get(kind, {}).get(block_d, ())]
+        own += [_OTHER_GROUPS] if kind == "key" else [(128, 64, 8, 3, True)]
+        shapes = [shape for shape in own if tma or len(shape) < 5] + shapes
     return [Config(*shape) for shape in dict.fromkeys(shapes)]
 
 

@@ -71,7 +71,9 @@ def load_statistics(
         values = statistics_ptr.load([row, first, 0]).reshape([BLOCK_M])
     else:
         offsets = first * GROUP + tl.arange(0, BLOCK_M)
-        values = tl.load(statistics_ptr + row.to(tl.int64) * stride + offsets, mask=offsets < n_tokens * GROUP, other=0.0)
+        values = tl.load(
+            statistics_ptr + row.to(tl.int64) * stride + offsets, mask=offsets < n_tokens * GROUP, other=0.0
+        )
     return values
 
 

@@ -162,7 +162,8 @@ def key_gradient_kernel(
     """Writes dk and dv [T, K, D], both with the same strides.
 
     Program (i, j) owns BLOCK_N key positions of key head j and adds up all query heads that read it, in a fixed order. TMA:
-    q_ptr and do_ptr are descriptors, as in the forward.
+    q_ptr, do_ptr, dk_ptr and dv_ptr are tensor descriptors, and with 4 heads or more in a group statistics_ptr, with blocks
+    [1, BLOCK_M // GROUP, GROUP]; there is no dropout then.
     """
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     position = tl.program_id(0) * BLOCK_N

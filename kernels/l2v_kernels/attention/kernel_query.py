@@ -140,7 +140,10 @@ def query_gradient_kernel(
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Writes dq [T, H, D] (strides of o) and for the other kernel delta and lse2 = lse / log(2), fp32 [H, T]. Tiles, and TMA for q, k, v and do, as in the forward."""
+    """Writes dq [T, H, D] (strides of o), and for the other kernel lse / log(2) and delta, fp32 [2, H // GROUP, T, GROUP].
+
+    Tiles, and TMA for q, k, v and do, as in the forward.
+    """
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     rows = tl.arange(0, BLOCK_M)
     first = tl.program_id(0) * TOKENS
@@ -165,7 +168,9 @@ def query_gradient_kernel(
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     lse2 = tl.load(lse_ptr + head64 * n_tokens + query64) * LOG2E
     store_statistics(statistics_ptr, tl.program_id(1), first, lse2, inside, stride_statistics, GROUP)
-    store_statistics(statistics_ptr, tl.num_programs(1) + tl.program_id(1), first, delta, inside, stride_statistics, GROUP)
+    store_statistics(
+        statistics_ptr, tl.num_programs(1) + tl.program_id(1), first, delta, inside, stride_statistics, GROUP
+    )
     start, end = tl.load(start_ptr + query), tl.load(end_ptr + query)
     seed, row_block = start, start
     if DROPOUT:
@@ -193,5 +198,3 @@ def query_gradient_kernel(
             HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, TMA, MASKED=True,
         )  # fmt: skip
     store_rows(dq_ptr, out_rows, dq * scale, inside, HEAD_DIM, BLOCK_D)
-
-

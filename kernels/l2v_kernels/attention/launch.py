@@ -10,7 +10,6 @@ from l2v_kernels.attention.config import Config
 from l2v_kernels.attention.kernel_forward import forward_kernel
 from l2v_kernels.attention.kernel_key import key_gradient_kernel
 from l2v_kernels.attention.kernel_query import query_gradient_kernel
-from l2v_kernels.attention.kernel_forward import forward_kernel
 from l2v_kernels.attention.settings import Settings
 from l2v_kernels.attention.tables import TokenTables
 from l2v_kernels.attention.tune import choose
@@ -56,7 +55,9 @@ def forward(
             **config.meta(),
         )
 
-    config = config or choose("forward", q_THD, tables.n_segments, group, _variant(constants), can_tma(q_THD, k_TKD, v_TKD), run)
+    config = config or choose(
+        "forward", q_THD, tables.n_segments, group, _variant(constants), can_tma(q_THD, k_TKD, v_TKD), run
+    )
     run(config)
     return o_THD, lse_HT
 
@@ -139,7 +140,7 @@ def _constants(q_THD, k_TKD, settings):
 def can_tma(*tensors: torch.Tensor) -> bool:
     """Whether tensor descriptors can describe all of them: 16-byte addresses and strides (cuTensorMapEncodeTiled)."""
     return all(
-        x.element_size() == 2 and x.data_ptr() % 16 == 0 and all(0 < s and s % 8 == 0 for s in x.stride()[:2])
+        x.element_size() == 2 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in x.stride()[:2])
         for x in tensors
     )
 
