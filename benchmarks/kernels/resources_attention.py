@@ -35,13 +35,16 @@ class Case:
     window: bool = False
     softcap: bool = False
     group: int = 4
+    medium: bool = False
 
     @property
     def config(self) -> Config:
         """What a launch of this case would take."""
         plain = not (self.dropout or self.causal or self.window or self.softcap)
         itemsize = 4 if self.dtype == "fp32" else 2
-        return default(self.kind, self.arch, self.head_dim, itemsize, self.short, plain, self.arch >= 90, self.group)
+        return default(
+            self.kind, self.arch, self.head_dim, itemsize, self.short, plain, self.arch >= 90, self.group, self.medium
+        )
 
     @property
     def matrix(self) -> str | None:

@@ -34,7 +34,7 @@ def examine(case: Case, issue: bool) -> dict[str, object]:
         "op": case.op, "kernel": case.kernel, "variant": case.variant, "sm": case.arch, "tile": case.tile,
         "registers": used.registers, "shared": used.shared, "spills": used.stack, "target": case.target,
     }  # fmt: skip
-    found = count(used, case.arch, case.warps, case.step_flops) if issue else None
+    found = count(used, case.arch, case.warps, case.step_flops, case.step_bytes) if issue else None
     if found is not None:
         row["loop"] = found.row()
         if case.op == "info_nce" and found.ratio is not None:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from benchmarks.kernels import resources_attention, resources_info_nce
 from benchmarks.kernels.aot import Usage, build
-from l2v_kernels.attention.config import Config
+from l2v_kernels.attention.config import Config, default
 
 ARCHITECTURES = (80, 90, 100, 120)
 MATMULS = {"forward": 2, "query": 3, "key": 4}
-"""Matrix products of a step of each attention kernel."""
+"""Matmuls of a step of each attention kernel."""
 GROUP = 4
 """Query heads that read one key head of Llama-3-8B."""
 
@@ -27,33 +27,46 @@ class Case:
     build: Callable[[], Usage]
     step_flops: int | None = None
     """Matrix FLOPs of a block in a step of its main loop; None for a kernel without matmuls."""
+    step_bytes: int | None = None
+    """Bytes a block reads from global memory in a step."""
     config: Config | None = None
     """Of an attention kernel."""
     target: float | None = None
     """The issue/tensor ratio that this build must not exceed."""
 
 
-def attention(archs, head_dims=(128,), lengths=("short", "long"), dropouts=(False, True)) -> Iterator[Case]:
-    """Packed attention. Targets hold without dropout, for segments of 512 tokens and more, head dimension 128."""
+def attention(archs, head_dims=(128,), lengths=("short", "medium", "long"), dropouts=(False, True)) -> Iterator[Case]:
+    """Packed attention; without dropout also with the tile that dropout takes, for comparison.
+
+    Targets hold without dropout, for segments of 512 tokens and more, head dimension 128.
+    """
     for arch in archs:
         for head_dim in head_dims:
             for kind in MATMULS:
                 for length in lengths:
                     for dropout in dropouts:
-                        yield attention_case(kind, arch, head_dim, length == "short", dropout)
+                        if not (dropout and length == "medium"):  # no tile of its own
+                            yield attention_case(kind, arch, head_dim, length, dropout)
+                    shared = default(kind, arch, head_dim, 2, length == "short")
+                    if False in dropouts and shared != attention_case(kind, arch, head_dim, length, False).config:
+                        yield attention_case(kind, arch, head_dim, length, False, shared)
 
 
-def attention_case(kind, arch, head_dim, short, dropout, config: Config | None = None, group: int = GROUP) -> Case:
+def attention_case(kind, arch, head_dim, length, dropout, config: Config | None = None, group: int = GROUP) -> Case:
     """One build of packed attention, with the tile of the table or with another."""
-    case = resources_attention.Case(kind, arch, head_dim, short=short, dropout=dropout, group=group)
-    config = config or case.config
-    asked = not dropout and not short and head_dim == 128 and group == GROUP
+    case = resources_attention.Case(kind, arch, head_dim, short=length == "short", dropout=dropout, group=group,
+                                    medium=length == "medium")  # fmt: skip
+    other, config = config is not None, config or case.config
+    width = resources_attention.block_d(head_dim)
+    passed = config.block_m if kind == "key" else config.block_n
+    asked = not dropout and length == "long" and head_dim == 128 and group == GROUP and not other
     target = {90: 0.65, 80: 0.6 if kind == "forward" else None}.get(arch) if asked else None
-    variant = f"D {head_dim}, {'short' if short else 'long'} segments{', dropout' if dropout else ''}"
+    variant = f"D {head_dim}, {length} segments{', dropout' if dropout else ''}"
+    variant += ", with dropout's tile" if other else ""
     return Case(
         "attention", kind, arch, variant, tile_of(config), config.num_warps,
         lambda: case.build(config, disassemble=False),
-        MATMULS[kind] * 2 * config.block_m * config.block_n * resources_attention.block_d(head_dim), config, target,
+        MATMULS[kind] * 2 * config.block_m * config.block_n * width, 2 * passed * width * 2, config, target,
     )  # fmt: skip
 
 
@@ -70,10 +83,11 @@ def info_nce(archs) -> Iterator[Case]:
             case = resources_info_nce.Case(kernel, arch)
             config, fused = case.config, kernel.startswith("fused")
             tile = f"{config.block_rows} x {config.block_columns}" + (f" x {config.block_e}" if fused else "")
+            loads = 2 * (config.block_rows + config.block_columns) * config.block_e if fused else None
             flops = 2 * config.block_rows * config.block_columns * config.block_e if fused else None
             yield Case(
                 "info_nce", kernel, arch, "ids", f"{tile}, {config.num_warps} warps, {config.num_stages} stages",
-                config.num_warps, lambda case=case: case.build(disassemble=False), flops,
+                config.num_warps, lambda case=case: case.build(disassemble=False), flops, loads,
                 target=0.7 if fused and arch == 90 else None,
             )  # fmt: skip
 

@@ -32,7 +32,7 @@ class Count:
     """Clocks that the SM's tensor cores need; 0 for a kernel without matrix instructions."""
     issue: float
     clocks: dict[str, float]
-    """Clocks of the other pipes: fp32, alu, exp, shared."""
+    """Clocks of the other pipes: fp32, alu, exp, shared and, where known, l2."""
 
     @property
     def ratio(self) -> float | None:
@@ -56,8 +56,11 @@ class Count:
 
     @property
     def serial(self) -> float:
-        """Clocks of a step if matrix instructions and all others took turns, as in a block that waits for its matmuls."""
-        return self.tensor + max(self.issue, *self.clocks.values())
+        """Clocks of a step if matrix instructions and arithmetic took turns, as in a block that waits for its matmuls.
+
+        Loads and the matrix instructions' own operands do not wait: they are fetched ahead.
+        """
+        return self.tensor + max(self.issue, *(self.clocks[name] for name in ("fp32", "alu", "exp")))
 
     def row(self) -> dict[str, object]:
         """As JSON."""
@@ -72,10 +75,13 @@ class Count:
         }
 
 
-def count(usage: Usage, arch: int, warps: int, step_flops: int | None = None) -> Count | None:
+def count(
+    usage: Usage, arch: int, warps: int, step_flops: int | None = None, step_bytes: int | None = None
+) -> Count | None:
     """The main loop of a build, None where it has no loop.
 
     step_flops: matrix FLOPs of a block in a step, for machine code that does not state them (UTCHMMA of sm_100).
+    step_bytes: what a block reads from global memory in a step, if known.
 
     Raises:
         subprocess.CalledProcessError: nvdisasm does not know the machine code.
@@ -85,11 +91,16 @@ def count(usage: Usage, arch: int, warps: int, step_flops: int | None = None) ->
     loop = sass.main_loop(loops)
     if loop is None:
         return None
-    return count_loop(loop, arch, warps, (usage.registers, usage.shared, usage.stack), step_flops)
+    return count_loop(loop, arch, warps, (usage.registers, usage.shared, usage.stack), step_flops, step_bytes)
 
 
 def count_loop(
-    loop: sass.Loop, arch: int, warps: int, used: tuple[int, int, int], step_flops: int | None = None
+    loop: sass.Loop,
+    arch: int,
+    warps: int,
+    used: tuple[int, int, int],
+    step_flops: int | None = None,
+    step_bytes: int | None = None,
 ) -> Count:
     """As `count`; used: registers a thread, bytes of shared memory a block, bytes of stack a thread."""
     machine, pipes = MACHINES[arch], loop.pipes
@@ -102,6 +113,7 @@ def count_loop(
     if arch == 90 and any(sass.opcode(x) == "HMMA" for x in loop.instructions):
         scale = machine.warp_matrix_share
     lanes = 32 * warps
+    l2 = {"l2": step_bytes / machine.l2_bytes} if step_bytes and machine.l2_bytes else {}
     registers, shared, stack = used
     return Count(
         arch=arch,
@@ -121,6 +133,7 @@ def count_loop(
             "alu": pipes.get("alu", 0) * lanes / machine.alu,
             "exp": pipes.get("exp", 0) * lanes / machine.exp,
             "shared": sum(map(_shared_bytes, loop.instructions)) * warps / machine.shared_bytes,
+            **l2,
         },
     )
 

@@ -82,7 +82,8 @@ def flash_attention_2(library: Path, kernel: _Kernel) -> Count:
     loop = sass.main_loop(loops)
     if loop is None:
         raise LookupError(f"{name} has no loop")
-    return count_loop(loop, 90, kernel.warps, (registers, kernel.shared, stack))
+    loads = 2 * (kernel.block_m if kernel.owns_keys else kernel.block_n) * 128 * 2
+    return count_loop(loop, 90, kernel.warps, (registers, kernel.shared, stack), step_bytes=loads)
 
 
 def _extract(library, pattern):

@@ -120,7 +120,8 @@ def a_in_registers(instruction: str) -> bool:
 def instructions_and_loops(code: str) -> tuple[list[str], list[Loop]]:
     """All instructions of a disassembly, and its innermost loops in the order of the code.
 
-    A loop is what lies between a label and a later branch back to it. Loops of a few instructions wait for a barrier and are not
+    A loop is what lies between a label and a later branch back to it, unless the program ends in between: code that waits out
+    of line, behind the end, comes back by such a branch. Loops of a few instructions wait for a barrier and are not
     counted as loops: they may lie inside of the one that works.
     """
     lines: list[str] = []
@@ -134,8 +135,9 @@ def instructions_and_loops(code: str) -> tuple[list[str], list[Loop]]:
     spans = set()
     for at, line in enumerate(lines):
         branch = _BRANCH.search(line)
-        if branch and labels.get(branch[1], at + 1) < at:
-            spans.add((labels[branch[1]], at))
+        low = labels.get(branch[1], at) if branch else at
+        if low < at and "EXIT" not in lines[low:at]:
+            spans.add((low, at))
     spans = {(low, high) for low, high in spans if high - low >= _SPIN}
     inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
     plain = [_GUARD.sub("", line) for line in lines]

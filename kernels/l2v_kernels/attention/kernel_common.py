@@ -62,18 +62,26 @@ def store_statistics(statistics_ptr, row, first, values, inside, stride, GROUP: 
 
 @triton.jit
 def load_statistics(
-    statistics_ptr, row, first, n_tokens, stride, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, TMA: tl.constexpr
+    statistics_ptr,
+    row,
+    first,
+    n_tokens,
+    stride,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TMA: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """What `store_statistics` stored for the tile of query token `first`, fp32 [BLOCK_M]; 0 outside of the pack."""
+    """What `store_statistics` stored for the tile of query token `first`, fp32 [BLOCK_M]; any number outside of the pack."""
     if TMA and GROUP >= 4:
         # Pointers would do, but Triton 3.6.0 then copies each number once for every thread that needs it. A descriptor's
         # rows are 16 bytes at least, so 4 heads.
         values = statistics_ptr.load([row, first, 0]).reshape([BLOCK_M])
     else:
         offsets = first * GROUP + tl.arange(0, BLOCK_M)
-        values = tl.load(
-            statistics_ptr + row.to(tl.int64) * stride + offsets, mask=offsets < n_tokens * GROUP, other=0.0
-        )
+        if MASKED:
+            offsets = tl.minimum(offsets, n_tokens * GROUP - 1)
+        values = tl.load(statistics_ptr + row.to(tl.int64) * stride + offsets)
     return values
 
 

@@ -76,8 +76,10 @@ def _key_step(
         query64, head64 = token.to(tl.int64), head.to(tl.int64)
         q = load_rows(q_ptr, query64 * stride_qt + head64 * stride_qh, HEAD_DIM, BLOCK_D)
         do = load_rows(do_ptr, query64 * stride_dot + head64 * stride_doh, HEAD_DIM, BLOCK_D)
-    lse2 = load_statistics(statistics_ptr, group, first, n_tokens, stride_statistics, GROUP, BLOCK_M, TMA)
-    delta = load_statistics(statistics_ptr, n_groups + group, first, n_tokens, stride_statistics, GROUP, BLOCK_M, TMA)
+    lse2 = load_statistics(statistics_ptr, group, first, n_tokens, stride_statistics, GROUP, BLOCK_M, TMA, MASKED)
+    delta = load_statistics(
+        statistics_ptr, n_groups + group, first, n_tokens, stride_statistics, GROUP, BLOCK_M, TMA, MASKED
+    )
 
     dots = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     scores, slope = log2_scores(dots, scale_in, scale_out, SOFTCAP)

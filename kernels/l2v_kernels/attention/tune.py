@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import triton
 
-from l2v_kernels.attention.config import Config, Kind, candidates, default, is_short
+from l2v_kernels.attention.config import Config, Kind, candidates, default, is_medium, is_short
 from l2v_kernels.launching import architecture
 
 
@@ -41,13 +41,13 @@ def choose(
     arch = architecture(*_capability(q_THD.device)) if q_THD.device.type == "cuda" else 80
     short, plain, tma = is_short(mean, group), variant == "plain", tma and arch >= 90
     if os.environ.get("L2V_AUTOTUNE") != "1":
-        return default(kind, arch, D, q_THD.element_size(), short, plain, tma, group)
+        return default(kind, arch, D, q_THD.element_size(), short, plain, tma, group, is_medium(mean))
     # Lengths are rounded to powers of two; otherwise nearly every batch would start a search.
     key = f"{kind} {q_THD.dtype} D{D} group{group} {variant} mean{2 ** max(0, round(mean) - 1).bit_length()}{' tma' * tma}"
     cache = Cache.of(q_THD.device)
     if key not in cache.known:
         best = fastest(candidates(kind, arch, D, q_THD.element_size(), plain, tma), launch)
-        cache.add(key, best or default(kind, arch, D, q_THD.element_size(), short, plain, tma, group))
+        cache.add(key, best or default(kind, arch, D, q_THD.element_size(), short, plain, tma, group, is_medium(mean)))
     return cache.known[key]
 
 
