@@ -16,6 +16,7 @@ import triton
 from benchmarks.resources import predict, published
 from benchmarks.resources.cases import ARCHITECTURES, MATMULS, Case, attention, info_nce, others
 from benchmarks.resources.count import Count, count
+from benchmarks.resources.machine import MACHINES
 
 OPS = {"attention": attention, "info_nce": info_nce, "others": others}
 HEAD = ("op", "kernel", "variant", "sm", "tile", "registers", "shared KB", "spills B", "blocks")
@@ -54,20 +55,29 @@ def misses(row: dict) -> list[str]:
 
 
 def _packs(case: Case, found: Count):
-    """Predicted time of a pack of 16,384 tokens by segment length; waste and waves of its tiles."""
+    """By segment length, for a pack of 16,384 tokens: predicted time in times of a GEMM of the useful FLOPs, which ranks
+    tiles and is no rate; waste and waves of the tiles."""
     assert case.config is not None
     rows = {}
     for length in predict.LENGTHS:
-        made = predict.predict(
-            case.kernel, case.config.block_m, case.config.block_n, MATMULS[case.kernel], found, predict.Workload(length)
-        )
+        work, config = predict.Workload(length), case.config
+        made = predict.predict(case.kernel, config.block_m, config.block_n, MATMULS[case.kernel], found, work)
         rows[length] = {
-            "predicted_microseconds": round(made.microseconds, 1),
-            "predicted_tflops": round(made.tflops, 1),
+            "time_over_gemm": round(MACHINES[case.arch].gemm_tflops / made.tflops, 2),
             "scores_computed_over_needed": round(made.waste, 2),
             "waves": round(made.waves, 1),
         }
     return rows
+
+
+def ranking(rows: Iterable[dict]) -> Iterator[str]:
+    """A Markdown table of the predicted times of attention's tiles, in times of a GEMM, by segment length."""
+    yield f"| kernel | variant | tile | {' | '.join(map(str, predict.LENGTHS))} |"
+    yield f"|{'---|' * (3 + len(predict.LENGTHS))}"
+    for row in rows:
+        if "relative" in row:
+            times = [f"{row['relative'][length]['time_over_gemm']:.2f}" for length in predict.LENGTHS]
+            yield f"| {row['kernel']} | {row['variant']} | {row['tile']} | {' | '.join(times)} |"
 
 
 def table(rows: Iterable[dict], issue: bool) -> Iterator[str]:
@@ -116,6 +126,12 @@ def _page(arch, rows, issue):
         "",
     )
     yield from (*table(rows, issue), "")
+    if any("relative" in row for row in rows):
+        yield from ("## Ranking of attention's tiles, predicted", "")
+        yield "Time of a pack of 16,384 tokens by segment length, in times of a GEMM of the useful FLOPs."
+        yield "It ranks tiles and predicts no rate: the error of predictions on published rates is in [check.json](check.json)."
+        yield ""
+        yield from (*ranking(rows), "")
 
 
 def _write(path, content):

@@ -50,6 +50,16 @@ def test_the_forward_meets_its_target():
     assert json.loads(json.dumps(found.row()))["issue_over_tensor"] == round(found.ratio, 3)
 
 
+def test_the_ranking_has_a_row_a_tile():
+    case, _ = compiled()
+    row = tool.examine(case, issue=True)
+    (line,) = list(tool.ranking([row, {"op": "x"}]))[2:]
+    assert line.startswith("| forward | D 128, long segments | 128 x 128") and line.count("|") == 4 + len(
+        predict.LENGTHS
+    )
+    assert row["relative"][30]["time_over_gemm"] > row["relative"][8192]["time_over_gemm"] > 1
+
+
 def test_a_kernel_without_matmuls_or_a_loop():
     (case,) = [x for x in cases.others([90]) if (x.op, x.kernel) == ("rms_norm", "forward")]
     row = tool.examine(case, issue=True)
