@@ -31,6 +31,7 @@ class Usage:
     matrix: frozenset[str]
     """Which of HMMA, HGMMA and UTCHMMA the machine code has."""
     ptx: str
+    cubin: bytes = b""
 
     def problems(self, capability: int, matrix: str | None = None) -> list[str]:
         """Why this build must not ship, empty where it may: spills, too much shared memory, no tensor core."""
@@ -92,7 +93,9 @@ def build(
     types = {name: signature.get(name, "constexpr") for name in (p.name for p in kernel.params)}
     free = {p.name for p in kernel.params if p.do_not_specialize}
     aligned = [
-        (i,) for i, (name, kind) in enumerate(types.items()) if kind not in ("fp32", "constexpr") and name not in free
+        (i,)
+        for i, (name, kind) in enumerate(types.items())
+        if kind not in ("fp32", "constexpr") and not kind.startswith("tensordesc") and name not in free
     ]
     source = ASTSource(
         kernel, signature=types, constexprs=constants, attrs={i: [["tt.divisibility", 16]] for i in aligned}
@@ -111,6 +114,7 @@ def build(
         stack=numbers["STACK"] + numbers["LOCAL"],
         matrix=frozenset(re.findall(r"\b(UTCHMMA|HGMMA|HMMA)\b", code)),
         ptx=compiled.asm["ptx"],
+        cubin=compiled.asm["cubin"],
     )
 
 

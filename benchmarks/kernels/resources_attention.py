@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from benchmarks.kernels.aot import MATRIX_INSTRUCTION, Usage, build, print_usage
 from l2v_kernels.attention.config import ARCHITECTURES, Config, Kind, default
-from l2v_kernels.attention.kernel_backward import key_gradient_kernel, query_gradient_kernel
 from l2v_kernels.attention.kernel_forward import forward_kernel
+from l2v_kernels.attention.kernel_key import key_gradient_kernel
+from l2v_kernels.attention.kernel_query import query_gradient_kernel
 
 KERNELS = {"forward": forward_kernel, "query": query_gradient_kernel, "key": key_gradient_kernel}
 HEAD_DIMS = (64, 96, 128, 256)
@@ -34,11 +35,16 @@ class Case:
     window: bool = False
     softcap: bool = False
     group: int = 4
+    medium: bool = False
 
     @property
     def config(self) -> Config:
         """What a launch of this case would take."""
-        return default(self.kind, self.arch, self.head_dim, 4 if self.dtype == "fp32" else 2, self.short)
+        plain = not (self.dropout or self.causal or self.window or self.softcap)
+        itemsize = 4 if self.dtype == "fp32" else 2
+        return default(
+            self.kind, self.arch, self.head_dim, itemsize, self.short, plain, self.arch >= 90, self.group, self.medium
+        )
 
     @property
     def matrix(self) -> str | None:
@@ -53,9 +59,18 @@ class Case:
         """Raises: whatever Triton or ptxas raise."""
         kernel, config = KERNELS[self.kind], config or self.config
         signature = {p.name: _type(p.name, self.dtype) for p in kernel.params if not p.is_constexpr}
+        if config.tma:
+            width = block_d(self.head_dim)
+            queries = f"tensordesc<{self.dtype}[{config.block_m // self.group}, {self.group}, {width}]>"
+            keys = f"tensordesc<{self.dtype}[{config.block_n}, 1, {width}]>"
+            described = {"q_ptr": queries, "do_ptr": queries}
+            described |= dict.fromkeys(("dk_ptr", "dv_ptr") if self.kind == "key" else ("k_ptr", "v_ptr"), keys)
+            if self.kind == "key" and self.group >= 4:
+                described["statistics_ptr"] = f"tensordesc<fp32[1, {config.block_m // self.group}, {self.group}]>"
+            signature |= {name: block for name, block in described.items() if name in signature}
         constants = {
             "HEAD_DIM": self.head_dim,
-            "BLOCK_D": max(16, 1 << (self.head_dim - 1).bit_length()),
+            "BLOCK_D": block_d(self.head_dim),
             "GROUP": self.group,
             "GROUPS_PER_KEY_HEAD": 1,
             "BLOCK_M": config.block_m,
@@ -63,16 +78,24 @@ class Case:
             "CAUSAL": self.causal,
             "WINDOW": self.window,
             "SOFTCAP": self.softcap,
+            "FOLD": not self.softcap,
             "DROPOUT": self.dropout,
             "PRECISION": "ieee",
+            "TMA": config.tma,
         }
+        constants = {p.name: constants[p.name] for p in kernel.params if p.is_constexpr}
         return build(kernel, signature, constants, self.arch, config.num_warps, config.num_stages, disassemble)
+
+
+def block_d(head_dim: int) -> int:
+    """The head dimension as the kernels compute with it: padded to a power of two."""
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _type(name, dtype):
     if name in _TABLES:
         return "*i32"
-    special = {"seeds_ptr": "*i64", "lse_ptr": "*fp32", "delta_ptr": "*fp32", "keep_scale": "fp32"}
+    special = {"seeds_ptr": "*i64", "lse_ptr": "*fp32", "statistics_ptr": "*fp32", "keep_scale": "fp32"}
     if name in special:
         return special[name]
     if name.endswith("_ptr"):

@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from l2v_kernels.attention.config import ARCHITECTURES, Config, candidates, default, is_short
+from l2v_kernels.attention.config import ARCHITECTURES, Config, candidates, default, is_medium, is_short
 from l2v_kernels.launching import architecture
 
 pytest.importorskip("triton")
@@ -23,6 +23,24 @@ def test_every_case_has_a_default_that_the_kernels_can_run():
         assert config in tried and len(set(tried)) == len(tried)
 
 
+def test_tiles_without_dropout():
+    for kind, arch, D, short, group, tma in itertools.product(
+        ("forward", "query", "key"), ARCHITECTURES, (64, 96, 128, 256), (False, True), (1, 2, 4, 8), (False, True)
+    ):
+        config = default(kind, arch, D, 2, short, True, tma, group)
+        assert config.block_m % 8 == 0 and config.block_n % 16 == 0
+        # Descriptors exist from sm_90 on, and only for tensors that they can describe.
+        assert not config.tma or (tma and arch >= 90)
+        assert config in candidates(kind, arch, D, 2, True, tma)
+        assert tma or not any(tried.tma for tried in candidates(kind, arch, D, 2, True, tma))
+        # With dropout, causality, a window or softcap nothing has changed.
+        assert not default(kind, arch, D, 2, short, False, tma, group).tma
+    assert default("forward", 90, 128, 2, False, True, True) == Config(128, 128, 8, 3, tma=True)
+    assert default("forward", 90, 128, 2, False, True, True, medium=True) == Config(64, 64, 4, 2, tma=True)
+    assert is_medium(128) and not is_medium(512)
+    assert default("key", 90, 128, 2, False, True, True, 1) == Config(32, 128, 8, 2, tma=True)
+
+
 def test_architectures():
     known = {(8, 0): 80, (8, 6): 120, (8, 9): 120, (9, 0): 90, (10, 0): 100, (10, 3): 100, (12, 0): 120, (12, 1): 120}
     assert all(architecture(*capability) == arch for capability, arch in known.items())
@@ -32,7 +50,7 @@ def test_architectures():
 def choose(monkeypatch, tmp_path, mean, calls=None):
     monkeypatch.setenv("L2V_CACHE", str(tmp_path))
     monkeypatch.setattr(tune, "fastest", lambda configs, launch: calls.append(1) or configs[3])
-    return tune.choose("forward", torch.zeros(mean * 4, 4, 64), 4, 4, "plain", lambda config: None)
+    return tune.choose("forward", torch.zeros(mean * 4, 4, 64), 4, 4, "plain", False, lambda config: None)
 
 
 def test_no_search_unless_asked(monkeypatch, tmp_path):

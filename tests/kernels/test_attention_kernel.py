@@ -20,6 +20,8 @@ from l2v_kernels.attention.tables import TokenTables
 # Empty, of one token, longer than a block of keys, and an end inside a block.
 LENGTHS = [5, 0, 17, 1, 33, 2]
 SMALL = Config(32, 32, 4, 1)
+TILES = Config(32, 32, 4, 1, tma=True)
+"""Through tensor descriptors, as on sm_90 and later without dropout."""
 CONFIGS = [SMALL, Config(16, 16, 4, 1), Config(32, 16, 4, 1), Config(16, 64, 4, 1), Config(64, 32, 4, 1)]
 
 
@@ -94,6 +96,43 @@ def test_interpreted_other_head_dims(D):
     q, k, v, do, cu_seqlens, seeds_S = inputs(LENGTHS, 2, 1, D, torch.float32)
     got, _ = run(q, k, v, do, cu_seqlens, seeds_S, causal=True)
     assert_close_to_exact(got, q, k, v, do, LENGTHS, seeds_S, causal=True)
+
+
+@pytest.mark.parametrize(("H", "K", "D"), [(4, 1, 64), (2, 2, 96)])
+def test_interpreted_tensor_descriptors(H, K, D):
+    """Odd lengths, empty segments and segments of one token, in slices of one packed buffer."""
+    lengths = [5, 0, 17, 1, 33, 2]
+    q, k, v, do, cu_seqlens, seeds_S = inputs(lengths, H, K, D, torch.float16)
+    q, k, v = torch.cat([q, k, v], 1).split([H, K, K], 1)
+    assert launch.can_tma(q, k, v, do)
+    got, lse = run(q, k, v, do, cu_seqlens, seeds_S, TILES)
+    assert_close_to_exact(got, q, k, v, do, lengths, seeds_S)
+    # Pointers read the same numbers: not a bit differs.
+    plain, plain_lse = run(q, k, v, do, cu_seqlens, seeds_S)
+    assert torch.equal(lse, plain_lse) and all(torch.equal(x, y) for x, y in zip(got, plain, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [[0, 0], [1], [0, 1, 0], [64]])
+def test_interpreted_tensor_descriptors_at_the_edges(lengths):
+    q, k, v, do, cu_seqlens, seeds_S = inputs(lengths, 2, 1, 64, torch.float16)
+    got, _ = run(q, k, v, do, cu_seqlens, seeds_S, TILES)
+    assert_close_to_exact(got, q, k, v, do, lengths, seeds_S)
+
+
+def test_interpreted_negative_scale():
+    """The largest dot is the smallest score then, so the scale cannot be folded into the exponent."""
+    q, k, v, do, cu_seqlens, seeds_S = inputs([9, 1], 2, 1, 64, torch.float16)
+    got, _ = run(30 * q, k, v, do, cu_seqlens, seeds_S, scale=-1.0)
+    assert_close_to_exact(got, 30 * q, k, v, do, [9, 1], seeds_S, scale=-1.0)
+
+
+def test_interpreted_tensor_descriptors_need_aligned_rows():
+    x = torch.zeros(4, 2, 64, dtype=torch.float16)
+    assert launch.can_tma(x, x[1:])
+    assert not launch.can_tma(x, x.float())
+    assert not launch.can_tma(torch.zeros(4 * 2 * 64 + 1, dtype=torch.float16)[1:].view(4, 2, 64))
+    assert not launch.can_tma(torch.zeros(4, 2, 68, dtype=torch.float16)[..., :64])
+    assert not launch.can_tma(x[:1].expand(4, 2, 64))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3] if os.environ.get("L2V_SLOW") == "1" else [0.3])

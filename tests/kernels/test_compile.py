@@ -12,6 +12,8 @@ if importlib.util.find_spec("triton") is None:
 from benchmarks.kernels import resources_info_nce
 from benchmarks.kernels.aot import SHARED_LIMIT, Usage, available, build
 from benchmarks.kernels.resources_attention import HEAD_DIMS, Case, main
+from benchmarks.resources.__main__ import examine, misses
+from benchmarks.resources.cases import attention
 
 pytestmark = pytest.mark.skipif(not available(), reason="this Triton bundles no NVIDIA tools")
 
@@ -68,7 +70,8 @@ def check(case):
         # Known: no tile of this one fits the registers. fp32 is for tests, and spilled numbers are right numbers.
         problems = [x for x in problems if "spills" not in x]
     assert not problems, f"{case} {case.config}: {problems}"
-    # Loads of q, k and v are copied 16 bytes at a time, whatever the strides of the packed buffer.
+    # Loads of q, k and v are copied 16 bytes at a time, whatever the strides of the packed buffer, or by descriptors.
+    assert not case.config.tma or "cp.async.bulk.tensor" in used.ptx
     assert "cp.async.cg.shared.global" in used.ptx or "ld.global.v4.b32" in used.ptx
 
 
@@ -77,6 +80,18 @@ def check(case):
 def test_attention(kind, arch):
     """The shape of Llama-3-8B, with dropout, which needs the most registers."""
     check(Case(kind, arch, 128, dropout=True))
+
+
+CHOSEN = [case for case in attention(SHARED_LIMIT, dropouts=(False,)) if "dropout's tile" not in case.variant]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CHOSEN, ids=lambda case: f"{case.kernel} sm_{case.arch} {case.variant}")
+def test_tiles_without_dropout(case):
+    """No spill, and no more issued instructions for a clock of the tensor core than the target allows."""
+    row = examine(case, issue=True)
+    assert not misses(row), row
+    assert "other" not in row["loop"]["pipes"]
 
 
 if os.environ.get("L2V_SLOW") == "1":

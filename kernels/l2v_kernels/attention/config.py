@@ -19,6 +19,8 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
+    """Whether q, k, v and do come through tensor descriptors (sm_90 and later, no dropout)."""
 
     def meta(self) -> dict[str, int]:
         """As keyword arguments of a launch."""
@@ -27,6 +29,7 @@ class Config:
             "BLOCK_N": self.block_n,
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            "TMA": self.tma,
         }
 
 
@@ -109,6 +112,38 @@ _MASKED = {
     (100, "query"): ((64, 32, 4, 2), (64, 32, 4, 2)),
     (120, "forward"): ((64, 32, 4, 3), (64, 64, 4, 2)),
 }
+# Without dropout, softcap, causality and windows a tile needs fewer registers, and on sm_90 and later q, k, v and do come
+# through tensor descriptors (fifth number: True). Chosen by issue slots over tensor-core clocks among what does not spill
+# (`python -m benchmarks.resources --issue`), for short, medium and long segments: two small blocks on an SM waste less on a
+# segment of 128 tokens. What is not listed takes the tiles above.
+_PLAIN: dict[int, dict[Kind, dict[int, tuple[tuple, tuple, tuple]]]] = {
+    80: {"forward": {128: ((64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 2))}},
+    90: {
+        "forward": {
+            64: ((64, 32, 4, 2, True), (64, 64, 4, 2, True), (128, 128, 8, 3, True)),
+            128: ((64, 32, 4, 2, True), (64, 64, 4, 2, True), (128, 128, 8, 3, True)),
+        },
+        "query": {
+            64: ((64, 32, 4, 3), (64, 64, 4, 2, True), (128, 128, 8, 2, True)),
+            128: ((64, 32, 4, 2), (64, 64, 4, 2, True), (128, 64, 8, 2, True)),
+        },
+        "key": {
+            64: ((32, 64, 4, 2, True), (32, 64, 4, 2, True), (64, 128, 8, 2, True)),
+            128: ((32, 64, 4, 2, True), (32, 64, 4, 2, True), (64, 128, 8, 2, True)),
+        },
+    },
+    100: {
+        "forward": {128: ((64, 32, 4, 3), (128, 128, 8, 2, True), (128, 128, 8, 2, True))},
+        "query": {128: ((64, 32, 4, 2), (128, 128, 8, 2, True), (128, 128, 8, 2, True))},
+    },
+    120: {
+        "forward": {128: ((64, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 2))},
+        "query": {128: ((64, 32, 4, 2), (128, 32, 8, 2), (128, 32, 8, 2))},
+    },
+}
+# The key gradient of 64 x 128 fits the registers only if 4 query heads share a tile; with fewer a descriptor cannot carry
+# lse and delta either.
+_OTHER_GROUPS = (32, 128, 8, 2, True)
 # fp32 matmuls run on the CUDA cores, the same on every architecture. Every tile tried for the query gradient of a head
 # dimension above 128 spills.
 _SINGLE = {
@@ -125,18 +160,54 @@ def is_short(mean_length: float, group: int) -> bool:
     return mean_length < max(64, 256 // group)
 
 
-def default(kind: Kind, arch: int, head_dim: int, itemsize: int, short: bool) -> Config:
-    """The configuration without a search. arch: one of ARCHITECTURES; itemsize: bytes an element."""
+def is_medium(mean_length: float) -> bool:
+    """Whether segments are so short that small tiles waste less than large ones gain."""
+    return mean_length < 256
+
+
+def default(
+    kind: Kind,
+    arch: int,
+    head_dim: int,
+    itemsize: int,
+    short: bool,
+    plain: bool = False,
+    tma: bool = False,
+    group: int = 4,
+    medium: bool = False,
+) -> Config:
+    """The configuration without a search.
+
+    arch: one of ARCHITECTURES; itemsize: bytes an element; short: the answer of `is_short`; plain: no dropout, softcap,
+    causality or window; tma: tensor descriptors can describe the tensors; group: how many query heads share a tile; medium: the
+    answer of `is_medium`, which matters to plain launches alone.
+    """
     block_d = _padded(head_dim)
     if itemsize == 4:
         return Config(*_SINGLE[kind][block_d])
+    found = _PLAIN[arch].get(kind, {}).get(block_d) if plain else None
+    if found is not None:
+        config = Config(*found[0 if short else 1 if medium else 2])
+        if (
+            config == Config(64, 128, 8, 2, True)
+            and kind == "key"
+            and _padded(head_dim) > 64
+            and group != 4
+            and arch == 90
+        ):
+            config = Config(*_OTHER_GROUPS)
+        # A head dimension behind a mask takes registers; a descriptor needs no mask.
+        if tma if config.tma else not 64 < head_dim < 128:
+            return config
     shapes = _HALF[arch][kind][block_d]
     if 64 < head_dim < 128:
         shapes = _MASKED.get((arch, kind), shapes)
     return Config(*shapes[0 if short else 1])
 
 
-def candidates(kind: Kind, arch: int, head_dim: int, itemsize: int) -> list[Config]:
+def candidates(
+    kind: Kind, arch: int, head_dim: int, itemsize: int, plain: bool = False, tma: bool = False
+) -> list[Config]:
     """What a search tries: the defaults of all architectures and kinds of segments, this architecture's first, and
     those with one pipeline stage more or less. Some may spill and lose, or not fit and be skipped."""
     block_d = _padded(head_dim)
@@ -149,6 +220,10 @@ def candidates(kind: Kind, arch: int, head_dim: int, itemsize: int) -> list[Conf
         [(64, 64, 4, 2), (128, 32, 8, 2), (128, 128, 8, 2)] if kind != "key" else [(64, 64, 4, 2), (64, 128, 8, 2)]
     )
     shapes += [(m, n, warps, stages + more) for m, n, warps, stages in shapes for more in (-1, 1) if stages + more > 0]
+    if plain:
+        own = [shape for name in (arch, *ARCHITECTURES) for shape in _PLAIN[name].get(kind, {}).get(block_d, ())]
+        own += [_OTHER_GROUPS] if kind == "key" else [(128, 64, 8, 3, True)]
+        shapes = [shape for shape in own if tma or len(shape) < 5] + shapes
     return [Config(*shape) for shape in dict.fromkeys(shapes)]
 
 

@@ -38,6 +38,54 @@ def store_rows(base, offsets, rows, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
+def load_tile(source, token, head, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[TOKENS * HEADS, BLOCK_D] of a tensor descriptor [tokens, heads, D], head after head within a token.
+
+    The copy engine (TMA) computes the addresses: one instruction a tile, where pointers take a 64-bit address a row. What lies
+    outside of the tensor is 0.
+    """
+    return source.load([token, head, 0]).reshape([TOKENS * HEADS, BLOCK_D])
+
+
+@triton.jit
+def store_tile(target, token, head, rows):
+    """Stores rows [tokens, BLOCK_D] of one head through a tensor descriptor, in its dtype, where they lie inside the tensor."""
+    target.store([token, head, 0], rows.to(target.dtype).expand_dims(1))
+
+
+@triton.jit
+def store_statistics(statistics_ptr, row, first, values, inside, stride, GROUP: tl.constexpr):
+    """Stores a number for each row of a query tile, values [BLOCK_M], in the order of the tile's rows."""
+    offsets = tl.arange(0, values.shape[0])
+    tl.store(statistics_ptr + row.to(tl.int64) * stride + first * GROUP + offsets, values, mask=inside)
+
+
+@triton.jit
+def load_statistics(
+    statistics_ptr,
+    row,
+    first,
+    n_tokens,
+    stride,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TMA: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """What `store_statistics` stored for the tile of query token `first`, fp32 [BLOCK_M]; any number outside of the pack."""
+    if TMA and GROUP >= 4:
+        # Pointers would do, but Triton 3.6.0 then copies each number once for every thread that needs it. A descriptor's
+        # rows are 16 bytes at least, so 4 heads.
+        values = statistics_ptr.load([row, first, 0]).reshape([BLOCK_M])
+    else:
+        offsets = first * GROUP + tl.arange(0, BLOCK_M)
+        if MASKED:
+            offsets = tl.minimum(offsets, n_tokens * GROUP - 1)
+        values = tl.load(statistics_ptr + row.to(tl.int64) * stride + offsets)
+    return values
+
+
+@triton.jit
 def key_tokens(
     position,
     n_tokens,

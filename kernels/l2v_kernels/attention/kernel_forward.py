@@ -12,6 +12,7 @@ from l2v_kernels.attention.kernel_common import (
     key_range,
     key_tokens,
     load_rows,
+    load_tile,
     log2_scores,
     store_rows,
     visible,
@@ -29,6 +30,7 @@ def _forward_step(
     q,
     k_base,
     v_base,
+    key_head,
     stride_kt,
     stride_vt,
     position,
@@ -51,8 +53,10 @@ def _forward_step(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    FOLD: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """(acc [BLOCK_M, BLOCK_D], total [BLOCK_M], peak [BLOCK_M]) after BLOCK_N more keys."""
@@ -60,21 +64,34 @@ def _forward_step(
     if MASKED:
         token = tl.minimum(tl.maximum(key, 0), n_tokens - 1)
     token = token.to(tl.int64)
-    k = load_rows(k_base, token * stride_kt, HEAD_DIM, BLOCK_D)
-    scores, _ = log2_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale_in, scale_out, SOFTCAP)
+    if TMA:
+        k = load_tile(k_base, position, key_head, BLOCK_N, 1, BLOCK_D)
+    else:
+        k = load_rows(k_base, token * stride_kt, HEAD_DIM, BLOCK_D)
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if not FOLD:
+        scores, _ = log2_scores(scores, scale_in, scale_out, SOFTCAP)
     if MASKED:
         see = visible(query[:, None], start[:, None], end[:, None], key[None, :], window, CAUSAL, WINDOW)
         scores = tl.where(see, scores, float("-inf"))
     # peak starts at a finite number, so a row that has seen no key of its segment yet stays at total 0, not NaN.
-    new_peak = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_peak[:, None])
+    if FOLD:
+        # One multiply-add a weight: the largest dot is the largest score too, as the scale is positive.
+        new_peak = tl.maximum(peak, tl.max(scores, 1) * scale_in)
+        weights = tl.exp2(scores * scale_in - new_peak[:, None])
+    else:
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_peak[:, None])
     decay = tl.exp2(peak - new_peak)
     total = total * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
     if DROPOUT:
         keep = kept(seed, query, start, row_block, position, stream, head, drop_below, BLOCK_N)
         weights = tl.where(keep, weights, 0.0)
-    v = load_rows(v_base, token * stride_vt, HEAD_DIM, BLOCK_D)
+    if TMA:
+        v = load_tile(v_base, position, key_head, BLOCK_N, 1, BLOCK_D)
+    else:
+        v = load_rows(v_base, token * stride_vt, HEAD_DIM, BLOCK_D)
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
     return acc, total, new_peak
 
@@ -118,10 +135,16 @@ def forward_kernel(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    FOLD: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """Writes o [T, H, D] and lse fp32 [H, T], the natural logarithm of the sum of exp(scores)."""
+    """Writes o [T, H, D] and lse fp32 [H, T], the natural logarithm of the sum of exp(scores).
+
+    TMA: q_ptr, k_ptr and v_ptr are tensor descriptors with blocks [BLOCK_M // GROUP, GROUP, BLOCK_D] and [BLOCK_N, 1, BLOCK_D];
+    there is no dropout then. FOLD: the scale is positive and there is no softcap.
+    """
     TOKENS: tl.constexpr = BLOCK_M // GROUP
     rows = tl.arange(0, BLOCK_M)
     first = tl.program_id(0) * TOKENS
@@ -129,16 +152,20 @@ def forward_kernel(
     inside = first + rows // GROUP < n_tokens
     query = tl.minimum(first + rows // GROUP, n_tokens - 1)
     head = tl.program_id(1) * GROUP + rows % GROUP
-    key_head = (tl.program_id(1) // GROUPS_PER_KEY_HEAD).to(tl.int64)
-    query64, head64 = query.to(tl.int64), head.to(tl.int64)
+    key_head = tl.program_id(1) // GROUPS_PER_KEY_HEAD
+    query64, head64, key_head64 = query.to(tl.int64), head.to(tl.int64), key_head.to(tl.int64)
 
-    q = load_rows(q_ptr, query64 * stride_qt + head64 * stride_qh, HEAD_DIM, BLOCK_D)
+    if TMA:
+        q = load_tile(q_ptr, first, tl.program_id(1) * GROUP, TOKENS, GROUP, BLOCK_D)
+        k_base, v_base = k_ptr, v_ptr
+    else:
+        q = load_rows(q_ptr, query64 * stride_qt + head64 * stride_qh, HEAD_DIM, BLOCK_D)
+        k_base, v_base = k_ptr + key_head64 * stride_kh, v_ptr + key_head64 * stride_vh
     start, end = tl.load(start_ptr + query), tl.load(end_ptr + query)
     seed, row_block = start, start
     if DROPOUT:
         seed = tl.load(seeds_ptr + tl.load(segment_ptr + query))
         row_block = tl.load(first_block_ptr + query)
-    k_base, v_base = k_ptr + key_head * stride_kh, v_ptr + key_head * stride_vh
     low, whole, high, shift = key_range(
         first, last, start_ptr, end_ptr, first_block_ptr, window, BLOCK_N, CAUSAL, WINDOW, DROPOUT
     )
@@ -149,18 +176,18 @@ def forward_kernel(
     for position in range(low, whole, BLOCK_N):
         key = position - shift + tl.arange(0, BLOCK_N)
         acc, total, peak = _forward_step(
-            acc, total, peak, q, k_base, v_base, stride_kt, stride_vt,
+            acc, total, peak, q, k_base, v_base, key_head, stride_kt, stride_vt,
             position, key, query, head, start, end, seed, row_block, n_tokens,
             scale_in, scale_out, window, stream, drop_below,
-            HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, MASKED=False,
+            HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, FOLD, DROPOUT, PRECISION, TMA, MASKED=False,
         )  # fmt: skip
     for position in range(whole, high, BLOCK_N):
         key = key_tokens(position, n_tokens, n_blocks, block_first_ptr, block_end_ptr, BLOCK_N, DROPOUT)
         acc, total, peak = _forward_step(
-            acc, total, peak, q, k_base, v_base, stride_kt, stride_vt,
+            acc, total, peak, q, k_base, v_base, key_head, stride_kt, stride_vt,
             position, key, query, head, start, end, seed, row_block, n_tokens,
             scale_in, scale_out, window, stream, drop_below,
-            HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, DROPOUT, PRECISION, MASKED=True,
+            HEAD_DIM, BLOCK_D, BLOCK_N, CAUSAL, WINDOW, SOFTCAP, FOLD, DROPOUT, PRECISION, TMA, MASKED=True,
         )  # fmt: skip
 
     acc = acc * (keep_scale / total)[:, None]

@@ -1,15 +1,18 @@
 """Launchers of the attention kernels. Imported only where Triton is installed."""
 
+import functools
+
 import torch
-import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from l2v_kernels.attention.config import Config
-from l2v_kernels.attention.kernel_backward import key_gradient_kernel, query_gradient_kernel
 from l2v_kernels.attention.kernel_forward import forward_kernel
+from l2v_kernels.attention.kernel_key import key_gradient_kernel
+from l2v_kernels.attention.kernel_query import query_gradient_kernel
 from l2v_kernels.attention.settings import Settings
 from l2v_kernels.attention.tables import TokenTables
 from l2v_kernels.attention.tune import choose
-from l2v_kernels.launching import PRECISION, on_device, unit_stride
+from l2v_kernels.launching import PRECISION, cdiv, on_device, power_of_2, unit_stride
 from l2v_kernels.philox import keep_scale, threshold
 
 _LOG2E = 1.4426950408889634
@@ -36,11 +39,12 @@ def forward(
     group, constants = _constants(q_THD, k_TKD, settings)
 
     def run(config):
-        grid = (triton.cdiv(T * group, config.block_m), H // group)
+        grid = (cdiv(T * group, config.block_m), H // group)
+        of_queries, of_keys = _tiles(config, group, constants["BLOCK_D"])
         forward_kernel[grid](
-            q_THD,
-            k_TKD,
-            v_TKD,
+            of_queries(q_THD),
+            of_keys(k_TKD),
+            of_keys(v_TKD),
             o_THD,
             lse_HT,
             *_tables(tables, seeds_S, settings),
@@ -50,7 +54,10 @@ def forward(
             **config.meta(),
         )
 
-    run(config or choose("forward", q_THD, tables.n_segments, group, _variant(constants), run))
+    config = config or choose(
+        "forward", q_THD, tables.n_segments, group, _variant(constants), can_tma(q_THD, k_TKD, v_TKD), run
+    )
+    run(config)
     return o_THD, lse_HT
 
 
@@ -78,25 +85,30 @@ def backward(
     if q_THD.numel() == 0:
         return dq_THD, dk_TKD.zero_(), dv_TKD.zero_()
     group, constants = _constants(q_THD, k_TKD, settings)
-    delta_HT = torch.empty_like(lse_HT)
+    # lse / log(2) and delta in the order of the tiles' rows: half, group, token, head of the group.
+    statistics = torch.empty((2 * H // group, T, group), dtype=torch.float32, device=lse_HT.device)
 
     def run_query(config):
-        query_gradient_kernel[(triton.cdiv(T * group, config.block_m), H // group)](
-            q_THD, k_TKD, v_TKD, o_THD, do_THD, dq_THD, lse_HT, delta_HT,
+        of_queries, of_keys = _tiles(config, group, constants["BLOCK_D"])
+        query_gradient_kernel[(cdiv(T * group, config.block_m), H // group)](
+            of_queries(q_THD), of_keys(k_TKD), of_keys(v_TKD), o_THD, of_queries(do_THD), dq_THD, lse_HT, statistics,
             *_tables(tables, seeds_S, settings), *_strides(q_THD, k_TKD, v_TKD, o_THD, do_THD, dq_THD),
-            settings.scale, *_scales(settings), **constants, **config.meta(),
+            statistics.stride(0), settings.scale, *_scales(settings), **constants, **config.meta(),
         )  # fmt: skip
 
     def run_key(config):
+        of_queries, of_keys = _tiles(config, group, constants["BLOCK_D"])
+        described = config.tma and group >= 4
+        of_statistics = _described(described, [1, config.block_m // group, group], statistics)
         positions = 16 * tables.n_blocks if threshold(settings.dropout_p) else T
-        key_gradient_kernel[(triton.cdiv(positions, config.block_n), K)](
-            q_THD, k_TKD, v_TKD, do_THD, dk_TKD, dv_TKD, lse_HT, delta_HT,
-            *_tables(tables, seeds_S, settings), *_strides(q_THD, k_TKD, v_TKD, do_THD, dk_TKD),
+        key_gradient_kernel[(cdiv(positions, config.block_n), K)](
+            of_queries(q_THD), k_TKD, v_TKD, of_queries(do_THD), of_keys(dk_TKD), of_keys(dv_TKD), of_statistics,
+            *_tables(tables, seeds_S, settings), *_strides(q_THD, k_TKD, v_TKD, do_THD, dk_TKD), statistics.stride(0),
             settings.scale, *_scales(settings), **constants, **config.meta(),
         )  # fmt: skip
 
     of_query, of_key = configs or (None, None)
-    choice = (q_THD, tables.n_segments, group, _variant(constants))
+    choice = (q_THD, tables.n_segments, group, _variant(constants), can_tma(q_THD, k_TKD, v_TKD, do_THD))
     # In this order: the first kernel writes the delta that the second reads.
     run_query(of_query or choose("query", *choice, run_query))
     run_key(of_key or choose("key", *choice, run_key))
@@ -122,15 +134,36 @@ def _constants(q_THD, k_TKD, settings):
     head_dim = q_THD.shape[2]
     return group, {
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": max(16, power_of_2(head_dim)),
         "GROUP": group,
         "GROUPS_PER_KEY_HEAD": q_THD.shape[1] // k_TKD.shape[1] // group,
         "CAUSAL": settings.causal,
         "WINDOW": settings.window is not None,
         "SOFTCAP": settings.softcap is not None,
+        "FOLD": settings.softcap is None and settings.scale > 0,
         "DROPOUT": threshold(settings.dropout_p) > 0,
         "PRECISION": PRECISION,
     }
+
+
+def can_tma(*tensors: torch.Tensor) -> bool:
+    """Whether tensor descriptors can describe all of them: 16-byte addresses and strides (cuTensorMapEncodeTiled)."""
+    return all(
+        x.element_size() == 2 and x.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in x.stride()[:2])
+        for x in tensors
+    )
+
+
+def _tiles(config, group, block_d):
+    """How the kernels take queries and keys: with TMA as descriptors of their tiles, else as they are."""
+    return (
+        functools.partial(_described, config.tma, [config.block_m // group, group, block_d]),
+        functools.partial(_described, config.tma, [config.block_n, 1, block_d]),
+    )
+
+
+def _described(tma, block, x):
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block) if tma else x
 
 
 def _variant(constants):

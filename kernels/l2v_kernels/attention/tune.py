@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import triton
 
-from l2v_kernels.attention.config import Config, Kind, candidates, default, is_short
+from l2v_kernels.attention.config import Config, Kind, candidates, default, is_medium, is_short
 from l2v_kernels.launching import architecture
 
 
@@ -22,6 +22,7 @@ def choose(
     n_segments: int,
     group: int,
     variant: str,
+    tma: bool,
     launch: Callable[[Config], None],
 ) -> Config:
     """The configuration to launch with, from what the host knows: without a sync with the device.
@@ -31,21 +32,22 @@ def choose(
         q_THD: queries [T, H, D]; gives lengths, head dimension, dtype and device.
         n_segments: S.
         group: how many query heads share a tile.
-        variant: names what else is compiled in.
+        variant: names what else is compiled in, "plain" for nothing.
+        tma: whether tensor descriptors can describe the kernel's tensors.
         launch: runs the kernel once; may be called any number of times.
     """
     T, _, D = q_THD.shape
     mean = T / max(n_segments, 1)
     arch = architecture(*_capability(q_THD.device)) if q_THD.device.type == "cuda" else 80
-    short = is_short(mean, group)
+    short, plain, tma = is_short(mean, group), variant == "plain", tma and arch >= 90
     if os.environ.get("L2V_AUTOTUNE") != "1":
-        return default(kind, arch, D, q_THD.element_size(), short)
+        return default(kind, arch, D, q_THD.element_size(), short, plain, tma, group, is_medium(mean))
     # Lengths are rounded to powers of two; otherwise nearly every batch would start a search.
-    key = f"{kind} {q_THD.dtype} D{D} group{group} {variant} mean{2 ** max(0, round(mean) - 1).bit_length()}"
+    key = f"{kind} {q_THD.dtype} D{D} group{group} {variant} mean{2 ** max(0, round(mean) - 1).bit_length()}{' tma' * tma}"
     cache = Cache.of(q_THD.device)
     if key not in cache.known:
-        best = fastest(candidates(kind, arch, D, q_THD.element_size()), launch)
-        cache.add(key, best or default(kind, arch, D, q_THD.element_size(), short))
+        best = fastest(candidates(kind, arch, D, q_THD.element_size(), plain, tma), launch)
+        cache.add(key, best or default(kind, arch, D, q_THD.element_size(), short, plain, tma, group, is_medium(mean)))
     return cache.known[key]
 
 

@@ -1,0 +1,1 @@
+"""What compiled kernels use and issue, read from their machine code; no GPU is needed."""
