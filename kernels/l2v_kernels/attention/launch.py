@@ -50,6 +50,7 @@ def forward(
             *_tables(tables, seeds_S, settings),
             *_strides(q_THD, k_TKD, v_TKD, o_THD),
             *_scales(settings),
+            FOLD=settings.softcap is None and settings.scale > 0,
             **constants,
             **config.meta(),
         )
@@ -140,7 +141,6 @@ def _constants(q_THD, k_TKD, settings):
         "CAUSAL": settings.causal,
         "WINDOW": settings.window is not None,
         "SOFTCAP": settings.softcap is not None,
-        "FOLD": settings.softcap is None and settings.scale > 0,
         "DROPOUT": threshold(settings.dropout_p) > 0,
         "PRECISION": PRECISION,
     }
