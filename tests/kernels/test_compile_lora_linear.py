@@ -88,8 +88,10 @@ def test_ordered_sums(name, capability):
     from l2v_kernels.lora_linear import kernel_up
 
     config = dict(kernel_up.ORDERED_SUM_CONFIG)
-    types = dict.fromkeys(("parts_ptr", "dxa_parts_ptr", "db_parts_ptr"), "*fp32")
-    types |= dict.fromkeys(("out_ptr", "dxa_ptr", "db_ptr"), "*bf16") | {f"factor_{i}": "fp32" for i in range(3)}
+    types = dict.fromkeys(("parts_ptr", "dxa_parts_ptr", "db_parts_ptr", "pending_parts_ptr"), "*fp32")
+    types |= dict.fromkeys(("out_ptr", "dxa_ptr", "db_ptr", "pending_ptr"), "*bf16") | {
+        f"factor_{i}": "fp32" for i in range(3)
+    }
     function = getattr(kernel_up, name)
     signature = {p.name: types.get(p.name, "i32") for p in function.params if not p.is_constexpr}
     warps = config.pop("num_warps")

@@ -134,27 +134,34 @@ def lora_up_backward_kernel(
     _store_db(db_ptr, columns_3, r, n_columns, db_3, RANK)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_tokens",
-        "n_splits",
-        "blocks_0",
-        "blocks_1",
-        "blocks_2",
-        "factor_0",
-        "factor_1",
-        "factor_2",
-        "dxa_programs",
-    ]
-)
+@triton.jit
+def _ordered_sum(parts_ptr, out_ptr, n_parts, n_elements, program, BLOCK: tl.constexpr):
+    """One block of out [n] = the sum of parts [J, n] over J, added in order and rounded once."""
+    i = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < n_elements
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in tl.range(0, n_parts):
+        total += tl.load(parts_ptr + i, mask=mask, other=0.0)
+        parts_ptr += n_elements
+    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+_OF_EACH = [f"{name}_{i}" for name in ("blocks", "factor") for i in range(3)]
+
+
+@triton.jit(do_not_specialize=["n_tokens", "n_splits", "n_pending_parts", "dxa_programs", "db_programs", *_OF_EACH])
 def up_sums_kernel(
     dxa_parts_ptr,
     db_parts_ptr,
+    pending_parts_ptr,
     dxa_ptr,
     db_ptr,
+    pending_ptr,
     n_tokens,
     n_splits,
+    n_pending_parts,
     n_db,
+    n_pending,
     blocks_0,
     blocks_1,
     blocks_2,
@@ -162,16 +169,16 @@ def up_sums_kernel(
     factor_1,
     factor_2,
     dxa_programs,
+    db_programs,
     stride_dxa,
     RANK: tl.constexpr,
     ADAPTERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """What `lora_up_backward_kernel` left to add, in order, each sum rounded once: dxa [T, ADAPTERS R], of each adapter times
-    its factor, by the first `dxa_programs` programs, and db [n_db] by the others.
+    its factor, by the first `dxa_programs` programs, and db [n_db] by the next `db_programs`. The others add what was pending.
     """
     WIDTH: tl.constexpr = ADAPTERS * RANK
-    total = tl.zeros((BLOCK,), tl.float32)
     if tl.program_id(0) < dxa_programs:
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         in_dxa = i < n_tokens.to(tl.int64) * WIDTH
@@ -180,26 +187,20 @@ def up_sums_kernel(
         blocks = tl.where(adapter == 0, blocks_0, tl.where(adapter == 1, blocks_1, blocks_2))
         factor = tl.where(adapter == 0, factor_0, tl.where(adapter == 1, factor_1, factor_2))
         at = (first.to(tl.int64) * n_tokens + i // WIDTH) * RANK + i % RANK
+        total = tl.zeros((BLOCK,), tl.float32)
         for part in tl.range(0, tl.maximum(blocks_0, tl.maximum(blocks_1, blocks_2))):
             total += tl.load(dxa_parts_ptr + at, mask=in_dxa & (part < blocks), other=0.0)
             at += n_tokens.to(tl.int64) * RANK
         at = i // WIDTH * stride_dxa + i % WIDTH
         tl.store(dxa_ptr + at, (total * factor).to(dxa_ptr.dtype.element_ty), mask=in_dxa)
+    elif tl.program_id(0) < dxa_programs + db_programs:
+        _ordered_sum(db_parts_ptr, db_ptr, n_splits, n_db, tl.program_id(0) - dxa_programs, BLOCK)
     else:
-        i = (tl.program_id(0) - dxa_programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        for _ in tl.range(0, n_splits):
-            total += tl.load(db_parts_ptr + i, mask=i < n_db, other=0.0)
-            db_parts_ptr += n_db
-        tl.store(db_ptr + i, total.to(db_ptr.dtype.element_ty), mask=i < n_db)
+        program = tl.program_id(0) - dxa_programs - db_programs
+        _ordered_sum(pending_parts_ptr, pending_ptr, n_pending_parts, n_pending, program, BLOCK)
 
 
 @triton.jit(do_not_specialize=["n_parts"])
 def ordered_sum_kernel(parts_ptr, out_ptr, n_parts, n_elements, BLOCK: tl.constexpr):
     """out [n] = the sum of parts [J, n] over J, added in order and rounded once."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < n_elements
-    total = tl.zeros((BLOCK,), tl.float32)
-    for _ in tl.range(0, n_parts):
-        total += tl.load(parts_ptr + i, mask=mask, other=0.0)
-        parts_ptr += n_elements
-    tl.store(out_ptr + i, total.to(out_ptr.dtype.element_ty), mask=mask)
+    _ordered_sum(parts_ptr, out_ptr, n_parts, n_elements, tl.program_id(0), BLOCK)

@@ -23,7 +23,7 @@ from l2v_kernels.lora_linear.kernel_up import (
     ordered_sum_kernel,
     up_sums_kernel,
 )
-from l2v_kernels.lora_linear.settings import MAX_ADAPTERS, Adapters, InputDropout
+from l2v_kernels.lora_linear.settings import MAX_ADAPTERS, Adapters, InputDropout, PendingSum
 
 
 @on_device
@@ -61,8 +61,12 @@ def down_backward(
     da_RE: torch.Tensor,
     *,
     want_dx: bool,
+    pending: PendingSum | None = None,
 ) -> torch.Tensor | None:
-    """dx [T, E] as `reference.down_backward`, masks recomputed; writes dA [sum of ranks, E], contiguous, summed in fp32."""
+    """dx [T, E] as `reference.down_backward`, masks recomputed; writes dA [sum of ranks, E], contiguous, summed in fp32.
+
+    pending: takes the last addition of dA, if there is one.
+    """
     T, E = x_TE.shape
     config = DOWN_BACKWARD_CONFIG[x_TE.element_size()]
     blocks = cdiv(E, config["BLOCK_E"])
@@ -95,10 +99,24 @@ def down_backward(
         **_constants(adapters, dropout),
         **config,
     )
-    if not at_once:
-        grid = (cdiv(da_RE.numel(), ORDERED_SUM_CONFIG["BLOCK"]),)
-        ordered_sum_kernel[grid](da_JRE, da_RE, splits, da_RE.numel(), **ORDERED_SUM_CONFIG)
+    if not at_once and pending is not None:
+        pending.put(da_JRE, da_RE)
+    elif not at_once:
+        _ordered_sum(da_JRE, da_RE)
     return dx_TE
+
+
+def finish(pending: PendingSum) -> None:
+    """Add what is pending."""
+    if (kept := pending.take()) is not None:
+        _ordered_sum(*kept)
+
+
+@on_device
+def _ordered_sum(parts: torch.Tensor, out: torch.Tensor) -> None:
+    n = out.numel()
+    grid = (cdiv(n, ORDERED_SUM_CONFIG["BLOCK"]),)
+    ordered_sum_kernel[grid](parts, out, len(parts), n, **ORDERED_SUM_CONFIG)
 
 
 def takes_up_backward(adapters: Adapters) -> bool:
@@ -115,10 +133,12 @@ def up_backward(
     dropout: InputDropout,
     dxa_TR: torch.Tensor,
     db: torch.Tensor,
+    pending: PendingSum | None = None,
 ) -> None:
     """Gradients as `reference.up_backward` of up to three adapters of one rank: dxa [T, n R], and all dB, flat, contiguous.
 
-    dy is read once; both are summed in fp32 and rounded once. sizes: columns of dy [T, O] of each linear of the group.
+    dy is read once; both are summed in fp32 and rounded once. sizes: columns of dy [T, O] of each linear of the group. pending:
+    what another group has left to add, added in the same launch.
     """
     T, R = dy_TO.shape[0], adapters[0].rank
     if T == 0:
@@ -152,18 +172,26 @@ def up_backward(
         **config,
     )
     block = ORDERED_SUM_CONFIG["BLOCK"]
-    dxa_programs = cdiv(dxa_TR.numel(), block)
-    up_sums_kernel[(dxa_programs + cdiv(db.numel(), block),)](
+    dxa_programs, db_programs = cdiv(dxa_TR.numel(), block), cdiv(db.numel(), block)
+    kept = pending.take() if pending is not None else None
+    parts, out = kept or (db_JN, db)  # an argument must be a tensor; without programs it is not read
+    n_out = out.numel() if kept else 0
+    up_sums_kernel[(dxa_programs + db_programs + cdiv(n_out, block),)](
         dxa_JTR,
         db_JN,
+        parts,
         dxa_TR,
         db,
+        out,
         T,
         splits,
+        len(parts),
         db.numel(),
+        n_out,
         *_pad(blocks, 0),
         *adapters.factors(dropout),
         dxa_programs,
+        db_programs,
         dxa_TR.stride(0),
         RANK=R,
         ADAPTERS=len(adapters),

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from l2v_kernels.dispatch import takes_triton
 from l2v_kernels.lora_linear import reference
 from l2v_kernels.lora_linear.frozen import AccumulatingLinears, FrozenLinears, accumulates
-from l2v_kernels.lora_linear.settings import Adapter, Adapters, InputDropout, rank_slices
+from l2v_kernels.lora_linear.settings import Adapter, Adapters, InputDropout, PendingSum, rank_slices
 from l2v_kernels.spans import span, spanned
 
 
@@ -37,10 +37,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class MatrixGradients:
-    """The gradients of a group's adapters: dA one below the other [sum of ranks, E], and all dB, flat, in their order."""
+    """The gradients of a group's adapters: dA one below the other [sum of ranks, E], and all dB, flat, in their order.
+
+    pending: may hold the last addition of dA after `backward`, to be added with another group's or by `finish`.
+    """
 
     da_RE: torch.Tensor
     db: torch.Tensor
+    pending: PendingSum | None = None
 
     @classmethod
     def empty(cls, adapters: Adapters, like: torch.Tensor) -> MatrixGradients:
@@ -126,7 +130,7 @@ def backward(
     if want_dx and not accumulates(linears):
         with span("gemm"):
             dx_TE = linears.input_gradient(dy_TO)
-    dx_TE = _down_backward(x_TE, dxa_TR, adapters, kept, dropout, dx_TE, of_matrices.da_RE, want_dx=want_dx)
+    dx_TE = _down_backward(x_TE, dxa_TR, adapters, kept, dropout, dx_TE, of_matrices, want_dx=want_dx)
     if dx_TE is not None and accumulates(linears):
         with span("gemm"):
             linears.add_input_gradient_(dx_TE, dy_TO)
@@ -214,7 +218,7 @@ def _up_backward(dy_TO, xa_TR, sizes, adapters: Adapters, dropout, of_matrices: 
             from l2v_kernels.lora_linear import launch
 
             if launch.takes_up_backward(run):
-                launch.up_backward(dy_TO, xa, sizes, run, dropout, dxa, db)
+                launch.up_backward(dy_TO, xa, sizes, run, dropout, dxa, db, of_matrices.pending)
                 continue
         parts = dy_TO.split(sizes, 1)
         for a, at, out in zip(run, run.slices, db.split(run.sizes[1]), strict=True):
@@ -223,17 +227,28 @@ def _up_backward(dy_TO, xa_TR, sizes, adapters: Adapters, dropout, of_matrices: 
     return dxa_TR
 
 
-def _down_backward(x_TE, dxa_TR, adapters: Adapters, kept, dropout, dx_TE, da_RE, *, want_dx):
+def _down_backward(x_TE, dxa_TR, adapters: Adapters, kept, dropout, dx_TE, of_matrices: MatrixGradients, *, want_dx):
     """dx [T, E] or None; writes dA [sum of ranks, E]."""
+    da_RE, pending = of_matrices.da_RE, of_matrices.pending
     if not takes_triton(x_TE):
         return reference.down_backward(x_TE, dxa_TR, adapters, list(kept.masks), dx_TE, da_RE, want_dx=want_dx)
     from l2v_kernels.lora_linear import launch
 
+    if pending is not None:
+        launch.finish(pending)  # of a group whose rank is too high for the launch that would have added it
     if len(adapters.triples) == 1:
-        return launch.down_backward(x_TE, dxa_TR, adapters, dropout, dx_TE, da_RE, want_dx=want_dx)
+        return launch.down_backward(x_TE, dxa_TR, adapters, dropout, dx_TE, da_RE, want_dx=want_dx, pending=pending)
     at = 0
     for group in adapters.triples:
         rows = slice(at, at + group.ranks)
         dx_TE = launch.down_backward(x_TE, dxa_TR[:, rows], group, dropout, dx_TE, da_RE[rows], want_dx=want_dx)
         at = rows.stop
     return dx_TE
+
+
+def finish(pending: PendingSum) -> None:
+    """Add what a backward's last group has left to add."""
+    if pending:
+        from l2v_kernels.lora_linear import launch
+
+        launch.finish(pending)

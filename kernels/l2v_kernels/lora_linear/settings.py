@@ -143,6 +143,29 @@ class Adapters(tuple[Adapter, ...]):
         return self._b_view if self._b_view is not None else torch.cat([a.b_OR for a in self])
 
 
+class PendingSum:
+    """A gradient of which only partial sums exist, for the next launch that adds partial sums to add as well.
+
+    One backward's groups share it, so that no group needs a launch for this alone; `launch.finish` adds the last.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __bool__(self) -> bool:
+        return self._kept is not None
+
+    def put(self, parts: torch.Tensor, out: torch.Tensor) -> None:
+        """out [n] is to become the sum of parts fp32 [J, n] over J. Nothing else may be pending."""
+        assert self._kept is None
+        self._kept = parts, out
+
+    def take(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What is pending, for whoever adds it; None if nothing is."""
+        kept, self._kept = self._kept, None
+        return kept
+
+
 def _contiguous_view(matrices: list[torch.Tensor]) -> torch.Tensor | None:
     view = stacked_view(matrices)
     return view if view is not None and view.is_contiguous() else None

@@ -14,7 +14,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from l2v.model.fused.spec import Group
-from l2v_kernels.lora_linear.op import MatrixGradients
+from l2v_kernels.lora_linear.op import MatrixGradients, finish
+from l2v_kernels.lora_linear.settings import PendingSum
 
 ALIGNMENT = 16
 """Elements to which a group's matrices are aligned: kernels read 16 bytes at once, and compile for pointers that allow it."""
@@ -105,6 +106,7 @@ class Collector:
         self.flat = flat
         self._whole: torch.Tensor | None = None
         self._missing: set[Group] = set()
+        self._pending = PendingSum()
         self.token = _Deliver.apply(flat.weight, self)
 
     def of(self, group: Group) -> MatrixGradients:
@@ -120,10 +122,11 @@ class Collector:
         assert self._whole is not None
         place, whole = self.flat.places[group], self._whole
         da_RE = whole.as_strided((place.ranks, place.inputs), (place.inputs, 1), place.a)
-        return MatrixGradients(da_RE, whole.as_strided((place.n_b,), (1,), place.b))
+        return MatrixGradients(da_RE, whole.as_strided((place.n_b,), (1,), place.b), self._pending)
 
     def take(self) -> torch.Tensor | None:
         """The gradient of the flat weight, given away."""
+        finish(self._pending)
         for group in self._missing:  # whose adapters were switched off
             part = self._part(group)
             part.da_RE.zero_()
