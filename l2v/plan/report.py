@@ -288,12 +288,6 @@ def _notes(facts: dict[str, Any], plans: Sequence[StagePlan]) -> list[str]:
                 f"{plan.name}: recompute: auto takes micro_tokens {plan.micro_tokens:,} with recompute {plan.memory.recompute}, "
                 f"the fastest of at most {plan.stage.micro_tokens:,}"
             )
-        reserved = counts.load().reserved_over_allocated.get(plan.stage.objective)
-        if facts["timed"] and not cpu and reserved:
-            notes.append(
-                f"{plan.name}: with lengths that vary, the allocator reserved up to {reserved:.2f} times what tensors needed "
-                "(counted); PyTorch frees it before memory runs out, so it is not in the total"
-            )
         if facts["timed"] and plan.speed.device_share < 1:
             notes.append(f"{plan.name}: {host_limit(plan.speed, plan.relief, plan.world)}")
         if facts["timed"] and (better := best(plan)):

@@ -32,7 +32,7 @@ class GradientNorm:
         gradients = [g for part in self.optimizer.averaged_gradients.values() for g in part or () if g is not None]
         self._local = None
         if gradients:
-            norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+            norms = torch._foreach_norm(gradients, 2, torch.float64)
             self._local = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         return self._local
 
