@@ -8,7 +8,7 @@ python -m benchmarks.resources --check LIBRARY       the predictions' error on F
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import triton
@@ -139,13 +139,29 @@ def _write(path, content):
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def _with_others(path: Path, rows: list[dict], ops: Sequence[str]) -> list[dict]:
+    """The rows, and those of other ops that the file has from this Triton, in the order of OPS."""
+
+    def table(row: dict) -> str:
+        return row["op"] if row["op"] in OPS else "others"
+
+    facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if facts.get("triton") == triton.__version__:
+        kept = [row for row in facts["rows"] if table(row) not in ops]
+        for row in kept:
+            if "relative" in row:  # JSON has no numbers as keys
+                row["relative"] = {int(length): found for length, found in row["relative"].items()}
+        rows = [*rows, *kept]
+    return sorted(rows, key=lambda row: list(OPS).index(table(row)))
+
+
 def main(argv: list[str] | None = None) -> int:
     """The exit code is 1 if a build spills or misses its target."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__.split("\n")[0])
     parser.add_argument("--issue", action="store_true", help="count the instructions of the main loop")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--op", nargs="+", default=tuple(OPS), choices=tuple(OPS))
-    parser.add_argument("--out", type=Path, help="folder for sm_ARCH.json and sm_ARCH.md")
+    parser.add_argument("--out", type=Path, help="folder for sm_ARCH.json and sm_ARCH.md; keeps other ops")
     parser.add_argument("--check", type=Path, metavar="LIBRARY", help="libtorch_cuda.so of a CUDA build of torch")
     options = parser.parse_args(argv)
     if options.check:
@@ -162,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
                 bad += 1
                 print(f"  ^ {problem}", file=sys.stderr)
         if options.out:
+            rows = _with_others(options.out / f"sm_{arch}.json", rows, options.op)
             facts = {"triton": triton.__version__, "sm": arch, "measured": False, "rows": rows}
             _write(options.out / f"sm_{arch}.json", facts)
             text = "\n".join(_page(arch, rows, options.issue))

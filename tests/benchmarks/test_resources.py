@@ -158,3 +158,16 @@ def test_the_exit_code_names_spills(monkeypatch, capsys):
     assert "spills 8 bytes" in capsys.readouterr().err
     monkeypatch.setattr(tool, "examine", lambda case, issue: row | {"spills": 0})
     assert tool.main(["--arch", "90", "--op", "attention"]) == 0
+
+
+def test_one_ops_table_keeps_the_rows_of_others(tmp_path, monkeypatch):
+    """The ranking of attention's tiles is read again from JSON, whose keys are text."""
+    path = tmp_path / "sm_90.json"
+    old = [{"op": "swiglu", "registers": 1}, {"op": "info_nce", "registers": 2}]
+    old.insert(0, {"op": "attention", "relative": {30: {"waste": 1.5}}})
+    new = [{"op": "info_nce", "registers": 3}]
+    assert tool._with_others(path, new, ["info_nce"]) == new
+    path.write_text(json.dumps({"triton": tool.triton.__version__, "rows": old}))
+    assert tool._with_others(path, new, ["info_nce"]) == [old[0], *new, old[1]]
+    path.write_text(json.dumps({"triton": "1.0", "rows": old}))
+    assert tool._with_others(path, new, ["info_nce"]) == new, "of another compiler"

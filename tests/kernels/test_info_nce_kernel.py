@@ -65,7 +65,7 @@ def test_interpreted_options(path, dtype, variant):
     assert_close(run(path, *given_), *given_)
 
 
-@pytest.mark.parametrize(("workspace", "rows"), [(1 << 20, 0), (1_800, 6), (600, 0)], ids=["kept", "one-pass", "two"])
+@pytest.mark.parametrize(("workspace", "rows"), [(1 << 20, 0), (2_100, 6), (600, 0)], ids=["kept", "one-pass", "two"])
 def test_interpreted_scores_of_a_small_workspace(monkeypatch, workspace, rows):
     """Scores that are kept, made once with a few rows at a time, or made twice."""
     taken, real = [], engine.Pass.one_pass_rows

@@ -14,6 +14,7 @@ from .build import build
 from .cases import RECIPE, STEADY, SUITE, Case
 from .check import findings, read_budgets, write_budgets
 from .place import CAPABILITIES, CHECKOUT, VARIABLE, Home, NullGpuError, Plan
+from .plan_counts import TABLE, write_table
 from .report import render, stages_of
 from .run import run_case
 
@@ -33,6 +34,7 @@ Start here (the folder is yours, outside the checkout; {VARIABLE} names it for g
   python -m tests.nullgpu build --home ~/nullgpu --download  fetches it, compiles the stub
   python -m tests.nullgpu train mntp                         three steps of Llama-3-8B, counted by line
   python -m tests.nullgpu check                              every case of the suite against the committed budgets
+From nothing to the whole suite by one command: python -m tests.nullgpu check --home ~/nullgpu --download
 """
 
 
@@ -77,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all of {', '.join(SUITE)}")
     one.add_argument("--write", action="store_true", help="write what was counted as the new budgets of these cases")
+    one.add_argument("--download", action="store_true", help="first fetch what the build needs, if it is missing")
+    add("plan-counts", _plan_counts, f"Count what l2v plan needs, and write {TABLE.relative_to(CHECKOUT)}.")
     one = add("gpu-tests", _gpu_tests, "Run the flow of tests/kernels/test_*_gpu.py; values are not compared.")
     one.add_argument("files", nargs="*", type=Path, help="default: all of them")
     _capability(one)
@@ -134,7 +138,8 @@ def _report(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     if unknown := sorted(set(args.cases) - SUITE.keys()):
         raise NullGpuError(f"no case {unknown[0]}; there are {', '.join(SUITE)}")
-    home = Home.find(args.home).need()
+    home = Home.find(args.home)
+    print(build(home, download=args.download), flush=True)
     budgets, wrong = read_budgets(), 0
     for name in args.cases or SUITE:
         run = run_case(home, SUITE[name])
@@ -145,6 +150,11 @@ def _check(args: argparse.Namespace) -> int:
         print(f"{name}: {'holds' if not found else ''}", *(f"\n  - {text}" for text in found), sep="", flush=True)
         wrong += bool(found)
     return int(wrong > 0)
+
+
+def _plan_counts(args: argparse.Namespace) -> int:
+    print(write_table(Home.find(args.home).need()))
+    return 0
 
 
 def _gpu_tests(args: argparse.Namespace) -> int:

@@ -86,8 +86,10 @@ def backward(
     if q_THD.numel() == 0:
         return dq_THD, dk_TKD.zero_(), dv_TKD.zero_()
     group, constants = _constants(q_THD, k_TKD, settings)
-    # lse / log(2) and delta in the order of the tiles' rows: half, group, token, head of the group.
-    statistics = torch.empty((2 * H // group, T, group), dtype=torch.float32, device=lse_HT.device)
+    # lse / log(2) and delta in the order of the tiles' rows: half, group, token, head of the group. Room for a multiple of 16
+    # tokens: the stride is then always divisible by 16, and no kernel is compiled a second time for where it is not.
+    room = (2 * H // group, 16 * cdiv(T, 16), group)
+    statistics = torch.empty(room, dtype=torch.float32, device=lse_HT.device)[:, :T]
 
     def run_query(config):
         of_queries, of_keys = _tiles(config, group, constants["BLOCK_D"])

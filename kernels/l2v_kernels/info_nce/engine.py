@@ -78,10 +78,14 @@ class Pass:
 
     def fits(self) -> bool:
         """Whether the dot products of all blocks, and the coefficients of one, fit the workspace."""
-        sizes = [self.n_rows * len(b.columns.x_nE) for b in self.blocks]
+        sizes = [self.n_rows * self.padded(len(b.columns.x_nE)) for b in self.blocks]
         P, plane, out = len(self.settings.prefixes), self.path.plane_bytes, self.queries.x_nE.element_size()
         needed = P * (plane * sum(sizes) + out * max(sizes)) + self.path.scratch_bytes * max(sizes)
         return bool(plane) and needed <= min(self.settings.workspace, self.path.max_tile_bytes)
+
+    def padded(self, n_columns: int) -> int:
+        """The length in memory of a row of this many scores."""
+        return -(-n_columns // self.path.multiple) * self.path.multiple
 
     def tile_sides(self, block: Block, whole: bool) -> tuple[int, int]:
         """(rows, columns) of this block's tiles."""
@@ -93,7 +97,8 @@ class Pass:
         most_rows = max(1, self.settings.workspace // 4 // (x.shape[1] * sum_dtype(x).itemsize))
         score_bytes = P * (self.path.plane_bytes + x.element_size()) + self.path.scratch_bytes
         budget = min(self.settings.workspace * 3 // 4, self.path.max_tile_bytes)
-        return tile_shape(min(self.n_rows, most_rows), columns, max(1, budget // score_bytes))
+        rows, width = tile_shape(min(self.n_rows, most_rows), self.padded(columns), max(1, budget // score_bytes))
+        return rows, min(width, columns)
 
     def one_pass_rows(self) -> int:
         """How many rows fit with their scores of all columns, so that losses and gradients take one pass; 0 for two passes.
@@ -101,7 +106,7 @@ class Pass:
         One pass saves a matmul, but with few rows at a time it reads and writes the candidates' gradient more often: below
         `min_rows` it saves nothing. In fp16 gradients need the loss scale, which is known only in the backward.
         """
-        columns = [len(b.columns.x_nE) for b in self.blocks]
+        columns = [self.padded(len(b.columns.x_nE)) for b in self.blocks]
         P, x = len(self.settings.prefixes), self.queries.x_nE
         if not self.path.plane_bytes or x.dtype == torch.float16 or self.n_rows == 0 or self.fits():
             return 0
@@ -118,18 +123,23 @@ class Pass:
 
     def buffer(self, sides: list[tuple[int, int]], dtype: torch.dtype) -> torch.Tensor:
         """A flat buffer for P planes of the largest of these tiles."""
-        size = len(self.settings.prefixes) * max(r * c for r, c in sides)
+        size = len(self.settings.prefixes) * max(r * self.padded(c) for r, c in sides)
         return torch.empty(size, dtype=dtype, device=self.queries.x_nE.device)
 
     def cut(self, buffer: torch.Tensor, of: Tile) -> torch.Tensor:
-        """[P, r, c] at the start of a buffer."""
+        """[P, r, c] at the start of a buffer, its rows as long as `padded` says."""
         P, (R, C) = len(self.settings.prefixes), of.shape
-        return buffer[: P * R * C].view(P, R, C)
+        width = self.padded(C)
+        return buffer[: P * R * width].view(P, R, width)[:, :, :C]
 
     def dots(self, of: Tile, x_rE: torch.Tensor, out_Prc: torch.Tensor) -> torch.Tensor:
-        """Writes the planes [P, r, c] of a tile into out and returns them."""
+        """Writes the planes [P, r, c] of a tile into out, which `cut` gave, and returns them."""
         y_cE = of.block.columns.x_nE[of.columns]
         self.path.dots(x_rE, y_cE, out_Prc, self.settings)
+        P, R, C = out_Prc.shape
+        if rest := out_Prc.stride(1) - C:
+            # Kernels read whole rows: what is not a number there would spoil their sums.
+            out_Prc.as_strided((P, R, rest), out_Prc.stride(), out_Prc.storage_offset() + C).zero_()
         return out_Prc
 
 
@@ -169,7 +179,7 @@ class Statistics:
 
 def losses(run: Pass, keep: bool) -> torch.Tensor:
     """[P, N]; fills in what `gradients` needs. keep: keep the dot products where they fit."""
-    dtype, device = run.queries.inverse_Pn.dtype, run.queries.x_nE.device
+    dtype = run.queries.inverse_Pn.dtype
     statistics, whole = Statistics.of(run), run.fits()
     run.kept = [] if keep and whole else None
     sides = [run.tile_sides(b, whole) for b in run.blocks]
@@ -181,11 +191,8 @@ def losses(run: Pass, keep: bool) -> torch.Tensor:
             for part in run.tiles(block, row_scale_PN, at, width):
                 planes_Prc = None
                 if run.path.plane_bytes:
-                    shape = (len(run.settings.prefixes), *part.shape)
-                    planes_Prc = (
-                        torch.empty(shape, dtype=dtype, device=device) if buffer is None else run.cut(buffer, part)
-                    )
-                    run.dots(part, x_rE, planes_Prc)
+                    planes = run.buffer([part.shape], dtype) if buffer is None else buffer
+                    planes_Prc = run.dots(part, x_rE, run.cut(planes, part))
                     if run.kept is not None:
                         run.kept.append(planes_Prc)
                 statistics.fold(run, part, x_rE, planes_Prc)

@@ -26,6 +26,8 @@ class Path:
     """A larger tile would gain nothing."""
     min_rows = 1
     """With fewer rows at a time, one pass over the scores costs more than two."""
+    multiple = 1
+    """Rows of planes in memory are as long as the next multiple of this; the rest of dot products is zero."""
 
     @property
     def ops(self) -> ModuleType:
@@ -65,6 +67,8 @@ class OnCpu(Path):
 class Chunked(Path):
     """Triton kernels pass over the dot products."""
 
+    # So that a kernel's accesses are 16 bytes wide, and it is compiled once, whatever the number of columns.
+    multiple = 16
     # A row of tiles reads and writes M E sums of 4 bytes; the matmul that is saved has 2 M E FLOP a row.
     min_rows = 4 * FLOPS_PER_BYTE
 
