@@ -50,7 +50,7 @@ def runner(base, run_here, monkeypatch):
         return run_here(command[3], "base.precision=fp32", *command[4:]), ""
 
     monkeypatch.setattr(runs_module, "_finish", finish)
-    return Runner(Work(TINY, base), CPU, benchmark.rungs(TINY), None)
+    return Runner(Work(TINY, base), CPU, benchmark.rungs(TINY), {})
 
 
 def peer(runner, workload, provider, folder, batches=None):
