@@ -34,6 +34,11 @@ def build(
     """A decoder whose norms, biases and LoRA B are not at their start, so that each of them matters."""
     base = Base(model=family, init="random", config=SHAPE | {"model_type": family} | dict(shape))
     model = load_model(base, head=True, dtype=dtype, seed=3)
+    if dtype != torch.float32:  # some versions of torch draw other numbers in half precision
+        exact = load_model(base, head=True, dtype=torch.float32, seed=3)
+        with torch.no_grad():
+            for parameter, other in zip(model.parameters(), exact.parameters(), strict=True):
+                parameter.copy_(other)
     decoder = inner_model(model)
     if lora is not None:
         decoder = add_lora(decoder, lora, base_name=family, seed=1)

@@ -49,7 +49,7 @@ class Pass:
 
         def measured(x_nE: torch.Tensor) -> Side:
             x_nE = unit_stride(x_nE)
-            return Side.of(x_nE, path.ops.inverse_norms(x_nE, settings))
+            return Side.of(x_nE, path.ops.inverse_norms(x_nE, settings), path.multiple)
 
         queries, candidates = measured(queries_NE), measured(candidates_ME)
         everyone = queries if others_QE is None else measured(others_QE)
@@ -98,6 +98,8 @@ class Pass:
         score_bytes = P * (self.path.plane_bytes + x.element_size()) + self.path.scratch_bytes
         budget = min(self.settings.workspace * 3 // 4, self.path.max_tile_bytes)
         rows, width = tile_shape(min(self.n_rows, most_rows), self.padded(columns), max(1, budget // score_bytes))
+        if width < columns:  # so that every tile begins at a multiple, too
+            width = max(self.path.multiple, width // self.path.multiple * self.path.multiple)
         return rows, min(width, columns)
 
     def one_pass_rows(self) -> int:

@@ -6,9 +6,9 @@ import triton.language as tl
 from l2v_kernels.info_nce.kernel_common import fold, hidden_pairs, masked_scores, own_columns, pair_coefficients
 
 NOT_SPECIALIZED = ["n_rows", "n_columns", "first_column", "first_number", "n_prefixes"]
-NOT_SPECIALIZED += [f"{name}_stride" for name in ("state", "row_scale", "column_scale", "lse", "row_out", "limit")]
+NOT_SPECIALIZED += [f"{name}_stride" for name in ("state", "row_scale", "lse", "row_out", "limit")]
 """Arguments whose divisibility gains little: specialising them would only compile more often, at batches of another size.
-row_stride and plane_stride are not among them: a mask that ends at a multiple of 16 lets loads be 16 bytes wide. n_prefixes
+Those of planes and columns are not among them: a mask that ends at a multiple of 16 lets loads be 16 bytes wide. n_prefixes
 is P once more, for loops: with a bound that it knows, the compiler unrolls them all and spills."""
 
 
@@ -82,7 +82,9 @@ def statistics_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Updates m, l and (PAIR) pair [P, r], of stride state_stride, by planes [P, r, c], whose rows are zero from c to row_stride.
+    """Updates m, l and (PAIR) pair [P, r], of stride state_stride, by planes [P, r, c].
+
+    From c to row_stride, which is a multiple of 16, rows of planes are zero and column_scale can be read.
 
     A program owns its rows, so the order of sums is fixed. PREFIXES is P, rounded up to a power of two.
     """
@@ -106,12 +108,13 @@ def statistics_kernel(
         )  # fmt: skip
         # Columns beyond the end are excluded by a vector: a mask of all scores would take as many registers as the scores.
         beyond = tl.where(in_columns, 0.0, float("-inf"))
-        inside = in_rows[:, None] & (columns < row_stride)[None, :]
+        in_memory = columns < row_stride
+        inside = in_rows[:, None] & in_memory[None, :]
         dots = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
         for p in range(n_prefixes if P > 1 else 1):
             dots += tl.load(planes_ptr + tl.cast(p, tl.int64) * plane_stride + columns[None, :], mask=inside, other=0.0)
             row_scale = tl.load(row_scale_ptr + p * row_scale_stride + rows, mask=in_rows, other=0.0)
-            column_scale = tl.load(column_scale_ptr + p * column_scale_stride + columns, mask=in_columns, other=0.0)
+            column_scale = tl.load(column_scale_ptr + p * column_scale_stride + columns, mask=in_memory, other=0.0)
             scores = dots * row_scale[:, None] * column_scale[None, :]
             masked = masked_scores(
                 scores, limit_ptr + p * limit_stride, rows, columns, in_rows, hide, own, HIDE, KEEP, LIMIT
@@ -166,7 +169,7 @@ def coefficients_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """out [P, r, c] from planes [P, r, c], and sums of coefficient * dot. Rows of planes are zero from c to row_stride.
+    """out [P, r, c] from planes [P, r, c], and sums of coefficient * dot. From c to row_stride as in the statistics.
 
     row_sums [column blocks, P, r] and column_sums [row blocks, P, c] have one entry a program, to be added up. With several
     prefixes a program reads the planes twice: first for the sum of all coefficients, then each slice gets the rest of it.
@@ -174,7 +177,8 @@ def coefficients_kernel(
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     in_rows, in_columns = rows < n_rows, columns < n_columns
-    inside = in_rows[:, None] & (columns < row_stride)[None, :]
+    in_memory = columns < row_stride
+    inside = in_rows[:, None] & in_memory[None, :]
     own = own_columns(target_ptr, rows, in_rows, first_column, n_columns)
     hide = hidden_pairs(
         rows, columns, in_rows, in_columns, row_ids_ptr, column_ids_ptr, owners_ptr, restricted_ptr, first_number,
@@ -190,7 +194,7 @@ def coefficients_kernel(
             h = pair_coefficients(
                 dots, row_scale_ptr + p * row_scale_stride, column_scale_ptr + p * column_scale_stride,
                 lse_ptr + p * lse_stride, row_out_ptr + p * row_out_stride, limit_ptr + p * limit_stride, rows, columns,
-                in_rows, in_columns, hide, own, HIDE, KEEP, LIMIT, MINUS,
+                in_rows, in_memory, hide, own, HIDE, KEEP, LIMIT, MINUS,
             )  # fmt: skip
             if turn == 0:
                 left += h

@@ -16,11 +16,18 @@ class Side:
     exact_Pn: torch.Tensor
     """1 / norm of each prefix of each row, 0 for a zero vector, in float64: rounded only after it is multiplied."""
     inverse_Pn: torch.Tensor
-    """The same, rounded to the dtype of sums."""
+    """The same, rounded to the dtype of sums; rows in memory as `Side.of` was told, zero beyond n."""
 
     @classmethod
-    def of(cls, x_nE: torch.Tensor, exact_Pn: torch.Tensor) -> "Side":
-        return cls(x_nE, exact_Pn, exact_Pn.to(sum_dtype(x_nE)))
+    def of(cls, x_nE: torch.Tensor, exact_Pn: torch.Tensor, multiple: int = 1) -> "Side":
+        """multiple: rows of inverse_Pn in memory are as long as the next multiple of it."""
+        (P, n), dtype = exact_Pn.shape, sum_dtype(x_nE)
+        rest = -n % multiple
+        if not rest:
+            return cls(x_nE, exact_Pn, exact_Pn.to(dtype))
+        padded = torch.empty(P, n + rest, dtype=dtype, device=x_nE.device)
+        padded[:, n:].zero_()
+        return cls(x_nE, exact_Pn, padded[:, :n].copy_(exact_Pn))
 
 
 @dataclass
