@@ -56,7 +56,8 @@ def test_the_shipped_recipe_on_eight_gpus(capsys):
     speeds = {name: stage["speed"] for name, stage in found["stages"].items()}
     assert all(speed["balance"] >= 0.95 and not speed["ranks_without_work"] for speed in speeds.values())
     assert speeds["supervised"]["device_share"] == 1 and speeds["supervised"]["as_fast"] is None
-    assert 0.5 < speeds["mntp"]["device_share"] < 0.9 and "mntp: the host is the limit, with " in text
+    share = speeds["mntp"]["device_share"]
+    assert 0.3 < share <= 1 and (share < 1) == ("mntp: the host is the limit, with " in text)
     fewer = speeds["mntp"]["as_fast"]["gpus"]
     assert 1 < fewer < 8 and f"; {fewer} GPUs instead of 8 would be as fast, and batch=" in text
     again = planned(capsys, "llama3-8b-da", "--gpu", "h200", "--gpus", fewer, "--stage", "mntp")["stages"]["mntp"][
@@ -138,10 +139,9 @@ def test_a_gpu_half_filled_by_the_last_wave_takes_longer(capsys):
 def test_host_times_are_those_of_the_counted_model():
     table = counts.load()
     forward, backward = table.micro_batch(32, True, "none")
-    assert (forward[0], backward[0]) == (32 * 21 + 105, 32 * 62 + 475) == (777, 2459)
-    assert table.update(1, 32)[0] == 7088 and table.update(1, 16)[0] == 3544
-    seconds = forward[1] + backward[1] + table.update(1, 32)[1]
-    assert 0.115 <= seconds <= 0.135  # of a step of one micro-batch
+    assert forward[0] + backward[0] + table.update(1, 32)[0] <= 2000, "launches of a step of one micro-batch"
+    assert table.update(1, 32) == table.update(1, 16) and table.update(3, 32)[0] > 1.9 * table.update(3, 16)[0]
+    assert 0.02 < forward[1] + backward[1] + table.update(1, 32)[1] < 0.25
     assert table.micro_batch(32, False, "layer")[1][1] > table.micro_batch(32, True, "layer")[1][1] > backward[1]
 
 
