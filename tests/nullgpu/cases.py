@@ -9,6 +9,7 @@ RECIPE = "llama3-8b-da"
 STAGES = ("mntp", "simcse", "supervised")
 STEADY = 3
 """Launches and waits are counted in the last step of a short run; the first ones also compile and fill caches."""
+FP8 = "base.base_precision=fp8"
 LONG = 24
 """Steps of a run that shows growth, the allocator's reserve and the host's time."""
 
@@ -32,6 +33,11 @@ class Case:
     def long(self) -> bool:
         """Whether memory, growth and the host's time are judged."""
         return self.steps >= LONG
+
+    @property
+    def fp8(self) -> bool:
+        """Whether the frozen weights are FP8."""
+        return FP8 in self.overrides
 
     @property
     def deepspeeds_phases(self) -> tuple[str, ...]:
@@ -63,7 +69,6 @@ class Case:
 
 
 def _suite() -> list[Case]:
-    fp8 = "base.base_precision=fp8"
     found = [Case(stage, stage) for stage in STAGES]
     # Two layers: with the full ones they give the launches of a layer.
     found += [Case(f"{stage}-2-layers", stage, ("base.overrides={num_hidden_layers: 2}",)) for stage in STAGES]
@@ -71,8 +76,8 @@ def _suite() -> list[Case]:
     found += [Case(f"mntp-zero{zero}", "mntp", (f"zero.stage={zero}",)) for zero in (0, 2, 3)]
     found += [Case(f"{stage}-zero3", stage, ("zero.stage=3",)) for stage in STAGES[1:]]
     found += [Case(f"mntp-zero{zero}-2-ranks", "mntp", (f"zero.stage={zero}",), world=2) for zero in (0, 2, 3)]
-    found += [Case(f"{stage}-fp8", stage, (fp8,)) for stage in STAGES]
-    found += [Case("mntp-fp8-sm89", "mntp", (fp8,), capability=89)]
+    found += [Case(f"{stage}-fp8", stage, (FP8,)) for stage in STAGES]
+    found += [Case("mntp-fp8-sm89", "mntp", (FP8,), capability=89)]
     found += [
         Case(f"{stage}-sm{capability}", stage, capability=capability) for capability in (80, 89) for stage in STAGES
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import statistics
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,20 +48,24 @@ def write_table(home: Home, path: Path = TABLE) -> str:
     Raises:
         NullGpuError: a run failed, or launches do not grow evenly with the layers.
     """
-    runs = {}
+    runs, load = {}, 0.0
     for each in cases():
+        load = max(load, os.getloadavg()[0])
         run = run_case(home, each)
         if any(run.codes) or not run.recordings:
             raise NullGpuError(f"{each.name} ended with exit code {run.codes[0]}:\n{run.outputs[0][-2000:]}")
         runs[each.name] = run
         print(each.name, launches(run, (*PASSES, *UPDATE)), flush=True)
-    tree = table(runs, json.loads(path.read_text())["launch_seconds"])
+    tree = table(runs, json.loads(path.read_text())["launch_seconds"], load)
     path.write_text(rendered(tree))
     return f"wrote {path}"
 
 
-def table(runs: dict[str, Run], launch_seconds: float) -> dict[str, Any]:
-    """The tree of `l2v.plan.counts.Counts`. launch_seconds: of the driver for a launch, which is not counted here.
+def table(runs: dict[str, Run], launch_seconds: float, load: float) -> dict[str, Any]:
+    """The tree of `l2v.plan.counts.Counts`.
+
+    launch_seconds: of the driver for a launch, which is not counted here. load: how many processes wanted a processor at
+    most; above the number of its cores they lengthened the seconds.
 
     Raises:
         NullGpuError: launches do not grow evenly with the layers.
@@ -87,7 +91,7 @@ def table(runs: dict[str, Run], launch_seconds: float) -> dict[str, Any]:
         {str(zero): round(sum(seconds(of("fused", "none", LAYERS, zero), p) for p in UPDATE), 5) for zero in ZERO},
     ]
     return {
-        "source": _source(whole.recordings[0]["versions"]),
+        "source": _source(whole.recordings[0]["versions"], load),
         "model": {"layers": LAYERS},
         "layer_launches": per_layer,
         "other_launches": other,
@@ -106,10 +110,10 @@ def launches(run: Run, phases: Sequence[str]) -> list[int]:
 
 
 def seconds(run: Run, phase: str) -> float:
-    """Processor time of a phase, the median over the settled steps."""
+    """Processor time of a phase, the least of the settled steps: other processes can only add to it."""
     recording = run.recordings[0]
     steps: Iterable[int] = range(SETTLED + 1, last_step(recording, "mntp") + 1)
-    return statistics.median(phases_of(recording, "mntp", step)[phase]["cpu"] for step in steps)
+    return min(phases_of(recording, "mntp", step)[phase]["cpu"] for step in steps)
 
 
 def rendered(tree: dict[str, Any]) -> str:
@@ -135,9 +139,10 @@ def _slopes(few: Run, more: Run) -> list[int]:
     return found
 
 
-def _source(versions: dict[str, str]) -> str:
+def _source(versions: dict[str, str], load: float) -> str:
     build = f"CUDA build of torch {versions['torch']}, Triton {versions['triton']}, DeepSpeed {versions['deepspeed']}"
     return (
         "counted by python -m tests.nullgpu plan-counts in steps of Llama-3-8B at full size on a stand-in for a GPU that "
-        f"computes nothing ({build}); seconds are processor time of one core of the machine that counted"
+        f"computes nothing ({build}); seconds are processor time of a core of the machine that counted, which had a load of at "
+        f"most {load:.1f} on {os.cpu_count()} cores"
     )

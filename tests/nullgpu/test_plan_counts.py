@@ -32,7 +32,7 @@ def made(each, uneven: int = 0) -> Run:
 
 
 def test_the_table_is_made_of_differences(tmp_path):
-    tree = table({each.name: made(each) for each in cases()}, 2e-6)
+    tree = table({each.name: made(each) for each in cases()}, 2e-6, 0.5)
     assert tree["layer_launches"]["fused"] == {"none": [17, 23], "cheap": [17, 25], "layer": [18, 41]}
     assert tree["layer_launches"]["plain"] == {"none": [70, 130], "layer": [70, 200]}
     assert tree["other_launches"] == [60, 80]
@@ -48,7 +48,7 @@ def test_the_table_is_made_of_differences(tmp_path):
 def test_launches_that_do_not_grow_evenly_are_refused(at, sentence):
     runs = {each.name: made(each, uneven=at in each.name and "fused-none" in each.name) for each in cases()}
     with pytest.raises(NullGpuError, match=sentence):
-        table(runs, 2e-6)
+        table(runs, 2e-6, 0.5)
 
 
 def test_the_committed_table_has_every_kind():

@@ -193,7 +193,8 @@ NULLGPU_API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *found, const v
   std::memset(found, 0, sizeof *found);
   found->maxThreadsPerBlock = 1024;
   found->numRegs = 32;
-  found->binaryVersion = found->ptxVersion = device().capability;
+  // torch's wheels have no code of their own for 8.9, which runs that of 8.6; CUB looks for a version that was compiled.
+  found->binaryVersion = found->ptxVersion = device().capability == 89 ? 86 : device().capability;
   found->maxDynamicSharedSizeBytes = attribute(8);
   return cudaSuccess;
 }
