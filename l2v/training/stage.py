@@ -28,7 +28,7 @@ from l2v.runs.claim import claim, publish, recorded_negatives
 from l2v.runs.folder import ADAPTER, has_begun, is_trained, run_folder
 from l2v.training import checkpoint
 from l2v.training.advice import Advise
-from l2v.training.build import build, check_weights, place_memory
+from l2v.training.build import Placed, build, check_weights, place_memory
 from l2v.training.engine import deepspeed_config, initialize
 from l2v.training.faults import OutOfMemory, is_chosen, read_budget, smaller, write_budget
 from l2v.training.frozen import frozen_checksum
@@ -82,11 +82,7 @@ def train_stage(
         for line in on_every_rank(functools.partial(_longer, recipe, name, resume)):
             log(line)
 
-    def on_fault(facts: dict[str, Any]) -> None:
-        if "micro_tokens" in facts:
-            write_budget(folder, facts["micro_tokens"])
-
-    watch.on_fault = [on_fault]
+    watch.on_fault = [functools.partial(_keep_budget, folder)]
     _check_data(data, name, stage, resume)
 
     dtype, seed = dtype_of(recipe.base.precision), recipe.stage_seed(name)
@@ -101,15 +97,8 @@ def train_stage(
     count = sum(p.numel() for p in parameters.values())
     check_weights(model, recipe, name)
     engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype, count), stage, units)
-    micro_tokens, chosen = read_budget(folder, stage.micro_tokens), is_chosen(folder, stage.micro_tokens)
-    placed = place_memory(
-        model, recipe, name, stage, dtype, data.examples, micro_tokens=micro_tokens, may_choose=not (resume or chosen),
-        advise=advise,
-    )  # fmt: skip
-    if placed.micro_tokens < micro_tokens:
-        write_budget(folder, placed.micro_tokens, chosen_from=stage.micro_tokens)
-    for line in placed.lines:
-        log(line)
+    place = functools.partial(place_memory, model, recipe, name, stage, dtype, data.examples, advise=advise)
+    placed = _placed(place, stage, folder, resume is not None, log)
     job = Job(
         name=name, stage=stage, seed=seed, folder=folder, examples=data.examples, masking=masking, parameters=parameters,
         facts={"world": world}, tracking=recipe.tracking, watchdog=watch, profile=recipe.profile, grown_from=claimed.grown_from,
@@ -122,6 +111,25 @@ def train_stage(
     engine.destroy()
     del engine, model, job
     gc.collect()
+
+
+def _keep_budget(folder: Path, facts: dict[str, Any]) -> None:
+    """After a fault, the tokens of a forward for the next start."""
+    if "micro_tokens" in facts:
+        write_budget(folder, facts["micro_tokens"])
+
+
+def _placed(
+    place: Callable[..., Placed], stage: Stage, folder: Path, resumes: bool, log: Callable[[str], None]
+) -> Placed:
+    """How the stage uses memory; a lower micro_tokens that was chosen is kept for the next start. Logs what was chosen."""
+    micro_tokens, chosen = read_budget(folder, stage.micro_tokens), is_chosen(folder, stage.micro_tokens)
+    placed = place(micro_tokens=micro_tokens, may_choose=not (resumes or chosen))
+    if placed.micro_tokens < micro_tokens:
+        write_budget(folder, placed.micro_tokens, chosen_from=stage.micro_tokens)
+    for line in placed.lines:
+        log(line)
+    return placed
 
 
 def _build(
