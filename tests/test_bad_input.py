@@ -180,7 +180,7 @@ def test_a_run_of_a_version_that_knew_fewer_keys_goes_on(run_here, recipe, tmp_p
     assert "stages.simcse.matryoshka was null and is now [8, 32]" in output
 
 
-def test_a_stage_is_not_done_when_its_parent_was_trained_anew(run_here, recipe):
+def test_a_stage_is_not_done_when_its_parent_was_trained_again(run_here, recipe):
     path = recipe(**{"stages.simcse.from": "mntp"})
     run_here(path, "--stage", "mntp")
     run_here(path, "--stage", "simcse")

@@ -151,7 +151,7 @@ def test_a_finished_build_is_left_alone_and_another_is_refused(corpus, built, tm
         make(corpus[1], tmp_path)
 
 
-def test_an_edited_source_is_noticed_and_fresh_builds_anew(tmp_path):
+def test_an_edited_source_is_noticed_and_fresh_builds_again(tmp_path):
     write_lines(tmp_path / "a.jsonl", [{"text": danish(0)}])
     config = configure(tmp_path, "documents", [source("a.jsonl")], **QUICK)
     make(config, tmp_path / "out")

@@ -121,7 +121,7 @@ def test_the_pack_plays_no_part():
     assert parts == whole
 
 
-def test_seed_step_example_and_column_each_draw_anew():
+def test_seed_step_example_and_column_each_draw_their_own():
     text = np.arange(100, 200)
 
     def rows(seed: int, step: int, example: int, column: int) -> list[int]:
@@ -146,7 +146,7 @@ def test_a_longer_text_keeps_the_masks_of_its_beginning():
 
 
 def test_masks_are_a_contract():
-    """Masks of a run that goes on must be those of the run that stopped, also after an upgrade: these never change."""
+    """Masks of a run that resumes must be those of the run that stopped, also after an upgrade: these never change."""
     batch = mask(pack([Segment(np.arange(100, 140), example=5, column=1)], seed=42, step=3), masking())
     assert batch.label_index_L.tolist() == [1, 4, 8, 10, 17, 20, 27, 37]
     assert batch.input_ids_T[batch.label_index_L + 1].tolist() == [65, 65, 65, 18, 65, 65, 275, 65]

@@ -197,7 +197,7 @@ def test_cut_texts_are_counted_over_all_batches_of_rows(tokenizer, sentences):
     assert views.notes[1].startswith("2100 texts were longer than 10 tokens")
 
 
-def test_another_length_or_number_of_negatives_is_tokenised_anew(tokenizer, tmp_path, sentences):
+def test_another_length_or_number_of_negatives_is_tokenised_again(tokenizer, tmp_path, sentences):
     row = {"query": sentences[0], "positive": sentences[1], "negatives": [sentences[2], sentences[3]]}
     empty = {"instruction": None, "document_instruction": None}
     saved = tmp_path / "rows"

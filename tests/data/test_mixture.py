@@ -137,7 +137,7 @@ def test_whatever_the_mixture(sizes, weights, group, world, homogeneous, seed):
 
 
 def test_the_order_of_a_mixture_is_a_contract():
-    """A run that goes on must meet the data of the run that stopped, also after an upgrade: these never change."""
+    """A run that resumes must meet the data of the run that stopped, also after an upgrade: these never change."""
     made = sampler(mixed([12, 8], [1, 0.5]))
     assert [units(made, step)[0] for step in (0, 1, 2)] == [
         [3, 2, 18, 10, 1, 7, 0, 6],

@@ -202,7 +202,7 @@ def test_epochs_differ_in_order():
 
 
 def test_the_order_is_a_contract():
-    """A run that goes on must meet the data of the run that stopped, also after an upgrade: these never change."""
+    """A run that resumes must meet the data of the run that stopped, also after an upgrade: these never change."""
     made = sampler(Lengths(np.full(20, 4)))
     assert chosen(made.plan(0)) == [6, 17, 3, 15, 4, 14, 16, 13]
     assert chosen(made.plan(2)) == [19, 0, 5, 12]

@@ -156,7 +156,7 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path):
     assert f"{tmp_path / 'sts.jsonl'}, line 1: malformed JSON" in found.failed[f"{name}-sts"]
 
 
-def test_a_changed_file_is_scored_anew(tmp_path, write_jsonl, sentences):
+def test_a_changed_file_is_scored_again(tmp_path, write_jsonl, sentences):
     rows = [{"da": t, "en": t.upper()} for t in sentences[:20]]
     for number, expected in ((20, False), (20, True), (15, False)):
         write_jsonl(tmp_path / "bitext.jsonl", rows[:number])

@@ -9,7 +9,7 @@ from l2v_kernels import dropout
 from l2v_kernels.dispatch import triton_everywhere
 from l2v_kernels.lora_linear import Adapter, InputDropout, Linears, lora_linear, op, stack_weights
 from l2v_kernels.lora_linear.reference import lora_linear_reference
-from l2v_kernels.lora_linear.settings import Adapters, rank_slices
+from l2v_kernels.lora_linear.settings import Adapters
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 
@@ -201,7 +201,7 @@ def test_the_frozen_matmul_alone(ranks):
         y, kept_alone = op.forward_frozen(x, linears, adapters, keys)
         torch.testing.assert_close(y, linears.matmul(x), rtol=0, atol=0)
         parts = y.split(SIZES, 1)
-        for adapter, columns in zip(adapters, rank_slices(adapters), strict=True):
+        for adapter, columns in zip(adapters, Adapters.of(adapters).slices, strict=True):
             parts[adapter.part].add_(kept_alone.xa_TR[:, columns] @ adapter.b_OR.t())
     torch.testing.assert_close(y, want)
     assert len(kept.tensors()) == len(kept_alone.tensors())

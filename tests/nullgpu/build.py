@@ -103,13 +103,13 @@ def _compile(home: Home) -> str:
     assert site is not None
     sources = sorted(STUB.iterdir())
     stamp = hashlib.sha256(b"".join(file.read_bytes() for file in [*sources, Path(__file__)])).hexdigest()
-    stamp_file = home.library.with_suffix(".sha256")
-    if home.library.is_file() and stamp_file.is_file() and stamp_file.read_text() == stamp:
-        return f"{home.library} is up to date"
+    stamp_file = home.stub.with_suffix(".sha256")
+    if home.stub.is_file() and stamp_file.is_file() and stamp_file.read_text() == stamp:
+        return f"{home.stub} is up to date"
     if shutil.which("g++") is None:
         raise NullGpuError("g++ is missing: install a C++ compiler (Debian and Ubuntu: apt install g++)")
     work = home.folder / "objects"
-    for folder in (work, home.library.parent):
+    for folder in (work, home.stub.parent):
         folder.mkdir(parents=True, exist_ok=True)
     include = next(site.glob("nvidia/cu[0-9]*/include"), None)
     if include is None or not (include / "crt").is_dir():
@@ -133,15 +133,15 @@ def _compile(home: Home) -> str:
     generated.write_text(_generate(rest))
     objects.append(work / "rest.o")
     _run(["g++", *flags, "-c", str(generated), "-o", str(objects[-1])], "the generated functions do not compile")
-    _run(["g++", "-shared", "-o", str(home.library), *map(str, objects), "-ldl", "-lpthread"], "the stub does not link")
+    _run(["g++", "-shared", "-o", str(home.stub), *map(str, objects), "-ldl", "-lpthread"], "the stub does not link")
     _link_driver(home, work)
     stamp_file.write_text(stamp)
-    return f"built {home.library}; {len(rest)} functions of CUDA answer 0 without a model of what they do"
+    return f"built {home.stub}; {len(rest)} functions of CUDA answer 0 without a model of what they do"
 
 
 def _link_driver(home: Home, work: Path) -> None:
     """A libcuda.so.1 for those who open the driver by name (Triton, NVRTC): an empty library that needs the stub."""
-    empty, folder = work / "empty.cpp", home.library.parent
+    empty, folder = work / "empty.cpp", home.stub.parent
     empty.write_text("")
     driver = folder / "libcuda.so.1"
     shared = ["-shared", "-fPIC", "-Wl,--no-as-needed", "-Wl,-soname,libcuda.so.1", f"-Wl,-rpath,{folder}"]

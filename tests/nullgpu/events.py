@@ -32,17 +32,17 @@ class Stub:
     """The library in this process, which the loader has put before all others."""
 
     def __init__(self) -> None:
-        self.library = ctypes.CDLL(None)
-        self.library.nullgpu_count.restype = ctypes.c_long
+        self.stub = ctypes.CDLL(None)
+        self.stub.nullgpu_count.restype = ctypes.c_long
 
     def counts(self) -> list[int]:
         """Events so far, a number for each Kind."""
-        return [self.library.nullgpu_count(kind.value) for kind in Kind]
+        return [self.stub.nullgpu_count(kind.value) for kind in Kind]
 
     def set_hook(self, hook) -> None:
         """Call `hook`, a HOOK, at every event but ALLOCATE and FREE; None ends it. The caller keeps it alive."""
-        self.library.nullgpu_set_hook(hook if hook is not None else ctypes.cast(None, HOOK))
+        self.stub.nullgpu_set_hook(hook if hook is not None else ctypes.cast(None, HOOK))
 
     def set_byte_read(self, value: int) -> None:
         """What a copy of one byte from the device gives: 1 makes `torch.equal(...)` true."""
-        self.library.nullgpu_set_byte_read(value)
+        self.stub.nullgpu_set_byte_read(value)

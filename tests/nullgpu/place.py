@@ -44,7 +44,7 @@ class Home:
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
         self.python = self.folder / "venv" / "bin" / "python"
-        self.library = self.folder / "lib" / "libnullgpu.so"
+        self.stub = self.folder / "lib" / "libnullgpu.so"
 
     @classmethod
     def find(cls, given: str | None = None) -> Home:
@@ -69,7 +69,7 @@ class Home:
         Raises:
             NullGpuError: it is not.
         """
-        if not self.library.is_file():
+        if not self.stub.is_file():
             raise NullGpuError(
                 f"{self.folder} holds no null GPU: run python -m tests.nullgpu build --home {self.folder}"
             )
@@ -92,10 +92,10 @@ class Home:
         if plan is not None and plan.ignore_values:
             # Python drops assert statements, which compare values, and pytest does not write them out again.
             found |= {"PYTHONOPTIMIZE": "1", "PYTEST_ADDOPTS": "--assert=plain"}
-        library = str(self.library.parent)
+        library = str(self.stub.parent)
         cache = self.folder / "cache"
         return found | {
-            "LD_PRELOAD": str(self.library),
+            "LD_PRELOAD": str(self.stub),
             "LD_LIBRARY_PATH": library,
             "DS_ACCELERATOR": "cuda",  # the program looks for device files before it imports torch, and there are none
             "NULLGPU_CAPABILITY": str(capability),

@@ -117,7 +117,7 @@ class Process:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, None]:
-        """What it said until its output was closed, and None. Raises: subprocess.TimeoutExpired; call again to go on."""
+        """What it said until its output was closed, and None. Raises: subprocess.TimeoutExpired; call again to continue."""
         end = None if timeout is None else time.monotonic() + timeout
         while not self.stdout.closed:
             left = None if end is None else max(0.0, end - time.monotonic())

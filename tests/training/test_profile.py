@@ -305,7 +305,7 @@ def test_a_run_of_few_steps(run_here, tiny_recipe, tmp_path, steps):
 
 
 def test_it_changes_nothing_that_is_learned(run_here, tiny_recipe, tmp_path):
-    """Nor whose run it is: a profile may be asked for when a run goes on."""
+    """Nor whose run it is: a profile may be asked for when a run resumes."""
     adapters = []
     for out, options in (("plain", []), ("traced", ["profile=true"])):
         run_here(tiny_recipe(tmp_path), "--stage", "mntp", f"out={tmp_path / out}", *options)

@@ -3,12 +3,11 @@
 import functools
 
 import torch
-import triton
 
 from l2v_kernels.info_nce import config, kernel_elementwise, kernel_fused
 from l2v_kernels.info_nce.settings import Settings
 from l2v_kernels.info_nce.tiles import Tile
-from l2v_kernels.launching import architecture, on_device
+from l2v_kernels.launching import architecture, cdiv, on_device, power_of_2
 
 
 @on_device
@@ -17,7 +16,7 @@ def inverse_norms(x_nE: torch.Tensor, settings: Settings) -> torch.Tensor:
     n, P = len(x_nE), len(settings.prefixes)
     out_Pn = torch.empty(P, n, dtype=torch.float64, device=x_nE.device)
     if n:
-        kernel_elementwise.norms_kernel[(triton.cdiv(n, config.NORMS["BLOCK_ROWS"]),)](
+        kernel_elementwise.norms_kernel[(cdiv(n, config.NORMS["BLOCK_ROWS"]),)](
             x_nE, _bounds(settings.prefixes, x_nE.device), out_Pn, n, x_nE.stride(0), P, P=P,
             ALIGN=_alignment(settings.prefixes), **config.NORMS,
         )  # fmt: skip
@@ -31,7 +30,7 @@ def statistics(tile: Tile, planes_Prc, m_Pr, l_Pr, pair_Pr) -> None:
     if not n_rows * n_columns:
         return
     chosen = config.elementwise(P)[0]
-    kernel_elementwise.statistics_kernel[(triton.cdiv(n_rows, chosen.block_rows),)](
+    kernel_elementwise.statistics_kernel[(cdiv(n_rows, chosen.block_rows),)](
         planes_Prc,
         m_Pr,
         l_Pr,
@@ -47,7 +46,7 @@ def statistics(tile: Tile, planes_Prc, m_Pr, l_Pr, pair_Pr) -> None:
         tile.first_number,
         P,
         P=P,
-        PREFIXES=triton.next_power_of_2(P),
+        PREFIXES=power_of_2(P),
         PAIR=pair_Pr is not None,
         **_flags(tile),
         **chosen.meta(fused=False),
@@ -63,7 +62,7 @@ def coefficients(
     if not n_rows * n_columns:
         return
     chosen = config.elementwise(P)[1]
-    grid = (triton.cdiv(n_rows, chosen.block_rows), triton.cdiv(n_columns, chosen.block_columns))
+    grid = (cdiv(n_rows, chosen.block_rows), cdiv(n_columns, chosen.block_columns))
     with _Sums(P, n_rows, n_columns, grid, out_Prc.device, row_sums_Pr, column_sums_Pc) as sums:
         kernel_elementwise.coefficients_kernel[grid](
             planes_Prc,
@@ -93,11 +92,11 @@ def fused_statistics(tile: Tile, x_rE, m_Pr, l_Pr, pair_Pr, settings: Settings) 
     if not n_rows * n_columns:
         return
     chosen = _tiles(tile, x_rE, P)[0]
-    row_blocks = triton.cdiv(n_rows, chosen.block_rows)
+    row_blocks = cdiv(n_rows, chosen.block_rows)
     # Where there are few rows, columns are split, so that every multiprocessor has a few programs.
-    splits = max(1, min(triton.cdiv(n_columns, chosen.block_columns), 4 * _multiprocessors(x_rE.device) // row_blocks))
-    width = triton.cdiv(triton.cdiv(n_columns, splits), chosen.block_columns) * chosen.block_columns
-    splits = triton.cdiv(n_columns, width)
+    splits = max(1, min(cdiv(n_columns, chosen.block_columns), 4 * _multiprocessors(x_rE.device) // row_blocks))
+    width = cdiv(cdiv(n_columns, splits), chosen.block_columns) * chosen.block_columns
+    splits = cdiv(n_columns, width)
     parts = torch.empty(3, splits, P, n_rows, dtype=torch.float32, device=x_rE.device)
     kernel_fused.fused_statistics_kernel[(row_blocks, splits)](
         x_rE,
@@ -115,7 +114,7 @@ def fused_statistics(tile: Tile, x_rE, m_Pr, l_Pr, pair_Pr, settings: Settings) 
         tile.first_number,
         P,
         P=P,
-        PREFIXES=triton.next_power_of_2(P),
+        PREFIXES=power_of_2(P),
         **_flags(tile),
         **_matmul_meta(settings, chosen, x_rE.dtype),
     )
@@ -140,7 +139,7 @@ def fused_coefficients(
     if not n_rows * n_columns:
         return
     chosen = _tiles(tile, x_rE, P)[1]
-    grid = (triton.cdiv(n_rows, chosen.block_rows), triton.cdiv(n_columns, chosen.block_columns))
+    grid = (cdiv(n_rows, chosen.block_rows), cdiv(n_columns, chosen.block_columns))
     with _Sums(P, n_rows, n_columns, grid, out_Prc.device, row_sums_Pr, column_sums_Pc) as sums:
         kernel_fused.fused_coefficients_kernel[(grid[0] * grid[1],)](
             x_rE,
@@ -171,7 +170,7 @@ def fused_coefficients(
 def finish(sum_rE, x_rE, along_Pr, unscale, out_rE, settings: Settings) -> None:
     """out [r, E] = sum * unscale - x * along, slice by slice; 0 beyond the last prefix."""
     for s, (begin, end) in enumerate(settings.prefix_slices):
-        grid = (triton.cdiv(len(x_rE), config.FINISH["BLOCK_ROWS"]), triton.cdiv(end - begin, config.FINISH["BLOCK_E"]))
+        grid = (cdiv(len(x_rE), config.FINISH["BLOCK_ROWS"]), cdiv(end - begin, config.FINISH["BLOCK_E"]))
         if not len(x_rE):
             break
         kernel_elementwise.finish_kernel[grid](

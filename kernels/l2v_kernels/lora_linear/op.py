@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from l2v_kernels.dispatch import takes_triton
 from l2v_kernels.lora_linear import reference
 from l2v_kernels.lora_linear.frozen import AccumulatingLinears, FrozenLinears, accumulates
-from l2v_kernels.lora_linear.settings import Adapter, Adapters, InputDropout, PendingSum, rank_slices
+from l2v_kernels.lora_linear.settings import Adapter, Adapters, InputDropout, PendingSum
 from l2v_kernels.spans import span, spanned
 
 
@@ -77,6 +77,7 @@ def forward(
     if not adapters:
         with span("gemm"):
             return linears.matmul(x_TE), Kept()
+    adapters = Adapters.of(adapters)
     kept, xa_TR = _down(x_TE, adapters, dropout)
     if accumulates(linears):
         y_TO = _shares(x_TE, xa_TR, linears, adapters)
@@ -86,7 +87,7 @@ def forward(
     with span("gemm"):
         y_TO = linears.matmul(x_TE)
     parts = y_TO.split(linears.sizes, 1)
-    for adapter, columns in zip(adapters, rank_slices(adapters), strict=True):
+    for adapter, columns in zip(adapters, adapters.slices, strict=True):
         parts[adapter.part].addmm_(xa_TR[:, columns], adapter.b_OR.t())
     return y_TO, kept
 
@@ -99,7 +100,7 @@ def forward_frozen(
 
     `backward` is the same: it takes the gradient of y with the share added.
     """
-    kept = _down(x_TE, adapters, dropout)[0] if adapters else Kept()
+    kept = _down(x_TE, Adapters.of(adapters), dropout)[0] if adapters else Kept()
     with span("gemm"):
         return linears.matmul(x_TE), kept
 
@@ -177,10 +178,10 @@ class LoraLinear(torch.autograd.Function):
         return found.dx_TE, None, None, None, *of_matrices
 
 
-def _shares(x_TE, xa_TR, linears: AccumulatingLinears, adapters) -> torch.Tensor:
+def _shares(x_TE, xa_TR, linears: AccumulatingLinears, adapters: Adapters) -> torch.Tensor:
     """y [T, O] with the adapters' shares and the biases, to which the frozen matmul is then added."""
     y_TO = x_TE.new_empty((x_TE.shape[0], sum(linears.sizes)))
-    adapted = {a.part: (xa_TR[:, at], a.b_OR.t()) for a, at in zip(adapters, rank_slices(adapters), strict=True)}
+    adapted = {a.part: (xa_TR[:, at], a.b_OR.t()) for a, at in zip(adapters, adapters.slices, strict=True)}
     for part, (y, bias) in enumerate(zip(y_TO.split(linears.sizes, 1), linears.biases, strict=True)):
         share = adapted.get(part)
         if bias is None:
@@ -192,14 +193,14 @@ def _shares(x_TE, xa_TR, linears: AccumulatingLinears, adapters) -> torch.Tensor
     return y_TO
 
 
-def _down(x_TE, adapters, dropout) -> tuple[Kept, torch.Tensor]:
+def _down(x_TE, adapters: Adapters, dropout) -> tuple[Kept, torch.Tensor]:
     """What the backward needs, and the xa [T, sum of ranks] in it."""
     if not takes_triton(x_TE):
         xa_TR, masks = reference.down(x_TE, adapters, dropout)
         return Kept(xa_TR, tuple(masks)), xa_TR
     from l2v_kernels.lora_linear import launch
 
-    parts = [launch.down(x_TE, group, dropout) for group in Adapters.of(adapters).triples]
+    parts = [launch.down(x_TE, group, dropout) for group in adapters.triples]
     xa_TR = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return Kept(xa_TR), xa_TR
 

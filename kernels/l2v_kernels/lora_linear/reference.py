@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from l2v_kernels.dropout.reference import dropout_reference, dropped
-from l2v_kernels.lora_linear.settings import Adapter, InputDropout, rank_slices
+from l2v_kernels.lora_linear.settings import Adapter, Adapters, InputDropout
 
 
 def lora_linear_reference(
@@ -28,7 +28,7 @@ def lora_linear_reference(
 
 
 def down(
-    x_TE: torch.Tensor, adapters: tuple[Adapter, ...], dropout: InputDropout
+    x_TE: torch.Tensor, adapters: Adapters, dropout: InputDropout
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     """xa [T, sum of ranks], each adapter's scaling * dropout(x) A^T; and the masks, bool [T, E], true where dropped.
 
@@ -36,7 +36,7 @@ def down(
     """
     xa_TR = x_TE.new_empty((x_TE.shape[0], sum(a.rank for a in adapters)))
     masks: list[torch.Tensor | None] = []
-    for adapter, columns in zip(adapters, rank_slices(adapters), strict=True):
+    for adapter, columns in zip(adapters, adapters.slices, strict=True):
         mask_TE = dropped(x_TE.shape[1], dropout.p, *dropout.keys, adapter.stream) if dropout.active else None
         masks.append(mask_TE)
         kept_TE = x_TE if mask_TE is None else x_TE.masked_fill(mask_TE, 0.0)
@@ -61,7 +61,7 @@ def up_backward(
 def down_backward(
     x_TE: torch.Tensor,
     dxa_TR: torch.Tensor,
-    adapters: tuple[Adapter, ...],
+    adapters: Adapters,
     masks: list[torch.Tensor | None],
     dx_TE: torch.Tensor | None,
     da_RE: torch.Tensor,
@@ -72,7 +72,7 @@ def down_backward(
 
     dxa_TR: the gradient of what `down` scaled and masked; scaling and the dropout's scale are in it already.
     """
-    for adapter, columns, mask_TE in zip(adapters, rank_slices(adapters), masks, strict=True):
+    for adapter, columns, mask_TE in zip(adapters, adapters.slices, masks, strict=True):
         dxa = dxa_TR[:, columns]
         kept_TE = x_TE if mask_TE is None else x_TE.masked_fill(mask_TE, 0.0)
         torch.mm(dxa.t(), kept_TE, out=da_RE[columns])

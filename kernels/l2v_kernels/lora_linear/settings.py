@@ -169,8 +169,3 @@ class PendingSum:
 def _contiguous_view(matrices: list[torch.Tensor]) -> torch.Tensor | None:
     view = stacked_view(matrices)
     return view if view is not None and view.is_contiguous() else None
-
-
-def rank_slices(adapters: tuple[Adapter, ...]) -> list[slice]:
-    """Each adapter's columns in xa [T, sum of ranks]."""
-    return Adapters.of(adapters).slices
