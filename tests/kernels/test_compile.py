@@ -82,6 +82,14 @@ def test_attention(kind, arch):
     check(Case(kind, arch, 128, dropout=True))
 
 
+@pytest.mark.parametrize("kind", ["forward", "query", "key"])
+def test_attention_of_12_0_on_8_9(kind):
+    """8.6 and 8.9 take the tiles of 12.0 (`launching.architecture`), and their code needs other registers."""
+    case = Case(kind, 120, 128, dropout=True)
+    used = replace(case, arch=89).build(case.config, disassemble=False)
+    assert not used.stack and used.shared <= SHARED_LIMIT[120], used.registers
+
+
 CHOSEN = [case for case in attention(SHARED_LIMIT, dropouts=(False,)) if "dropout's tile" not in case.variant]
 
 
