@@ -59,7 +59,8 @@ class PackedBatch:
 
     input_ids_T, position_ids_T: int64; positions restart in every segment.
     cu_seqlens: int32 [S+1], cumulative lengths; lengths: the segments' lengths, on the host.
-    pool_mask_T: bool.
+    pool_mask_T: bool. pool_index_P int64: the tokens that it holds; pool_borders int32 [S+1]: the segments' borders among
+    them; pooled_lengths: how many each segment has, on the host.
     example_ids_S, columns_S, text_keys_S, groups_S: int64, see `Segment`.
     seeds_S: int64; a segment's dropout depends on its seed and on nothing else in the batch.
     label_index_L, labels_L: int64; the hidden state at label_index predicts the label.
@@ -69,6 +70,8 @@ class PackedBatch:
     position_ids_T: torch.Tensor
     cu_seqlens: torch.Tensor
     pool_mask_T: torch.Tensor
+    pool_index_P: torch.Tensor
+    pool_borders: torch.Tensor
     example_ids_S: torch.Tensor
     columns_S: torch.Tensor
     text_keys_S: torch.Tensor
@@ -77,6 +80,7 @@ class PackedBatch:
     label_index_L: torch.Tensor
     labels_L: torch.Tensor
     lengths: list[int]
+    pooled_lengths: list[int]
 
     @property
     def tokens(self) -> int:
@@ -118,6 +122,7 @@ def pack(
         if not 0 <= s.pool_start <= len(s):
             raise ValueError(f"pool_start {s.pool_start} lies outside a segment of {len(s)} tokens")
     pool = np.concatenate([np.arange(len(s)) >= s.pool_start for s in segments])
+    pooled = [len(s) - s.pool_start for s in segments]
     positions = np.concatenate([np.arange(n) for n in lengths])
 
     def int64(values) -> torch.Tensor:
@@ -128,6 +133,8 @@ def pack(
         position_ids_T=int64(positions),
         cu_seqlens=torch.as_tensor(np.concatenate([[0], ends]).astype(np.int32)),
         pool_mask_T=torch.as_tensor(pool),
+        pool_index_P=int64(np.flatnonzero(pool)),
+        pool_borders=torch.as_tensor(np.concatenate([[0], np.cumsum(pooled)]).astype(np.int32)),
         example_ids_S=int64([s.example for s in segments]),
         columns_S=int64([s.column for s in segments]),
         text_keys_S=int64([_text_key(s) for s in segments]),
@@ -136,4 +143,5 @@ def pack(
         label_index_L=int64(label_index),
         labels_L=int64(labels),
         lengths=lengths,
+        pooled_lengths=pooled,
     )

@@ -30,10 +30,10 @@ def test_a_gpu_gets_a_batch_through_pinned_memory(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "to", to)
         there = batch.to("cuda:1")
-        assert len(pinned) == len(copied) == 11
+        assert len(pinned) == len(copied) == 13
         assert not {id(x) for x in pinned} & {id(x) for x in copied}, "the pinned copies are what is sent"
         assert there.input_ids_T is copied[0] and there.lengths == batch.lengths
-    assert torch.equal(batch.to("cpu").seeds_S, batch.seeds_S) and len(pinned) == 11
+    assert torch.equal(batch.to("cpu").seeds_S, batch.seeds_S) and len(pinned) == 13
 
 
 def test_segments_lie_one_after_another():
@@ -139,7 +139,7 @@ def test_to_moves_every_tensor_and_keeps_the_rest():
     batch = pack(THREE, label_index=[0], labels=[6])
     moved = batch.to("meta")
     tensors = {k: v for k, v in vars(moved).items() if isinstance(v, torch.Tensor)}
-    assert len(tensors) == 11 and {v.device.type for v in tensors.values()} == {"meta"}
+    assert len(tensors) == 13 and {v.device.type for v in tensors.values()} == {"meta"}
     assert isinstance(moved, PackedBatch) and moved.lengths == batch.lengths
     assert batch.input_ids_T.device.type == "cpu"
 

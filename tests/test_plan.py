@@ -116,6 +116,26 @@ def test_a_step_costs_what_its_parts_cost():
     assert again.total() == pytest.approx(forward.total() + backward.total(), rel=1e-6)
 
 
+def test_the_last_layer_computes_only_what_is_read():
+    """A fifth of the tokens: four fifths of the last layer's matmuls after attention are saved, forward and backward."""
+    seconds = []
+    for read in (1.0, 0.2):
+        clock = roofline.Clock(H200, BF16)
+        roofline.forward(clock, MODEL, 16384, 512, dropped=True, read=read)
+        roofline.backward(clock, MODEL, 16384, 512, "none", dropped=True, read=read)
+        seconds.append(clock.seconds["products with weights"])
+    after_attention = 4096 * 4096 + 3 * 4096 * 14336
+    saved = 0.8 * 4 * after_attention * 16384 / 788e12
+    # A little less, because fewer tokens fill the waves of a matmul worse.
+    assert 0.9 * saved < seconds[0] - seconds[1] <= 1.001 * saved
+    plain = dataclasses.replace(MODEL, fused=False)
+    clocks = [roofline.Clock(H200, BF16) for _ in range(2)]
+    for clock, read in zip(clocks, (1.0, 0.2), strict=True):
+        roofline.forward(clock, plain, 16384, 512, dropped=True, read=read)
+    assert clocks[0].total() == clocks[1].total(), "plain layers compute all"
+    assert roofline.read_share(Mntp(data=[], batch=1, steps=1, lr=1.0)) == 0.2
+
+
 def test_few_tokens_are_bound_by_weights_and_launches():
     clock = roofline.Clock(H200, BF16)
     roofline.forward(clock, MODEL, 8, 8, dropped=True)

@@ -14,6 +14,7 @@ from l2v.model.fused import FlatAdapters, FusedStack, Recompute, Unsupported
 from l2v.model.head import Loss, WithHead
 from l2v.model.keyed_dropout import DropoutKeys, install_keyed_dropout
 from l2v.model.pooling import pool, pool_weights
+from l2v.model.read import PickRows, Read
 from l2v_kernels import AttentionPlan
 from l2v_kernels.integrations.transformers import PackedAttention
 
@@ -103,18 +104,22 @@ class PackedDecoder(nn.Module):
         self.dropout_keys.rows_T = batch.position_ids_T
         attention = self._attention(batch)
         if self.fused is not None:
-            weights_T = pool_weights(batch, self.pooling) if want == "vectors" else None
-            out = self.fused(
+            read = Read.of(batch, want, self.pooling)
+            pooling = read.pooled if read else None
+            if want == "vectors" and pooling is None:
+                pooling = pool_weights(batch, self.pooling), batch.cu_seqlens
+            hidden_TE = self.fused(
                 batch.input_ids_T,
                 batch.position_ids_T,
                 attention["packed"],
                 self.dropout_keys.seeds_T,
                 self.dropout_keys.rows_T,
-                weights_T,
+                pooling,
+                None if read is None else read.index_R,
             )
             if want == "vectors":
-                return out  # pooled within the final norm
-            hidden_TE = out
+                return hidden_TE  # pooled within the final norm
+            picked = read is not None
         else:
             hidden_TE = self.decoder(
                 input_ids=batch.input_ids_T.unsqueeze(0),
@@ -122,13 +127,14 @@ class PackedDecoder(nn.Module):
                 use_cache=False,
                 **attention,
             )[0].squeeze(0)
+            picked = False
         if want == "hidden":
             return hidden_TE
         if want == "vectors":
             return pool(hidden_TE, batch, self.pooling)
         if self.head is None or self.with_head is None:
             raise ValueError(f"{want} needs the language-model head; build the PackedDecoder with head=")
-        labelled_LE = hidden_TE[batch.label_index_L]
+        labelled_LE = hidden_TE if picked else PickRows.apply(hidden_TE, batch.label_index_L)
         if want == "loss":
             return self.with_head(loss, labelled_LE, batch.labels_L)
         return self.head(labelled_LE)

@@ -322,14 +322,14 @@ class Context:
         """The time of one step on `world` ranks."""
         stage, model = self.stage, self.model
         clock = roofline.Clock(self.gpu, self.dtype, model.base_precision == "fp8")
-        dropped = stage.lora.dropout > 0
+        dropped, read = stage.lora.dropout > 0, roofline.read_share(stage)
         for at, unit in enumerate(share.units):
             for i, tokens in enumerate(unit):
                 text = share.squares[at][i] / tokens
-                roofline.forward(clock, model, tokens, text, dropped=dropped)
+                roofline.forward(clock, model, tokens, text, dropped=dropped, read=read)
                 if isinstance(stage, Contrastive) and i < len(unit) - 1:  # the gradient cache encodes these twice
-                    roofline.forward(clock, model, tokens, text, dropped=dropped)
-                roofline.backward(clock, model, tokens, text, how, dropped=dropped)
+                    roofline.forward(clock, model, tokens, text, dropped=dropped, read=read)
+                roofline.backward(clock, model, tokens, text, how, dropped=dropped, read=read)
                 roofline.ends(clock, model, stage, tokens)
             for queries, candidates in share.losses[at]:
                 assert isinstance(stage, Contrastive)  # no other objective has any
@@ -381,9 +381,10 @@ def _factors(gpu: Gpu, dtype: torch.dtype, base_precision: str) -> Mapping[str, 
         if length is None:
             return None
         clock, tokens = roofline.Clock(gpu, dtype), int(row["tokens"])
-        roofline.forward(clock, model, tokens, length, dropped=True)
-        roofline.backward(clock, model, tokens, length, row["recompute"] or "cheap", dropped=True)
         stage = Mntp(data=[], batch=1, steps=1, lr=1.0)
+        read = roofline.read_share(stage) if row["objective"] == "mntp" else 1.0
+        roofline.forward(clock, model, tokens, length, dropped=True, read=read)
+        roofline.backward(clock, model, tokens, length, row["recompute"] or "cheap", dropped=True, read=read)
         roofline.ends(clock, model, stage, tokens if row["objective"] == "mntp" else 0)
         roofline.once_a_step(clock, model, 1, 1, 0.0, 0)
         return tokens / clock.total()

@@ -87,49 +87,67 @@ class Clock:
         return max(self.device, self.host)
 
 
-def forward(clock: Clock, model: Model, tokens: int, length: float, *, dropped: bool) -> None:
-    """Forward of all layers. length: tokens that a token attends to, on average. dropped: with LoRA dropout."""
+def forward(clock: Clock, model: Model, tokens: int, length: float, *, dropped: bool, read: float = 1.0) -> None:
+    """Forward of all layers. length: tokens that a token attends to, on average. dropped: with LoRA dropout.
+
+    read: share of the tokens whose last states are read; after its attention the last fused layer computes no others.
+    """
     s, b, t = model.shape, clock.dtype.itemsize, tokens
     clock.start(*counts.load().micro_batch(s.layers, model.fused, "none")[0])
-    with clock.repeated(s.layers):
-        if not model.fused:
-            _plain(clock, model, t)
-        else:
-            _norms(clock, t, s.hidden * b, passes=(4, 4))
-            clock.add("passes over memory", bytes_=t * 2 * (s.queries + s.keys) * b * (2 if s.head_norms else 1))
-            clock.add("passes over memory", bytes_=t * 3 * s.ffn * b)
-        for names in GROUPS:
-            _group(clock, model, names, t, dropped=dropped)
-        clock.add(
-            "attention", flops=4 * t * length * s.queries, bytes_=t * 2 * (s.queries + s.keys) * b,
-            rate=ATTENTION_EFFICIENCY[0] * clock.rate,
-        )  # fmt: skip
+    for count, after in _layers(model, t, read):
+        with clock.repeated(count):
+            if not model.fused:
+                _plain(clock, model, t)
+            else:
+                _norms(clock, t, s.hidden * b, passes=(4, 4))
+                clock.add("passes over memory", bytes_=t * 2 * (s.queries + s.keys) * b * (2 if s.head_norms else 1))
+                clock.add("passes over memory", bytes_=after * 3 * s.ffn * b)
+            for names in GROUPS:
+                _group(clock, model, names, t if names == GROUPS[0] else after, dropped=dropped)
+            clock.add(
+                "attention", flops=4 * t * length * s.queries, bytes_=t * 2 * (s.queries + s.keys) * b,
+                rate=ATTENTION_EFFICIENCY[0] * clock.rate,
+            )  # fmt: skip
 
 
-def backward(clock: Clock, model: Model, tokens: int, length: float, recompute: Recompute, *, dropped: bool) -> None:
-    """Backward of all layers, including recomputation."""
+def backward(
+    clock: Clock, model: Model, tokens: int, length: float, recompute: Recompute, *, dropped: bool, read: float = 1.0
+) -> None:
+    """Backward of all layers, including recomputation. Arguments are those of `forward`."""
     s, b, t = model.shape, clock.dtype.itemsize, tokens
     started = clock.launches, clock.host
     if recompute == "layer":
-        forward(clock, model, tokens, length, dropped=dropped)
+        forward(clock, model, tokens, length, dropped=dropped, read=read)
         clock.launches, clock.host = started  # they are part of the backward's
     clock.start(*counts.load().micro_batch(s.layers, model.fused, recompute)[1])
-    with clock.repeated(s.layers):
-        if not model.fused:
-            _plain(clock, model, 1.5 * t)
-        else:
-            _norms(clock, t, s.hidden * b, passes=(4, 4))
-            if recompute != "none":
-                clock.add("passes over memory", bytes_=t * (4 * s.hidden + 3 * s.ffn) * b)
-            clock.add("passes over memory", bytes_=t * 5 * s.ffn * b)
-            clock.add("passes over memory", bytes_=t * 2 * (s.queries + 2 * s.keys) * b)
-        for names in GROUPS:
-            _group(clock, model, names, t, dropped=dropped, back=True)
-        # Two kernels, with three and four matmuls.
-        clock.add(
-            "attention", flops=14 * t * length * s.queries, bytes_=t * 2 * (4 * s.queries + 4 * s.keys) * b,
-            rate=ATTENTION_EFFICIENCY[1] * clock.rate,
-        )  # fmt: skip
+    for count, after in _layers(model, t, read):
+        with clock.repeated(count):
+            if not model.fused:
+                _plain(clock, model, 1.5 * t)
+            else:
+                _norms(clock, t, s.hidden * b, passes=(4, 4))
+                if recompute != "none":
+                    clock.add("passes over memory", bytes_=(t * 4 * s.hidden + after * 3 * s.ffn) * b)
+                clock.add("passes over memory", bytes_=after * 5 * s.ffn * b)
+                clock.add("passes over memory", bytes_=t * 2 * (s.queries + 2 * s.keys) * b)
+            for names in GROUPS:
+                _group(clock, model, names, t if names == GROUPS[0] else after, dropped=dropped, back=True)
+            # Two kernels, with three and four matmuls.
+            clock.add(
+                "attention", flops=14 * t * length * s.queries, bytes_=t * 2 * (4 * s.queries + 4 * s.keys) * b,
+                rate=ATTENTION_EFFICIENCY[1] * clock.rate,
+            )  # fmt: skip
+
+
+def _layers(model: Model, tokens: float, read: float) -> list[tuple[int, float]]:
+    """Numbers of layers, with the tokens that they compute after their attention."""
+    count = model.shape.layers
+    return [(count - 1, tokens), (1, read * tokens)] if model.fused and read < 1 else [(count, tokens)]
+
+
+def read_share(stage: Stage) -> float:
+    """Share of the tokens whose last states are read. 1 for pooled vectors: how long headers are is not known here."""
+    return stage.mask_probability if isinstance(stage, Mntp) else 1.0
 
 
 def _norms(clock: Clock, tokens: float, row: float, passes: tuple[int, int]) -> None:
