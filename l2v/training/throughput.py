@@ -6,8 +6,8 @@ views of SimCSE), once. There is no padding, and the filler token of an empty mi
 FLOPs are 4N per token, where N is the number of weights in the linear layers that each token passes through, without
 embeddings and head: 2N for the forward and 2N for the gradients of the layers' inputs. The weights are frozen, so the 2N
 that full training needs for their gradients are absent. LoRA, the matmuls inside attention (2% at 512 tokens), the second
-forward of a gradient cache and recomputation do not count as useful work, so they lower MFU. What the last layer leaves out because
-nobody reads it counts like the rest: at most a layer's share.
+forward of a gradient cache and recomputation do not count as useful work, so they lower MFU. What the last layer leaves out
+because nobody reads it counts like the rest: at most a layer's share.
 """
 
 from __future__ import annotations

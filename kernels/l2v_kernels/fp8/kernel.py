@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from l2v_kernels.jit import jit
 from l2v_kernels.launching import cdiv, on_device, power_of_2, unit_stride
 
 MAX_WIDTH = 16384
@@ -71,7 +72,7 @@ def _quantize(x, inverse):
     return to_e4m3(tl.where(inverse > 0, x * inverse, 0.0))
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def rows_kernel(
     x_ptr,
     factors_ptr,
@@ -96,7 +97,7 @@ def rows_kernel(
     tl.store(q_ptr + row[:, None] * WIDTH + columns, _quantize(x, inverse[:, None]), mask=mask)
 
 
-@triton.jit
+@jit()
 def wide_rows_kernel(
     x_ptr,
     factors_ptr,

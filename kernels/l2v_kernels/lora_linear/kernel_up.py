@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from l2v_kernels.jit import jit
+
 MAX_BLOCK_R = 32
 """Above this rank the partial sums of dxa, 8 R bytes a token and block of outputs, cost as much as another read of dy."""
 CHUNKS = 4
@@ -53,7 +55,7 @@ def _store_db(db_ptr, columns, r, n_columns, db, RANK: tl.constexpr):
     tl.store(db_ptr + at, db, mask=(columns < n_columns)[None, :] & (r < RANK)[:, None])
 
 
-@triton.jit(do_not_specialize=["n_tokens", "tokens_per_split"])
+@jit(do_not_specialize=["n_tokens", "tokens_per_split"])
 def lora_up_backward_kernel(
     dy_ptr,
     b_ptr,
@@ -149,7 +151,7 @@ def _ordered_sum(parts_ptr, out_ptr, n_parts, n_elements, program, BLOCK: tl.con
 _OF_EACH = [f"{name}_{i}" for name in ("blocks", "factor") for i in range(3)]
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_splits", "n_pending_parts", "dxa_programs", "db_programs", *_OF_EACH])
+@jit(do_not_specialize=["n_tokens", "n_splits", "n_pending_parts", "dxa_programs", "db_programs", *_OF_EACH])
 def up_sums_kernel(
     dxa_parts_ptr,
     db_parts_ptr,
@@ -200,7 +202,7 @@ def up_sums_kernel(
         _ordered_sum(pending_parts_ptr, pending_ptr, n_pending_parts, n_pending, program, BLOCK)
 
 
-@triton.jit(do_not_specialize=["n_parts"])
+@jit(do_not_specialize=["n_parts"])
 def ordered_sum_kernel(parts_ptr, out_ptr, n_parts, n_elements, BLOCK: tl.constexpr):
     """out [n] = the sum of parts [J, n] over J, added in order and rounded once."""
     _ordered_sum(parts_ptr, out_ptr, n_parts, n_elements, tl.program_id(0), BLOCK)

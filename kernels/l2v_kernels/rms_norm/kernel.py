@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from l2v_kernels.jit import jit
 from l2v_kernels.launching import cdiv, on_device, power_of_2, unit_stride
 
 TILE_ELEMENTS = 4096
@@ -20,7 +21,7 @@ def row_offsets(row, stride_t, stride_h, HEADS: tl.constexpr):
     return (row // HEADS) * stride_t + (row % HEADS) * stride_h
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def rms_norm_forward_kernel(
     x_ptr,
     delta_ptr,
@@ -69,7 +70,7 @@ def rms_norm_forward_kernel(
     tl.store(y_ptr + out_at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def rms_norm_backward_kernel(
     dy_ptr,
     sum_ptr,
@@ -116,7 +117,7 @@ def rms_norm_backward_kernel(
     tl.store(dx_ptr + dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_rows", "rows_per_program"])
+@jit(do_not_specialize=["n_rows", "rows_per_program"])
 def rms_norm_weight_gradient_kernel(
     dy_ptr,
     sum_ptr,
