@@ -81,8 +81,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--write", action="store_true", help="write what was counted as the new budgets of these cases")
     one.add_argument("--download", action="store_true", help="first fetch what the build needs, if it is missing")
     add("plan-counts", _plan_counts, f"Count what l2v plan needs, and write {TABLE.relative_to(CHECKOUT)}.")
-    one = add("test", _test, "Run the default tests on a machine that shows a GPU; those that compute on it are skipped.")
-    one.add_argument("arguments", nargs=argparse.REMAINDER, help="after --: for pytest, for example -- -n 2 tests/model")
+    one = add(
+        "test", _test, "Run the default tests on a machine that shows a GPU; those that compute on it are skipped."
+    )
+    one.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="after --: for pytest, for example -- -n 2 tests/model"
+    )
     _capability(one)
     one = add("gpu-tests", _gpu_tests, "Run the flow of tests/kernels/test_*_gpu.py; values are not compared.")
     one.add_argument("files", nargs="*", type=Path, help="default: all of them")

@@ -186,6 +186,7 @@ def up_backward(
         T,
         splits,
         len(parts),
+        len(adapters),
         db.numel(),
         n_out,
         *_pad(blocks, 0),
@@ -194,7 +195,6 @@ def up_backward(
         db_programs,
         dxa_TR.stride(0),
         RANK=R,
-        ADAPTERS=len(adapters),
         **ORDERED_SUM_CONFIG,
     )
 
