@@ -29,11 +29,14 @@ def hide_gpus(arguments: Sequence[str]) -> None:
 
 
 def training_environment() -> dict[str, str]:
-    """The environment of a training process on the CPU, with a port of its own and no rank."""
+    """The environment of a training process on the CPU, with a port of its own and no rank.
+
+    The deepspeed launcher shows a rank the GPUs that it finds, hidden or not; l2v hides them again (L2V_VISIBLE_DEVICES).
+    """
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
     path = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "L2V_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return environment | on_cpu | {"MASTER_PORT": str(free_port())}
 
 
