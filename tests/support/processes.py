@@ -1,5 +1,6 @@
 """Ranks and other processes that tests start: their environment, their start, and their end."""
 
+import json
 import os
 import socket
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from support.forked import Process, start
 
 ROOT = Path(__file__).resolve().parents[2]
+NULL_GPU = "device: null, which computes nothing"
+"""Why a test of compiled kernels is skipped on the GPU of tests/nullgpu."""
 
 
 def free_port() -> int:
@@ -24,8 +27,19 @@ def hide_gpus(arguments: Sequence[str]) -> None:
     Every other test is one of the CPU: on a machine with a GPU it would train there, or give NCCL tensors of the CPU.
     """
     files = [Path(argument.partition("::")[0]).name for argument in arguments]
-    if not files or not all(fnmatch(name, "test_*_gpu.py") for name in files):
+    if not files or not all(map(is_gpu_test, files)):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def is_gpu_test(name: str) -> bool:
+    """Whether a file of this name holds tests that compute on a GPU."""
+    return fnmatch(name, "test_*_gpu.py")
+
+
+def on_null_gpu() -> bool:
+    """Whether this is a process of tests/nullgpu in which values are compared, hidden GPU or not."""
+    plan = os.environ.get("NULLGPU_PLAN")
+    return plan is not None and not json.loads(plan).get("ignore_values", False)
 
 
 def training_environment() -> dict[str, str]:
