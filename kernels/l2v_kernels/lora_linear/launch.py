@@ -187,6 +187,7 @@ def up_backward(
         T,
         splits,
         len(parts),
+        len(adapters),
         n_db,
         n_out,
         *_pad(blocks, 0),
@@ -195,7 +196,6 @@ def up_backward(
         db_programs,
         dxa_TR.stride(0),
         RANK=R,
-        ADAPTERS=len(adapters),
         **ORDERED_SUM_CONFIG,
     )
 
