@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from l2v.errors import UserError
+from l2v.model.adapter_file import LINEAGE, adapter_folder, describe_adapter, read_json
 from l2v.model.embedded import SMOLLM2
 from l2v.model.export import ENCODER_FILE
-from l2v.model.lora import LINEAGE, adapter_folder, describe_adapter
 from l2v.recipe import Base, Template
 from l2v.recipe.instructions import Instructions
 from l2v.runs.folder import ADAPTER, is_stage, is_trained, stage_folders, stage_recipe, trained_stages
@@ -103,10 +103,14 @@ def _stage(folder: Path) -> Found:
 def _adapter(folder: Path) -> Found:
     if is_stage(folder.parent):
         return _stage(folder.parent)
-    name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not name:
+    name = read_json(str(folder)).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
         raise UserError(f"{folder}: its adapter_config.json names no base; give the base first and adapters=[...]")
     return Found(Base(model=name, **_known(name)), [*_lineage(folder), str(folder)])
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 def _lineage(adapter: Path) -> list[str]:
@@ -114,11 +118,17 @@ def _lineage(adapter: Path) -> list[str]:
     file = adapter / LINEAGE
     if not file.is_file():
         return []
+    try:
+        entries = [
+            (entry.get("stage", ""), entry["adapter"], entry["sha256"]) for entry in json.loads(_text(file))["merged"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file}: damaged; restore it, or train the stage again") from None
     out = []
-    for entry in json.loads(file.read_text(encoding="utf-8"))["merged"]:
-        same_run = adapter.parent.parent / entry.get("stage", "") / ADAPTER
-        path = str(same_run) if "stage" in entry and same_run.is_dir() else entry["adapter"]
-        if describe_adapter(adapter_folder(path))["sha256"] != entry["sha256"]:
+    for stage, named, digest in entries:
+        same_run = adapter.parent.parent / stage / ADAPTER
+        path = str(same_run) if stage and same_run.is_dir() else named
+        if describe_adapter(adapter_folder(path))["sha256"] != digest:
             raise UserError(
                 f"{path}: not the adapter that {adapter} was trained on (its hash differs); restore or retrain it"
             )

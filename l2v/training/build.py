@@ -46,7 +46,8 @@ def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[
         trust_remote_code=base.trust_remote_code,  # true only by the command line: load_recipe refuses it in a file
     )  # fmt: skip
     merged = merged_adapters(recipe, name)
-    inner = merge_adapters(inner_model(model), [adapter for adapter, _ in merged])
+    whole = model if isinstance(stage, Mntp) else None
+    inner = merge_adapters(inner_model(model), [adapter for adapter, _ in merged], whole=whole)
     head = output_head(model) if isinstance(stage, Mntp) else None
     if base.base_precision == "nf4":
         to_nf4(inner, device(), dtype)
