@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -13,13 +13,15 @@ import torch
 from tqdm import tqdm
 
 from l2v.batch import PackedBatch, Segment, pack
-from l2v.data.tokens import TextTokenizer, as_ids, load_tokenizer
+from l2v.data.tokens import TextTokenizer, as_ids, check_vocabulary, load_tokenizer
 from l2v.errors import Notice, UserError
 from l2v.model.embedded import resolve
 from l2v.model.export import export
 from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_config, load_model
 from l2v.model.lora import describe_adapter, merge_adapters
 from l2v.model.packed import PackedDecoder
+from l2v.model.portable import from_portable, to_portable
+from l2v.model.vocabulary import rows_of
 from l2v.recipe import Base, Template
 from l2v.recipe.instructions import Instructions
 from l2v.runs.source import Found, find
@@ -44,6 +46,14 @@ class Encoder:
     ) -> None:
         self.model, self.tokenizer, self.name, self.lineage = model.eval(), tokenizer, name, lineage
         self.instructions, self.truncated = instructions or Instructions(), 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the weights too, so that each worker of a pool has its own copy of them."""
+        return self.__dict__ | {"model": to_portable(self.model)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.model = _place(from_portable(state["model"]), device())
 
     @classmethod
     def from_pretrained(
@@ -94,6 +104,7 @@ class Encoder:
         tokenizer = load_tokenizer(
             base.tokenizer or resolve(base.model), revision=base.revision, trust_remote_code=trust_remote_code
         )
+        check_vocabulary(tokenizer, rows_of(inner), base)
         lineage = {"base": {"model": base.model}, "merged": [describe_adapter(adapter) for adapter in merged]}
         encoder = cls(
             model, TextTokenizer(tokenizer, base.template, 512), name=str(base_or_run), lineage=lineage,
@@ -268,16 +279,21 @@ def as_texts(texts: str | Sequence[str]) -> list[str]:
     """A list of the texts in any container; one text becomes a list of one.
 
     Raises:
-        UserError: there is nothing to iterate over.
+        UserError: it is no container of texts, or one without an order, or a table.
     """
     if isinstance(texts, str):
         return [texts]
+    found = type(texts).__name__
+    if isinstance(texts, bytes | bytearray):
+        raise UserError(f"encode takes a text or several texts; found {found}: decode it first (.decode())")
+    if isinstance(texts, Set):
+        raise UserError(f"encode takes texts in an order, which a {found} has not; give a list")
+    if isinstance(texts, Mapping) or hasattr(texts, "columns"):  # whose keys or column names would be encoded
+        raise UserError(f"encode takes a text or several texts; found {found}: give one of its columns or its values")
     try:
-        if isinstance(texts, Mapping):  # whose keys would be encoded
-            raise TypeError
         return list(texts)
     except TypeError:
-        raise UserError(f"encode takes a text or several texts; found {type(texts).__name__}") from None
+        raise UserError(f"encode takes a text or several texts; found {found}") from None
 
 
 def nonempty(texts: Sequence[str | None], empty: Empty) -> list[int]:

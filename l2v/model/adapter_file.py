@@ -24,7 +24,7 @@ LINEAGE = "lineage.json"
 PREFIX = "base_model.model."
 """What PEFT writes before the name of a module."""
 
-KINDS = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "VERA", "OFT", "TRAINABLE_TOKENS")
+KINDS = ("LORA", "ADALORA", "LOHA", "LOKR", "VERA", "OFT", "TRAINABLE_TOKENS")
 """What is merged: PEFT puts it into the weights exactly, and a test compares the vectors (tests/model/test_adapters.py)."""
 
 PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")

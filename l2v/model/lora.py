@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from l2v.files import follow_umask
 from l2v.model.adapter_file import LINEAGE, WEIGHTS, adapter_folder, describe_adapter, sha256
 from l2v.model.load import quiet_transformers
 from l2v.model.merge import merge_adapters
+from l2v.model.targets import check_patterns, resolve_targets
 from l2v.recipe import Lora
 
 __all__ = [
@@ -24,23 +27,42 @@ __all__ = [
 ]  # fmt: skip
 
 
-def add_lora(inner: PreTrainedModel, lora: Lora, *, base_name: str, seed: int) -> PeftModel:
+STARTS: dict[str, Any] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+"""lora.init, and PEFT's init_lora_weights. None changes the base's weights: a stage's adapter alone says what it trained."""
+
+
+def add_lora(
+    inner: PreTrainedModel, lora: Lora, *, base_name: str, seed: int, token_ids: Sequence[int] = ()
+) -> PeftModel:
     """Add a new, trainable LoRA to the inner decoder, in the base's dtype (the optimizer keeps fp32 weights).
 
+    token_ids: tokens whose rows of the embedding are trained as well.
+
     Raises:
-        RecipeError: lora.targets match no module.
+        RecipeError: lora.targets or a pattern matches no linear layer.
     """
-    torch.manual_seed(seed)
+    targets = resolve_targets(inner, lora)
+    check_patterns(inner, lora, targets)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
+        target_modules=targets,
         bias="none",
         task_type=None,
+        use_rslora=lora.variant == "rslora",
+        use_dora=lora.variant == "dora",
+        init_lora_weights=STARTS[lora.init],
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        trainable_token_indices={_embedding_name(inner): sorted(token_ids)} if token_ids else None,
     )
+    torch.manual_seed(seed)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # that PEFT reads GPT-2's Conv1D the other way round, as it should
             model = get_peft_model(inner, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise RecipeError(f"lora.targets {lora.targets}: {first_line(error)}") from None
@@ -48,13 +70,20 @@ def add_lora(inner: PreTrainedModel, lora: Lora, *, base_name: str, seed: int) -
     return model
 
 
+def _embedding_name(inner: PreTrainedModel) -> str:
+    embedding = inner.get_input_embeddings()
+    return next(name for name, module in inner.named_modules() if module is embedding)
+
+
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The adapter's parameters, by the names that PEFT writes to disk."""
-    return {
-        name.replace(".default.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    return {_saved_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _saved_name(name: str) -> str:
+    """Without the adapter's name, and without the module that holds DoRA's magnitudes."""
+    name = name.replace(".default.", ".").removesuffix(".default")
+    return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
 
 
 def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], folder: Path, lineage: dict[str, Any]) -> None:

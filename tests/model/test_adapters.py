@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import (
     AdaLoraConfig,
+    FourierFTConfig,
     IA3Config,
     LoHaConfig,
     LoKrConfig,
@@ -105,7 +106,6 @@ MERGED = {
     "gaussian": lora(init_lora_weights="gaussian"),
     "orthogonal": lora(init_lora_weights="orthogonal"),
     "an alpha of 0": lora(lora_alpha=0),
-    "IA3": IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "LoHa": LoHaConfig(r=4, target_modules=["q_proj", "down_proj"]),
     "LoKr": LoKrConfig(r=4, target_modules=["q_proj", "down_proj"], decompose_both=True),
     "VeRA": VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
@@ -118,7 +118,6 @@ QWEN2 = {
     "lora_bias": lora(lora_bias=True, target_modules=["q_proj", "k_proj"]),
     "bias: all": lora(bias="all"),
     "bias: lora_only": lora(bias="lora_only", target_modules=["q_proj", "v_proj"]),
-    "IA3 on biases": IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]),
 }
 GPT2 = {
     "Conv1D": lora(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
@@ -159,7 +158,7 @@ def test_adapters_are_merged_one_after_the_other(tmp_path):
     """As a chain of stages trains them: each adapter changes the weights that those before it left."""
     configs = [
         lora(), lora(use_dora=True, target_modules=["q_proj", "o_proj"]), lora(modules_to_save=["embed_tokens"], bias="none"),
-        lora(init_lora_weights="pissa"), lora(use_dora=True), IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        lora(init_lora_weights="pissa"), lora(use_dora=True), LoHaConfig(r=2, target_modules=["k_proj"]),
         lora(target_modules=["embed_tokens", "q_proj"]),
     ]  # fmt: skip
     model, folders = fresh(), []
@@ -329,10 +328,17 @@ def test_a_configuration_that_is_not_merged_is_refused_by_name(damaged, keys, ma
         merge_adapters(fresh(), [str(damaged)])
 
 
-def test_prefix_tuning_is_refused_by_name(tmp_path):
-    model = get_peft_model(fresh(head=True), PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
-    model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"is of the kind 'PREFIX_TUNING' \(peft_type\), and l2v merges LORA, ADALORA"):
+OTHER = {
+    "PREFIX_TUNING": PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "IA3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+    "FOURIERFT": FourierFTConfig(target_modules=["q_proj"], n_frequency=10, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize(("kind", "config"), OTHER.items(), ids=OTHER)
+def test_other_kinds_are_refused_by_name(tmp_path, kind, config):
+    get_peft_model(fresh(head=True), config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"is of the kind '{kind}' \(peft_type\), and l2v merges LORA, ADALORA"):
         merge_adapters(fresh(), [str(tmp_path)])
 
 
