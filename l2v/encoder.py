@@ -43,9 +43,11 @@ class Encoder:
         name: str,
         lineage: dict[str, Any],
         instructions: Instructions | None = None,
+        normalize: bool = True,
     ) -> None:
+        """normalize: whether `encode` scales vectors to length 1 where its caller does not say."""
         self.model, self.tokenizer, self.name, self.lineage = model.eval(), tokenizer, name, lineage
-        self.instructions, self.truncated = instructions or Instructions(), 0
+        self.instructions, self.truncated, self.normalize = instructions or Instructions(), 0, normalize
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: the weights too, so that each worker of a pool has its own copy of them."""
@@ -75,7 +77,8 @@ class Encoder:
         Args:
             base_or_run: a folder or hub name of a decoder, the name of an embedded base, an export of `save`, a stage of a
                 run (`runs/NAME/supervised`) or a run (its last trained stage; a `Notice` says which, if others are not
-                trained yet).
+                trained yet). A published sentence-transformers model keeps the pooling, prompts, normalisation, direction
+                and length that its files state.
             adapters: folders or hub names of PEFT LoRA adapters, merged in order, in float32, rounded once.
             pooling: `mean` (default), `weighted_mean`, `last` or `first`.
             attention: `bidirectional` (default) or `causal`.
@@ -107,8 +110,8 @@ class Encoder:
         check_vocabulary(tokenizer, rows_of(inner), base)
         lineage = {"base": {"model": base.model}, "merged": [describe_adapter(adapter) for adapter in merged]}
         encoder = cls(
-            model, TextTokenizer(tokenizer, base.template, 512), name=str(base_or_run), lineage=lineage,
-            instructions=found.instructions,
+            model, TextTokenizer(tokenizer, base.template, 512, pooled=found.pooled), name=str(base_or_run), lineage=lineage,
+            instructions=found.instructions, normalize=found.normalize,
         )  # fmt: skip
         encoder.max_length = (found.length or 512) if length is None else length
         return encoder
@@ -134,6 +137,7 @@ class Encoder:
             "pooling": base.pooling,
             "attention": base.attention,
             "template": asdict(base.template),
+            **({} if found.pooled == "text" else {"pooled": found.pooled}),
             "length": length or found.length or 512,
             "precision": str(dtype_of(base.precision, encoding=True)).removeprefix("torch."),
         }
@@ -161,7 +165,7 @@ class Encoder:
         self,
         texts: str | Sequence[str],
         instruction: str | None = None,
-        normalize: bool = True,
+        normalize: bool | None = None,
         batch_tokens: int = 16384,
         show_progress: bool = False,
         dimensions: int | None = None,
@@ -173,7 +177,8 @@ class Encoder:
         Args:
             texts: one text or several. A text longer than `max_length` is cut; a `Notice` warning says how many were.
             instruction: put before each text; the model reads it, but it is not pooled.
-            normalize: scale each vector to length 1.
+            normalize: scale each vector to length 1. Default: yes, but for a published sentence-transformers model without
+                its Normalize module.
             batch_tokens: tokens in one forward.
             show_progress: show a progress bar.
             dimensions: keep only the first dimensions, cut before normalising; for the `matryoshka` lengths that a stage
@@ -205,7 +210,7 @@ class Encoder:
             for chosen in _batches(order, [len(i) for i in ids], budget, most):
                 batch = pack([Segment(as_ids(ids[i]), starts[i], text_key=0) for i in chosen])
                 vectors_SE = self.embed(batch.to(where))[:, :width]
-                if normalize:
+                if self.normalize if normalize is None else normalize:
                     vectors_SE = torch.nn.functional.normalize(vectors_SE, dim=-1)
                 out[[rows[i] for i in chosen]] = vectors_SE.cpu().numpy()
                 bar.update(len(chosen))
@@ -251,7 +256,7 @@ class Encoder:
         `SentenceTransformer(folder)` gives the vectors of `encode`, `encode_query` and `encode_document`;
         `AutoModel.from_pretrained(folder)` gives the hidden states.
         """
-        export(self.model, self.tokenizer, Path(folder), self.lineage, self.instructions)
+        export(self.model, self.tokenizer, Path(folder), self.lineage, self.instructions, normalize=self.normalize)
 
     def _width(self, dimensions: int | None) -> int:
         width = self.dimension if dimensions is None else dimensions

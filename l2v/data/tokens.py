@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from typing import Literal
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -74,6 +75,9 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list
     return [vocabulary[token] for token in tokens]
 
 
+Pooled = Literal["text", "all", "unprompted"]
+
+
 class TextTokenizer:
     """Turns texts into ids, in the two forms that stages need.
 
@@ -82,8 +86,13 @@ class TextTokenizer:
     tokens belong to the text, so no marker inside it is needed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, length: int) -> None:
-        self.tokenizer, self.template, self.length = tokenizer, template, length
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: Template, length: int, *, pooled: Pooled = "text"
+    ) -> None:
+        """pooled: which tokens are pooled. text: the text's own and those behind them. all: special tokens, header and
+        instruction too; unprompted: these only without header and instruction (two ways of sentence-transformers).
+        """
+        self.tokenizer, self.template, self.length, self.pooled = tokenizer, template, length, pooled
 
     def fingerprint(self) -> str:
         """A hash of everything that changes the ids."""
@@ -117,7 +126,7 @@ class TextTokenizer:
                 ids = ids[: stop - over] + ids[stop:]
                 cut += 1
             out.append(ids)
-            starts.append(start)
+            starts.append(0 if self.pooled == "all" or (self.pooled == "unprompted" and not header) else start)
         return out, starts, cut
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:

@@ -135,7 +135,7 @@ def read_adapter(adapter: str) -> AdapterFile:
     """Read an adapter's configuration and tensors.
 
     Raises:
-        UserError: it cannot be found or read, is of a kind that is not merged, or its tensors are missing, empty or not finite.
+        UserError: it cannot be found or read, is of a kind that is not merged, or its tensors are missing, empty, NaN or Inf.
     """
     folder = adapter_folder(adapter)
     config = _read_config(folder, adapter)
@@ -223,7 +223,7 @@ def _checked(tensors: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.
     """The tensors in float32.
 
     Raises:
-        UserError: there are none, or some are empty, no floating point numbers, or not finite.
+        UserError: there are none, or some are empty, no floating point numbers, NaN or Inf.
     """
     if not tensors:
         raise UserError(f"{adapter}: {WEIGHTS} holds no tensors; save the adapter again (under ZeRO-3 gather it first)")

@@ -15,6 +15,7 @@ from l2v.recipe import Base, Template
 from l2v.recipe.instructions import Instructions
 from l2v.runs.folder import ADAPTER, is_stage, is_trained, stage_folders, stage_recipe, trained_stages
 from l2v.runs.names import find_model
+from l2v.runs.published import read_published
 
 
 @dataclass
@@ -22,7 +23,8 @@ class Found:
     """What a name refers to.
 
     adapters: merged into the base, in order. length: tokens of a text, None if nothing says it. note: a sentence for the
-    user on what was chosen.
+    user on what was chosen. pooled: which tokens are pooled (see `TextTokenizer`). normalize: vectors have
+    length 1 unless the caller asks for others.
     """
 
     base: Base
@@ -30,6 +32,8 @@ class Found:
     length: int | None = None
     instructions: Instructions = field(default_factory=Instructions)
     note: str | None = None
+    pooled: str = "text"
+    normalize: bool = True
 
 
 def find(name: str) -> Found:
@@ -59,6 +63,11 @@ def _find(name: str) -> Found:
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder)
     find_model(name)
+    if published := read_published(name):
+        return Found(
+            published.base, length=published.length, instructions=published.instructions, pooled=published.pooled,
+            normalize=published.normalize,
+        )  # fmt: skip
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{name}: neither a model, an adapter nor a run of l2v")
     return Found(Base(model=name, **_known(name)))
@@ -76,7 +85,10 @@ def _export(folder: Path, name: str) -> Found:
         base = Base(model=name, template=Template(**facts["template"]), pooling=facts["pooling"])
         base.attention, base.precision = facts["attention"], facts["precision"]
         instructions = Instructions.of_json(facts.get("instructions", {}))
-        return Found(base, length=facts["length"], instructions=instructions)
+        return Found(
+            base, length=facts["length"], instructions=instructions, pooled=facts.get("pooled", "text"),
+            normalize=facts.get("normalize", True),
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder / ENCODER_FILE}: damaged; export again with 'l2v export'") from None
 
