@@ -167,6 +167,8 @@ def _merge_layer(module: Any, names: list[str], *, rounded: bool) -> None:
         module.merge(safe_merge=False, adapter_names=[name])
         # PEFT normalises a second DoRA by the weights before the first; here it was trained on those after it.
         module.merged_adapters.clear()
+    if not all(bool(parameter.data.sum().isfinite()) for parameter in parameters):
+        raise ValueError("the merged weights hold NaN or Inf")
     if rounded:
         for parameter, dtype in zip(parameters, dtypes, strict=True):
             parameter.data = parameter.data.to(dtype)
