@@ -293,11 +293,11 @@ def test_vectors_go_on_where_they_stopped(base, monkeypatch, tmp_path, sentences
     whole = np.array(vectors(encoder, key, sentences[:60], prompts, tmp_path / "a", "x"))
     real, calls = encoder.encode, []
 
-    def dying(texts, *rest):
+    def dying(texts, *rest, **more):
         calls.append(len(texts))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(texts, *rest)
+        return real(texts, *rest, **more)
 
     encoder.encode = dying
     with pytest.raises(KeyboardInterrupt):

@@ -67,7 +67,7 @@ VALUES = st.one_of(
     st.dictionaries(st.sampled_from(NAMES), SIMPLE, max_size=2),
 )
 KEYS = st.sampled_from(
-    sorted({field.name for field in fields(LoraConfig)} - {"revision", "runtime_config"}) + ["a_new_key"]
+    [*sorted({field.name for field in fields(LoraConfig)} - {"revision", "runtime_config"}), "a_new_key"]
 )
 LIKELY = st.fixed_dictionaries(  # what often gives an adapter that PEFT loads
     {},
