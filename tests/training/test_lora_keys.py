@@ -33,43 +33,47 @@ def grown_tokenizer(tmp_path_factory, bos_tokenizer_folder):
 
 
 def case(name):
-    return pytest.param(CASES[name], id=name, marks=[] if name in ("tokens",) else [pytest.mark.slow])
+    """The fast suite trains one case, and a stage of it; the slow one all of them, and a stage that starts from the first."""
+    fast = pytest.param(CASES[name], ["mntp"], id=f"{name}, one stage")
+    return [
+        *([fast] if name == "tokens" else []),
+        pytest.param(CASES[name], ["mntp", "supervised"], id=name, marks=pytest.mark.slow),
+    ]
 
 
-@pytest.mark.parametrize("keys", [case(name) for name in CASES])
-def test_a_stage_with_these_keys(tmp_path, tiny_recipe, run_here, grown_tokenizer, sentences, keys):
+@pytest.mark.parametrize(("keys", "stages"), [each for name in CASES for each in case(name)])
+def test_a_stage_with_these_keys(tmp_path, tiny_recipe, run_here, grown_tokenizer, sentences, keys, stages):
     keys = keys | ({"base.tokenizer": grown_tokenizer} if "lora.trainable_tokens" in keys else {})
-    every = {f"stages.{s}.{k}": v for s in ("mntp", "supervised") for k, v in {"save_every": 2, "keep": 9}.items()}
+    every = {f"stages.{s}.{k}": v for s in stages for k, v in {"save_every": 2, "keep": 9}.items()}
     recipe = tiny_recipe(tmp_path, **every, **keys)
-    whole, broken = tmp_path / "run", tmp_path / "broken"
-    run_here(recipe, "--stage", "mntp")
-    run_here(recipe, "--stage", "supervised")
+    whole, broken, last = tmp_path / "run", tmp_path / "broken", stages[-1]
+    for stage in stages:
+        run_here(recipe, "--stage", stage)
 
     shutil.copytree(whole, broken)  # as a run that was killed behind step 2
-    shutil.rmtree(broken / "supervised" / "adapter")
-    shutil.rmtree(broken / "supervised" / "checkpoints" / "step-000004")
-    assert "continues after step 2" in run_here(recipe, "--stage", "supervised", f"out={broken}")
-    file = "supervised/adapter/adapter_model.safetensors"
+    shutil.rmtree(broken / last / "adapter")
+    shutil.rmtree(broken / last / "checkpoints" / "step-000004")
+    assert "continues after step 2" in run_here(recipe, "--stage", last, f"out={broken}")
+    file = f"{last}/adapter/adapter_model.safetensors"
     assert (broken / file).read_bytes() == (whole / file).read_bytes()
 
     tensors = load_file(whole / file)
     trained = [name for name in tensors if "trainable_tokens_delta" in name]
     assert bool(trained) == ("lora.trainable_tokens" in keys)
-    config = json.loads((whole / "supervised" / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((whole / last / "adapter" / "adapter_config.json").read_text())
     assert config["use_dora"] == (keys.get("lora.variant") == "dora")
     if trained:
         assert tensors[trained[0]].shape == (2, 32) and config["trainable_token_indices"] == {
             "embed_tokens": [300, 301]
         }
-        start = load_file(whole / "mntp/adapter/adapter_model.safetensors")[trained[0]]
-        assert (start - tensors[trained[0]]).abs().max() > 0 or not any("Ærø" in text for text in sentences)
+        assert (tensors[trained[0]][0] != tensors[trained[0]][1]).any()  # both began as the mean of all rows
 
-    encoder = Encoder.from_pretrained(whole / "supervised")
+    encoder = Encoder.from_pretrained(whole / last)
     texts = [*sentences[:3], "Bo i Ærøskøbing <svar>"]
     vectors = encoder.encode(texts)
     encoder.save(tmp_path / "export")
     np.testing.assert_allclose(Encoder.from_pretrained(tmp_path / "export").encode(texts), vectors, rtol=0, atol=1e-6)
-    assert (vectors - Encoder.from_pretrained(whole / "mntp").encode(texts)).__abs__().max() > 1e-4
+    assert np.abs(vectors - Encoder.from_pretrained(whole / last, base_only=True).encode(texts)).max() > 1e-4
 
 
 @pytest.mark.slow
