@@ -21,7 +21,7 @@ from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_conf
 from l2v.model.lora import describe_adapter, merge_adapters
 from l2v.model.packed import PackedDecoder
 from l2v.model.portable import from_portable, to_portable
-from l2v.model.vocabulary import rows_of
+from l2v.model.vocabulary import grow_embedding, rows_of, rows_with
 from l2v.recipe import Base, Template
 from l2v.recipe.instructions import Instructions
 from l2v.runs.source import Found, find
@@ -102,6 +102,8 @@ class Encoder:
         dtype = dtype_of(base.precision, encoding=True)
         loaded = load_model(base, head=False, dtype=dtype, trust_remote_code=trust_remote_code)
         inner = merge_adapters(inner_model(loaded), merged)
+        if found.rows > rows_of(inner):
+            grow_embedding(inner, found.rows)
         model = PackedDecoder(inner, causal=base.attention == "causal", backend=base.backend, pooling=base.pooling)
         model = _place(model, device())
         tokenizer = load_tokenizer(
@@ -377,5 +379,6 @@ def _chosen(source: str | Path, base_only: bool, **options: Any) -> Found:
             raise UserError(f"{key} is {value!r}; choose one of {', '.join(choices)}")
         setattr(found.base, key, value)
     if base_only:
+        found.rows = rows_with(found.adapters, 0)  # new tokens have the vector that their training began with
         found.adapters = []
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from l2v.errors import UserError
 from l2v.model.adapter_file import LINEAGE, adapter_folder, describe_adapter, read_json
@@ -23,8 +23,8 @@ class Found:
     """What a name refers to.
 
     adapters: merged into the base, in order. length: tokens of a text, None if nothing says it. note: a sentence for the
-    user on what was chosen. pooled: which tokens are pooled (see `TextTokenizer`). normalize: vectors have
-    length 1 unless the caller asks for others.
+    user on what was chosen. pooled: which tokens are pooled (see `TextTokenizer`). rows: of the embedding, at least.
+    normalize: vectors have length 1 unless the caller asks for others.
     """
 
     base: Base
@@ -32,7 +32,8 @@ class Found:
     length: int | None = None
     instructions: Instructions = field(default_factory=Instructions)
     note: str | None = None
-    pooled: str = "text"
+    pooled: Literal["text", "all", "unprompted"] = "text"
+    rows: int = 0
     normalize: bool = True
 
 
