@@ -113,9 +113,9 @@ def _pooling(name: str, path: str) -> tuple[str, bool]:
 
 def _prompts(name: str, settings: dict[str, Any]) -> tuple[str, Instructions]:
     """What stands before every text, and what queries and documents get behind it."""
-    prompts = dict(settings.get("prompts") or {})
+    prompts: dict[str, str] = dict(settings.get("prompts") or {})
     default = settings.get("default_prompt_name")
-    prefix = prompts[default] if default else ""
+    prefix: str = prompts[default] if default else ""
     query = prompts.get("query", prefix)
     document = next((prompts[key] for key in DOCUMENT_PROMPTS if key in prompts), prefix)
     for side, prompt in (("query", query), ("document", document)):

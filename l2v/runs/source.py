@@ -15,7 +15,7 @@ from l2v.recipe import Base, Template
 from l2v.recipe.instructions import Instructions
 from l2v.runs.folder import ADAPTER, is_stage, is_trained, stage_folders, stage_recipe, trained_stages
 from l2v.runs.names import find_model
-from l2v.runs.published import read_published
+from l2v.runs.published import MODULES, read_published
 
 
 @dataclass
@@ -116,6 +116,11 @@ def _stage(folder: Path) -> Found:
 def _adapter(folder: Path) -> Found:
     if is_stage(folder.parent):
         return _stage(folder.parent)
+    if (folder / MODULES).is_file():
+        raise UserError(
+            f"{folder}: a sentence-transformers model whose weights are an adapter; load it with sentence-transformers, or give "
+            "its base first and the folder in adapters=[...], with the pooling that its files state"
+        )
     name = read_json(str(folder)).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise UserError(f"{folder}: its adapter_config.json names no base; give the base first and adapters=[...]")

@@ -23,10 +23,11 @@ from l2v.model.lora import trainable
 from l2v.model.packed import PackedDecoder
 from l2v.model.quantize import notice
 from l2v.model.vocabulary import rows_with
-from l2v.recipe import LLAMA_LINEARS, Contrastive, Mntp, Recipe, Stage, Supervised
+from l2v.recipe import LLAMA_LINEARS, Base, Contrastive, Mntp, Recipe, Stage, Supervised
 from l2v.recipe.load import to_dict
 from l2v.runs.claim import claim, merged_adapters, publish, recorded_negatives
 from l2v.runs.folder import ADAPTER, has_begun, is_trained, run_folder
+from l2v.runs.published import read_published
 from l2v.training import checkpoint
 from l2v.training.advice import Advise
 from l2v.training.build import Placed, build, check_weights, place_memory
@@ -159,9 +160,28 @@ def _build(
     if set(recipe.stages[name].lora.targets) == set(LLAMA_LINEARS) != set(trained):
         names = ", ".join(sorted(trained))
         log(f"lora.targets: this base has other linear layers than {', '.join(LLAMA_LINEARS)}; trained are {names}")
+    for line in on_first_rank(functools.partial(_unlike_published, recipe.base)):
+        log(line)
     if banner := notice(recipe.base):
         log(banner)
     return model, lineage
+
+
+def _unlike_published(base: Base) -> list[str]:
+    """A line to log if the base is a published encoder that makes its vectors in another way than the recipe."""
+    if base.init == "random":
+        return []
+    try:
+        published = read_published(base.model)
+    except UserError as error:  # its transformer can be trained all the same
+        return [f"WARNING: the base is a published encoder, and only its transformer is trained: {error}"]
+    theirs = published and (published.base.pooling, published.base.attention)
+    if theirs is None or theirs == (base.pooling, base.attention):
+        return []
+    return [
+        f"WARNING: the base is a published encoder with pooling {theirs[0]} and {theirs[1]} attention; this recipe trains it "
+        f"with pooling {base.pooling} and {base.attention} attention (base.pooling, base.attention)"
+    ]
 
 
 def _keep_negatives(stage: Stage, folder: Path, fresh: bool) -> None:

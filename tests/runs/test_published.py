@@ -10,6 +10,8 @@ from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 
 from l2v import Encoder
 from l2v.errors import UserError
+from l2v.recipe import Base
+from l2v.training.stage import _unlike_published
 
 NESTED = {"all": "Find ", "query": "Find svaret: ", "document": "Find et svar: "}
 PROMPTS = {"query": "Find svaret: ", "passage": "Et svar: "}
@@ -114,3 +116,22 @@ def test_a_damaged_list_of_modules_is_one_sentence(base, tmp_path, text):
     (publish(base, tmp_path / "published", "mean") / "modules.json").write_text(text)
     with pytest.raises(UserError):
         Encoder.from_pretrained(tmp_path / "published")
+
+
+def test_an_adapter_saved_by_sentence_transformers_is_refused_as_a_base(base, tmp_path):
+    folder = publish(base, tmp_path / "published", "cls")
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    with pytest.raises(
+        UserError, match="whose weights are an adapter; load it with sentence-transformers, or give its base"
+    ):
+        Encoder.from_pretrained(folder)
+
+
+def test_training_says_where_a_recipe_differs_from_a_published_base(base, tmp_path):
+    folder = str(publish(base, tmp_path / "published", "cls"))
+    (said,) = _unlike_published(Base(model=folder))
+    assert "with pooling first and causal attention; this recipe trains it with pooling mean and bidirectional" in said
+    assert _unlike_published(Base(model=folder, pooling="first", attention="causal")) == []
+    assert _unlike_published(Base(model=str(base))) == []
+    rewrite(tmp_path / "published", "sentence_bert_config.json", do_lower_case=True)
+    assert "only its transformer is trained" in _unlike_published(Base(model=folder))[0]
