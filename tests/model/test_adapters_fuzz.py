@@ -72,8 +72,8 @@ KEYS = st.sampled_from(
 LIKELY = st.fixed_dictionaries(  # what often gives an adapter that PEFT loads
     {},
     optional={
-        "lora_alpha": st.integers(1, 9), "use_rslora": st.booleans(), "target_modules": st.just(r".*(q|up)_proj"),
-        "alpha_pattern": st.just({"q_proj": 3}), "layers_to_transform": st.sampled_from([0, [0, 1]]),
+        "lora_alpha": st.integers(1, 9), "use_rslora": st.booleans(), "target_modules": st.just(["up_proj", "q_proj"]),
+        "alpha_pattern": st.just({"q_proj": 3}), "layers_to_transform": st.just([0, 1]),
         "modules_to_save": st.sampled_from([None, [], ["norm"]]), "fan_in_fan_out": st.booleans(),
         "init_lora_weights": st.sampled_from([True, False, "gaussian", "pissa", "olora", "eva"]),
     },
