@@ -278,7 +278,7 @@ def test_published_adapters_load_and_order_does_not_matter(tmp_path):
 
     base = tmp_path / "base"
     shutil.copytree(GOLDEN / "base", base)
-    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))  # as many as the golden base has rows, or fewer
+    words = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))  # the golden base has few rows
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(base)
     adapters = [str(GOLDEN / "mntp_adapter"), str(GOLDEN / "contrastive_adapter")]
     weights = []

@@ -175,8 +175,10 @@ def _unlike_published(base: Base) -> list[str]:
         published = read_published(base.model)
     except UserError as error:  # its transformer can be trained all the same
         return [f"WARNING: the base is a published encoder, and only its transformer is trained: {error}"]
-    theirs = published and (published.base.pooling, published.base.attention)
-    if theirs is None or theirs == (base.pooling, base.attention):
+    if published is None:
+        return []
+    theirs = published.base.pooling, published.base.attention
+    if theirs == (base.pooling, base.attention):
         return []
     return [
         f"WARNING: the base is a published encoder with pooling {theirs[0]} and {theirs[1]} attention; this recipe trains it "
