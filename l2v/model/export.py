@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from l2v.data.tokens import TextTokenizer
 from l2v.errors import UserError
 from l2v.files import follow_umask
-from l2v.model.load import quiet_transformers
 from l2v.model.packed import PackedDecoder
+from l2v.model.settings import quiet_transformers
 from l2v.recipe import Template
 from l2v.recipe.instructions import SIDES, Instructions
 

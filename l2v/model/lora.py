@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from l2v.errors import RecipeError, UserError, first_line
 from l2v.files import follow_umask
 from l2v.model.hub import is_repository_name, why_missing
-from l2v.model.load import quiet_transformers
+from l2v.model.settings import quiet_transformers
 from l2v.recipe import Lora
 
 WEIGHTS = "adapter_model.safetensors"

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from l2v.model.fused.flat import Collector, FlatAdapters
 from l2v.model.fused.functions import Call, GatedMlp, GroupLinear, ProjectHeads
-from l2v.model.fused.spec import LayerSpec, base_of
+from l2v.model.fused.spec import LayerSpec, Unsupported, base_of, supported
 from l2v_kernels import attention, rms_norm, segment_pool
 from l2v_kernels.integrations.transformers import PackedAttention
 from l2v_kernels.lora_linear import InputDropout, stack_weights
@@ -39,6 +39,8 @@ class FusedStack:
         self.inner, self.recompute = inner, recompute
         self.gathered = False
         self.flat: FlatAdapters | None = None
+        if not hasattr(inner, "layers") or not hasattr(inner, "norm"):
+            raise Unsupported(f"it is a {type(inner).__name__}, and the fused layer supports those of {supported()}")
         self.specs = [LayerSpec.of(layer) for layer in inner.layers]
         for spec in self.specs:
             _install_fused_forward(
