@@ -56,13 +56,7 @@ def _write(
     model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any], instructions: Instructions
 ) -> None:
     decoder = model.decoder
-    implementation = decoder.config._attn_implementation
-    decoder.config._attn_implementation = "sdpa"  # the saved config must not name an implementation that only l2v has
-    try:
-        with quiet_transformers():
-            decoder.save_pretrained(folder)
-    finally:
-        decoder.config._attn_implementation = implementation
+    save_weights(decoder, folder)
     tokenizer, template = _tokenizer_that_frames(texts)
     tokenizer.save_pretrained(folder)
     header = template.prefix
@@ -95,6 +89,17 @@ def _write(
             "lineage": lineage,
         },
     )
+
+
+def save_weights(decoder: Any, folder: Path) -> None:
+    """Write weights and configuration, as plain transformers reads them."""
+    implementation = decoder.config._attn_implementation
+    decoder.config._attn_implementation = "sdpa"  # the saved config must not name an implementation that only l2v has
+    try:
+        with quiet_transformers():
+            decoder.save_pretrained(folder)
+    finally:
+        decoder.config._attn_implementation = implementation
 
 
 def _prompts(template: Template, instructions: Instructions, pooling: str) -> dict[str, Any]:

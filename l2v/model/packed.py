@@ -137,10 +137,10 @@ class PackedDecoder(nn.Module):
         want: Literal["hidden", "vectors", "logits", "loss"] = "vectors",
         loss: Loss[Any] | None = None,
     ) -> Any:
-        if self.limit is not None and max(batch.lengths) > self.limit:
+        if self.limit is not None and max(batch.lengths) > self.limit[0]:
             raise UserError(
-                f"a text has {max(batch.lengths):,} tokens, and the base has {self.limit:,} learned positions; set the length to "
-                f"at most {self.limit:,} (max_length, --length, or length of the stage)"
+                f"a text has {max(batch.lengths):,} tokens, and {self.limit[1]}; set the length to at most {self.limit[0]:,} "
+                "(max_length, --length, or length of the stage)"
             )
         if self.fused is not None:
             attention = self._attention(batch)

@@ -106,13 +106,27 @@ def first_position(decoder: nn.Module) -> int:
     return 0 if table is None or table.padding_idx is None else table.padding_idx + 1
 
 
-def position_limit(decoder: nn.Module) -> int | None:
-    """Tokens of the longest text that a table of learned positions has room for; None without such a table."""
+def position_limit(decoder: nn.Module) -> tuple[int, str] | None:
+    """Tokens of the longest text that a base takes, and what limits them as the end of a sentence; None without a limit."""
     table = _position_table(decoder)
-    if table is None:
-        return None
-    offset = getattr(table, "offset", 0)  # OPT and BioGPT skip the first entries themselves
-    return table.num_embeddings - (offset if isinstance(offset, int) else 0) - first_position(decoder)
+    if table is not None:
+        offset = getattr(table, "offset", 0)  # OPT and BioGPT skip the first entries themselves
+        most = table.num_embeddings - (offset if isinstance(offset, int) else 0) - first_position(decoder)
+        return most, f"the base has {most:,} learned positions"
+    config: Any = decoder.config
+    text = config.get_text_config()
+    found = [getattr(text, "rope_parameters", None), getattr(text, "rope_scaling", None)]
+    ropes = [rope for rope in found if isinstance(rope, dict)]
+    for rope in ropes + [
+        each for rope in ropes for each in rope.values() if isinstance(each, dict)
+    ]:  # one a kind of layer
+        if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
+            stated = rope.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            most = stated or text.max_position_embeddings
+            return most, f"beyond {most:,} the rotary positions of this base depend on the longest text of a batch"
+    return None
 
 
 def _position_table(decoder: nn.Module) -> nn.Embedding | None:

@@ -13,16 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 WINDOW = 4
 VOCABULARY = 128
 WIDTH = 64
 HEADS = 4
 HEAD = WIDTH // HEADS
+SOFTCAP = 1.0
+"""Small enough to bend the scores of random weights."""
 STATE_HEADS = 8
 """Heads of a state-space layer."""
 DEEPEST = 16
-"""Layers of the copy at most; more kinds than that are not told apart."""
+"""Layers of the copy at most: kinds that begin behind them are not in it."""
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 QUERY_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "attention_heads")
@@ -79,8 +82,11 @@ def small_config(config: PretrainedConfig, *, trust_remote_code: bool = False) -
         _shrink(part)
     text = shape.get_text_config()
     depth = depth_of(text)
+    if depth > DEEPEST:
+        _cut(text, depth, DEEPEST)
+        depth = DEEPEST
     if depth > 1:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), no_init_weights():
             whole = _build(shape, trust_remote_code)
         _cut(text, depth, _enough([_kind(layer) for layer in layers_of(whole, depth)], depth))
     return shape
@@ -129,7 +135,9 @@ def _shrink(config: Any) -> None:
     for key, value in new.items():
         setattr(config, key, value)
     for key, value in found.items():
-        if key.endswith("token_id") and isinstance(value, list):
+        if "softcap" in key and isinstance(value, float):
+            setattr(config, key, min(value, SOFTCAP))
+        elif key.endswith("token_id") and isinstance(value, list):
             setattr(config, key, [min(v, vocabulary - 1) for v in value])
         elif isinstance(value, list) and value and all(type(v) is int for v in value) and (size := _size(key)):
             setattr(config, key, [min(v, size) for v in value])
@@ -207,13 +215,13 @@ def _kind(layer: nn.Module) -> tuple:
 
 
 def _enough(kinds: list[tuple], depth: int) -> int:
-    """How many of the first layers hold every kind, at most DEEPEST; two where all are one kind or share a module (ALBERT)."""
+    """How many of the first layers hold every kind; two where all are one kind or share a module (ALBERT)."""
     if not kinds:
         return min(depth, 2)
     first: dict[tuple, int] = {}
     for at, kind in enumerate(kinds):
         first.setdefault(kind, at)
-    return min(len(kinds), DEEPEST, max(2, 1 + max(first.values(), default=1)))
+    return min(len(kinds), max(2, 1 + max(first.values())))
 
 
 def _cut(config: Any, depth: int, layers: int) -> None:
