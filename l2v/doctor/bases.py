@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig
 
-from l2v.batch import Segment, pack
-from l2v.errors import UserError, first_line
-from l2v.model.direction import TOLERANCE, alone, difference
-from l2v.model.export import save_weights
-from l2v.model.packed import PackedDecoder
-from l2v.model.path import set_path
-from l2v.model.proof import LENGTHS, Proof, measure
-from l2v.model.settings import drop_nothing, open_chunks, quiet_transformers, set_attention
-from l2v.model.small import small_model
+from l2v.errors import UserError
+from l2v.model.direction import TOLERANCE
+from l2v.model.export_proof import export_differences, settle
+from l2v.model.proof import Proof, measure
+from l2v.model.settings import open_chunks, quiet_transformers
 
 LINEAR = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
 MAMBA = ["mamba", "mamba", "attention", "mamba"]
@@ -29,7 +21,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     # Llama and what is built like it
     "llama": {}, "mistral": {}, "mixtral": {}, "ministral3": {}, "qwen2": {}, "qwen2_moe": {}, "qwen3": {}, "qwen3_moe": {},
     "smollm3": {}, "olmo": {}, "olmo2": {}, "olmo3": {}, "olmoe": {}, "cohere": {}, "cohere2": {}, "phi": {}, "phi3": {},
-    "phimoe": {}, "stablelm": {}, "nemotron": {"head_dim": 128}, "starcoder2": {}, "granite": {}, "granitemoe": {}, "glm": {},
+    "phimoe": {}, "stablelm": {}, "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "starcoder2": {}, "granite": {}, "granitemoe": {}, "glm": {},
     "glm4": {}, "glm4_moe": {}, "exaone4": {}, "ernie4_5": {}, "hunyuan_v1_dense": {"head_dim": 128}, "helium": {}, "arcee": {},
     "apertus": {}, "seed_oss": {}, "bitnet": {}, "diffllama": {}, "doge": {}, "nanochat": {}, "jetmoe": {}, "persimmon": {},
     "modernbert-decoder": {},
@@ -39,8 +32,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "deepseek_v2": MOE | {"n_group": 1, "topk_group": 1, "topk_method": "greedy"}, "deepseek_v3": {}, "minicpm3": {},
     "longcat_flash": {},
     # GPT-2 and its time
-    "gpt2": {}, "gpt-sw3": {}, "gpt_bigcode": {}, "gpt_neo": {}, "gpt_neox": {}, "gptj": {}, "codegen": {}, "bloom": {}, "mpt": {},
-    "opt": {}, "falcon": {}, "biogpt": {}, "xglm": {}, "ctrl": {}, "openai-gpt": {},
+    "gpt2": {}, "gpt-sw3": {}, "gpt_bigcode": {}, "gpt_neo": {}, "gpt_neox": {}, "gptj": {}, "codegen": {}, "bloom": {},
+    "mpt": {}, "opt": {}, "falcon": {}, "biogpt": {}, "xglm": {}, "ctrl": {}, "openai-gpt": {},
     # hybrids
     "qwen3_next": {}, "qwen3_5_text": {}, "lfm2": {"layer_types": (["conv", "conv", "full_attention"] * 11)[:32]}, "lfm3": {},
     "falcon_h1": {}, "olmo_hybrid": {}, "jamba": {}, "bamba": {"attn_layer_indices": [2, 5]},
@@ -59,16 +52,15 @@ HEADER = "| architecture | direction | runs | attention | layers | isolation | e
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of an architecture. direction: bidirectional, causal where it is the only one served, or none. export: the
-    largest difference of the export in plain transformers, text by text and in a batch padded on the right.
+    """What was measured of an architecture. direction: bidirectional, causal where only that is served, or none. export:
+    whether plain transformers computes the same from the export.
     """
 
     name: str
     direction: str
     proof: Proof
     remarks: str
-    export: tuple[float, float] | None = None
-    export_error: str | None = None
+    export: str = ""
 
     @property
     def served(self) -> bool:
@@ -88,15 +80,7 @@ class Row:
         measured = [_limit(proof.apart), _limit(proof.eager)]
         layers = "fused" if proof.fused else "plain"
         path = [proof.path.layout, proof.path.attention]
-        return [self.name, self.direction, *path, layers, *measured, self._export(), self.remarks]
-
-    def _export(self) -> str:
-        if self.export is None:
-            return f"no: {self.export_error}"
-        single, padded = (off <= TOLERANCE for off in self.export)
-        if single:
-            return "equal" if padded else f"equal alone; {self.export[1]:.1g} off where padded"
-        return f"{self.export[0]:.1g} off"
+        return [self.name, self.direction, *path, layers, *measured, self.export, self.remarks]
 
 
 def matrix(names: Sequence[str] = (), log: Callable[[str], None] | None = None) -> list[Row]:
@@ -128,12 +112,19 @@ def examine(name: str, changes: dict[str, Any]) -> Row:
             proof = tried[direction] = measure(config, backend="l2v", causal=causal)
         if not proof.refused and not proof.open:
             remarks = _remarks(tried, direction)
-            try:
-                return Row(name, direction, proof, remarks, export=_exported(config, proof, causal))
-            except Exception as error:
-                return Row(name, direction, proof, remarks, export_error=first_line(error))
+            with quiet_transformers():
+                export = _export(config, proof, causal)
+            return Row(name, direction, proof, remarks, export)
     first = tried["bidirectional"]
     return Row(name, "none", first, first.refused or first.slower or "")
+
+
+def _export(config: Any, proof: Proof, causal: bool) -> str:
+    try:
+        attention = settle(lambda stated: export_differences(config, proof, causal=causal, stated=stated))
+    except UserError as error:
+        return f"refused: {error}"
+    return "equal" if attention is None else f"equal with {attention} attention, which its file states"
 
 
 def _remarks(tried: dict[str, Proof], direction: str) -> str:
@@ -141,35 +132,6 @@ def _remarks(tried: dict[str, Proof], direction: str) -> str:
     before = [f"bidirectional: {tried['bidirectional'].refused}"] if direction == "causal" else []
     alone = [f"causal in itself: {', '.join(proof.alone)}"] if proof.alone else []
     return "; ".join([*before, *alone, *([proof.slower] if proof.slower else [])])
-
-
-@torch.no_grad()
-def _exported(config: Any, proof: Proof, causal: bool) -> tuple[float, float]:
-    """Differences of an export in plain transformers from the states of l2v: alone, and padded on the right."""
-    with quiet_transformers():
-        model = small_model(config)
-        model.set_attn_implementation(proof.path.attention)
-        set_attention(model, causal=causal)
-        drop_nothing(model)
-        set_path(model, proof.path)
-        packed = PackedDecoder(model, causal=causal).eval()
-        generator = np.random.default_rng(1)
-        texts = [generator.integers(5, config.get_text_config().vocab_size and 100, n) for n in LENGTHS]
-        states = packed(pack([Segment(ids) for ids in texts]), "hidden").split(list(LENGTHS))
-        with tempfile.TemporaryDirectory() as folder:
-            save_weights(model, Path(folder))
-            plain = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    single = max(difference(alone(plain, ids), own) for ids, own in zip(texts, states, strict=True))
-    return single, _padded(plain, texts, states)
-
-
-def _padded(plain: PreTrainedModel, texts: list[np.ndarray], states: Sequence[torch.Tensor]) -> float:
-    ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long) + (plain.config.pad_token_id or 0)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)], mask[row, : len(text)] = torch.from_numpy(text), 1
-    out = plain(input_ids=ids, attention_mask=mask)[0]
-    return max(difference(out[row, : len(own)], own) for row, own in enumerate(states))
 
 
 def _limit(measured: float) -> str:

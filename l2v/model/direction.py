@@ -84,7 +84,7 @@ def _reach(model: PreTrainedModel, ids: np.ndarray) -> torch.Tensor:
 
 
 def _layer_reach(model: PreTrainedModel, layer: nn.Module, ids: np.ndarray) -> tuple[bool, bool]:
-    """Whether, in one layer, the first state of the input moves the last of the output, and the last moves the first."""
+    """Whether, in one layer, the first state of the input moves later ones of the output, and the last moves the first."""
     seen: list[torch.Tensor] = []
 
     def run(moved: int | None) -> torch.Tensor:
@@ -108,7 +108,7 @@ def _layer_reach(model: PreTrainedModel, layer: nn.Module, ids: np.ndarray) -> t
         return seen[0][0]
 
     still, first, last = run(None), run(0), run(-1)
-    return difference(first[-1], still[-1]) > TOLERANCE, difference(last[0], still[0]) > TOLERANCE
+    return difference(first[1:], still[1:]) > TOLERANCE, difference(last[0], still[0]) > TOLERANCE
 
 
 def _mixer(layer: nn.Module, family: str) -> str | None:
@@ -128,5 +128,5 @@ def mixers(model: nn.Module) -> str:
     """The layers of a model that carry states along a sequence, for a message."""
     family = type(model).__name__.removesuffix("Model")
     found = {type(m).__name__ for m in model.modules() if type(m).__module__.startswith("transformers")}
-    names = sorted(name for name in found if _carries(name, family) and not name.endswith("Layer"))
+    names = sorted(name for name in found if _carries(name, family) and not name.endswith("DecoderLayer"))
     return f"in {', '.join(names)}" if names else "in no layer that is known to carry it"

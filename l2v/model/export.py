@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from l2v.data.tokens import TextTokenizer
 from l2v.errors import UserError
 from l2v.files import follow_umask
+from l2v.model.export_proof import attention_to_state, save_weights
 from l2v.model.packed import PackedDecoder
-from l2v.model.settings import quiet_transformers
 from l2v.recipe import Template
 from l2v.recipe.instructions import SIDES, Instructions
 
@@ -56,7 +56,7 @@ def _write(
     model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any], instructions: Instructions
 ) -> None:
     decoder = model.decoder
-    save_weights(decoder, folder)
+    save_weights(decoder, folder, attention=attention_to_state(model))
     tokenizer, template = _tokenizer_that_frames(texts)
     tokenizer.save_pretrained(folder)
     header = template.prefix
@@ -89,17 +89,6 @@ def _write(
             "lineage": lineage,
         },
     )
-
-
-def save_weights(decoder: Any, folder: Path) -> None:
-    """Write weights and configuration, as plain transformers reads them."""
-    implementation = decoder.config._attn_implementation
-    decoder.config._attn_implementation = "sdpa"  # the saved config must not name an implementation that only l2v has
-    try:
-        with quiet_transformers():
-            decoder.save_pretrained(folder)
-    finally:
-        decoder.config._attn_implementation = implementation
 
 
 def _prompts(template: Template, instructions: Instructions, pooling: str) -> dict[str, Any]:

@@ -117,9 +117,8 @@ def position_limit(decoder: nn.Module) -> tuple[int, str] | None:
     text = config.get_text_config()
     found = [getattr(text, "rope_parameters", None), getattr(text, "rope_scaling", None)]
     ropes = [rope for rope in found if isinstance(rope, dict)]
-    for rope in ropes + [
-        each for rope in ropes for each in rope.values() if isinstance(each, dict)
-    ]:  # one a kind of layer
+    by_kind = [inner for rope in ropes for inner in rope.values() if isinstance(inner, dict)]
+    for rope in ropes + by_kind:
         if rope.get("rope_type", rope.get("type")) in ("longrope", "dynamic"):
             stated = rope.get("original_max_position_embeddings") or getattr(
                 text, "original_max_position_embeddings", None

@@ -53,7 +53,8 @@ class Proof:
     path: how its batches run. fused: whether its layers run fused. apart: the largest difference of a text alone and among
     others. eager: the largest difference from eager transformers. alone: class names of layers that stay causal in themselves,
     beside attention that sees both ways. slower: why faster paths were not taken, as the rest of a sentence; else None. open: no
-    small copy could be run, so the real model has to be looked at (`check_model`).
+    small copy could be run, so the real model has to be looked at (`check_model`). random: how far two forwards in training mode
+    are apart, where a layer draws random numbers that no key decides; it cannot be trained then.
     """
 
     path: ForwardPath
@@ -64,6 +65,7 @@ class Proof:
     slower: str | None = None
     refused: str | None = None
     open: bool = False
+    random: float | None = None
 
     def note(self) -> str | None:
         """One line on a slower path, or None."""
@@ -106,7 +108,6 @@ def measure(
         why = f"no small copy of this architecture can be made to prove more ({first_line(error)})"
         return Proof(candidates[-1], slower=why, open=True)
     set_attention(model, causal=causal)
-    drop_nothing(model)
     return prove_model(model, candidates, causal=causal, layers=layers)
 
 
@@ -115,7 +116,7 @@ def prove_model(
     model: PreTrainedModel, candidates: Sequence[ForwardPath], *, causal: bool, layers: str = "auto"
 ) -> Proof:
     """The proof of a small model: the first of the paths that passes, or a refusal."""
-    texts = _texts(model)
+    texts = random_texts(model)
     first = candidates[0]
     try:
         expected = _reference(model, texts)
@@ -123,6 +124,7 @@ def prove_model(
     except Exception as error:
         how = "causal" if causal else "bidirectional"
         return Proof(first, refused=f"transformers itself cannot run it with {how} attention: {first_line(error)}")
+    drop_nothing(model)  # after the reference, which it must not change
     width, stated = expected[0].shape[-1], model.config.get_text_config().hidden_size
     if width != stated:
         wrong = f"its states are {width} wide where hidden_size says {stated}"
@@ -152,7 +154,8 @@ def _reference(model: PreTrainedModel, texts: list[np.ndarray]) -> list[torch.Te
         return [alone(model, ids) for ids in texts]
 
 
-def _texts(model: PreTrainedModel) -> list[np.ndarray]:
+def random_texts(model: PreTrainedModel) -> list[np.ndarray]:
+    """Texts of LENGTHS without special tokens, int64 each."""
     config = model.config.get_text_config()
     generator = np.random.default_rng(0)
     special = {v for k, v in vars(config).items() if k.endswith("token_id") and isinstance(v, int)}
@@ -180,10 +183,7 @@ def _try(
             return f"states are {eager:.2g} off transformers' own eager attention"
         moved = [difference(run([*texts[:at], last_changed(texts[at])])[at], together[at]) for at in (1,)]
         assert moved[0] > TOLERANCE  # the last token moves its own state
-        random = _draws(packed, texts)
-        if random is not None:
-            return f"a layer draws random numbers in training ({random:.2g})"
-        return Proof(path, packed.fused is not None, apart, eager)
+        return Proof(path, packed.fused is not None, apart, eager, random=_draws(packed, texts))
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def check_model(run: Any, model: PackedDecoder, *, name: str) -> float:
     where, training = next(model.parameters()).device, model.training
     model.eval()
     try:
-        texts = _texts(getattr(model.decoder, "get_base_model", lambda: model.decoder)())[:4]
+        texts = random_texts(getattr(model.decoder, "get_base_model", lambda: model.decoder)())[:4]
 
         def states(each: list[np.ndarray]) -> torch.Tensor:
             batch = pack([Segment(ids, example=at) for at, ids in enumerate(each)]).to(where)

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+DROPS = ("dropout", "drop_prob", "drop_path", "layerdrop")
+
 
 @contextlib.contextmanager
 def quiet_transformers():
@@ -73,5 +75,5 @@ def drop_nothing(model: nn.Module) -> None:
             module.p = 0.0
             continue
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and any(word in name for word in ("drop", "jitter")):
+            if isinstance(value, float) and any(word in name for word in DROPS):
                 setattr(module, name, 0.0)

@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModel
 from l2v import Encoder
 from l2v.batch import Segment, pack
 from l2v.errors import Notice, RecipeError, UserError
+from l2v.model import export_proof
 from l2v.model import proof as proofs
+from l2v.model.export_proof import attention_to_state, save_weights
 from l2v.model.load import inner_model, load_model, proof_of
 from l2v.model.packed import PackedDecoder
 from l2v.model.path import ForwardPath, set_path
@@ -143,10 +145,49 @@ def test_a_causal_fused_layer_is_caught(monkeypatch):
     assert "off transformers' own eager attention" in proof.refused
 
 
-def test_dropout_of_the_architecture_is_caught():
-    model = small(AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=96))
-    model.h[0].mlp.dropout.p = 0.1
-    assert "draws random numbers in training" in prove_model(model, paths(), causal=False).refused
+def test_dropout_of_the_architecture_is_off_and_another_random_layer_seen(monkeypatch):
+    """GPT-2 brings dropout of 0.1; two forwards of a step (gradient cache) would differ."""
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=96)
+    assert config.resid_pdrop > 0 and measure(config, backend="l2v", causal=False).random is None
+    monkeypatch.setattr(proofs, "drop_nothing", lambda model: None)
+    proof = measure(config, backend="l2v", causal=False)
+    assert proof.random > 1e-3 and not proof.refused
+
+
+def test_a_setting_that_is_no_dropout_stays():
+    """Phi's mixture of experts reads its jitter in evaluation too."""
+    model = small_model(AutoConfig.for_model("phimoe", **SHAPE, num_local_experts=4))
+    before = model.layers[0].mlp.router_jitter_noise if hasattr(model.layers[0].mlp, "router_jitter_noise") else 0.01
+    drop_nothing(model)
+    after = [v for m in model.modules() for k, v in vars(m).items() if k == "router_jitter_noise"]
+    assert after and all(v == before for v in after)
+
+
+@pytest.mark.parametrize(("family", "states"), [("stablelm", "eager"), ("llama", None), ("gpt2", None)])
+def test_an_export_that_transformers_would_read_causally_states_its_attention(family, states, tmp_path):
+    """StableLM under SDPA looks at its module's flag, not at the configuration."""
+    base = Base(model="x", init="random", config=SHAPE | {"model_type": family, "initializer_range": 0.3})
+    packed = PackedDecoder(inner_model(load_model(base, head=False, dtype=torch.float32))).eval()
+    attention = attention_to_state(packed)
+    assert attention == states
+    save_weights(packed.decoder, tmp_path, attention=attention)
+    plain = AutoModel.from_pretrained(tmp_path).eval()
+    ids = np.arange(5, 21)
+    with torch.no_grad():
+        expected = packed(pack([Segment(ids)]), "hidden")
+        torch.testing.assert_close(plain(torch.from_numpy(ids)[None])[0][0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_export_that_would_compute_something_else_is_refused(monkeypatch):
+    base = Base(model="x", init="random", config=SHAPE | {"model_type": "llama"})
+    packed = PackedDecoder(inner_model(load_model(base, head=False, dtype=torch.float32))).eval()
+    monkeypatch.setattr(
+        export_proof,
+        "save_weights",
+        lambda model, folder, **k: model.config.update({"is_causal": True}) or save_weights(model, folder),
+    )
+    with pytest.raises(UserError, match="cannot be exported: plain transformers would compute something else"):
+        attention_to_state(packed)
 
 
 def test_the_first_use_is_measured_and_the_next_read(monkeypatch, tmp_path):
