@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -147,7 +148,7 @@ def load_model(
 
 def proof_of(model: nn.Module) -> Proof:
     """The proof of a model of `load_model`, also with adapters."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return inner.l2v_proof
 
 

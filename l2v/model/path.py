@@ -68,8 +68,10 @@ class Grid:
         valid_nt = column_t < torch.tensor(lengths)[:, None]
         tokens_nt = (starts[:, None] + column_t).masked_fill(~valid_nt, 0)
         slots, where = valid_nt.flatten().nonzero()[:, 0], batch.input_ids_T.device
-        tensors = (moved(x, where) for x in (tokens_nt, valid_nt, slots, tokens_nt.flatten()[slots]))
-        return cls(*tensors, rows, lengths)
+        places = tokens_nt.flatten()[slots]
+        return cls(
+            moved(tokens_nt, where), moved(valid_nt, where), moved(slots, where), moved(places, where), rows, lengths
+        )
 
 
 def grids(batch: PackedBatch, layout: Layout, *, at_once: bool) -> list[Grid]:

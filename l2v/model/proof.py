@@ -32,13 +32,13 @@ from l2v.files import replace_text
 from l2v.model.direction import TOLERANCE, alone, difference, direction, last_changed, mixers
 from l2v.model.embedded import cache_folder
 from l2v.model.packed import PackedDecoder
-from l2v.model.path import ForwardPath, set_path
+from l2v.model.path import ForwardPath, Layout, set_path
 from l2v.model.settings import drop_nothing, quiet_transformers, set_attention
 from l2v.model.small import WINDOW, small_model
 
 LENGTHS = (3 * WINDOW - 1, WINDOW, 1, 2 * WINDOW - 1, 3 * WINDOW - 1, WINDOW + 2)
 """Of the texts: within the copy's window, beyond it, and twice the same length."""
-PATHS = {
+PATHS: dict[str, tuple[tuple[Layout, str], ...]] = {
     "l2v": (("packed", "l2v"), ("padded", "l2v"), ("padded", "sdpa"), ("padded", "eager"), ("rows", "eager")),
     "sdpa": (("packed", "sdpa"), ("padded", "sdpa"), ("padded", "eager"), ("rows", "eager")),
     "flash_attention_2": (("packed", "flash_attention_2"),),

@@ -231,8 +231,11 @@ def _cut(config: Any, depth: int, layers: int) -> None:
             setattr(config, key, layers)
         elif isinstance(value, list | tuple) and len(value) == depth:
             setattr(config, key, value[:layers])
-        elif isinstance(value, dict) and value and all(str(at).isdigit() for at in value):  # settings of single layers
-            setattr(config, key, {at: each for at, each in value.items() if int(at) < layers})
         elif key == "attention_types" and isinstance(value, list):  # GPT-Neo: kinds and how often they repeat
             each = [kind for kinds, times in value for _ in range(times) for kind in kinds]
             setattr(config, key, [[each[:layers], 1]])
+    single = getattr(
+        vars(config).get("_heterogeneity_spec"), "per_layer_overrides", {}
+    )  # settings of single layers (Gemma 4)
+    for at in [at for at in single if at >= layers]:
+        del single[at]
