@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from l2v.errors import Notice, UserError, first_line
 from l2v.model.adapter_file import PREFIX, AdapterFile, read_adapter
-from l2v.model.load import quiet_transformers
+from l2v.model.settings import quiet_transformers
 from l2v.model.vocabulary import grow_embedding, rows_of
 
 HEADS = ("lm_head", "embed_out", "score", "classifier")
