@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         help="time for the calibration, whose rates later runs are compared with; 0 measures nothing (default: 10)",
     )  # fmt: skip
     p.add_argument(
-        "--bases", nargs="?", const="", metavar="NAME,NAME",
+        "--bases", nargs="?", const="", metavar="NAMES",
         help="instead: the matrix of docs/bases.md, which architectures can be a base and how they run, measured here (minutes); "
         "or only the architectures named, by their model_type",
     )  # fmt: skip

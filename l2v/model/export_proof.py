@@ -76,7 +76,7 @@ def export_differences(
     states = packed(pack([Segment(ids) for ids in texts]), "hidden").split(list(LENGTHS))
     with tempfile.TemporaryDirectory() as folder:
         save_weights(model, Path(folder), attention=stated)
-        plain = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        plain = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     single = max(difference(alone(plain, ids), own) for ids, own in zip(texts, states, strict=True))
     return single, _padded(plain, texts, states)
 
