@@ -175,7 +175,7 @@ def _load(
     trust_remote_code: bool,
 ) -> PreTrainedModel:  # fmt: skip
     auto = AutoModelForCausalLM if head else AutoModel
-    _attention_implementation(base)
+    _prepare_attention(base)
     implementation = path.attention
     if base.init == "random":
         torch.manual_seed(seed)
@@ -216,7 +216,8 @@ def _load(
     return model
 
 
-def _attention_implementation(base: Base) -> str:
+def _prepare_attention(base: Base) -> None:
+    """Register l2v's attention with transformers; raises RecipeError where flash-attn is asked for and missing."""
     if base.backend == "l2v":
         from l2v_kernels.integrations.transformers import register
 
@@ -229,7 +230,6 @@ def _attention_implementation(base: Base) -> str:
                 "base.backend flash_attention_2 needs the package flash-attn and a GPU: pip install 'l2v[flash-attn]', "
                 "or use base.backend=l2v"
             )
-    return base.backend
 
 
 def inner_model(model: PreTrainedModel) -> PreTrainedModel:

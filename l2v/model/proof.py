@@ -31,6 +31,7 @@ from l2v.errors import UserError, first_line
 from l2v.files import replace_text
 from l2v.model.direction import TOLERANCE, alone, difference, direction, last_changed, mixers
 from l2v.model.embedded import cache_folder
+from l2v.model.memory import is_out_of_memory
 from l2v.model.packed import PackedDecoder
 from l2v.model.path import ForwardPath, Layout, set_path
 from l2v.model.settings import drop_nothing, quiet_transformers, set_attention
@@ -54,7 +55,8 @@ class Proof:
     others. eager: the largest difference from eager transformers. alone: class names of layers that stay causal in themselves,
     beside attention that sees both ways. slower: why faster paths were not taken, as the rest of a sentence; else None. open: no
     small copy could be run, so the real model has to be looked at (`check_model`). random: how far two forwards in training mode
-    are apart, where a layer draws random numbers that no key decides; it cannot be trained then.
+    are apart, where a layer draws random numbers that no key decides; it cannot be trained then. lasting: whether the next use
+    may rely on it; not where an error decided that may have been of this moment, such as too little memory.
     """
 
     path: ForwardPath
@@ -66,6 +68,7 @@ class Proof:
     refused: str | None = None
     open: bool = False
     random: float | None = None
+    lasting: bool = True
 
     def note(self) -> str | None:
         """One line on a slower path, or None."""
@@ -88,7 +91,7 @@ def prove(
         return kept
     with quiet_transformers():
         proof = measure(config, backend=backend, causal=causal, layers=layers, trust_remote_code=trust_remote_code)
-    if file is not None:
+    if file is not None and proof.lasting:
         with suppress(OSError):  # a cache folder that cannot be written costs time, nothing else
             file.parent.mkdir(parents=True, exist_ok=True)
             replace_text(file, json.dumps(asdict(proof), indent=1) + "\n")
@@ -106,7 +109,7 @@ def measure(
         model = small_model(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         why = f"no small copy of this architecture can be made to prove more ({first_line(error)})"
-        return Proof(candidates[-1], slower=why, open=True)
+        return Proof(candidates[-1], slower=why, open=True, lasting=not _of_this_moment(error))
     set_attention(model, causal=causal)
     return prove_model(model, candidates, causal=causal, layers=layers)
 
@@ -123,7 +126,8 @@ def prove_model(
         wrong, alone = direction(model, texts, causal)
     except Exception as error:
         how = "causal" if causal else "bidirectional"
-        return Proof(first, refused=f"transformers itself cannot run it with {how} attention: {first_line(error)}")
+        why = f"transformers itself cannot run it with {how} attention: {first_line(error)}"
+        return Proof(first, refused=why, lasting=False)
     drop_nothing(model)  # after the reference, which it must not change
     width, stated = expected[0].shape[-1], model.config.get_text_config().hidden_size
     if width != stated:
@@ -131,16 +135,24 @@ def prove_model(
     if wrong:
         return Proof(first, refused=wrong)
     failures: list[str] = []
+    errors: list[Exception] = []
     for path in candidates:
         try:
             found = _try(model, path, texts, expected, causal=causal, layers=layers)
         except Exception as error:
             failures.append(f"{path.name}: {first_line(error)}")
+            errors.append(error)
             continue
         if isinstance(found, Proof):
-            return replace(found, alone=alone, slower=failures[0] if failures else None)
+            lasting = not any(map(_of_this_moment, errors))
+            return replace(found, alone=alone, slower=failures[0] if failures else None, lasting=lasting)
         failures.append(f"{path.name}: {found}")
-    return Proof(first, refused="; ".join(failures))
+    return Proof(first, refused="; ".join(failures), lasting=not errors)
+
+
+def _of_this_moment(error: Exception) -> bool:
+    """Whether an error may be gone at the next use: memory, files, an installation that is repaired."""
+    return isinstance(error, OSError | ImportError) or is_out_of_memory(error)
 
 
 def _reference(model: PreTrainedModel, texts: list[np.ndarray]) -> list[torch.Tensor]:

@@ -1,7 +1,6 @@
 """The proof of a base: what it passes, what it sends to a slower path, and the breaches it catches."""
 
 import dataclasses
-import json
 import warnings
 
 import numpy as np
@@ -204,9 +203,46 @@ def test_the_first_use_is_measured_and_the_next_read(monkeypatch, tmp_path):
     monkeypatch.setattr(proofs.transformers, "__version__", "0.0")
     prove(LLAMA, backend="l2v", causal=False)
     assert len(measured) == 5
-    file = next((tmp_path / "cache" / "proofs").glob("*.json"))
-    file.write_text("{")  # a damaged file is measured again
-    assert json.loads("[]") == [] and proofs._read(file) is None
+    for file in (tmp_path / "cache" / "proofs").glob("*.json"):
+        file.write_text("{")
+    prove(LLAMA, backend="l2v", causal=False)
+    assert len(measured) == 6, "a damaged file is measured again"
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (MemoryError("room"), False),
+        (OSError("disk"), False),
+        (ImportError("half"), False),
+        (ValueError("shape"), True),
+    ],
+)
+def test_what_may_be_gone_at_the_next_use_is_not_kept(monkeypatch, tmp_path, error, kept):
+    """The packed path fails with an error and a row a text passes: slower, and only kept where the error will stay."""
+    attempt = proofs._try
+
+    def fails_packed(model, path, *args, **kwargs):
+        if path.layout == "packed":
+            raise error
+        return attempt(model, path, *args, **kwargs)
+
+    monkeypatch.setattr(proofs, "_try", fails_packed)
+    found = prove(LLAMA, backend="l2v", causal=False)
+    assert found.path.layout == "padded" and str(error) in found.slower and found.lasting == kept
+    monkeypatch.setattr(proofs, "_try", attempt)
+    assert prove(LLAMA, backend="l2v", causal=False).path.layout == ("padded" if kept else "packed")
+
+
+def test_a_refusal_by_an_error_is_not_kept_and_one_by_values_is(monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(proofs, "_reference", lambda *_: [][0])
+        assert "transformers itself" in prove(LLAMA, backend="l2v", causal=False).refused
+    assert prove(LLAMA, backend="l2v", causal=False).refused is None
+    with monkeypatch.context() as patched:
+        patched.setattr(proofs, "_try", lambda *_, **__: "a text's states change by 1 with the texts beside it")
+        assert prove(LLAMA, backend="sdpa", causal=False).refused
+    assert prove(LLAMA, backend="sdpa", causal=False).refused, "measured: kept"
 
 
 HYBRIDS = {

@@ -85,7 +85,7 @@ class FusedStack:
     ) -> torch.Tensor:
         """hidden_TE after the final norm, in the model's dtype; dropout only in training mode.
 
-        read_R: tokens after whose attention alone the last layer goes on, int64, each once; all others give keys and values.
+        read_R: the tokens that the last layer computes after its attention, int64, each once; others give keys and values.
         The result has their rows. Their queries stay in the one matmul of q, k and v: apart from it they would save .2% of
         a step of 8B, and cost a dozen launches.
         pooling: weights (float32 [T] or [R]) and borders (int32 [S+1]) of the segments among the rows of the result; gives
