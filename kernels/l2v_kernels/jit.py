@@ -72,12 +72,11 @@ def kind_of(args: tuple[Any, ...], device: int, constants: dict[str, Any]) -> tu
     key: list[Any] = [device]
     for value in args:
         kind = type(value)
-        if kind is torch.Tensor or kind is torch.nn.Parameter:
+        if kind is _TENSOR or kind is _PARAMETER:
             key.append(value.dtype)
             key.append(value.data_ptr() & 15 == 0)
         elif kind is int:
-            narrow = -0x80000000 <= value <= 0x7FFFFFFF
-            key.append((value & 15 == 0) + 2 * (value == 1) + 4 * narrow + 8 * (value >> 63))
+            key.append(_KINDS.get(value) or _kind_of_integer(value))
         elif kind is float:
             key.append(float)
         elif kind is TensorDescriptor:
@@ -87,3 +86,18 @@ def kind_of(args: tuple[Any, ...], device: int, constants: dict[str, Any]) -> tu
             return None
     values = constants.values()
     return (*key, *constants, *values, *map(type, values))
+
+
+# Looked up once: attributes of modules take a tenth of a launch.
+_TENSOR, _PARAMETER = torch.Tensor, torch.nn.Parameter
+_KINDS: dict[int, int] = {}
+_MOST_KINDS = 4096
+"""Sizes and strides come again and again; seeds do not, and may not fill the memory."""
+
+
+def _kind_of_integer(value: int) -> int:
+    narrow = -0x80000000 <= value <= 0x7FFFFFFF
+    kind = 16 + (value & 15 == 0) + 2 * (value == 1) + 4 * narrow - 8 * (value >> 63)
+    if len(_KINDS) < _MOST_KINDS:
+        _KINDS[value] = kind
+    return kind
