@@ -96,8 +96,8 @@ def text_lines(
 ) -> Generator[str]:
     """The lines of a text file with their ends (CR, LF or CRLF); `shown` is its name in messages.
 
-    UTF-8 and UTF-16, with or without a byte order mark. A line that is not UTF-8 is read in the one of `LEGACY` that
-    fits the file best, and counted in `reading`: files that were joined from several sources mix encodings. escape: its
+    UTF-8 and UTF-16, with or without a byte order mark, and UTF-32 with one. A line that is not UTF-8 is read in the one of
+    `LEGACY` that fits the file best, and counted in `reading`: files that were joined from several sources mix encodings. escape: its
     bytes above 127 become surrogates instead, for `surrogateescape` to give back.
 
     Raises:
@@ -109,7 +109,7 @@ def text_lines(
             head = stream.peek(4096)[:4096] if isinstance(stream, io.BufferedReader) else _peek(path)
             _check_text(head, shown)
             if wide := _wide(head):
-                reading.decoded(shown, "UTF-16", None)
+                reading.decoded(shown, wide[:6].upper(), None)
                 yield from io.TextIOWrapper(stream, encoding=wide, newline="")
                 return
             legacy: str | None = None
@@ -187,7 +187,9 @@ def _peek(path: str | Path) -> bytes:
 
 
 def _wide(head: bytes) -> str | None:
-    """The name of UTF-16 (and the order of its bytes where no byte order mark says it); None for another encoding."""
+    """The name of UTF-16 or UTF-32 (with the order of bytes where no byte order mark says it); None for another encoding."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # before UTF-16, whose mark begins that of UTF-32
+        return "utf-32"
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     sides = [head[0::2].count(0), head[1::2].count(0)]

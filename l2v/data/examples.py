@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, Protocol
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from l2v.batch import Segment
 from l2v.data.mixture import Mixture
@@ -23,6 +25,8 @@ class Examples(Protocol):
     """Number of segments of every example: int64 [examples]."""
     notes: list[str]
     """Messages about the data to log, a sentence each."""
+    rows: datasets.Dataset
+    """The tokenised rows, with their token ids in the column `ids`."""
     rows_of: np.ndarray
     """The row that every example comes from, or begins in: int64 [examples]."""
     mixture: Mixture | None
@@ -194,6 +198,15 @@ def _columns(ids: list, starts: list, keys: list, cut: int, groups: list | None)
     counts = [len(example) for example in ids]
     columns = {"ids": ids, "starts": starts, "keys": keys, "n": tokens, "segments": counts, "cut": cuts}
     return columns if groups is None else columns | {"group": groups}
+
+
+def token_buffers(rows: datasets.Dataset) -> Iterator[np.ndarray]:
+    """The token ids of tokenised rows in order, in arrays of many rows that are read from the cache's file."""
+    for chunk in rows.with_format("arrow").iter(batch_size=10_000):
+        ids = chunk["ids"].combine_chunks()
+        while pa.types.is_list(ids.type) or pa.types.is_large_list(ids.type):
+            ids = ids.flatten()
+        yield ids.to_numpy(zero_copy_only=False)
 
 
 def _notes(rows: datasets.Dataset, what: str, length: int) -> list[str]:

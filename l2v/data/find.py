@@ -22,6 +22,8 @@ HINTS = {
     ".pdf": "save its text as .txt", ".html": "save its text as .txt", ".md": "give it the ending .txt",
     ".zip": "unpack it", ".arrow": "save it as .parquet", ".feather": "save it as .parquet",
 }  # fmt: skip
+LOCKS = "~$"
+"""How names of the files begin that spreadsheet programs leave next to an open workbook."""
 # Files about data, which data sets of the Hub and of `l2v data build` hold next to it.
 ABOUT = ("report.json", "dataset_info.json", "dataset_infos.json", "state.json", "readme.txt", "license.txt")
 
@@ -63,7 +65,7 @@ def find_files(path: str, folder: str | None = None) -> list[Path]:
         hint = _nearby(full) or ("" if folder else "; give a file, a folder, hub:NAME or sample:da/train")
         raise UserError(f"{path}: file not found{hint}")
     found = sorted(Path(p) for p in glob.glob(str(full), recursive=True) if Path(p).is_file())
-    readable = [file for file in found if is_readable(file)]
+    readable = [file for file in found if is_readable(file) and not file.name.startswith(LOCKS)]
     if not readable:
         others = f"; it matches only files of other types: {listed([f.name for f in found], 3)}" if found else ""
         raise UserError(f"{path}: no readable file matches{others}; use {READABLE}")
@@ -76,7 +78,7 @@ def left_out(path: str) -> str | None:
     if not full.is_dir():
         return None
     names = (f.name for f in full.iterdir() if f.is_file() and not is_readable(f))
-    others = sorted(name for name in names if not name.startswith((".", "~$")))
+    others = sorted(name for name in names if not name.startswith((".", LOCKS)))
     if not others:
         return None
     hints = sorted(
@@ -97,7 +99,7 @@ def _of_folder(folder: Path, shown: str) -> list[Path]:
 
 
 def _is_data(file: Path) -> bool:
-    return is_readable(file) and not file.name.startswith((".", "~$")) and file.name.lower() not in ABOUT
+    return is_readable(file) and not file.name.startswith((".", LOCKS)) and file.name.lower() not in ABOUT
 
 
 def _nearby(path: Path) -> str:

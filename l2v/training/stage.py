@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from l2v.data.collate import Masking
+from l2v.data.examples import token_buffers
 from l2v.data.open import open_examples, settled
 from l2v.data.tokens import TextTokenizer, check_vocabulary, load_tokenizer
 from l2v.errors import UserError
@@ -42,6 +43,8 @@ from l2v.training.watchdog import Watchdog
 
 FEW_PAIRS = 500
 """Training on fewer pairs is warned of."""
+EXAMPLES = "examples"
+"""In a checkpoint's facts: what it was trained on."""
 
 
 @dataclass
@@ -104,7 +107,8 @@ def train_stage(
     check_model(engine, model, name=recipe.base.model)
     job = Job(
         name=name, stage=stage, seed=seed, folder=folder, examples=data.examples, masking=masking, parameters=parameters,
-        facts={"world": world}, tracking=recipe.tracking, watchdog=watch, profile=recipe.profile, grown_from=claimed.grown_from,
+        facts={"world": world, EXAMPLES: _summary(data.examples)},
+        tracking=recipe.tracking, watchdog=watch, profile=recipe.profile, grown_from=claimed.grown_from,
         cost=placed.cost,
         evaluate=evaluator(engine, stage, data.held_out, masking) if data.held_out else None,
     )  # fmt: skip
@@ -246,18 +250,24 @@ def _open_data(recipe: Recipe, name: str) -> StageData:
 
 
 def _check_data(data: StageData, name: str, stage: Stage, resume: checkpoint.Checkpoint | None) -> None:
-    """Check that all ranks read the same examples and the same checkpoint, and that there are enough examples.
+    """Check that all ranks read the same examples and the same checkpoint, and that the checkpoint's are these.
 
     Raises:
-        UserError: ranks differ, or a contrastive stage has fewer than two examples.
+        UserError: ranks differ, the data changed since the checkpoint, or a contrastive stage has fewer than two examples.
     """
+    examples = _summary(data.examples)
     agree(
         {
-            f"the examples of stage '{name}'": _summary(data.examples),
+            f"the examples of stage '{name}'": examples,
             f"the held-out examples of stage '{name}'": _summary(data.held_out) if data.held_out else None,
             f"the checkpoint of stage '{name}'": resume and f"step {resume.step} ({resume.facts['sha256'][:12]})",
         }
     )
+    if resume and (before := resume.facts.get(EXAMPLES, examples)) != examples:
+        raise UserError(
+            f"stage '{name}': its data have changed since the checkpoint of step {resume.step} ({before} then, {examples} now), "
+            f"and what follows would not be what one run gives; restore them, or train from scratch with --fresh --stage {name}"
+        )
     if len(data.examples) < 2 and isinstance(stage, Contrastive):
         raise UserError(f"stage '{name}': {len(data.examples)} example leaves no in-batch negatives; give at least 2")
 
@@ -311,9 +321,11 @@ def check_prefixes(recipe: Recipe, name: str) -> list[str]:
 
 
 def _summary(examples) -> str:
-    """Number and lengths of the examples, so that ranks notice if they read different rows."""
-    digest = hashlib.blake2b(examples.lengths.tobytes() + examples.segments.tobytes(), digest_size=6).hexdigest()
-    return f"{len(examples)} examples, {int(examples.lengths.sum())} tokens (lengths {digest})"
+    """Number and contents of the examples: ranks notice if they read different rows, and a resumed stage if they changed."""
+    digest = hashlib.blake2b(examples.lengths.tobytes() + examples.segments.tobytes(), digest_size=6)
+    for ids in token_buffers(examples.rows):
+        digest.update(ids)
+    return f"{len(examples)} examples, {int(examples.lengths.sum())} tokens, hash {digest.hexdigest()}"
 
 
 def _masking(stage: Stage, texts: TextTokenizer, mask_token: str, model: PackedDecoder) -> Masking | None:

@@ -60,6 +60,7 @@ def test_a_folder_of_all_forms_has_the_rows_of_all(tmp_path):
     ("encoding", "said"),
     [
         ("utf-8", None), ("utf-8-sig", None), ("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("utf-16-be", "UTF-16"),
+        ("utf-32", "UTF-32"),
         ("cp1252", "Windows-1252"), ("cp850", "DOS code page 850"), ("mac_roman", "Mac OS Roman"),
     ],
 )  # fmt: skip
@@ -345,4 +346,7 @@ def test_files_that_are_left_out_are_named_with_what_to_do(tmp_path):
     assert reading.notes[0] == (
         f"{tmp_path}: files of other types are not read: brev.docx, gammel.xls, logo.png (.docx: save it as .txt, .xls: save it "
         "as .xlsx)"
+    )
+    assert len(pairs(Source(str(tmp_path / "*")))[0]) == len(ROWS), (
+        "an open workbook's lock is no workbook, for a glob either"
     )

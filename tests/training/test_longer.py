@@ -45,6 +45,20 @@ def test_four_steps_then_seven_are_seven(run_here, recipe, tmp_path):
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 6, 7]
 
 
+def test_data_that_changed_since_the_checkpoint_are_refused(run_here, recipe, tmp_path):
+    """Two documents change places: as many tokens of the same lengths, and another run."""
+    run_here(recipe, "--stage", "mntp", "steps=2")
+    first, file = adapter(tmp_path / "run"), tmp_path / "documents.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    same = next(i for i in range(1, len(lines)) if lines[i] != lines[0])
+    file.write_text("".join([lines[same], *lines[1:same], lines[0], *lines[same + 1 :]]))
+    refused = run_here(recipe, "--stage", "mntp", "steps=3", expect=1)
+    assert "stage 'mntp': its data have changed since the checkpoint of step 2" in refused and "--fresh" in refused
+    assert adapter(tmp_path / "run") == first
+    file.write_text("".join(lines))
+    assert "continues after step 2" in run_here(recipe, "--stage", "mntp", "steps=3")
+
+
 def test_an_adapter_of_fewer_steps_is_not_taken_for_done(run_here, recipe, tmp_path, monkeypatch):
     """The start that was asked for more steps ends before they are trained; the next one trains them."""
     from l2v.training import stage as module
