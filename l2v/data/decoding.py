@@ -97,8 +97,8 @@ def text_lines(
     """The lines of a text file with their ends (CR, LF or CRLF); `shown` is its name in messages.
 
     UTF-8 and UTF-16, with or without a byte order mark, and UTF-32 with one. A line that is not UTF-8 is read in the one of
-    `LEGACY` that fits the file best, and counted in `reading`: files that were joined from several sources mix encodings. escape: its
-    bytes above 127 become surrogates instead, for `surrogateescape` to give back.
+    `LEGACY` that fits the file best, and counted in `reading`: files that were joined from several sources mix encodings.
+    escape: its bytes above 127 become surrogates instead, for `surrogateescape` to give back.
 
     Raises:
         UserError: for a damaged archive, and for a file that is not text.

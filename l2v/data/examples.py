@@ -200,13 +200,13 @@ def _columns(ids: list, starts: list, keys: list, cut: int, groups: list | None)
     return columns if groups is None else columns | {"group": groups}
 
 
-def token_buffers(rows: datasets.Dataset) -> Iterator[np.ndarray]:
-    """The token ids of tokenised rows in order, in arrays of many rows that are read from the cache's file."""
+def token_buffers(rows: datasets.Dataset) -> Iterator[memoryview]:
+    """The bytes of tokenised rows' token ids, in order, many rows at a time."""
     for chunk in rows.with_format("arrow").iter(batch_size=10_000):
         ids = chunk["ids"].combine_chunks()
         while pa.types.is_list(ids.type) or pa.types.is_large_list(ids.type):
             ids = ids.flatten()
-        yield ids.to_numpy(zero_copy_only=False)
+        yield memoryview(ids.to_numpy(zero_copy_only=False))
 
 
 def _notes(rows: datasets.Dataset, what: str, length: int) -> list[str]:
