@@ -216,7 +216,7 @@ def _check_data(data: StageData, name: str, stage: Stage, resume: checkpoint.Che
 
 
 def _train_checked(engine, job: Job, resume: checkpoint.Checkpoint | None, rank: int) -> dict[str, torch.Tensor]:
-    """Run the loop; returns the adapter's fp32 weights. With L2V_CHECK=1 the frozen weights are compared bit by bit.
+    """Run the loop; returns the trained weights, fp32, on rank 0 alone. With L2V_CHECK=1 the frozen weights are compared bit by bit.
 
     Raises:
         OutOfMemory: memory ran out where a step cannot be repeated; the next start uses smaller micro-batches.
@@ -240,7 +240,7 @@ def _train_checked(engine, job: Job, resume: checkpoint.Checkpoint | None, rank:
             raise UserError(
                 f"stage '{job.name}': frozen weights changed during training; the adapter does not fit the base"
             )
-    return {key: final[f"weight.{key}"] for key in job.parameters}
+    return {key: final[f"weight.{key}"] for key in job.parameters} if rank == 0 else {}
 
 
 def check_prefixes(recipe: Recipe, name: str) -> list[str]:
