@@ -20,9 +20,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from l2v.errors import UserError, first_line
-from l2v.files import follow_umask, sha256
-
-LINEAGE = "lineage.json"
+from l2v.files import follow_umask
+from l2v.model.lora import LINEAGE, sha256
 
 
 def train_all(inner: PreTrainedModel) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from l2v.errors import UserError
 from l2v.model.embedded import SMOLLM2
 from l2v.model.export import ENCODER_FILE
 from l2v.runs.facts import StageFacts, read_json, read_results, read_run
-from l2v.runs.folder import is_stage, stage_folders
+from l2v.runs.folder import is_stage, result_of, stage_folders
 from l2v.runs.names import near
 
 HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -141,8 +141,8 @@ def earlier_adapters(model: Model) -> list[tuple[str, Path | None]]:
     """Adapters merged before a stage's own, oldest first: a name, and the folder on this machine (None: on the hub)."""
     out = []
     for at, entry in enumerate(model.lineage["merged"]):
-        beside = model.folder.parent / entry.get("stage", "") / "adapter"
-        folder = beside if "stage" in entry and beside.is_dir() else Path(entry["adapter"])
+        beside = result_of(model.folder.parent / entry["stage"]) if "stage" in entry else None
+        folder = beside or Path(entry["adapter"])
         if folder.is_dir():
             out.append((f"adapters/{at + 1}-{entry.get('stage', folder.name)}", folder))
         else:
