@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from support.processes import ROOT, free_port, hide_gpus, training_environment
+from support.processes import NULL_GPU, ROOT, free_port, hide_gpus, is_gpu_test, on_null_gpu, training_environment
 
 # An installed distribution is on the path by itself; a bare checkout is not.
 for folder in (ROOT, ROOT / "kernels"):
@@ -37,6 +37,16 @@ def pytest_collection_modifyitems(items):
         "test_plan_memory.py",
     )
     items.sort(key=lambda item: not {item.path.name, item.path.parent.name}.intersection(long))
+    if on_null_gpu():
+        for item in items:
+            if is_gpu_test(item.path.name):
+                item.add_marker(pytest.mark.skipif(True, reason=NULL_GPU))
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [report for report in terminalreporter.getreports("skipped") if NULL_GPU in str(report.longrepr)]
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} GPU tests skipped, {NULL_GPU}")
 
 
 WHO = ("Hunden", "Katten", "En gammel mand", "Min søster", "Den lille pige", "Vores nabo", "Læreren", "En fisker")

@@ -186,6 +186,7 @@ def gpus(monkeypatch):
         ):
             monkeypatch.setattr(owner, attribute, value)  # raises where torch has no such name
         monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # nobody hid them
         report = Report()
         report.add("devices", hardware.devices)
         return report

@@ -168,6 +168,7 @@ def null_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "null GPU sm_90")
     monkeypatch.setenv("TRITON_CACHE_DIR", "triton")
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # nobody hid it
 
 
 def test_the_null_gpu_has_no_speed(null_gpu, tmp_path):

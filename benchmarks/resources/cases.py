@@ -154,7 +154,7 @@ def _rms_norm(arch):
     from l2v_kernels.rms_norm import kernel
 
     states = {"x_ptr", "delta_ptr", "weight_ptr", "sum_ptr", "y_ptr", "dy_ptr", "dsum_ptr", "dx_ptr"}
-    for name, flags in (("forward", {"DELTA": True, "KNOWN": False}), ("backward", {"DSUM": True})):
+    for name, flags in (("forward", {"DELTA": True}), ("backward", {"DSUM": True})):
         function = getattr(kernel, f"rms_norm_{name}_kernel")
         pointers = {p.name: "*fp32" for p in function.params if p.name.endswith("_ptr") and p.name not in states}
         constants = {"HEADS": 1, "WIDTH": 4096} | flags
@@ -181,5 +181,5 @@ def _fp8(arch):
     yield _case(
         "fp8", "quantize rows", arch, "4,096 wide", kernel.rows_kernel, pointers, constants, kernel.config(4096)
     )
-    config = kernel.WIDE_CONFIG
+    config = kernel.WIDE_CONFIG[2]
     yield _case("fp8", "quantize rows", arch, "wide", kernel.wide_rows_kernel, pointers, {"FACTORS": True}, config)

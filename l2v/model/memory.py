@@ -118,12 +118,13 @@ class TailMemory:
     """Bytes at the end of a forward.
 
     kept: for the backward of the loss. work: temporary, while the loss and its backward run. backward: what the engine
-    allocates during the backward of the layers.
+    allocates during the backward of the layers. unread: tokens that the last fused layer leaves out after its attention.
     """
 
     kept: int = 0
     work: int = 0
     backward: int = 0
+    unread: int = 0
 
 
 def kept_for_backward(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FUSED) -> dict[str, int]:
@@ -166,6 +167,20 @@ def _attention(shape: LayerShape, mode: ExecutionMode) -> dict[str, int]:
     return kept | {"attention output": q * b + output}
 
 
+def unread_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FUSED) -> int:
+    """Bytes that the last layer does not keep for a token which nobody reads: what follows attention."""
+    if recompute == "layer" or not mode.fused:
+        return 0
+    b, E, F = shape.itemsize, shape.hidden, shape.ffn
+    after = [name for name in shape.adapted if name not in ("q_proj", "k_proj", "v_proj")]
+    found = (E + 2 * F) * b + len(after) * shape.rank * b
+    if recompute == "none":
+        found += (E + F) * b
+    if mode.dropout and not mode.kernels:
+        found += sum(shape.inputs[name] for name in after)
+    return found
+
+
 def work_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FUSED) -> int:
     """Temporary bytes per token at the peak of one layer's backward, in addition to what all layers keep.
 
@@ -186,13 +201,18 @@ def work_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FU
     return work
 
 
-def mntp_tail(shape: LayerShape, tokens: int, labels: int, vocabulary: int, *, kernels: bool = True) -> TailMemory:
+def mntp_tail(
+    shape: LayerShape, tokens: int, labels: int, vocabulary: int, *, kernels: bool = True, fused: bool = True
+) -> TailMemory:
     """Memory of MNTP's loss: the last residual sum and its norm, the labelled rows and their gradient, and a chunk of logits."""
     b, E = shape.itemsize, shape.hidden
     apart = b if b < 4 else 0
     rows = rows_per_chunk(max(labels, 1), vocabulary * (4 + apart), LOGITS[kernels])
-    work = tokens * E * b + 2 * labels * E * b + rows * vocabulary * (4 + apart)
-    return TailMemory(kept=tokens * E * b, work=work)
+    chunk = rows * vocabulary * (4 + apart)
+    if fused:  # the last layer computes the labelled rows alone, from copies of them
+        copies = labels * (shape.queries + E) * b
+        return TailMemory(kept=labels * E * b + copies, work=2 * labels * E * b + chunk, unread=tokens - labels)
+    return TailMemory(kept=tokens * E * b, work=tokens * E * b + 2 * labels * E * b + chunk)
 
 
 def contrastive_tail(
@@ -216,13 +236,35 @@ def contrastive_tail(
 def activation_bytes(
     shape: LayerShape, recompute: Recompute, tokens: int, mode: ExecutionMode = FUSED, end: TailMemory | None = None
 ) -> int:
-    """Peak bytes of forward and backward of `tokens` tokens, without weights and optimizer.
+    """Peak bytes of forward and backward of `tokens` tokens, without weights and optimizer."""
+    return sum(peak_parts(shape, recompute, tokens, mode, end).values())
 
-    The peak is at the end of the forward, or in the backward of the last layer, when all others still keep everything.
+
+def peak_parts(
+    shape: LayerShape, recompute: Recompute, tokens: int, mode: ExecutionMode = FUSED, end: TailMemory | None = None
+) -> dict[str, int]:
+    """The parts of `activation_bytes`, by what they are for.
+
+    The peak is at the end of the forward; or in the backward of the last layer, when all others still keep everything; or, if
+    the last layer computes fewer tokens, in that of the layer before.
     """
     end = end or TailMemory(kept=tokens * shape.hidden * shape.itemsize)
-    kept = tokens * shape.layers * sum(kept_for_backward(shape, recompute, mode).values())
-    return kept + max(end.kept + end.work, tokens * work_bytes(shape, recompute, mode) + end.backward)
+    layer, work = sum(kept_for_backward(shape, recompute, mode).values()), work_bytes(shape, recompute, mode)
+    left_out = unread_bytes(shape, recompute, mode) * end.unread
+    before, last = tokens * (shape.layers - 1) * layer, tokens * layer - left_out
+    own = (tokens - end.unread if left_out else tokens) * work
+    moments = [
+        {"kept for the backward": before + last, "the end of the forward": end.kept + end.work},
+        {"kept for the backward": before + last, "a layer's backward": own, "gradient bucket": end.backward},
+    ]
+    if left_out and shape.layers > 1:
+        earlier = {
+            "kept for the backward": before,
+            "a layer's backward": tokens * work,
+            "gradient bucket": end.backward,
+        }
+        moments.append(earlier)
+    return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def choose_recompute(

@@ -13,8 +13,7 @@ from l2v.model.memory import (
     TailMemory,
     activation_bytes,
     choose_recompute,
-    kept_for_backward,
-    work_bytes,
+    peak_parts,
 )
 from l2v.plan.gpus import CONTEXT_BYTES, Gpu
 from l2v.recipe import Mntp, Recipe, Stage
@@ -119,7 +118,9 @@ def memory_of(
     mode = ExecutionMode(mode.fused, mode.kernels, mode.dropout, mode.attention_dropout, int(length))
 
     def end(count: int):
-        return tail_memory(stage, shape, model.vocabulary, count, world, kernels=kernels, bucket=bucket)
+        return tail_memory(
+            stage, shape, model.vocabulary, count, world, kernels=kernels, fused=model.fused, bucket=bucket
+        )
 
     recompute = stage.recompute
     if recompute == "auto":
@@ -138,14 +139,8 @@ def margin_of(capacity: int) -> int:
 
 
 def _moving(shape: LayerShape, how: Recompute, tokens: int, mode: ExecutionMode, end) -> dict[str, int]:
-    kept = tokens * shape.layers * sum(kept_for_backward(shape, how, mode).values())
-    total = activation_bytes(shape, how, tokens, mode, end)
-    inner = tokens * work_bytes(shape, how, mode)
-    if inner + end.backward >= end.kept + end.work:
-        peak = {"a layer's backward": inner, "gradient bucket": end.backward}
-    else:
-        peak = {"the end of the forward": end.kept + end.work}
-    return {"kept for the backward": kept} | peak | {"allocator": int(total * (1 / (1 - SLACK) - 1))}
+    parts = peak_parts(shape, how, tokens, mode, end)
+    return parts | {"allocator": int(sum(parts.values()) * (1 / (1 - SLACK) - 1))}
 
 
 def largest_micro_batches(

@@ -196,6 +196,8 @@ def _room(
     def end(tokens: int) -> TailMemory:
         vocabulary = config.get_text_config().vocab_size
         shape = _shape(config, stage, dtype)
-        return tail_memory(stage, shape, vocabulary, tokens, world, kernels=kernels, bucket=bucket)
+        return tail_memory(
+            stage, shape, vocabulary, tokens, world, kernels=kernels, fused=model.fused is not None, bucket=bucket
+        )
 
     return free, end

@@ -67,13 +67,15 @@ def execution_mode(stage: Stage, *, fused: bool, kernels: bool) -> ExecutionMode
 
 
 def tail_memory(
-    stage: Stage, shape: LayerShape, vocabulary: int, tokens: int, world: int, *, kernels: bool = True, bucket: int = 0
-) -> TailMemory:
+    stage: Stage, shape: LayerShape, vocabulary: int, tokens: int, world: int, *, kernels: bool = True, fused: bool = True,
+    bucket: int = 0,
+) -> TailMemory:  # fmt: skip
     """Memory at the end of a forward of `tokens` tokens. bucket: bytes of the gradient bucket, in the backward."""
     if isinstance(stage, Mntp):
         # The number of labels is random: take more than one standard deviation above the mean.
         labels = math.ceil(tokens * stage.mask_probability + 4 * math.sqrt(tokens))
-        return replace(mntp_tail(shape, tokens, min(labels, tokens), vocabulary, kernels=kernels), backward=bucket)
+        found = mntp_tail(shape, tokens, min(labels, tokens), vocabulary, kernels=kernels, fused=fused)
+        return replace(found, backward=bucket)
     assert isinstance(stage, Contrastive)
     columns, prefixes = columns_of(stage), len(stage.matryoshka or [0])
     local = math.ceil(stage.batch / world)

@@ -23,14 +23,14 @@ def used_by(width, dtype, capability, *, factors):
         function, config = kernel.rows_kernel, dict(kernel.config(width))
         constants = {"WIDTH": width}
     else:
-        function, config, constants = kernel.wide_rows_kernel, dict(kernel.WIDE_CONFIG), {}
+        function, config, constants = kernel.wide_rows_kernel, dict(kernel.WIDE_CONFIG[4 if dtype == "fp32" else 2]), {}
     warps = config.pop("num_warps")
     signature = {p.name: types.get(p.name, "i32") for p in function.params if not p.is_constexpr}
     return build(function, signature, constants | config | {"FACTORS": factors}, capability, warps, disassemble=False)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow), "fp32"])
 @pytest.mark.parametrize(
     ("width", "factors"), [(576, False), (4096, False), (4096, True), (6144, True), (14336, False), (28672, True)]
 )

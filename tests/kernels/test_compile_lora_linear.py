@@ -95,6 +95,6 @@ def test_ordered_sums(name, capability):
     function = getattr(kernel_up, name)
     signature = {p.name: types.get(p.name, "i32") for p in function.params if not p.is_constexpr}
     warps = config.pop("num_warps")
-    constants = config | ({"RANK": 16, "ADAPTERS": 3} if name == "up_sums_kernel" else {})
+    constants = config | ({"RANK": 16} if name == "up_sums_kernel" else {})
     used = build(function, signature, constants, capability, warps, disassemble=False)
     assert not used.problems(capability) and "ld.global.v4" in used.ptx

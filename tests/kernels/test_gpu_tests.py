@@ -2,9 +2,12 @@
 
 import ast
 import itertools
+import os
+import re
 from pathlib import Path
 
 import pytest
+from support.forked import KERNELS, output_of
 from support.versions import interpreter_obstacle
 
 FILES = sorted(Path(__file__).parent.glob("test_*_gpu.py"))
@@ -79,3 +82,16 @@ def test():
 def test_versions_that_do_not_fit_are_named_with_the_way_out(triton, numpy, works):
     says = f"the interpreter of triton {triton} does not work with numpy {numpy}: pip install 'numpy<2.4', or 'triton>=3.7'"
     assert interpreter_obstacle(triton, numpy) == (None if works else says)
+
+
+@pytest.mark.parametrize(("plan", "by_name"), [("{}", True), ('{"ignore_values": true}', False)])
+def test_the_null_gpu_is_given_no_test_that_computes(plan, by_name):
+    """They are skipped by name and counted, except where their flow alone is run (python -m tests.nullgpu gpu-tests)."""
+    files = [file for file in FILES if "step_ops" in file.name or "fp8" in file.name]
+    assert len(files) == 2
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)]
+    said = output_of(command, os.environ | {"NULLGPU_PLAN": plan}, KERNELS)
+    total = re.search(r"^(\d+) skipped", said, re.M)
+    assert total and "passed" not in said, said
+    assert (f"{total[1]} GPU tests skipped, device: null" in said) == by_name, said
+    assert ("needs a GPU" in said) != by_name, said

@@ -16,6 +16,9 @@ from l2v_kernels.attention.config import Config
 from l2v_kernels.attention.settings import Settings
 from l2v_kernels.attention.tables import TokenTables
 from l2v_kernels.info_nce import engine, kernel_elementwise, paths
+from l2v_kernels.lora_linear import launch as lora_linear
+from l2v_kernels.lora_linear.settings import Adapter, Adapters, InputDropout
+from l2v_kernels.rms_norm import kernel as rms_norm
 
 Facts = set[tuple[str, ...]]
 
@@ -64,3 +67,31 @@ def test_attention_at_any_number_of_tokens(monkeypatch, dropout_p):
         o_THD, lse_HT = attention.forward(q_THD, k_TKD, v_TKD, tables, seeds_S, settings, tile)
         attention.backward(o_THD, q_THD, k_TKD, v_TKD, o_THD, lse_HT, tables, seeds_S, settings, (tile, tile))
     assert len(found) == len(names), "\n".join(map(str, sorted(found)))
+
+
+def test_sums_of_any_number_of_adapters(monkeypatch):
+    """q, k and v, gate and up, and a linear alone share a kernel; each kernel more is compiled in every stage."""
+    found: Facts = set()
+    for name in ("lora_up_backward_kernel", "up_sums_kernel"):
+        monkeypatch.setattr(lora_linear, name, Watched(getattr(lora_linear, name), found))
+    for outputs in ((64, 16, 16), (96, 96), (64,)):
+        sizes, rank = tuple(outputs), 16
+        group = Adapters(
+            [Adapter(i, torch.zeros(rank, 32), torch.zeros(size, rank), 1.0) for i, size in enumerate(sizes)]
+        )
+        xa, db = torch.zeros(7, rank * len(sizes)), torch.zeros(rank * sum(sizes))
+        lora_linear.up_backward(
+            torch.zeros(7, sum(sizes)), xa, sizes, group, InputDropout(), torch.empty_like(xa), db, None
+        )
+    assert len([facts for facts in found if facts[0] == "up_sums_kernel"]) == 1, "\n".join(map(str, sorted(found)))
+
+
+def test_a_norm_and_the_same_norm_again(monkeypatch):
+    """The forward that a backward recomputes from the saved rstd is the kernel of the first forward."""
+    found: Facts = set()
+    monkeypatch.setattr(rms_norm, "rms_norm_forward_kernel", Watched(rms_norm.rms_norm_forward_kernel, found))
+    for T in (1, 7, 32):
+        x, weight, y, rstd = torch.zeros(T, 64), torch.zeros(64), torch.zeros(T, 64), torch.zeros(T)
+        for known in (False, True):
+            rms_norm.launch_forward(x, None, weight, 1e-5, None, y, rstd, known=known)
+    assert len(found) == 1, "\n".join(map(str, sorted(found)))

@@ -35,11 +35,6 @@ class Case:
         return self.steps >= LONG
 
     @property
-    def fp8(self) -> bool:
-        """Whether the frozen weights are FP8."""
-        return FP8 in self.overrides
-
-    @property
     def deepspeeds_phases(self) -> tuple[str, ...]:
         """Phases in which DeepSpeed's own waits are counted against the budget; elsewhere none is allowed.
 

@@ -14,8 +14,6 @@ from .run import Run
 
 BUDGETS = CHECKOUT / "benchmarks" / "results" / "nullgpu" / "budgets.json"
 MOST_SPECIALISATIONS = 30
-MORE_OF_FP8 = 5
-"""Quantising is a kernel for each width of the weights and of what they multiply, with factors and without."""
 SETTLED = 5
 """Steps after which a long run compiles nothing more and returns no memory to the device."""
 WATCHED_FROM = 20
@@ -43,7 +41,7 @@ def findings(run: Run, budget: dict[str, Any] | None) -> list[str]:
     if len(run.recordings) < case.world:
         return [*found, f"{case.world - len(run.recordings)} of {case.world} ranks wrote no recording"]
     for recording in run.recordings:
-        of_rank = _launches_that_fail(recording) + _kernels(case, recording)
+        of_rank = _launches_that_fail(recording) + _kernels(recording)
         for stage in stages_of(recording):
             if case.long:
                 of_rank += _growth(recording, stage) + _memory(recording, stage)
@@ -63,9 +61,8 @@ def _launches_that_fail(recording: dict[str, Any]) -> list[str]:
     return [f"{count} launches that a GPU would refuse{where}"] if count else []
 
 
-def _kernels(case: Case, recording: dict[str, Any]) -> list[str]:
+def _kernels(recording: dict[str, Any]) -> list[str]:
     found = []
-    most_allowed = MOST_SPECIALISATIONS + (MORE_OF_FP8 if case.fp8 else 0)
     for each in recording["specialisations"]:
         if each["spilled_bytes"]:
             found.append(
@@ -74,11 +71,11 @@ def _kernels(case: Case, recording: dict[str, Any]) -> list[str]:
             )
     for stage in stages_of(recording):
         of_stage = [each for each in recording["specialisations"] if each["stage"] == stage]
-        if len(of_stage) > most_allowed:
+        if len(of_stage) > MOST_SPECIALISATIONS:
             names = [each["kernel"] for each in of_stage]
             most = max(names, key=names.count)
             found.append(
-                f"{stage} compiles {len(of_stage)} specialisations, more than {most_allowed}; {names.count(most)} of "
+                f"{stage} compiles {len(of_stage)} specialisations, more than {MOST_SPECIALISATIONS}; {names.count(most)} of "
                 f"them are {most}"
             )
     return found

@@ -81,6 +81,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--write", action="store_true", help="write what was counted as the new budgets of these cases")
     one.add_argument("--download", action="store_true", help="first fetch what the build needs, if it is missing")
     add("plan-counts", _plan_counts, f"Count what l2v plan needs, and write {TABLE.relative_to(CHECKOUT)}.")
+    one = add(
+        "test", _test, "Run the default tests on a machine that shows a GPU; those that compute on it are skipped."
+    )
+    one.add_argument(
+        "arguments", nargs=argparse.REMAINDER, help="after --: for pytest, for example -- -n 2 tests/model"
+    )
+    _capability(one)
     one = add("gpu-tests", _gpu_tests, "Run the flow of tests/kernels/test_*_gpu.py; values are not compared.")
     one.add_argument("files", nargs="*", type=Path, help="default: all of them")
     _capability(one)
@@ -155,6 +162,13 @@ def _check(args: argparse.Namespace) -> int:
 def _plan_counts(args: argparse.Namespace) -> int:
     print(write_table(Home.find(args.home).need()))
     return 0
+
+
+def _test(args: argparse.Namespace) -> int:
+    home = Home.find(args.home).need()
+    arguments = args.arguments[1:] if args.arguments[:1] == ["--"] else args.arguments
+    command = [str(home.python), "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, env=home.environment(capability=args.capability), cwd=CHECKOUT).returncode
 
 
 def _gpu_tests(args: argparse.Namespace) -> int:

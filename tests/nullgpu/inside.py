@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from .place import Plan
+from .place import SYSTEM, Plan
 
 AFTER: dict[str, list[Callable[[ModuleType], None]]] = {}
 """Module -> what to do with it once it is imported."""
@@ -81,6 +81,16 @@ def replaced(module: Any, name: str, make: Callable[[Callable], Callable]) -> No
     """
     real = getattr(module, name)
     setattr(module, name, functools.wraps(real)(make(real)))
+
+
+@after("l2v.machine.gpus")
+def _device_files(gpus: ModuleType) -> None:
+    gpus.has_nvidia_gpu.__defaults__ = (SYSTEM,)
+
+
+@after("l2v.commands.main")
+def _device_files_again(main: ModuleType) -> None:
+    main.may_have_gpu.__defaults__ = (SYSTEM / "dev",)
 
 
 @after("torch.distributed")

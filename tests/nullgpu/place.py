@@ -11,6 +11,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 VARIABLE = "L2V_NULLGPU_HOME"
 PLAN = "NULLGPU_PLAN"
 SITE = Path(__file__).resolve().parent / "site"
+SYSTEM = Path(__file__).resolve().parent / "system"
+"""Device files of NVIDIA's driver, as l2v looks for them below `/`."""
 CAPABILITIES = (80, 89, 90, 100, 120)
 
 
@@ -97,7 +99,6 @@ class Home:
         return found | {
             "LD_PRELOAD": str(self.stub),
             "LD_LIBRARY_PATH": library,
-            "DS_ACCELERATOR": "cuda",  # the program looks for device files before it imports torch, and there are none
             "NULLGPU_CAPABILITY": str(capability),
             "NULLGPU_DEVICES": str(devices),
             "NULLGPU_GIB": str(gib),

@@ -1,5 +1,6 @@
 """Ranks and other processes that tests start: their environment, their start, and their end."""
 
+import json
 import os
 import socket
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from support.forked import Process, start
 
 ROOT = Path(__file__).resolve().parents[2]
+NULL_GPU = "device: null, which computes nothing"
+"""Why a test of compiled kernels is skipped on the GPU of tests/nullgpu."""
 
 
 def free_port() -> int:
@@ -24,16 +27,30 @@ def hide_gpus(arguments: Sequence[str]) -> None:
     Every other test is one of the CPU: on a machine with a GPU it would train there, or give NCCL tensors of the CPU.
     """
     files = [Path(argument.partition("::")[0]).name for argument in arguments]
-    if not files or not all(fnmatch(name, "test_*_gpu.py") for name in files):
+    if not files or not all(map(is_gpu_test, files)):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def is_gpu_test(name: str) -> bool:
+    """Whether a file of this name holds tests that compute on a GPU."""
+    return fnmatch(name, "test_*_gpu.py")
+
+
+def on_null_gpu() -> bool:
+    """Whether this is a process of tests/nullgpu in which values are compared, hidden GPU or not."""
+    plan = os.environ.get("NULLGPU_PLAN")
+    return plan is not None and not json.loads(plan).get("ignore_values", False)
+
+
 def training_environment() -> dict[str, str]:
-    """The environment of a training process on the CPU, with a port of its own and no rank."""
+    """The environment of a training process on the CPU, with a port of its own and no rank.
+
+    The deepspeed launcher shows a rank the GPUs that it finds, hidden or not; l2v hides them again (L2V_VISIBLE_DEVICES).
+    """
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
     path = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "L2V_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return environment | on_cpu | {"MASTER_PORT": str(free_port())}
 
 

@@ -17,6 +17,7 @@ from l2v_kernels.attention.kernel_common import (
     store_rows,
     visible,
 )
+from l2v_kernels.jit import jit
 
 NOT_SPECIALIZED = ("n_tokens", "n_blocks", "window", "stream", "drop_below")
 """Arguments whose values must not trigger another compilation."""
@@ -96,7 +97,7 @@ def _forward_step(
     return acc, total, new_peak
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit(do_not_specialize=NOT_SPECIALIZED)
 def forward_kernel(
     q_ptr,
     k_ptr,

@@ -15,6 +15,7 @@ from l2v_kernels.attention.kernel_common import (
     store_tile,
 )
 from l2v_kernels.attention.kernel_forward import NOT_SPECIALIZED
+from l2v_kernels.jit import jit
 
 
 @triton.jit
@@ -112,7 +113,7 @@ def _key_step(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit(do_not_specialize=NOT_SPECIALIZED)
 def key_gradient_kernel(
     q_ptr,
     k_ptr,

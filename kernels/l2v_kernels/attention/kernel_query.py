@@ -23,6 +23,7 @@ from l2v_kernels.attention.kernel_common import (
     visible,
 )
 from l2v_kernels.attention.kernel_forward import NOT_SPECIALIZED
+from l2v_kernels.jit import jit
 
 
 @triton.jit
@@ -90,7 +91,7 @@ def _query_step(
     return tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit(do_not_specialize=NOT_SPECIALIZED)
 def query_gradient_kernel(
     q_ptr,
     k_ptr,

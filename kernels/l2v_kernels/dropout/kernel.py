@@ -1,9 +1,9 @@
 """Dropout as a Triton kernel. Bound by memory: it reads x once, writes y once and keeps no mask."""
 
 import torch
-import triton
 import triton.language as tl
 
+from l2v_kernels.jit import jit
 from l2v_kernels.launching import cdiv, on_device, unit_stride
 from l2v_kernels.philox import DOMAIN_DROPOUT, keep_scale, threshold
 from l2v_kernels.philox_kernel import random_bytes
@@ -14,7 +14,7 @@ CONFIG = {"BLOCK_T": 8, "BLOCK_E": 512, "num_warps": 8}
 """4096 elements a program: 16 a thread, which is what one Philox call serves."""
 
 
-@triton.jit(do_not_specialize=["stream", "drop_below"])
+@jit(do_not_specialize=["stream", "drop_below"])
 def dropout_kernel(
     x_ptr,
     y_ptr,

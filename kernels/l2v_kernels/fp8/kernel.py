@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from l2v_kernels.jit import jit
 from l2v_kernels.launching import cdiv, on_device, power_of_2, unit_stride
 
 MAX_WIDTH = 16384
@@ -17,7 +18,8 @@ MAX_WIDTH = 16384
 TILE_ELEMENTS = 4096
 """Elements a program where rows are short. Longer rows take one program each, with more warps."""
 
-WIDE_CONFIG = {"BLOCK_E": 4096, "num_warps": 4}
+WIDE_CONFIG = {2: {"BLOCK_E": 4096, "num_warps": 8}, 4: {"BLOCK_E": 4096, "num_warps": 4}}
+"""By bytes an element: with other warps Triton 3.6 spills on sm_100 (16-bit) or sm_90 (fp32)."""
 
 INFINITY = tl.constexpr(0x7F800000)
 NAN = tl.constexpr(0x7FC00000)
@@ -71,7 +73,7 @@ def _quantize(x, inverse):
     return to_e4m3(tl.where(inverse > 0, x * inverse, 0.0))
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def rows_kernel(
     x_ptr,
     factors_ptr,
@@ -96,7 +98,7 @@ def rows_kernel(
     tl.store(q_ptr + row[:, None] * WIDTH + columns, _quantize(x, inverse[:, None]), mask=mask)
 
 
-@triton.jit
+@jit()
 def wide_rows_kernel(
     x_ptr,
     factors_ptr,
@@ -148,5 +150,5 @@ def launch_quantize(x_TE: torch.Tensor, factors_E: torch.Tensor | None) -> tuple
         grid = (cdiv(T, chosen["BLOCK_ROWS"]),)
         rows_kernel[grid](*common, T, x_TE.stride(0), FACTORS=has, WIDTH=E, **chosen)
     else:
-        wide_rows_kernel[(T,)](*common, E, x_TE.stride(0), FACTORS=has, **WIDE_CONFIG)
+        wide_rows_kernel[(T,)](*common, E, x_TE.stride(0), FACTORS=has, **WIDE_CONFIG[x_TE.element_size()])
     return q_TE, scale_T

@@ -1,9 +1,9 @@
 """The passes over a tile of dot products, and the last pass over a gradient, as Triton kernels. Bound by memory."""
 
-import triton
 import triton.language as tl
 
 from l2v_kernels.info_nce.kernel_common import fold, hidden_pairs, masked_scores, own_columns, pair_coefficients
+from l2v_kernels.jit import jit
 
 NOT_SPECIALIZED = ["n_rows", "n_columns", "first_column", "first_number", "n_prefixes"]
 NOT_SPECIALIZED += [f"{name}_stride" for name in ("state", "row_scale", "lse", "row_out", "limit")]
@@ -12,7 +12,7 @@ Those of planes and columns are not among them: a mask that ends at a multiple o
 is P once more, for loops: with a bound that it knows, the compiler unrolls them all and spills."""
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_prefixes"])
+@jit(do_not_specialize=["n_rows", "n_prefixes"])
 def norms_kernel(
     x_ptr,
     bounds_ptr,
@@ -45,7 +45,7 @@ def norms_kernel(
         tl.store(out_ptr + tl.cast(p, tl.int64) * n_rows + rows, inverse, mask=in_rows)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit(do_not_specialize=NOT_SPECIALIZED)
 def statistics_kernel(
     planes_ptr,
     m_ptr,
@@ -130,7 +130,7 @@ def statistics_kernel(
         tl.store(pair_ptr + at_state, pair, mask=in_state)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit(do_not_specialize=NOT_SPECIALIZED)
 def coefficients_kernel(
     planes_ptr,
     out_ptr,
@@ -208,7 +208,7 @@ def coefficients_kernel(
                 left -= h
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def finish_kernel(
     sum_ptr,
     x_ptr,

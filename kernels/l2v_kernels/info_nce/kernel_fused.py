@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from l2v_kernels.info_nce.kernel_common import fold, hidden_pairs, masked_scores, own_columns, pair_coefficients
+from l2v_kernels.jit import jit
 
 NOT_SPECIALIZED = ["n_rows", "first_column", "first_number", "n_prefixes"]
 
@@ -42,7 +43,7 @@ def add_slice(
     return dots
 
 
-@triton.jit(do_not_specialize=[*NOT_SPECIALIZED, "split_columns"])
+@jit(do_not_specialize=[*NOT_SPECIALIZED, "split_columns"])
 def fused_statistics_kernel(
     x_ptr,
     y_ptr,
@@ -127,7 +128,7 @@ def fused_statistics_kernel(
     tl.store(pair_ptr + at_state, pair, mask=in_state)
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@jit(do_not_specialize=NOT_SPECIALIZED)
 def fused_coefficients_kernel(
     x_ptr,
     y_ptr,

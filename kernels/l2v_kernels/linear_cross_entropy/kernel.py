@@ -1,9 +1,9 @@
 """Losses, hits and gradient of a chunk of logits as a Triton kernel. Bound by memory: fp32 logits are read twice."""
 
 import torch
-import triton
 import triton.language as tl
 
+from l2v_kernels.jit import jit
 from l2v_kernels.launching import on_device
 
 CONFIG = {"BLOCK": 2048, "num_warps": 4}
@@ -11,7 +11,7 @@ CONFIG = {"BLOCK": 2048, "num_warps": 4}
 multiprocessor and one is read while others are computed."""
 
 
-@triton.jit
+@jit()
 def softmax_stats_kernel(
     logits_ptr,
     bias_ptr,

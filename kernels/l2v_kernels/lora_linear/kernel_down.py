@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from l2v_kernels.jit import jit
 from l2v_kernels.philox import DOMAIN_DROPOUT
 from l2v_kernels.philox_kernel import random_bytes
 
@@ -49,7 +50,7 @@ def _store_xa(
     tl.store(xa_ptr + at, (acc * factor).to(xa_ptr.dtype.element_ty), mask=in_pack[:, None] & (r < RANK)[None, :])
 
 
-@triton.jit(do_not_specialize=["n_tokens", "stream_0", "stream_1", "stream_2", "drop_below"])
+@jit(do_not_specialize=["n_tokens", "stream_0", "stream_1", "stream_2", "drop_below"])
 def lora_down_kernel(
     x_ptr,
     a_ptr,
@@ -157,7 +158,7 @@ def _store_da(
     tl.store(da_ptr + at, da, mask=(r < RANK)[:, None] & in_row[None, :])
 
 
-@triton.jit(do_not_specialize=["n_tokens", "tokens_per_split", "stream_0", "stream_1", "stream_2", "drop_below"])
+@jit(do_not_specialize=["n_tokens", "tokens_per_split", "stream_0", "stream_1", "stream_2", "drop_below"])
 def lora_backward_kernel(
     x_ptr,
     dxa_ptr,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from l2v_kernels.jit import jit
+
 MAX_BLOCK_R = 32
 """Above this rank the partial sums of dxa, 8 R bytes a token and block of outputs, cost as much as another read of dy."""
 CHUNKS = 4
@@ -53,7 +55,7 @@ def _store_db(db_ptr, columns, r, n_columns, db, RANK: tl.constexpr):
     tl.store(db_ptr + at, db, mask=(columns < n_columns)[None, :] & (r < RANK)[:, None])
 
 
-@triton.jit(do_not_specialize=["n_tokens", "tokens_per_split"])
+@jit(do_not_specialize=["n_tokens", "tokens_per_split"])
 def lora_up_backward_kernel(
     dy_ptr,
     b_ptr,
@@ -149,7 +151,10 @@ def _ordered_sum(parts_ptr, out_ptr, n_parts, n_elements, program, BLOCK: tl.con
 _OF_EACH = [f"{name}_{i}" for name in ("blocks", "factor") for i in range(3)]
 
 
-@triton.jit(do_not_specialize=["n_tokens", "n_splits", "n_pending_parts", "dxa_programs", "db_programs", *_OF_EACH])
+_COUNTS = ["n_tokens", "n_splits", "n_pending_parts", "n_adapters", "dxa_programs", "db_programs"]
+
+
+@jit(do_not_specialize=[*_COUNTS, *_OF_EACH])
 def up_sums_kernel(
     dxa_parts_ptr,
     db_parts_ptr,
@@ -160,6 +165,7 @@ def up_sums_kernel(
     n_tokens,
     n_splits,
     n_pending_parts,
+    n_adapters,
     n_db,
     n_pending,
     blocks_0,
@@ -172,26 +178,28 @@ def up_sums_kernel(
     db_programs,
     stride_dxa,
     RANK: tl.constexpr,
-    ADAPTERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What `lora_up_backward_kernel` left to add, in order, each sum rounded once: dxa [T, ADAPTERS R], of each adapter times
+    """What `lora_up_backward_kernel` left to add, in order, each sum rounded once: dxa [T, n_adapters R], of each adapter times
     its factor, by the first `dxa_programs` programs, and db [n_db] by the next `db_programs`. The others add what was pending.
+
+    n_adapters is no constant, which would compile a kernel for each size of group; it is divided by as one.
     """
-    WIDTH: tl.constexpr = ADAPTERS * RANK
     if tl.program_id(0) < dxa_programs:
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        in_dxa = i < n_tokens.to(tl.int64) * WIDTH
-        adapter = i % WIDTH // RANK
+        in_dxa = i < n_tokens.to(tl.int64) * n_adapters * RANK
+        pair = i // RANK  # of a token and an adapter
+        token = tl.where(n_adapters == 1, pair, tl.where(n_adapters == 2, pair // 2, pair // 3))
+        adapter = pair - token * n_adapters
         first = tl.where(adapter == 0, 0, tl.where(adapter == 1, blocks_0, blocks_0 + blocks_1))
         blocks = tl.where(adapter == 0, blocks_0, tl.where(adapter == 1, blocks_1, blocks_2))
         factor = tl.where(adapter == 0, factor_0, tl.where(adapter == 1, factor_1, factor_2))
-        at = (first.to(tl.int64) * n_tokens + i // WIDTH) * RANK + i % RANK
+        at = (first.to(tl.int64) * n_tokens + token) * RANK + i % RANK
         total = tl.zeros((BLOCK,), tl.float32)
         for part in tl.range(0, tl.maximum(blocks_0, tl.maximum(blocks_1, blocks_2))):
             total += tl.load(dxa_parts_ptr + at, mask=in_dxa & (part < blocks), other=0.0)
             at += n_tokens.to(tl.int64) * RANK
-        at = i // WIDTH * stride_dxa + i % WIDTH
+        at = token * stride_dxa + adapter * RANK + i % RANK
         tl.store(dxa_ptr + at, (total * factor).to(dxa_ptr.dtype.element_ty), mask=in_dxa)
     elif tl.program_id(0) < dxa_programs + db_programs:
         _ordered_sum(db_parts_ptr, db_ptr, n_splits, n_db, tl.program_id(0) - dxa_programs, BLOCK)
@@ -200,7 +208,7 @@ def up_sums_kernel(
         _ordered_sum(pending_parts_ptr, pending_ptr, n_pending_parts, n_pending, program, BLOCK)
 
 
-@triton.jit(do_not_specialize=["n_parts"])
+@jit(do_not_specialize=["n_parts"])
 def ordered_sum_kernel(parts_ptr, out_ptr, n_parts, n_elements, BLOCK: tl.constexpr):
     """out [n] = the sum of parts [J, n] over J, added in order and rounded once."""
     _ordered_sum(parts_ptr, out_ptr, n_parts, n_elements, tl.program_id(0), BLOCK)

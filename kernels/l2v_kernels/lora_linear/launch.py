@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from l2v_kernels.launching import PRECISION, cdiv, on_device, power_of_2, unit_stride
+from l2v_kernels.launching import PRECISION, cdiv, on_device, unit_stride
 from l2v_kernels.lora_linear.kernel_down import (
     DOWN_BACKWARD_CONFIG,
     DOWN_BACKWARD_PROGRAMS,
@@ -121,7 +121,7 @@ def _ordered_sum(parts: torch.Tensor, out: torch.Tensor) -> None:
 
 def takes_up_backward(adapters: Adapters) -> bool:
     """Whether the kernel, with one read of dy for both gradients, moves fewer bytes than two matmuls an adapter."""
-    return _block_r(adapters[0].rank) <= MAX_BLOCK_R
+    return adapters.block_r <= MAX_BLOCK_R
 
 
 @on_device
@@ -144,9 +144,9 @@ def up_backward(
     if T == 0:
         db.zero_()
         return
-    starts = [sum(sizes[: a.part]) for a in adapters]
-    config = UP_BACKWARD_CONFIG[dy_TO.element_size(), _block_r(R)]
-    blocks = [cdiv(n, CHUNKS * config["BLOCK_O"]) for n in adapters.outputs]
+    config = UP_BACKWARD_CONFIG[dy_TO.element_size(), adapters.block_r]
+    block_o = CHUNKS * config["BLOCK_O"]
+    blocks = [cdiv(n, block_o) for n in adapters.outputs]
     n_blocks = sum(blocks)
     splits = max(1, min(UP_BACKWARD_PROGRAMS // n_blocks, cdiv(T, MIN_SPLIT_TOKENS)))
     per_split = cdiv(cdiv(T, splits), config["BLOCK_T"]) * config["BLOCK_T"]
@@ -161,18 +161,19 @@ def up_backward(
         dxa_JTR,
         db_JN,
         T,
-        *_pad(starts, 0),
+        *adapters.starts(sizes),
         *_pad(adapters.outputs, 0),
         dy_TO.stride(0),
         xa_TR.stride(0),
         per_split,
         RANK=R,
-        BLOCK_R=_block_r(R),
+        BLOCK_R=adapters.block_r,
         PRECISION=PRECISION,
         **config,
     )
     block = ORDERED_SUM_CONFIG["BLOCK"]
-    dxa_programs, db_programs = cdiv(dxa_TR.numel(), block), cdiv(db.numel(), block)
+    n_db = db.numel()
+    dxa_programs, db_programs = cdiv(dxa_TR.numel(), block), cdiv(n_db, block)
     kept = pending.take() if pending is not None else None
     parts, out = kept or (db_JN, db)  # an argument must be a tensor; without programs it is not read
     n_out = out.numel() if kept else 0
@@ -186,7 +187,8 @@ def up_backward(
         T,
         splits,
         len(parts),
-        db.numel(),
+        len(adapters),
+        n_db,
         n_out,
         *_pad(blocks, 0),
         *adapters.factors(dropout),
@@ -194,14 +196,8 @@ def up_backward(
         db_programs,
         dxa_TR.stride(0),
         RANK=R,
-        ADAPTERS=len(adapters),
         **ORDERED_SUM_CONFIG,
     )
-
-
-def _block_r(rank):
-    # tl.dot needs sides of at least 16.
-    return max(16, power_of_2(rank))
 
 
 def _pad(values, filler):
@@ -214,10 +210,12 @@ def _keys(dropout, x_TE):
 
 
 def _constants(adapters, dropout):
-    ranks = _pad([a.rank for a in adapters], 0)
+    ranks = adapters.padded_ranks
     return {
-        **{f"RANK_{i}": rank for i, rank in enumerate(ranks)},
-        "BLOCK_R": _block_r(max(ranks)),
+        "RANK_0": ranks[0],
+        "RANK_1": ranks[1],
+        "RANK_2": ranks[2],
+        "BLOCK_R": adapters.block_r,
         "DROPOUT": dropout.active,
         "PRECISION": PRECISION,
     }

@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 
+from l2v_kernels.launching import power_of_2
 from l2v_kernels.lora_linear.frozen import stacked_view
 from l2v_kernels.philox import keep_scale, threshold
 
@@ -114,6 +115,25 @@ class Adapters(tuple[Adapter, ...]):
     def streams(self) -> list[int]:
         """The dropout stream of each, and 0 up to `MAX_ADAPTERS`, as kernels take them."""
         return [a.stream for a in self] + [0] * (MAX_ADAPTERS - len(self))
+
+    @cached_property
+    def padded_ranks(self) -> list[int]:
+        """The rank of each, and 0 up to `MAX_ADAPTERS`."""
+        return [a.rank for a in self] + [0] * (MAX_ADAPTERS - len(self))
+
+    @cached_property
+    def block_r(self) -> int:
+        """Columns of a kernel's tile that holds the largest rank. tl.dot needs sides of at least 16."""
+        return max(16, power_of_2(max(self.padded_ranks)))
+
+    def starts(self, sizes: tuple[int, ...]) -> list[int]:
+        """Where each one's columns begin in y [T, O], and 0 up to `MAX_ADAPTERS`. sizes: O of each linear of the group."""
+        if self._starts[0] != sizes:
+            found = [sum(sizes[: a.part]) for a in self]
+            self._starts = sizes, found + [0] * (MAX_ADAPTERS - len(self))
+        return self._starts[1]
+
+    _starts: tuple[tuple[int, ...], list[int]] = (), []
 
     def factors(self, dropout: InputDropout) -> list[float]:
         """scaling * the dropout's scale of each, and 0 up to `MAX_ADAPTERS`."""

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from l2v_kernels.jit import jit
 from l2v_kernels.launching import cdiv, on_device, power_of_2, unit_stride
 
 TILE_ELEMENTS = 4096
@@ -20,7 +21,7 @@ def row_offsets(row, stride_t, stride_h, HEADS: tl.constexpr):
     return (row // HEADS) * stride_t + (row % HEADS) * stride_h
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows", "known"])
 def rms_norm_forward_kernel(
     x_ptr,
     delta_ptr,
@@ -29,13 +30,13 @@ def rms_norm_forward_kernel(
     y_ptr,
     rstd_ptr,
     n_rows,
+    known,
     eps,
     stride_xt,
     stride_xh,
     stride_dt,
     stride_dh,
     DELTA: tl.constexpr,
-    KNOWN: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -43,7 +44,7 @@ def rms_norm_forward_kernel(
 ):
     """sum = x + delta (DELTA), rstd of it, y = sum * rstd * weight; all contiguous.
 
-    KNOWN: rstd is read, and y recomputed from it by the same two multiplications, so with the same bits. WIDTH is a
+    known (0 or 1): rstd is read, and y recomputed from it by the same two multiplications, so with the same bits. WIDTH is a
     constant: a mask that ends at a multiple of 8 then leaves accesses 16 bytes wide.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -54,22 +55,21 @@ def rms_norm_forward_kernel(
     out_at = row[:, None] * WIDTH + column
     x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + row, mask=in_rows & (known != 0), other=0.0)
     if DELTA:
         delta_at = row_offsets(row, stride_dt, stride_dh, HEADS)[:, None] + column
         delta = tl.load(delta_ptr + delta_at, mask=mask, other=0.0).to(tl.float32)
         rounded = (x + delta).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + out_at, rounded, mask=mask)
         x = rounded.to(tl.float32)
-    if KNOWN:
-        rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)
-    else:
+    if known == 0:
         rstd = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)
         tl.store(rstd_ptr + row, rstd, mask=in_rows)
     y = x * rstd[:, None] * weight
     tl.store(y_ptr + out_at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def rms_norm_backward_kernel(
     dy_ptr,
     sum_ptr,
@@ -116,7 +116,7 @@ def rms_norm_backward_kernel(
     tl.store(dx_ptr + dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_rows", "rows_per_program"])
+@jit(do_not_specialize=["n_rows", "rows_per_program"])
 def rms_norm_weight_gradient_kernel(
     dy_ptr,
     sum_ptr,
@@ -182,11 +182,11 @@ def launch_forward(
         y_TE,
         rstd_T,
         n_rows,
+        int(known),
         eps,
         *_strides(x_TE),
         *_strides(delta_TE),
         DELTA=sum_TE is not None,
-        KNOWN=known,
         HEADS=heads,
         WIDTH=width,
         **chosen,

@@ -4,13 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
+from l2v_kernels.jit import jit
 from l2v_kernels.launching import PRECISION, cdiv, on_device, power_of_2, unit_stride
 
 CONFIG = {"BLOCK_ROWS": 32, "num_warps": 4}
 """Rows (token, head) a program: 32 rows of 128 columns are two loads of 16 bytes a thread for each half of the columns."""
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@jit(do_not_specialize=["n_rows"])
 def rope_kernel(
     x_ptr,
     y_ptr,
@@ -69,7 +70,7 @@ def _share(xa, b_ptr, row, r, in_half, RANK: tl.constexpr, PRECISION: tl.constex
     return tl.dot(xa, b, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
+@jit(do_not_specialize=["n_tokens"])
 def heads_kernel(
     x_ptr,
     xa_ptr,

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from l2v_kernels.jit import jit
 from l2v_kernels.launching import cdiv, on_device, power_of_2, unit_stride
 from l2v_kernels.segment_pool.reference import MIN_TOTAL
 
@@ -48,7 +49,7 @@ def find_piece(cu_ptr, number, n_segments, n_tokens, PIECE: tl.constexpr):
     return low, at, tl.where(piece < 0, 0, tl.minimum(at + PIECE, end)), tl.cdiv(end - begin, PIECE)
 
 
-@triton.jit(do_not_specialize=["n_segments", "n_tokens"])
+@jit(do_not_specialize=["n_segments", "n_tokens"])
 def pool_kernel(
     x_ptr,
     weights_ptr,
@@ -105,7 +106,7 @@ def pool_kernel(
             tl.store(partial_totals_ptr + number, total)
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
+@jit(do_not_specialize=["n_tokens"])
 def combine_kernel(
     cu_ptr,
     norm_weight_ptr,
@@ -145,7 +146,7 @@ def combine_kernel(
             tl.store(totals_ptr + segment, whole)
 
 
-@triton.jit(do_not_specialize=["n_segments", "n_tokens"])
+@jit(do_not_specialize=["n_segments", "n_tokens"])
 def pool_backward_kernel(
     dvectors_ptr,
     x_ptr,

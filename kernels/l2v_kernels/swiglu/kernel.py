@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from l2v_kernels.jit import jit
 from l2v_kernels.launching import PRECISION, cdiv, on_device, unit_stride
 from l2v_kernels.swiglu.reference import GateUpLora
 
@@ -41,7 +42,7 @@ def _add_share(
     return tl.dot(xa, b, values, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
+@jit(do_not_specialize=["n_tokens"])
 def swiglu_forward_kernel(
     gate_up_ptr,
     product_ptr,
@@ -77,7 +78,7 @@ def swiglu_forward_kernel(
     tl.store(product_ptr + token * n_columns + column, product.to(product_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
+@jit(do_not_specialize=["n_tokens"])
 def swiglu_backward_kernel(
     dproduct_ptr,
     gate_up_ptr,
