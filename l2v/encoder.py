@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -13,13 +13,15 @@ import torch
 from tqdm import tqdm
 
 from l2v.batch import PackedBatch, Segment, pack
-from l2v.data.tokens import TextTokenizer, as_ids, load_tokenizer
+from l2v.data.tokens import TextTokenizer, as_ids, check_vocabulary, load_tokenizer
 from l2v.errors import Notice, UserError
 from l2v.model.embedded import resolve
 from l2v.model.export import export
 from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_config, load_model
 from l2v.model.lora import describe_adapter, merge_adapters
 from l2v.model.packed import PackedDecoder
+from l2v.model.portable import from_portable, to_portable
+from l2v.model.vocabulary import grow_embedding, rows_of, rows_with
 from l2v.recipe import Base, Template
 from l2v.recipe.instructions import Instructions
 from l2v.runs.source import Found, find
@@ -41,9 +43,19 @@ class Encoder:
         name: str,
         lineage: dict[str, Any],
         instructions: Instructions | None = None,
+        normalize: bool = True,
     ) -> None:
+        """normalize: whether `encode` scales vectors to length 1 where its caller does not say."""
         self.model, self.tokenizer, self.name, self.lineage = model.eval(), tokenizer, name, lineage
-        self.instructions, self.truncated = instructions or Instructions(), 0
+        self.instructions, self.truncated, self.normalize = instructions or Instructions(), 0, normalize
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: the weights too, so that each worker of a pool has its own copy of them."""
+        return self.__dict__ | {"model": to_portable(self.model)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.model = _place(from_portable(state["model"]), device())
 
     @classmethod
     def from_pretrained(
@@ -65,7 +77,8 @@ class Encoder:
         Args:
             base_or_run: a folder or hub name of a decoder, the name of an embedded base, an export of `save`, a stage of a
                 run (`runs/NAME/supervised`) or a run (its last trained stage; a `Notice` says which, if others are not
-                trained yet).
+                trained yet). A published sentence-transformers model keeps the pooling, prompts, normalisation, direction
+                and length that its files state.
             adapters: folders or hub names of PEFT LoRA adapters, merged in order, in float32, rounded once.
             pooling: `mean` (default), `weighted_mean`, `last` or `first`.
             attention: `bidirectional` (default) or `causal`.
@@ -89,15 +102,18 @@ class Encoder:
         dtype = dtype_of(base.precision, encoding=True)
         loaded = load_model(base, head=False, dtype=dtype, trust_remote_code=trust_remote_code)
         inner = merge_adapters(inner_model(loaded), merged)
+        if found.rows > rows_of(inner):
+            grow_embedding(inner, found.rows)
         model = PackedDecoder(inner, causal=base.attention == "causal", backend=base.backend, pooling=base.pooling)
         model = _place(model, device())
         tokenizer = load_tokenizer(
             base.tokenizer or resolve(base.model), revision=base.revision, trust_remote_code=trust_remote_code
         )
+        check_vocabulary(tokenizer, rows_of(inner), base)
         lineage = {"base": {"model": base.model}, "merged": [describe_adapter(adapter) for adapter in merged]}
         encoder = cls(
-            model, TextTokenizer(tokenizer, base.template, 512), name=str(base_or_run), lineage=lineage,
-            instructions=found.instructions,
+            model, TextTokenizer(tokenizer, base.template, 512, pooled=found.pooled), name=str(base_or_run), lineage=lineage,
+            instructions=found.instructions, normalize=found.normalize,
         )  # fmt: skip
         encoder.max_length = (found.length or 512) if length is None else length
         return encoder
@@ -123,6 +139,7 @@ class Encoder:
             "pooling": base.pooling,
             "attention": base.attention,
             "template": asdict(base.template),
+            **({} if found.pooled == "text" else {"pooled": found.pooled}),
             "length": length or found.length or 512,
             "precision": str(dtype_of(base.precision, encoding=True)).removeprefix("torch."),
         }
@@ -150,7 +167,7 @@ class Encoder:
         self,
         texts: str | Sequence[str],
         instruction: str | None = None,
-        normalize: bool = True,
+        normalize: bool | None = None,
         batch_tokens: int = 16384,
         show_progress: bool = False,
         dimensions: int | None = None,
@@ -162,7 +179,8 @@ class Encoder:
         Args:
             texts: one text or several. A text longer than `max_length` is cut; a `Notice` warning says how many were.
             instruction: put before each text; the model reads it, but it is not pooled.
-            normalize: scale each vector to length 1.
+            normalize: scale each vector to length 1. Default: yes, but for a published sentence-transformers model without
+                its Normalize module.
             batch_tokens: tokens in one forward.
             show_progress: show a progress bar.
             dimensions: keep only the first dimensions, cut before normalising; for the `matryoshka` lengths that a stage
@@ -194,7 +212,7 @@ class Encoder:
             for chosen in _batches(order, [len(i) for i in ids], budget, most):
                 batch = pack([Segment(as_ids(ids[i]), starts[i], text_key=0) for i in chosen])
                 vectors_SE = self.embed(batch.to(where))[:, :width]
-                if normalize:
+                if self.normalize if normalize is None else normalize:
                     vectors_SE = torch.nn.functional.normalize(vectors_SE, dim=-1)
                 out[[rows[i] for i in chosen]] = vectors_SE.cpu().numpy()
                 bar.update(len(chosen))
@@ -240,7 +258,7 @@ class Encoder:
         `SentenceTransformer(folder)` gives the vectors of `encode`, `encode_query` and `encode_document`;
         `AutoModel.from_pretrained(folder)` gives the hidden states.
         """
-        export(self.model, self.tokenizer, Path(folder), self.lineage, self.instructions)
+        export(self.model, self.tokenizer, Path(folder), self.lineage, self.instructions, normalize=self.normalize)
 
     def _width(self, dimensions: int | None) -> int:
         width = self.dimension if dimensions is None else dimensions
@@ -268,16 +286,21 @@ def as_texts(texts: str | Sequence[str]) -> list[str]:
     """A list of the texts in any container; one text becomes a list of one.
 
     Raises:
-        UserError: there is nothing to iterate over.
+        UserError: it is no container of texts, or one without an order, or a table.
     """
     if isinstance(texts, str):
         return [texts]
+    found = type(texts).__name__
+    if isinstance(texts, bytes | bytearray):
+        raise UserError(f"encode takes a text or several texts; found {found}: decode it first (.decode())")
+    if isinstance(texts, Set):
+        raise UserError(f"encode takes texts in an order, which a {found} has not; give a list")
+    if isinstance(texts, Mapping) or hasattr(texts, "columns"):  # whose keys or column names would be encoded
+        raise UserError(f"encode takes a text or several texts; found {found}: give one of its columns or its values")
     try:
-        if isinstance(texts, Mapping):  # whose keys would be encoded
-            raise TypeError
         return list(texts)
     except TypeError:
-        raise UserError(f"encode takes a text or several texts; found {type(texts).__name__}") from None
+        raise UserError(f"encode takes a text or several texts; found {found}") from None
 
 
 def nonempty(texts: Sequence[str | None], empty: Empty) -> list[int]:
@@ -356,5 +379,6 @@ def _chosen(source: str | Path, base_only: bool, **options: Any) -> Found:
             raise UserError(f"{key} is {value!r}; choose one of {', '.join(choices)}")
         setattr(found.base, key, value)
     if base_only:
+        found.rows = rows_with(found.adapters, 0)  # new tokens have the vector that their training began with
         found.adapters = []
     return found

@@ -117,7 +117,7 @@ class Searcher:
 
     def find(self, query: str, top: int) -> list[Hit]:
         """The `top` passages nearest to a query, the nearest first."""
-        scores_M = self.vectors_ME @ self.encoder.encode(query, self._instruction)
+        scores_M = self.vectors_ME @ self.encoder.encode(query, self._instruction, normalize=True)
         return [Hit(float(scores_M[at]), self.passages[at]) for at in np.argsort(-scores_M, kind="stable")[:top]]
 
     def _trained(self, side: Any) -> str | None:
@@ -140,7 +140,7 @@ class Searcher:
                 found = np.load(cache, allow_pickle=False)
                 if found.shape == (len(texts), self.encoder.dimension):
                     return found
-        vectors_ME = self.encoder.encode(texts, self._document, show_progress=True)
+        vectors_ME = self.encoder.encode(texts, self._document, normalize=True, show_progress=True)
         if cache:
             with contextlib.suppress(OSError):
                 cache.parent.mkdir(exist_ok=True)

@@ -147,4 +147,4 @@ def _adapter_parameters(stage: Stage, shape: dict[str, int]) -> int:
         "q_proj": hidden + queries, "k_proj": hidden + keys, "v_proj": hidden + keys, "o_proj": queries + hidden,
         "gate_proj": hidden + ffn, "up_proj": hidden + ffn, "down_proj": ffn + hidden,
     }  # fmt: skip
-    return stage.lora.r * shape["num_hidden_layers"] * sum(sides.get(target, 0) for target in stage.lora.targets)
+    return stage.lora.r * shape["num_hidden_layers"] * sum(sides.get(target, 0) for target in stage.lora.linears)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
+from typing import Literal
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -38,22 +39,43 @@ def load_tokenizer(
     return tokenizer
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, base: Base) -> None:
-    """Check that the base has an embedding for every token that a text can have. rows: of its embedding.
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, base: Base, trained: Collection[str] = ()) -> None:
+    """Check that the base has an embedding for every token that a text can have.
 
     A padding token beyond them is harmless, because nothing is padded.
+
+    rows: of its embedding. trained: tokens that get a row of their own (lora.trainable_tokens).
 
     Raises:
         UserError: it does not.
     """
-    beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= rows and token != tokenizer.pad_token}
+    known = {*trained, tokenizer.pad_token}
+    beyond = {token: id for token, id in tokenizer.get_vocab().items() if id >= rows and token not in known}
     if beyond:
         token, id = max(beyond.items(), key=lambda item: item[1])
         raise UserError(
             f"the tokenizer of '{base.tokenizer or base.model}' has {len(beyond):,} tokens (such as '{token}', id {id:,}) for "
             f"which the base '{base.model}', an embedding of {rows:,} rows, has no vector; use the tokenizer that belongs "
-            "to the base (base.tokenizer)"
+            "to the base (base.tokenizer), or train vectors for them (lora.trainable_tokens)"
         )
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """The ids of tokens, each named as it stands in the vocabulary.
+
+    Raises:
+        RecipeError: one is no token of the tokenizer.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if missing := [token for token in tokens if token not in vocabulary]:
+        raise RecipeError(
+            f"lora.trainable_tokens: {', '.join(repr(token) for token in missing)} is no token of the tokenizer; add it with "
+            "its add_tokens, save the tokenizer, and name that folder in base.tokenizer"
+        )
+    return [vocabulary[token] for token in tokens]
+
+
+Pooled = Literal["text", "all", "unprompted"]
 
 
 class TextTokenizer:
@@ -64,8 +86,13 @@ class TextTokenizer:
     tokens belong to the text, so no marker inside it is needed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template, length: int) -> None:
-        self.tokenizer, self.template, self.length = tokenizer, template, length
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: Template, length: int, *, pooled: Pooled = "text"
+    ) -> None:
+        """pooled: which tokens are pooled. text: the text's own and those behind them. all: special tokens, header and
+        instruction too; unprompted: these only without header and instruction (two ways of sentence-transformers).
+        """
+        self.tokenizer, self.template, self.length, self.pooled = tokenizer, template, length, pooled
 
     def fingerprint(self) -> str:
         """A hash of everything that changes the ids."""
@@ -99,7 +126,7 @@ class TextTokenizer:
                 ids = ids[: stop - over] + ids[stop:]
                 cut += 1
             out.append(ids)
-            starts.append(start)
+            starts.append(0 if self.pooled == "all" or (self.pooled == "unprompted" and not header) else start)
         return out, starts, cut
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:

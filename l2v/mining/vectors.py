@@ -63,7 +63,7 @@ def vectors(
                 of_block = list(instructions[begin:end])
                 for instruction in sorted(set(of_block), key=lambda i: i or ""):
                     at = [begin + i for i, own in enumerate(of_block) if own == instruction]
-                    out[at] = encoder.encode([texts[i] for i in at], instruction)
+                    out[at] = encoder.encode([texts[i] for i in at], instruction, normalize=True)
                 out.flush()
                 replace_text(mark, str(end))
                 bar.update(end - begin)

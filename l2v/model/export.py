@@ -26,8 +26,9 @@ POOLING_MODES = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lastt
 
 
 def export(
-    model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any], instructions: Instructions
-) -> None:
+    model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any], instructions: Instructions, *,
+    normalize: bool = True,
+) -> None:  # fmt: skip
     """Write `folder` completely or not at all; an existing folder is replaced only if it is an export of l2v.
 
     Raises:
@@ -41,7 +42,7 @@ def export(
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     try:
-        _write(model, texts, partial, lineage, instructions)
+        _write(model, texts, partial, lineage, instructions, normalize)
         follow_umask(partial)
         if folder.exists():
             shutil.rmtree(folder)
@@ -53,8 +54,9 @@ def export(
 
 
 def _write(
-    model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any], instructions: Instructions
-) -> None:
+    model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any], instructions: Instructions,
+    normalize: bool,
+) -> None:  # fmt: skip
     decoder = model.decoder
     implementation = decoder.config._attn_implementation
     decoder.config._attn_implementation = "sdpa"  # the saved config must not name an implementation that only l2v has
@@ -66,7 +68,7 @@ def _write(
     tokenizer, template = _tokenizer_that_frames(texts)
     tokenizer.save_pretrained(folder)
     header = template.prefix
-    if header and model.pooling in ("weighted_mean", "first"):
+    if header and texts.pooled == "text" and model.pooling in ("weighted_mean", "first"):
         raise UserError(
             f"pooling {model.pooling} after a template's header does not exist in sentence-transformers; use mean"
         )
@@ -74,13 +76,20 @@ def _write(
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
         {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
         {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
-    ]
+    ][: 3 if normalize else 2]
     width = decoder.config.get_text_config().hidden_size
-    pooling = {"embedding_dimension": width, "pooling_mode": POOLING_MODES[model.pooling], "include_prompt": False}
-    settings = _prompts(template, instructions, model.pooling) | {"similarity_fn_name": "cosine"}
+    pooling = {
+        "embedding_dimension": width,
+        "pooling_mode": POOLING_MODES[model.pooling],
+        "include_prompt": texts.pooled == "all",
+    }
+    settings = _prompts(template, instructions, model.pooling if texts.pooled == "text" else "mean") | {
+        "similarity_fn_name": "cosine"
+    }
     _json(folder / "modules.json", modules)
     _json(folder / "1_Pooling" / "config.json", pooling)
-    (folder / "2_Normalize").mkdir()
+    if normalize:
+        (folder / "2_Normalize").mkdir()
     _json(folder / "config_sentence_transformers.json", settings)
     _json(folder / "sentence_bert_config.json", {"max_seq_length": texts.length, "do_lower_case": False})
     _json(
@@ -92,6 +101,8 @@ def _write(
             "length": texts.length,
             "precision": "bf16" if "bfloat16" in str(decoder.dtype) else "fp32",
             "instructions": asdict(instructions),
+            "pooled": texts.pooled,
+            "normalize": normalize,
             "lineage": lineage,
         },
     )
@@ -120,6 +131,8 @@ def _tokenizer_that_frames(texts: TextTokenizer) -> tuple[PreTrainedTokenizerBas
     the tokenizer appends the suffix. Without a header a BOS token would be pooled, so it becomes the prompt.
     """
     tokenizer, template = copy.deepcopy(texts.tokenizer), texts.template
+    if texts.pooled != "text":
+        return tokenizer, template  # everything that it adds is pooled
     backend = tokenizer.backend_tokenizer
     if template.suffix:
         ids = tokenizer(template.suffix, add_special_tokens=False)["input_ids"]

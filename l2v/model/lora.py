@@ -1,46 +1,68 @@
-"""LoRA adapters: create, save with lineage, load published LLM2Vec adapters, and merge in float32."""
+"""LoRA of a stage: create it, and save it with its lineage. `l2v.model.merge` puts adapters into the weights."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from l2v.errors import RecipeError, UserError, first_line
+from l2v.errors import RecipeError, first_line
 from l2v.files import follow_umask
-from l2v.model.hub import is_repository_name, why_missing
+from l2v.model.adapter_file import LINEAGE, WEIGHTS, adapter_folder, describe_adapter, sha256
 from l2v.model.load import quiet_transformers
+from l2v.model.merge import merge_adapters
+from l2v.model.targets import check_patterns, resolve_targets
 from l2v.recipe import Lora
 
-WEIGHTS = "adapter_model.safetensors"
-LINEAGE = "lineage.json"
+__all__ = [
+    "LINEAGE", "WEIGHTS", "adapter_folder", "add_lora", "describe_adapter", "merge_adapters", "save_adapter", "sha256",
+    "trainable",
+]  # fmt: skip
 
 
-def add_lora(inner: PreTrainedModel, lora: Lora, *, base_name: str, seed: int) -> PeftModel:
+STARTS: dict[str, Any] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+"""lora.init, and PEFT's init_lora_weights. None changes the base's weights: a stage's adapter alone says what it trained."""
+
+
+def add_lora(
+    inner: PreTrainedModel, lora: Lora, *, base_name: str, seed: int, token_ids: Sequence[int] = ()
+) -> PeftModel:
     """Add a new, trainable LoRA to the inner decoder, in the base's dtype (the optimizer keeps fp32 weights).
 
+    token_ids: tokens whose rows of the embedding are trained as well.
+
     Raises:
-        RecipeError: lora.targets match no module.
+        RecipeError: lora.targets or a pattern matches no linear layer.
     """
-    torch.manual_seed(seed)
+    targets = resolve_targets(inner, lora)
+    check_patterns(inner, lora, targets)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=list(lora.targets),
+        target_modules=targets,
         bias="none",
         task_type=None,
+        use_rslora=lora.variant == "rslora",
+        use_dora=lora.variant == "dora",
+        init_lora_weights=STARTS[lora.init],
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        trainable_token_indices={_embedding_name(inner): sorted(token_ids)} if token_ids else None,
     )
+    torch.manual_seed(seed)
     try:
-        with quiet_transformers():
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # that PEFT reads GPT-2's Conv1D the other way round, as it should
             model = get_peft_model(inner, config, autocast_adapter_dtype=False)
     except ValueError as error:
         raise RecipeError(f"lora.targets {lora.targets}: {first_line(error)}") from None
@@ -48,13 +70,20 @@ def add_lora(inner: PreTrainedModel, lora: Lora, *, base_name: str, seed: int) -
     return model
 
 
+def _embedding_name(inner: PreTrainedModel) -> str:
+    embedding = inner.get_input_embeddings()
+    return next(name for name, module in inner.named_modules() if module is embedding)
+
+
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     """The adapter's parameters, by the names that PEFT writes to disk."""
-    return {
-        name.replace(".default.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    return {_saved_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _saved_name(name: str) -> str:
+    """Without the adapter's name, and without the module that holds DoRA's magnitudes."""
+    name = name.replace(".default.", ".").removesuffix(".default")
+    return name.removesuffix(".weight") if name.endswith("lora_magnitude_vector.weight") else name
 
 
 def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], folder: Path, lineage: dict[str, Any]) -> None:
@@ -71,105 +100,3 @@ def save_adapter(model: PeftModel, tensors: dict[str, torch.Tensor], folder: Pat
         config.inference_mode = was
     lineage = lineage | {"adapter": {"sha256": sha256(folder / WEIGHTS)}}
     (folder / LINEAGE).write_text(json.dumps(lineage, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def merge_adapters(inner: PreTrainedModel, adapters: list[str]) -> PreTrainedModel:
-    """Add the adapters to the weights: all deltas are summed in float32 and rounded to the weight's dtype once.
-
-    Merging one after another in bf16 would round each time (about 9% of the weights then depend on the order).
-
-    Raises:
-        UserError: an adapter cannot be found or read, does not fit the base, or uses DoRA.
-    """
-    if not adapters:
-        return inner
-    dtypes = {name: parameter.dtype for name, parameter in inner.named_parameters()}
-    model: PeftModel | None = None
-    for index, adapter in enumerate(adapters):
-        folder = adapter_folder(adapter)
-        config = _read_config(folder)
-        if config.use_dora:
-            raise UserError(f"{adapter}: DoRA adapters cannot be summed; merge it with PEFT and use the result as base")
-        _check_keys(folder, adapter, inner)
-        try:
-            with quiet_transformers():
-                if model is None:
-                    model = PeftModel.from_pretrained(inner, folder, adapter_name="a0", autocast_adapter_dtype=True)
-                else:
-                    model.load_adapter(folder, adapter_name=f"a{index}", autocast_adapter_dtype=True)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"{adapter}: does not fit this base: {first_line(error)}") from None
-    assert model is not None
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, LoraLayer):
-                weight = module.get_base_layer().weight
-                total = weight.float()
-                for name in module.lora_A:
-                    total = total + module.get_delta_weight(name).float()
-                weight.copy_(total)
-    merged = model.unload()
-    for name, parameter in merged.named_parameters():
-        parameter.requires_grad_(False)
-        if parameter.dtype != dtypes[name]:
-            parameter.data = parameter.data.to(dtypes[name])
-    return merged
-
-
-def adapter_folder(adapter: str) -> str:
-    """A local folder as it is, or the downloaded folder of a hub name.
-
-    Raises:
-        UserError: it is neither, or the folder holds no adapter.
-    """
-    if Path(adapter).is_dir():
-        if not (Path(adapter) / "adapter_config.json").is_file():
-            raise UserError(f"{adapter}: no adapter_config.json in that folder; give the folder of a PEFT adapter")
-        return adapter
-    why = why_missing(adapter, "adapter_config.json") if is_repository_name(adapter) else "no such folder"
-    if why:
-        raise UserError(f"the adapter '{adapter}' is neither a folder nor on the hub: {why}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(adapter, allow_patterns=["adapter_config.json", WEIGHTS])
-    except Exception as error:
-        raise UserError(f"the adapter '{adapter}' is neither a folder nor on the hub: {first_line(error)}") from None
-
-
-def describe_adapter(adapter: str, **facts: Any) -> dict[str, Any]:
-    """A lineage entry: which adapter, with the hash of its weights."""
-    return {"adapter": adapter, "sha256": sha256(Path(adapter_folder(adapter)) / WEIGHTS), **facts}
-
-
-def sha256(file: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _read_config(folder: str) -> LoraConfig:
-    try:
-        config = LoraConfig.from_pretrained(folder)
-    except (OSError, TypeError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{folder}: adapter_config.json is not a readable LoRA configuration: {first_line(error)}"
-        ) from None
-    if not (Path(folder) / WEIGHTS).is_file():
-        raise UserError(f"{folder}: no {WEIGHTS} in that folder; l2v does not load pickled adapters")
-    return config
-
-
-def _check_keys(folder: str, adapter: str, inner: PreTrainedModel) -> None:
-    """Raise if a key of the adapter matches no module; PEFT would only warn."""
-    try:
-        with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
-            keys = list(file.keys())
-    except SafetensorError as error:
-        raise UserError(f"{adapter}: {WEIGHTS} is damaged: {first_line(error)}") from None
-    modules = {name for name, _ in inner.named_modules()}
-    strange = [k for k in keys if k.removeprefix("base_model.model.").split(".lora_")[0] not in modules]
-    if strange:
-        raise UserError(
-            f"{adapter}: {len(strange)} of its {len(keys)} tensors belong to no module of this base, for example {strange[0]}"
-        )

@@ -139,7 +139,7 @@ def model_of(base: Base, config: Any, stage: Stage, itemsize: int) -> Model:
     """
     try:
         text = config.get_text_config()
-        shape = LayerShape.of(config, rank=stage.lora.r, targets=tuple(stage.lora.targets), itemsize=itemsize)
+        shape = LayerShape.of(config, rank=stage.lora.largest_rank, targets=stage.lora.linears, itemsize=itemsize)
         vocabulary = text.vocab_size
     except AttributeError as error:
         raise RecipeError(

@@ -1,6 +1,7 @@
 """The recipe: one YAML file that holds a base model and a tree of stages. See `l2v.recipe.schema` for every key."""
 
 from l2v.recipe.schema import (
+    ALL_LINEAR,
     LLAMA_LINEARS,
     MAX_AUTO_NEGATIVES,
     MAX_PREFIXES,
@@ -22,6 +23,7 @@ from l2v.recipe.schema import (
 )
 
 __all__ = [
+    "ALL_LINEAR",
     "LLAMA_LINEARS",
     "MAX_AUTO_NEGATIVES",
     "MAX_PREFIXES",

@@ -6,7 +6,7 @@ import itertools
 import math
 
 from l2v.errors import RecipeError
-from l2v.recipe.schema import MAX_PREFIXES, Contrastive, Mntp, Recipe, Simcse, Stage, Supervised
+from l2v.recipe.schema import MAX_PREFIXES, Contrastive, Lora, Mntp, Recipe, Simcse, Stage, Supervised
 
 
 def _need(condition: bool, sentence: str) -> None:
@@ -109,12 +109,49 @@ def _check_numbers(stage: Stage, at: str) -> None:
         f"{at}: decay: cosine needs its end: decay_steps: end, or another number of steps or epochs",
     )
     _need(stage.lr > 0, f"{at}: lr is {stage.lr} and must be above 0")
-    _need(0 <= stage.lora.dropout < 0.99, f"{at}: lora.dropout is {stage.lora.dropout}; use 0 up to 0.99")
-    _need(stage.lora.r >= 1, f"{at}: lora.r is {stage.lora.r} and must be at least 1")
+    _check_lora(stage.lora, at)
     _need(stage.length >= 2, f"{at}: length is {stage.length}; a text needs at least 2 tokens")
     _need(
         stage.length <= stage.micro_tokens,
         f"{at}: one text of length {stage.length} does not fit micro_tokens {stage.micro_tokens}; raise micro_tokens",
+    )
+
+
+def _check_lora(lora: Lora, at: str) -> None:
+    """The bounds of its numbers, and patterns of numbers. Whether targets exist is seen when the base is loaded."""
+    _need(0 <= lora.dropout < 0.99, f"{at}: lora.dropout is {lora.dropout}; use 0 up to 0.99")
+    _need(lora.r >= 1, f"{at}: lora.r is {lora.r} and must be at least 1")
+    _need(bool(lora.targets), f"{at}: lora.targets is empty; name linear layers, or use all-linear")
+    for layer, rank in lora.rank_pattern.items():
+        valid = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+        _need(valid, f"{at}: lora.rank_pattern.{layer} is {rank!r}; give a whole number from 1")
+    for layer, alpha in lora.alpha_pattern.items():
+        valid = isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha)
+        _need(valid, f"{at}: lora.alpha_pattern.{layer} is {alpha!r}; give a number")
+    ranks = [lora.r, *lora.rank_pattern.values()]
+    _need(
+        lora.init != "orthogonal" or all(rank % 2 == 0 for rank in ranks),
+        f"{at}: lora.init: orthogonal halves the rank and needs even ones; lora has {', '.join(map(str, ranks))}",
+    )
+    tokens = lora.trainable_tokens
+    _need(len(set(tokens)) == len(tokens), f"{at}: lora.trainable_tokens names a token twice: {', '.join(tokens)}")
+
+
+def _check_variant(recipe: Recipe, stage: Stage, at: str) -> None:
+    """What of a stage's LoRA cannot be combined with other keys."""
+    lora, base, zero = stage.lora, recipe.base, recipe.zero.stage
+    _need(
+        lora.variant != "dora" or base.base_precision == "same",
+        f"{at}: lora.variant: dora reads the base's full weights; use base.base_precision: same, or variant: lora",
+    )
+    _need(
+        lora.variant != "dora" or base.layers != "fused",
+        f"{at}: lora.variant: dora runs on plain layers; use base.layers: auto, or variant: lora",
+    )
+    _need(
+        zero < 3 or (lora.variant != "dora" and not lora.trainable_tokens),
+        f"{at}: lora.variant: dora and lora.trainable_tokens read weights that zero.stage: 3 has spread over the ranks; use a "
+        "lower stage",
     )
 
 
@@ -180,6 +217,7 @@ def check(recipe: Recipe, where: str) -> Recipe:
         at = f"{where}: stage '{name}'"
         _check_names(recipe, name, stage, at)
         _check_numbers(stage, at)
+        _check_variant(recipe, stage, at)
         if isinstance(stage, Mntp):
             _check_masking(stage, at)
         if isinstance(stage, Contrastive):

@@ -6,6 +6,7 @@ here, with its type and default; anything else in a file is an error that names 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ MAX_PREFIXES = 16  # the limit of the kernels in l2v_kernels.info_nce
 MAX_AUTO_NEGATIVES = 7
 """Hard negatives of a row that `max_negatives: auto` uses at most; `l2v data mine` finds at most as many."""
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = "all-linear"
+"""As a target: every linear layer of the decoder."""
 
 
 @dataclass
@@ -59,12 +62,44 @@ class Base:
 
 @dataclass
 class Lora:
-    """LoRA of every stage (Hu et al. 2021, arXiv 2106.09685); a stage may override single keys."""
+    """LoRA of every stage (Hu et al. 2021, arXiv 2106.09685); a stage may override single keys.
+
+    variant: rslora scales by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732), dora trains the norm of each row apart
+    (Liu et al. 2024, arXiv 2402.09353). init: none of the choices changes the base's weights. rank_pattern, alpha_pattern: r
+    and alpha of layers whose name ends in a match of the key, a regular expression. trainable_tokens: their vectors are
+    trained as well.
+    """
 
     r: int = 16
     alpha: float = 32
     dropout: float = 0.05
     targets: list[str] = field(default_factory=lambda: list(LLAMA_LINEARS))
+    variant: Literal["lora", "rslora", "dora"] = "lora"
+    init: Literal["default", "gaussian", "orthogonal"] = "default"
+    rank_pattern: dict[str, Any] = field(default_factory=dict)
+    alpha_pattern: dict[str, Any] = field(default_factory=dict)
+    trainable_tokens: list[str] = field(default_factory=list)
+
+    @property
+    def pattern(self) -> str | None:
+        """The targets as a regular expression, if they are one: a single text with a character that no name has."""
+        single = self.targets[0] if len(self.targets) == 1 else ""
+        return single if re.search(r"[*+?()\[\]{}|\\^$]", single) else None
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Which linears of a layer of the Llama family get an adapter, for estimates."""
+        if self.targets == [ALL_LINEAR]:
+            return LLAMA_LINEARS
+        if self.pattern is None:
+            return tuple(self.targets)
+        where = {name: "self_attn" if name[0] in "qkvo" else "mlp" for name in LLAMA_LINEARS}
+        return tuple(name for name in LLAMA_LINEARS if re.search(self.pattern, f"layers.0.{where[name]}.{name}"))
+
+    @property
+    def largest_rank(self) -> int:
+        """Of all layers, for estimates."""
+        return max([self.r, *self.rank_pattern.values()])
 
 
 @dataclass

@@ -53,11 +53,11 @@ def _encoded(encoder: Encoder, texts: Texts) -> np.ndarray:
     """float32 [N, E]; queries and answers with the instructions of training."""
     show = sys.stderr.isatty()
     if not texts.pairs:
-        return encoder.encode(texts.texts, show_progress=show)
+        return encoder.encode(texts.texts, normalize=True, show_progress=show)
     half = len(texts.texts) // 2
     parts = (texts.texts[:half], texts.texts[half:])
     sides = zip(parts, texts.instructions, strict=True)
-    return np.concatenate([encoder.encode(part, prompt, show_progress=show) for part, prompt in sides])
+    return np.concatenate([encoder.encode(part, prompt, normalize=True, show_progress=show) for part, prompt in sides])
 
 
 def topics_kept(vectors_NE: np.ndarray, labels: list[str]) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from l2v.errors import UserError
+from l2v.model.adapter_file import LINEAGE, adapter_folder, describe_adapter, read_json
 from l2v.model.embedded import SMOLLM2
 from l2v.model.export import ENCODER_FILE
-from l2v.model.lora import LINEAGE, adapter_folder, describe_adapter
 from l2v.recipe import Base, Template
 from l2v.recipe.instructions import Instructions
 from l2v.runs.folder import ADAPTER, is_stage, is_trained, stage_folders, stage_recipe, trained_stages
 from l2v.runs.names import find_model
+from l2v.runs.published import MODULES, read_published
 
 
 @dataclass
@@ -22,7 +23,8 @@ class Found:
     """What a name refers to.
 
     adapters: merged into the base, in order. length: tokens of a text, None if nothing says it. note: a sentence for the
-    user on what was chosen.
+    user on what was chosen. pooled: which tokens are pooled (see `TextTokenizer`). rows: of the embedding, at least.
+    normalize: vectors have length 1 unless the caller asks for others.
     """
 
     base: Base
@@ -30,6 +32,9 @@ class Found:
     length: int | None = None
     instructions: Instructions = field(default_factory=Instructions)
     note: str | None = None
+    pooled: Literal["text", "all", "unprompted"] = "text"
+    rows: int = 0
+    normalize: bool = True
 
 
 def find(name: str) -> Found:
@@ -59,6 +64,11 @@ def _find(name: str) -> Found:
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder)
     find_model(name)
+    if published := read_published(name):
+        return Found(
+            published.base, length=published.length, instructions=published.instructions, pooled=published.pooled,
+            normalize=published.normalize,
+        )  # fmt: skip
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise UserError(f"{name}: neither a model, an adapter nor a run of l2v")
     return Found(Base(model=name, **_known(name)))
@@ -76,7 +86,10 @@ def _export(folder: Path, name: str) -> Found:
         base = Base(model=name, template=Template(**facts["template"]), pooling=facts["pooling"])
         base.attention, base.precision = facts["attention"], facts["precision"]
         instructions = Instructions.of_json(facts.get("instructions", {}))
-        return Found(base, length=facts["length"], instructions=instructions)
+        return Found(
+            base, length=facts["length"], instructions=instructions, pooled=facts.get("pooled", "text"),
+            normalize=facts.get("normalize", True),
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder / ENCODER_FILE}: damaged; export again with 'l2v export'") from None
 
@@ -103,10 +116,19 @@ def _stage(folder: Path) -> Found:
 def _adapter(folder: Path) -> Found:
     if is_stage(folder.parent):
         return _stage(folder.parent)
-    name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not name:
+    if (folder / MODULES).is_file():
+        raise UserError(
+            f"{folder}: a sentence-transformers model whose weights are an adapter; load it with sentence-transformers, or give "
+            "its base first and the folder in adapters=[...], with the pooling that its files state"
+        )
+    name = read_json(str(folder)).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
         raise UserError(f"{folder}: its adapter_config.json names no base; give the base first and adapters=[...]")
     return Found(Base(model=name, **_known(name)), [*_lineage(folder), str(folder)])
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 def _lineage(adapter: Path) -> list[str]:
@@ -114,11 +136,17 @@ def _lineage(adapter: Path) -> list[str]:
     file = adapter / LINEAGE
     if not file.is_file():
         return []
+    try:
+        entries = [
+            (entry.get("stage", ""), entry["adapter"], entry["sha256"]) for entry in json.loads(_text(file))["merged"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file}: damaged; restore it, or train the stage again") from None
     out = []
-    for entry in json.loads(file.read_text(encoding="utf-8"))["merged"]:
-        same_run = adapter.parent.parent / entry.get("stage", "") / ADAPTER
-        path = str(same_run) if "stage" in entry and same_run.is_dir() else entry["adapter"]
-        if describe_adapter(adapter_folder(path))["sha256"] != entry["sha256"]:
+    for stage, named, digest in entries:
+        same_run = adapter.parent.parent / stage / ADAPTER
+        path = str(same_run) if stage and same_run.is_dir() else named
+        if describe_adapter(adapter_folder(path))["sha256"] != digest:
             raise UserError(
                 f"{path}: not the adapter that {adapter} was trained on (its hash differs); restore or retrain it"
             )

@@ -141,7 +141,7 @@ def _filter(args: argparse.Namespace, passages: list[str], folder: Path):
         vectors_NE = np.empty((len(queries), encoder.dimension), dtype=np.float32)
         for instruction in sorted(set(instructions)):
             at = [i for i, own in enumerate(instructions) if own == instruction]
-            vectors_NE[at] = encoder.encode([queries[i] for i in at], instruction)
+            vectors_NE[at] = encoder.encode([queries[i] for i in at], instruction, normalize=True)
         return exact.search(vectors_NE, args.top)[0]
 
     return search

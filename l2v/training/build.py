@@ -10,16 +10,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 from l2v.data.balance import Cost
 from l2v.data.sampler import Sampler
+from l2v.data.tokens import load_tokenizer, token_ids
 from l2v.errors import UserError
 from l2v.machine.gpus import too_little_memory
+from l2v.model.embedded import resolve
 from l2v.model.load import device, fingerprint, inner_model, load_model, output_head
 from l2v.model.lora import add_lora, describe_adapter, merge_adapters
 from l2v.model.memory import LayerShape, TailMemory, activation_bytes, choose_recompute, free_bytes
 from l2v.model.packed import PackedDecoder
 from l2v.model.quantize import check_base_precision, check_fused, to_fp8, to_nf4
+from l2v.model.vocabulary import grow_embedding, rows_of
 from l2v.recipe import Mntp, Recipe, Simcse, Stage
 from l2v.runs.claim import merged_adapters
 from l2v.training.advice import Advise, Question
@@ -46,11 +50,13 @@ def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[
         trust_remote_code=base.trust_remote_code,  # true only by the command line: load_recipe refuses it in a file
     )  # fmt: skip
     merged = merged_adapters(recipe, name)
-    inner = merge_adapters(inner_model(model), [adapter for adapter, _ in merged])
+    whole = model if isinstance(stage, Mntp) else None
+    inner = merge_adapters(inner_model(model), [adapter for adapter, _ in merged], whole=whole)
+    tokens = _new_rows(whole or inner, recipe, stage)
     head = output_head(model) if isinstance(stage, Mntp) else None
     if base.base_precision == "nf4":
         to_nf4(inner, device(), dtype)
-    decoder = add_lora(inner, stage.lora, base_name=base.model, seed=seed)
+    decoder = add_lora(inner, stage.lora, base_name=base.model, seed=seed, token_ids=tokens)
     lineage = {
         "base": {"model": base.model, "revision": base.revision, "sha256": fingerprint(base)},
         "merged": [describe_adapter(adapter, **facts) for adapter, facts in merged],
@@ -70,6 +76,21 @@ def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[
     )
     check_fused(base, packed)
     return packed, lineage
+
+
+def _new_rows(model: PreTrainedModel, recipe: Recipe, stage: Stage) -> list[int]:
+    """The ids of the tokens whose vectors the stage trains; those that the base does not have get a row first."""
+    tokens, base = stage.lora.trainable_tokens, recipe.base
+    if not tokens:
+        return []
+    tokenizer = load_tokenizer(
+        base.tokenizer or resolve(base.model), revision=base.revision, trust_remote_code=base.trust_remote_code
+    )
+    rows, ids = rows_of(model), set(token_ids(tokenizer, tokens))
+    if max(ids) >= rows:
+        grow_embedding(model, max(ids) + 1)
+        ids |= set(range(rows, max(ids)))  # a padding token in between: rows of an adapter have no gaps
+    return sorted(ids)
 
 
 def check_weights(model: PackedDecoder, recipe: Recipe, name: str) -> None:
@@ -178,7 +199,7 @@ def _segments_grow() -> bool:
 
 
 def _shape(config: Any, stage: Stage, dtype: torch.dtype) -> LayerShape:
-    return LayerShape.of(config, rank=stage.lora.r, targets=tuple(stage.lora.targets), itemsize=dtype.itemsize)
+    return LayerShape.of(config, rank=stage.lora.largest_rank, targets=stage.lora.linears, itemsize=dtype.itemsize)
 
 
 def _room(

@@ -22,10 +22,12 @@ from l2v.model.load import dtype_of, load_config
 from l2v.model.lora import trainable
 from l2v.model.packed import PackedDecoder
 from l2v.model.quantize import notice
-from l2v.recipe import Contrastive, Mntp, Recipe, Stage, Supervised
+from l2v.model.vocabulary import rows_with
+from l2v.recipe import LLAMA_LINEARS, Base, Contrastive, Mntp, Recipe, Stage, Supervised
 from l2v.recipe.load import to_dict
-from l2v.runs.claim import claim, publish, recorded_negatives
+from l2v.runs.claim import claim, merged_adapters, publish, recorded_negatives
 from l2v.runs.folder import ADAPTER, has_begun, is_trained, run_folder
+from l2v.runs.published import read_published
 from l2v.training import checkpoint
 from l2v.training.advice import Advise
 from l2v.training.build import Placed, build, check_weights, place_memory
@@ -89,8 +91,7 @@ def train_stage(
     model, lineage = _build(recipe, name, dtype, seed, log)
     parameters = {n.removeprefix("decoder."): p for n, p in trainable(model).items()}
     if resume:
-        for key, parameter in parameters.items():
-            parameter.data.copy_(resume.tensors[f"weight.{key}"])
+        _restore(parameters, resume.tensors, name)
         log(f"continues after step {resume.step}")
     masking = _masking(stage, data.texts, recipe.base.mask_token, model)
     units = model.as_units() if recipe.zero.stage == 3 else []
@@ -111,6 +112,21 @@ def train_stage(
     engine.destroy()
     del engine, model, job
     gc.collect()
+
+
+def _restore(parameters: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor], name: str) -> None:
+    """Copy a checkpoint's weights into the adapter.
+
+    Raises:
+        UserError: it has other ones.
+    """
+    if missing := [key for key in parameters if f"weight.{key}" not in tensors]:
+        raise UserError(
+            f"stage '{name}': its checkpoint has no weights for {len(missing)} tensors of the adapter, such as {missing[0]}; it "
+            f"was trained with other lora.targets: name those, or train from scratch with --fresh --stage {name}"
+        )
+    for key, parameter in parameters.items():
+        parameter.data.copy_(tensors[f"weight.{key}"])
 
 
 def _keep_budget(folder: Path, facts: dict[str, Any]) -> None:
@@ -140,9 +156,32 @@ def _build(
     agree({"the base and its adapters": lineage})
     if model.unfused_reason and recipe.base.backend == "l2v":
         log(f"plain layers, slower than fused ones: {model.unfused_reason}")
+    trained = model.decoder.peft_config["default"].target_modules
+    if set(recipe.stages[name].lora.targets) == set(LLAMA_LINEARS) != set(trained):
+        names = ", ".join(sorted(trained))
+        log(f"lora.targets: this base has other linear layers than {', '.join(LLAMA_LINEARS)}; trained are {names}")
+    for line in on_first_rank(functools.partial(_unlike_published, recipe.base)):
+        log(line)
     if banner := notice(recipe.base):
         log(banner)
     return model, lineage
+
+
+def _unlike_published(base: Base) -> list[str]:
+    """A line to log if the base is a published encoder that makes its vectors in another way than the recipe."""
+    if base.init == "random":
+        return []
+    try:
+        published = read_published(base.model)
+    except UserError as error:  # its transformer can be trained all the same
+        return [f"WARNING: the base is a published encoder, and only its transformer is trained: {error}"]
+    theirs = published and (published.base.pooling, published.base.attention)
+    if theirs is None or theirs == (base.pooling, base.attention):
+        return []
+    return [
+        f"WARNING: the base is a published encoder with pooling {theirs[0]} and {theirs[1]} attention; this recipe trains it "
+        f"with pooling {base.pooling} and {base.attention} attention (base.pooling, base.attention)"
+    ]
 
 
 def _keep_negatives(stage: Stage, folder: Path, fresh: bool) -> None:
@@ -183,7 +222,9 @@ def _open_data(recipe: Recipe, name: str) -> StageData:
         )
     )
     config = on_every_rank(lambda: load_config(base, trust_remote_code=base.trust_remote_code))
-    on_every_rank(lambda: check_vocabulary(tokenizer, config.get_text_config().vocab_size, base))
+    merged = [adapter for adapter, _ in merged_adapters(recipe, name)]
+    rows = on_every_rank(lambda: rows_with(merged, config.get_text_config().vocab_size))
+    on_every_rank(lambda: check_vocabulary(tokenizer, rows, base, stage.lora.trainable_tokens))
     texts = TextTokenizer(tokenizer, base.template, stage.length)
     notes = on_every_rank(functools.partial(check_prefixes, recipe, name))
     examples = first_on_node(lambda: open_examples(stage.data, stage, texts))

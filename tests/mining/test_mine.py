@@ -293,16 +293,16 @@ def test_vectors_go_on_where_they_stopped(base, monkeypatch, tmp_path, sentences
     whole = np.array(vectors(encoder, key, sentences[:60], prompts, tmp_path / "a", "x"))
     real, calls = encoder.encode, []
 
-    def dying(texts, *rest):
+    def dying(texts, *rest, **more):
         calls.append(len(texts))
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return real(texts, *rest)
+        return real(texts, *rest, **more)
 
     encoder.encode = dying
     with pytest.raises(KeyboardInterrupt):
         vectors(encoder, key, sentences[:60], prompts, tmp_path / "b", "x")
-    encoder.encode = lambda texts, *rest: calls.append(len(texts)) or real(texts, *rest)
+    encoder.encode = lambda texts, *rest, **more: calls.append(len(texts)) or real(texts, *rest, **more)
     calls.clear()
     again = vectors(encoder, key, sentences[:60], prompts, tmp_path / "b", "x")
     assert np.array_equal(again, whole) and sum(calls) == 60 - 16
