@@ -17,10 +17,11 @@ from l2v.data.tokens import TextTokenizer, as_ids, check_vocabulary, load_tokeni
 from l2v.errors import Notice, UserError
 from l2v.model.embedded import resolve
 from l2v.model.export import export
-from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_config, load_model
+from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_config, load_model, proof_of
 from l2v.model.lora import describe_adapter, merge_adapters
 from l2v.model.packed import PackedDecoder
 from l2v.model.portable import from_portable, to_portable
+from l2v.model.proof import check_model
 from l2v.model.vocabulary import grow_embedding, rows_of, rows_with
 from l2v.recipe import Base, Template
 from l2v.recipe.instructions import Instructions
@@ -101,11 +102,15 @@ class Encoder:
         base, merged = found.base, [*found.adapters, *adapters]
         dtype = dtype_of(base.precision, encoding=True)
         loaded = load_model(base, head=False, dtype=dtype, trust_remote_code=trust_remote_code)
+        if note := proof_of(inner_model(loaded)).note():
+            warnings.warn(f"the base '{base.model}': {note}", Notice, stacklevel=2)
         inner = merge_adapters(inner_model(loaded), merged)
         if found.rows > rows_of(inner):
             grow_embedding(inner, found.rows)
         model = PackedDecoder(inner, causal=base.attention == "causal", backend=base.backend, pooling=base.pooling)
         model = _place(model, device())
+        if proof_of(inner).open:
+            check_model(model, model, name=base.model)
         tokenizer = load_tokenizer(
             base.tokenizer or resolve(base.model), revision=base.revision, trust_remote_code=trust_remote_code
         )

@@ -55,7 +55,7 @@ def test_a_recipe_that_is_not_there(run_here):
         ({}, ["mntp.stepz=3"], ["command line 'mntp.stepz=3': unknown key", "did you mean 'steps'?"]),
         ({}, ["--stage", "mnpt"], ["no stage 'mnpt'; did you mean 'mntp'?"]),
         ({"base.mask_token": "to ord"}, ["--stage", "mntp"], ["base.mask_token 'to ord' is", "choose one that is one"]),
-        ({"lora.targets": ["no_proj"]}, ["--stage", "mntp"], ["lora.targets ['no_proj']"]),
+        ({"lora.targets": ["no_proj"]}, ["--stage", "mntp"], ["lora.targets: no_proj match no linear layer"]),
         ({"base.template": {"prefix": "bruger: "}}, ["--stage", "simcse", "length=3"], ["leaves no room"]),
         ({"base.config": {"model_type": "lama"}}, ["--stage", "mntp"], ["base.config", "lama"]),
         (

@@ -366,3 +366,50 @@ def test_an_offline_hub_is_not_asked(hub_rows, monkeypatch):
     assert hub_rows("http://127.0.0.1:9", offline=True) == (
         (False, "offline by HF_HUB_OFFLINE=1: only what is in its cache is used"), []
     )  # fmt: skip
+
+
+THIRD = [
+    "llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "stablelm", "granite", "gemma", "gemma2", "gpt_oss", "minicpm3",
+    "gpt2", "gpt_neo", "bloom", "mpt", "opt", "falcon", "lfm2", "falcon_h1", "recurrent_gemma", "mamba", "bert",
+    "xlm-roberta", "distilbert", "albert", "mpnet", "eurobert", "gte", "modernbert", "nemotron", "cohere", "ernie4_5",
+]  # fmt: skip
+
+
+def committed() -> dict[str, str]:
+    """The rows of docs/bases.md by architecture."""
+    text = (ROOT / "docs" / "bases.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"^\| (\S+) (\| .* \|)$", text.partition("<!-- written by")[2], re.M)[1:])
+
+
+def rows_of(table: str) -> dict[str, str]:
+    return dict(re.findall(r"^\| (\S+) (\| .* \|)$", table, re.M)[1:])
+
+
+def without_digits(rows: dict[str, str]) -> dict[str, str]:
+    """How far a path that is not taken leaks differs in the last digit between machines."""
+    return {name: re.sub(r"\d+(\.\d+)?(e-?\d+)?", "#", row) for name, row in rows.items()}
+
+
+def test_a_third_of_the_matrix_is_what_the_command_prints(capsys):
+    found = without_digits(rows_of(said(capsys, "--bases", ",".join(THIRD))))
+    assert found == {name: row for name, row in without_digits(committed()).items() if name in THIRD}
+    assert len(found) == len(THIRD) >= len(committed()) // 3
+
+
+@pytest.mark.slow
+def test_the_whole_matrix_is_what_the_command_prints(capsys):
+    assert without_digits(rows_of(said(capsys, "--bases"))) == without_digits(committed())
+
+
+def test_the_matrix_keeps_what_it_promises():
+    rows = {name: [cell.strip() for cell in row.strip("|").split("|")] for name, row in committed().items()}
+    served = [cells for cells in rows.values() if cells[0] != "refused"]
+    assert len(rows) >= 60 and len(served) >= 40
+    assert all(cells[4:6] == ["yes", "yes"] for cells in served), "isolation, equality with eager"
+
+
+def test_an_architecture_that_is_not_in_the_matrix(capsys):
+    from l2v.errors import UserError
+
+    with pytest.raises(UserError, match="'llamma' is not in the matrix"):
+        doctor.main(["--bases", "llamma"])

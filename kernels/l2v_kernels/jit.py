@@ -1,7 +1,7 @@
 """Triton's `jit` for kernels that a step launches thousands of times. Imported only where Triton is installed.
 
 At each launch Triton works out again what a kernel would be compiled for: 21 of the 25 microseconds that a launch takes on the
-host. Here the compiled kernel is looked up by a key that takes less than half of that and tells at least as much apart.
+host. Here the compiled kernel is looked up by a key that takes less than half of that and distinguishes at least as much.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def kind_of(args: tuple[Any, ...], device: int, constants: dict[str, Any]) -> tu
     """What decides which compiled kernel a launch takes, or more than that; None for arguments of another type than those here.
 
     Triton compiles for dtypes, for pointers and integers that are multiples of 16, for integers that are 1, and for the width
-    of an integer. Constants are told apart by value and type, because 1, 1.0 and True are equal.
+    of an integer. Constants are distinguished by value and type, because 1, 1.0 and True are equal.
     """
     key: list[Any] = [device]
     for value in args:

@@ -14,6 +14,8 @@ from l2v.commands.parser import new_parser
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the machine, for a bug report or before a long run. Exit code 0 if training can run, else 1."""
     args = parser().parse_args(argv)
+    if args.bases is not None:
+        return _bases(args.bases)
     # Imported here: help needs no torch.
     from l2v.doctor import hardware, software
     from l2v.doctor.report import Report, render, tree
@@ -39,6 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if report.problems else 0
 
 
+def _bases(names: str) -> int:
+    """Print the matrix of architectures; exit code 1 if one of them leaks or differs from transformers."""
+    from l2v.doctor import bases
+
+    chosen = [name for name in names.split(",") if name]
+    rows = bases.matrix(chosen, log=lambda line: print(line, file=sys.stderr, flush=True))
+    print(bases.render(rows))
+    return 1 if any(row.wrong for row in rows) else 0
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments of `l2v doctor`."""
     p = new_parser(
@@ -49,5 +61,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--seconds", type=float, default=10.0, metavar="SECONDS",
         help="time for the calibration, whose rates later runs are compared with; 0 measures nothing (default: 10)",
+    )  # fmt: skip
+    p.add_argument(
+        "--bases", nargs="?", const="", metavar="NAMES",
+        help="instead: the matrix of docs/bases.md, which architectures can be a base and how they run, measured here (minutes); "
+        "or only the architectures named, by their model_type",
     )  # fmt: skip
     return p

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -178,11 +179,38 @@ def _read_config(folder: str, adapter: str) -> Any:
             config = PeftConfig.from_pretrained(folder)
     except Exception as error:  # whatever a configuration's own checks raise
         raise UserError(f"{adapter}: its {CONFIG} is not readable for PEFT: {first_line(error)}") from None
+    _check_types(config, adapter)
     config.inference_mode = True
     config.task_type = None  # a task wraps the model in methods that a decoder without its head does not have
     if kind == "LORA":
         _check_lora(config, adapter)
     return config
+
+
+def _check_types(config: Any, adapter: str) -> None:
+    """Raise for keys of another kind than PEFT writes; PEFT itself reads them without a check."""
+
+    def is_list(value: Any, of: type) -> bool:
+        return isinstance(value, list) and all(isinstance(item, of) and not isinstance(item, bool) for item in value)
+
+    def is_dict(value: Any) -> bool:
+        return isinstance(value, dict)
+
+    def are_tokens(value: Any) -> bool:
+        return is_list(value, int) or (is_dict(value) and all(is_list(ids, int) for ids in value.values()))
+
+    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "rank_pattern": (is_dict, "a mapping"),
+        "alpha_pattern": (is_dict, "a mapping"),
+        "modules_to_save": (lambda value: is_list(value, str), "a list of names"),
+        "trainable_token_indices": (are_tokens, "a list of token ids"),
+        "token_indices": (are_tokens, "a list of token ids"),
+        "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    }
+    for key, (fits, kind) in kinds.items():
+        value = getattr(config, key, None)
+        if value is not None and not fits(value):
+            raise UserError(f"{adapter}: the {key} in its {CONFIG} is not {kind}: {first_line(ValueError(value))[:80]}")
 
 
 def _check_lora(config: Any, adapter: str) -> None:

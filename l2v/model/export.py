@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from l2v.data.tokens import TextTokenizer
 from l2v.errors import UserError
 from l2v.files import follow_umask
-from l2v.model.load import quiet_transformers
+from l2v.model.export_proof import attention_to_state, save_weights
 from l2v.model.packed import PackedDecoder
 from l2v.recipe import Template
 from l2v.recipe.instructions import SIDES, Instructions
@@ -58,13 +58,7 @@ def _write(
     normalize: bool,
 ) -> None:  # fmt: skip
     decoder = model.decoder
-    implementation = decoder.config._attn_implementation
-    decoder.config._attn_implementation = "sdpa"  # the saved config must not name an implementation that only l2v has
-    try:
-        with quiet_transformers():
-            decoder.save_pretrained(folder)
-    finally:
-        decoder.config._attn_implementation = implementation
+    save_weights(decoder, folder, attention=attention_to_state(model))
     tokenizer, template = _tokenizer_that_frames(texts)
     tokenizer.save_pretrained(folder)
     header = template.prefix

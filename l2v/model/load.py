@@ -1,22 +1,25 @@
-"""Load any transformers decoder, pretrained or randomly initialised, causal or bidirectional by configuration."""
+"""Load a decoder or encoder of transformers, pretrained or randomly initialised, causal or bidirectional by configuration."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from l2v.errors import RecipeError, UserError, first_line
 from l2v.model.embedded import resolve
+from l2v.model.path import ForwardPath, set_path
+from l2v.model.proof import Proof, prove
+from l2v.model.settings import drop_nothing, open_chunks, quiet_transformers, set_attention
 from l2v.recipe import Base
 from l2v.recipe.safety import code_refused, needs_code
 
@@ -112,50 +115,68 @@ def load_config(base: Base, *, trust_remote_code: bool = False) -> PretrainedCon
 def load_model(
     base: Base, *, head: bool, dtype: torch.dtype, seed: int = 0, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The frozen decoder in eval mode on the CPU; `head` keeps the language-model head (MNTP needs it).
+    """The frozen decoder or encoder in eval mode on the CPU; `head` keeps the language-model head (MNTP needs it).
 
-    Attention is bidirectional or causal as base.attention says. trust_remote_code: as for `load_config`.
+    Attention is bidirectional or causal as base.attention says, and proved to be (`l2v.model.proof`). `proof_of` gives the proof.
+    trust_remote_code: as for `load_config`.
 
     Raises:
-        UserError: the base cannot be found or loaded, or needs code that the caller does not allow.
+        UserError: the base cannot be found or loaded, needs code that the caller does not allow, or fails its proof.
         RecipeError: base.config, base.overrides or base.backend cannot be used.
     """
     config = load_config(base, trust_remote_code=trust_remote_code)
+    causal = base.attention == "causal"
+    _check_kind(base, config, head=head)
+    if not causal:
+        open_chunks(config)
+    proof = prove(
+        config, backend=base.backend, causal=causal, layers="plain" if base.layers == "plain" else "auto",
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    if proof.refused:
+        raise UserError(f"the base '{base.model}' ({config.model_type}) cannot be used: {proof.refused}")
     with quiet_transformers():
-        model = _load(base, config, head=head, dtype=dtype, seed=seed, trust_remote_code=trust_remote_code)
-    set_attention(model, causal=base.attention == "causal")
+        model = _load(
+            base, config, head=head, dtype=dtype, path=proof.path, seed=seed, trust_remote_code=trust_remote_code
+        )
+    set_attention(model, causal=causal)
+    drop_nothing(model)
+    set_path(model, proof.path)
+    inner_model(model).l2v_proof = proof
     return model.requires_grad_(False).eval()
 
 
-@contextlib.contextmanager
-def quiet_transformers():
-    """Hide what libraries print while they load and save: the load report (without the head it lists expected differences as
-    UNEXPECTED), progress bars, deprecations that PEFT and not the user has to follow, and that DeepSpeed, which they import
-    wherever it is installed, found no accelerator.
-    """
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    accelerator = "DS_ACCELERATOR" in os.environ or torch.accelerator.is_available()
-    if not accelerator:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # what it takes anyway; it keeps it from its import on
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        if not accelerator:
-            del os.environ["DS_ACCELERATOR"]
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+def proof_of(model: nn.Module) -> Proof:
+    """The proof of a model of `load_model`, also with adapters."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inner.l2v_proof
+
+
+def _check_kind(base: Base, config: PretrainedConfig, *, head: bool) -> None:
+    """Raises UserError for an encoder-decoder, and RecipeError for an encoder where a language-model head is needed."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"the base '{base.model}' ({config.model_type}) has an encoder and a decoder; l2v takes bases of one stack"
+        )
+    if head and is_encoder(config):
+        raise RecipeError(
+            f"the base '{base.model}' ({config.model_type}) is an encoder, whose attention sees both ways already: MNTP, which "
+            "teaches a decoder that, does not fit it; train simcse or supervised stages from the base"
+        )
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether a configuration is that of an encoder (BERT, RoBERTa, ModernBERT), trained with masked tokens."""
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
 
 
 def _load(
-    base: Base, config: PretrainedConfig, *, head: bool, dtype: torch.dtype, seed: int, trust_remote_code: bool
-) -> PreTrainedModel:
+    base: Base, config: PretrainedConfig, *, head: bool, dtype: torch.dtype, path: ForwardPath, seed: int,
+    trust_remote_code: bool,
+) -> PreTrainedModel:  # fmt: skip
     auto = AutoModelForCausalLM if head else AutoModel
-    implementation = _attention_implementation(base)
+    _prepare_attention(base)
+    implementation = path.attention
     if base.init == "random":
         torch.manual_seed(seed)
         with torch.device("cpu"):
@@ -195,21 +216,8 @@ def _load(
     return model
 
 
-def set_attention(model: PreTrainedModel, *, causal: bool) -> None:
-    """Make every attention module of a decoder causal or bidirectional.
-
-    The configuration decides which mask transformers builds; the flag of each module decides what a backend does without a
-    mask (flash attention, SDPA without padding). Both are set, because backends differ in which one they read.
-    """
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
-        config.is_causal = causal
-        config.use_cache = False
-    for module in model.modules():
-        if hasattr(module, "is_causal"):
-            module.is_causal = causal
-
-
-def _attention_implementation(base: Base) -> str:
+def _prepare_attention(base: Base) -> None:
+    """Register l2v's attention with transformers; raises RecipeError where flash-attn is asked for and missing."""
     if base.backend == "l2v":
         from l2v_kernels.integrations.transformers import register
 
@@ -222,7 +230,6 @@ def _attention_implementation(base: Base) -> str:
                 "base.backend flash_attention_2 needs the package flash-attn and a GPU: pip install 'l2v[flash-attn]', "
                 "or use base.backend=l2v"
             )
-    return base.backend
 
 
 def inner_model(model: PreTrainedModel) -> PreTrainedModel:

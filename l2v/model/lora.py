@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from l2v.errors import RecipeError, first_line
 from l2v.files import follow_umask
 from l2v.model.adapter_file import LINEAGE, WEIGHTS, adapter_folder, describe_adapter, sha256
-from l2v.model.load import quiet_transformers
 from l2v.model.merge import merge_adapters
+from l2v.model.settings import quiet_transformers
 from l2v.model.targets import check_patterns, resolve_targets
 from l2v.recipe import Lora
 

@@ -285,3 +285,11 @@ def free_bytes(device: torch.device, ranks_here: int = 1) -> int:
     import psutil
 
     return math.floor(psutil.virtual_memory().available / ranks_here)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error is a failed allocation, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "allocate memory" in text)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from l2v.errors import Notice, UserError, first_line
 from l2v.model.adapter_file import PREFIX, AdapterFile, read_adapter
-from l2v.model.load import quiet_transformers
+from l2v.model.settings import quiet_transformers
 from l2v.model.vocabulary import grow_embedding, rows_of
 
 HEADS = ("lm_head", "embed_out", "score", "classifier")
@@ -167,7 +167,7 @@ def _merge_layer(module: Any, names: list[str], *, rounded: bool) -> None:
         module.merge(safe_merge=False, adapter_names=[name])
         # PEFT normalises a second DoRA by the weights before the first; here it was trained on those after it.
         module.merged_adapters.clear()
-    if not all(bool(parameter.data.sum().isfinite()) for parameter in parameters):
+    if not _finite(parameters):
         raise ValueError("the merged weights hold NaN or Inf")
     if rounded:
         for parameter, dtype in zip(parameters, dtypes, strict=True):
@@ -194,8 +194,10 @@ def _grow(inner: PreTrainedModel, adapter: AdapterFile, whole: PreTrainedModel |
         return
     ids = {id for each in (tokens.values() if isinstance(tokens, dict) else [tokens]) for id in each}
     rows = rows_of(inner)
-    if not all(isinstance(id, int) and id >= 0 for id in ids):
-        raise UserError(f"{adapter.name}: its trainable_token_indices are no token ids: {sorted(map(str, ids))[:5]}")
+    if not ids:
+        return
+    if min(ids) < 0:
+        raise UserError(f"{adapter.name}: {min(ids)} in its trainable_token_indices is no token id")
     missing = next((id for id in range(rows, max(ids)) if id not in ids), None)
     if missing is not None:
         raise UserError(
@@ -227,9 +229,19 @@ def _attach(root: nn.Module, adapter: AdapterFile, name: str) -> PeftModel:
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{adapter.name}: does not fit this base: {first_line(error)}") from None
     loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    if not all(torch.equal(tensor.float(), _rounded(adapter.tensors[key], tensor)) for key, tensor in loaded.items()):
+    if not all(_same(tensor, adapter.tensors[key]) for key, tensor in loaded.items()):
         raise UserError(f"{adapter.name}: PEFT did not load its tensors into this base; merge it with PEFT")
     return model
+
+
+def _finite(parameters: Sequence[torch.Tensor]) -> bool:
+    """Whether no weight is NaN or Inf."""
+    return all(bool(parameter.detach().sum().isfinite()) for parameter in parameters)
+
+
+def _same(loaded: torch.Tensor, written: torch.Tensor) -> bool:
+    """Whether a model holds a file's tensor, on whichever device."""
+    return torch.equal(loaded.float().cpu(), _rounded(written, loaded))
 
 
 def _rounded(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from l2v.model.adapter_file import adapter_folder, read_json
-from l2v.model.load import quiet_transformers
+from l2v.model.settings import quiet_transformers
 
 
 def rows_of(model: PreTrainedModel) -> int:

@@ -18,7 +18,7 @@ from l2v.data.tokens import load_tokenizer, token_ids
 from l2v.errors import UserError
 from l2v.machine.gpus import too_little_memory
 from l2v.model.embedded import resolve
-from l2v.model.load import device, fingerprint, inner_model, load_model, output_head
+from l2v.model.load import device, fingerprint, inner_model, load_model, output_head, proof_of
 from l2v.model.lora import add_lora, describe_adapter, merge_adapters
 from l2v.model.memory import LayerShape, TailMemory, activation_bytes, choose_recompute, free_bytes
 from l2v.model.packed import PackedDecoder
@@ -49,6 +49,11 @@ def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[
         base, head=isinstance(stage, Mntp), dtype=dtype, seed=recipe.seed,
         trust_remote_code=base.trust_remote_code,  # true only by the command line: load_recipe refuses it in a file
     )  # fmt: skip
+    if proof_of(inner_model(model)).random is not None:
+        raise UserError(
+            f"the base '{base.model}' cannot be trained: a layer of it draws random numbers in training (mixture of experts, "
+            "perhaps), which differ between a forward and its recomputation; encoding works"
+        )
     merged = merged_adapters(recipe, name)
     whole = model if isinstance(stage, Mntp) else None
     inner = merge_adapters(inner_model(model), [adapter for adapter, _ in merged], whole=whole)

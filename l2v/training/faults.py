@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from l2v.batch import PackedBatch, Segment, pack
 from l2v.errors import UserError, first_line
 from l2v.files import follow_umask, reason, replace_text
+from l2v.model.memory import is_out_of_memory
 from l2v.recipe import Stage
 from l2v.training.norm import GradientNorm
 
@@ -27,14 +28,6 @@ BUDGET = "budget.json"
 
 class OutOfMemory(Exception):
     """This rank ran out of memory where the step cannot be repeated; the job restarts with smaller micro-batches."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error is a failed allocation, on a GPU or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "allocate memory" in text)
 
 
 class OutOfMemoryGuard:

@@ -18,9 +18,10 @@ from l2v.data.open import open_examples, settled
 from l2v.data.tokens import TextTokenizer, check_vocabulary, load_tokenizer
 from l2v.errors import UserError
 from l2v.model.embedded import resolve
-from l2v.model.load import dtype_of, load_config
+from l2v.model.load import dtype_of, load_config, proof_of
 from l2v.model.lora import trainable
 from l2v.model.packed import PackedDecoder
+from l2v.model.proof import check_model
 from l2v.model.quantize import notice
 from l2v.model.vocabulary import rows_with
 from l2v.recipe import LLAMA_LINEARS, Base, Contrastive, Mntp, Recipe, Stage, Supervised
@@ -100,6 +101,7 @@ def train_stage(
     engine = initialize(model, deepspeed_config(stage, recipe.zero, dtype, count), stage, units)
     place = functools.partial(place_memory, model, recipe, name, stage, dtype, data.examples, advise=advise)
     placed = _placed(place, stage, folder, resume is not None, log)
+    check_model(engine, model, name=recipe.base.model)
     job = Job(
         name=name, stage=stage, seed=seed, folder=folder, examples=data.examples, masking=masking, parameters=parameters,
         facts={"world": world}, tracking=recipe.tracking, watchdog=watch, profile=recipe.profile, grown_from=claimed.grown_from,
@@ -162,6 +164,8 @@ def _build(
         log(f"lora.targets: this base has other linear layers than {', '.join(LLAMA_LINEARS)}; trained are {names}")
     for line in on_first_rank(functools.partial(_unlike_published, recipe.base)):
         log(line)
+    if note := proof_of(model.decoder).note():
+        log(note)
     if banner := notice(recipe.base):
         log(banner)
     return model, lineage
@@ -175,8 +179,10 @@ def _unlike_published(base: Base) -> list[str]:
         published = read_published(base.model)
     except UserError as error:  # its transformer can be trained all the same
         return [f"WARNING: the base is a published encoder, and only its transformer is trained: {error}"]
-    theirs = published and (published.base.pooling, published.base.attention)
-    if theirs is None or theirs == (base.pooling, base.attention):
+    if published is None:
+        return []
+    theirs = published.base.pooling, published.base.attention
+    if theirs == (base.pooling, base.attention):
         return []
     return [
         f"WARNING: the base is a published encoder with pooling {theirs[0]} and {theirs[1]} attention; this recipe trains it "

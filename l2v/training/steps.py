@@ -16,11 +16,12 @@ import torch.distributed as dist
 
 from l2v.batch import PackedBatch, moved
 from l2v.errors import first_line
+from l2v.model.memory import is_out_of_memory
 from l2v.objectives.contrastive import Groups, contrastive_loss
 from l2v.objectives.mntp import mntp_loss_of_hidden
 from l2v.objectives.spread import SpreadGroups, spread_loss
 from l2v.recipe import Contrastive
-from l2v.training.faults import OutOfMemory, OutOfMemoryGuard, filler, is_out_of_memory
+from l2v.training.faults import OutOfMemory, OutOfMemoryGuard, filler
 from l2v_kernels.spans import span
 
 Micros = Sequence[PackedBatch]

@@ -173,7 +173,8 @@ def test_a_tokenizer_with_more_tokens_than_the_base_has_vectors_for(bos_tokenize
         check_vocabulary(tokenizer, 300, Base("some/base", tokenizer="other/tokenizer"))
     assert str(caught.value) == (
         "the tokenizer of 'other/tokenizer' has 2 tokens (such as '<|b|>', id 301) for which the base 'some/base', an embedding "
-        "of 300 rows, has no vector; use the tokenizer that belongs to the base (base.tokenizer)"
+        "of 300 rows, has no vector; use the tokenizer that belongs to the base (base.tokenizer), or train vectors for them "
+        "(lora.trainable_tokens)"
     )
     check_vocabulary(tokenizer, 302, Base("some/base"))
     padded = load_tokenizer(bos_tokenizer_folder)

@@ -80,7 +80,7 @@ def test_keeps_the_sum_and_four_bytes_a_row(residual):
     kept = bytes_saved(lambda: results.append(rms_norm(x, weight, 1e-6, delta)))
     assert kept == sorted([6 * 40 * 2, 6 * 4, 40 * 2])
     if residual:
-        # The sum is the one that goes on to the next layer: it costs nothing.
+        # The sum is the next layer's input: it costs nothing.
         total, y = results[0]
         assert total.data_ptr() in {t.data_ptr() for t in y.grad_fn.saved_tensors}
 

@@ -315,7 +315,9 @@ REFUSED = {
     "targets that are nowhere": ({"target_modules": ["query"]}, "does not fit this base"),
     "a broken regular expression": ({"target_modules": "*q_proj"}, "does not fit this base"),
     "targets of a wrong kind": ({"target_modules": 5}, "adapter_config.json is not readable|does not fit this base"),
-    "bias where there is none": ({"bias": "half"}, "does not fit this base"),
+    "a bias of no kind": ({"bias": "half"}, "the bias in its .* is not none, all or lora_only"),
+    "a pattern that is a list": ({"rank_pattern": ["q_proj"]}, "the rank_pattern in its .* is not a mapping"),
+    "tokens in words": ({"trainable_token_indices": ["a"]}, "is not a list of token ids"),
     "dora without magnitudes": ({"use_dora": True}, "lacks 6 of the 18 tensors .*lora_magnitude_vector"),
     "a module to save that is missing": ({"modules_to_save": ["o_proj"]}, "lacks 2 of the 14 tensors"),
 }

@@ -1,7 +1,6 @@
 """Any adapter file and any configuration: PEFT's own states, or one sentence; never a traceback."""
 
 import json
-import os
 import warnings
 from dataclasses import fields
 
@@ -72,8 +71,8 @@ KEYS = st.sampled_from(
 LIKELY = st.fixed_dictionaries(  # what often gives an adapter that PEFT loads
     {},
     optional={
-        "lora_alpha": st.integers(1, 9), "use_rslora": st.booleans(), "target_modules": st.just(r".*(q|up)_proj"),
-        "alpha_pattern": st.just({"q_proj": 3}), "layers_to_transform": st.sampled_from([0, [0, 1]]),
+        "lora_alpha": st.integers(1, 9), "use_rslora": st.booleans(), "target_modules": st.just(["up_proj", "q_proj"]),
+        "alpha_pattern": st.just({"q_proj": 3}), "layers_to_transform": st.just([0, 1]),
         "modules_to_save": st.sampled_from([None, [], ["norm"]]), "fan_in_fan_out": st.booleans(),
         "init_lora_weights": st.sampled_from([True, False, "gaussian", "pissa", "olora", "eva"]),
     },
@@ -160,7 +159,7 @@ def test_an_adapter_is_merged_as_peft_does_or_refused(adapter, mutation):
 
 
 @pytest.mark.slow
-@settings(max_examples=int(os.environ.get("L2V_FUZZ", 1000)), **SETTINGS)
+@settings(max_examples=1000, **SETTINGS)
 @given(mutation=mutations())
 def test_a_thousand_adapters_are_merged_as_peft_does_or_refused(adapter, mutation):
     check(adapter, mutation)

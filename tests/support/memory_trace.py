@@ -24,10 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from l2v.batch import PackedBatch, Segment, pack
-from l2v.model.load import inner_model, load_model, output_head
+from l2v.model import load
+from l2v.model.load import inner_model, load_config, load_model, output_head
 from l2v.model.lora import add_lora
 from l2v.model.memory import LayerShape
 from l2v.model.packed import PackedDecoder
+from l2v.model.proof import prove
 from l2v.recipe import LLAMA_LINEARS, Base, Lora, Stage, Zero
 
 T = TypeVar("T")
@@ -72,10 +74,11 @@ class FakeStep:
     ) -> None:  # fmt: skip
         self.mode, self.kernels = FakeTensorMode(allow_non_fake_inputs=True), kernels
         base = Base(model="fake", init="random", config=config)
+        proof = prove(load_config(base), backend=base.backend, causal=False)  # it computes, which fake tensors cannot
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            with self.mode, _unmoved():
+            with self.mode, _unmoved(), mock.patch.object(load, "prove", lambda *_, **__: proof):
                 whole = load_model(base, head=head, dtype=dtype)
                 decoder = add_lora(inner_model(whole), lora or Lora(), base_name="fake", seed=0)
         finally:

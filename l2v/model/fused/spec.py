@@ -207,11 +207,15 @@ def _family(layer: nn.Module) -> str | None:
     return name if name and type(layer).__module__.startswith(f"transformers.models.{name}.") else None
 
 
+def supported() -> str:
+    """The families that can be fused, as text."""
+    return ", ".join(name.title() for name in FAMILIES.values())
+
+
 def obstacle(layer: Any) -> str | None:
     """Why this layer cannot be fused, as the rest of a sentence; None if it can."""
     if _family(layer) is None:
-        known = ", ".join(name.title() for name in FAMILIES.values())
-        return f"its layers are {type(layer).__name__}, and the fused layer supports those of {known}"
+        return f"its layers are {type(layer).__name__}, and the fused layer supports those of {supported()}"
     act = layer.self_attn.config.hidden_act
     if act not in ("silu", "swish"):
         return f"its activation is {act}, and the fused layer supports SiLU"

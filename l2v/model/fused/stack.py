@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from l2v.model.fused.flat import Collector, FlatAdapters
 from l2v.model.fused.functions import Call, GatedMlp, GroupLinear, ProjectHeads
-from l2v.model.fused.spec import LayerSpec, base_of
+from l2v.model.fused.spec import LayerSpec, Unsupported, base_of, supported
 from l2v.model.read import PickRows
 from l2v_kernels import attention, rms_norm, segment_pool
 from l2v_kernels.integrations.transformers import PackedAttention
@@ -42,6 +42,8 @@ class FusedStack:
         self.inner, self.recompute = inner, recompute
         self.gathered = False
         self.flat: FlatAdapters | None = None
+        if not hasattr(inner, "layers") or not hasattr(inner, "norm"):
+            raise Unsupported(f"it is a {type(inner).__name__}, and the fused layer supports those of {supported()}")
         self.specs = [LayerSpec.of(layer) for layer in inner.layers]
         for spec in self.specs:
             _install_fused_forward(
@@ -84,7 +86,7 @@ class FusedStack:
     ) -> torch.Tensor:
         """hidden_TE after the final norm, in the model's dtype; dropout only in training mode.
 
-        read_R: tokens after whose attention alone the last layer goes on, int64, each once; all others give keys and values.
+        read_R: the tokens that the last layer computes after its attention, int64, each once; others give keys and values.
         The result has their rows. Their queries stay in the one matmul of q, k and v: apart from it they would save .2% of
         a step of 8B, and cost a dozen launches.
         pooling: weights (float32 [T] or [R]) and borders (int32 [S+1]) of the segments among the rows of the result; gives
@@ -177,7 +179,8 @@ def _final_norm(norm: Any, residual_TE, delta_TE, *pooling: torch.Tensor):
     if pooling:
         with span("pooling"):
             sum_TE = residual_TE if delta_TE is None else residual_TE + delta_TE
-            return segment_pool(sum_TE, *pooling, weight_E, eps)
+            weights, borders = pooling
+            return segment_pool(sum_TE, weights, borders, weight_E, eps)
     if delta_TE is None:
         return rms_norm(residual_TE, weight_E, eps)
     return rms_norm(residual_TE, weight_E, eps, residual_TE=delta_TE)[1]

@@ -41,7 +41,9 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("ignore:.*were cut")
-@pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize(
+    "bidirectional", [pytest.param(False, marks=pytest.mark.slow), True], ids=["causal", "bidirectional"]
+)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_its_vectors_are_those_of_sentence_transformers(base, sentences, tmp_path, case, bidirectional):
     case = dict(case)
