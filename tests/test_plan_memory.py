@@ -197,17 +197,17 @@ def test_engine_bytes_by_hand():
     """1,000 adapter weights on 4 ranks: what is sharded, and in which precision."""
     bucket = {"reduce_bucket_size": 10}
     assert engine_bytes(1000, {"zero_optimization": {"stage": 0}}, 2, 4) == {
-        "adapters": 2000, "fp32 adapters": 4000, "Adam's moments": 8000, "gradients": 2000,
+        "trained weights": 2000, "fp32 weights": 4000, "Adam's moments": 8000, "gradients": 2000,
     }  # fmt: skip
     assert engine_bytes(1000, {"zero_optimization": {"stage": 1} | bucket}, 2, 4) == {
-        "adapters": 2000, "fp32 adapters": 1000, "Adam's moments": 2000, "gradients": 2000, "gradient bucket": 20,
+        "trained weights": 2000, "fp32 weights": 1000, "Adam's moments": 2000, "gradients": 2000, "gradient bucket": 20,
     }  # fmt: skip
     assert engine_bytes(1000, {"zero_optimization": {"stage": 3} | bucket}, 2, 4) == {
-        "adapters": 500, "fp32 adapters": 1000, "Adam's moments": 2000, "gradients": 500, "gradient bucket": 40,
+        "trained weights": 500, "fp32 weights": 1000, "Adam's moments": 2000, "gradients": 500, "gradient bucket": 40,
     }  # fmt: skip
     offloaded = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
     found = engine_bytes(1000, offloaded, 2, 4, largest=100)
-    assert found["fp32 adapters"] == found["Adam's moments"] == 0 and found["one gradient on its way"] == 200
+    assert found["fp32 weights"] == found["Adam's moments"] == 0 and found["one gradient on its way"] == 200
     assert found["gradient bucket"] == 2000
     larger = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10**8}}
     assert engine_bytes(1000, larger, 2, 4)["gradient bucket"] == 2 * 10**8

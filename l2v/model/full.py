@@ -7,7 +7,6 @@ the embeddings, follows them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,33 +16,39 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from l2v.errors import UserError, first_line
 from l2v.files import follow_umask
-from l2v.model.lora import LINEAGE, sha256
+from l2v.model.adapter_file import LINEAGE, weights_files, weights_sha256
+from l2v.model.vocabulary import grow_embedding, rows_in, rows_of
 
 
 def train_all(inner: PreTrainedModel) -> PreTrainedModel:
-    """The same decoder with every weight trainable."""
-    return inner.requires_grad_(True)
+    """The same decoder with every weight trainable that hidden states depend on."""
+    for name, parameter in inner.named_parameters():
+        parameter.requires_grad_(not is_unused(name))
+    return inner
 
 
-def holds_weights(folder: str | Path) -> bool:
-    """Whether a folder is what `save_weights` wrote."""
-    folder = Path(folder)
-    return (folder / LINEAGE).is_file() and (folder / "config.json").is_file() and bool(weights_files(folder))
+def is_unused(name: str) -> bool:
+    """Whether no hidden state depends on a weight: BERT's pooler, which transformers puts behind the last layer."""
+    return name.startswith("pooler.")
 
 
-def weights_files(folder: str | Path) -> list[Path]:
-    """The files of a checkpoint's weights, in order."""
-    return sorted(Path(folder).glob("model*.safetensors"))
-
-
-def weights_sha256(folder: str | Path) -> str:
-    """SHA-256 of a checkpoint's weights, in hex: that of its file, or of the hashes of its files."""
-    hashes = [sha256(file) for file in weights_files(folder)]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+def weights_without_gradient(model: nn.Module, output: torch.Tensor) -> list[str]:
+    """Names of trained weights that an output does not depend on, read off its graph: no gradient is computed."""
+    reached, seen, ahead = set(), set(), [output.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            reached.add(id(node.variable))
+        ahead += [following for following, _ in node.next_functions]
+    return [name for name, each in model.named_parameters() if each.requires_grad and id(each) not in reached]
 
 
 def save_weights(
@@ -67,13 +72,19 @@ def save_weights(
     (folder / LINEAGE).write_text(json.dumps(lineage, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_weights(inner: PreTrainedModel, folder: str | Path) -> None:
+def load_weights(inner: PreTrainedModel, folder: str | Path, *, whole: PreTrainedModel | None = None) -> None:
     """Replace all weights of a decoder by those that `save_weights` wrote, rounded to its dtype.
+
+    whole: the language model around the decoder, where its head is used as well (MNTP): if the stage had more tokens than the
+    base, both get the rows.
 
     Raises:
         UserError: a file is damaged, or the weights are not those of this decoder.
     """
-    own = dict(inner.named_parameters())
+    rows = rows_in(folder)
+    if rows > rows_of(inner):
+        grow_embedding(whole or inner, rows)
+    own = {name: each for name, each in inner.named_parameters() if not is_unused(name)}
     missing = set(own)
     for file in weights_files(folder):
         try:

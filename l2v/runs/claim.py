@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 
 from l2v.errors import RecipeError, UserError
 from l2v.files import reason, replace_text, sync
-from l2v.model.full import holds_weights, save_weights, weights_sha256
+from l2v.model.adapter_file import holds_weights, weights_sha256
+from l2v.model.full import save_weights
 from l2v.model.lora import WEIGHTS, save_adapter, sha256
 from l2v.recipe import Recipe
 from l2v.recipe.load import from_dict, to_dict
