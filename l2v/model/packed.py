@@ -104,6 +104,8 @@ class PackedDecoder(nn.Module):
         if self.fused is None:
             return []
         self.fused.gathered = True
+        for group in (group for spec in self.fused.specs for group in spec.groups):
+            group.unbind()  # a forward before this one has kept weights that the engine will replace
         return [spec.module for spec in self.fused.specs]
 
     def flatten_adapters(self) -> None:

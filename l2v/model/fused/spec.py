@@ -73,8 +73,12 @@ class Group:
             self._bound = self.linears(), self.adapters(), self.dropout(), self.trained()
             self._state = state
 
+    def unbind(self) -> None:
+        """Forget what `bind` kept: from here on an engine moves the weights."""
+        self._bound = self._state = None
+
     def linears(self) -> FrozenLinears:
-        """The frozen weights."""
+        """The layer's own weights."""
         if self._bound is not None:
             return self._bound[0]
         if self.quantized is not None:
