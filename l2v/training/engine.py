@@ -147,6 +147,11 @@ def read_state(engine, parameters: Mapping[str, nn.Parameter]) -> dict[str, torc
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    optimizer = _flat_optimizer(engine)
+    if optimizer.state and len(optimizer.param_groups) > 1 and hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
+        # DeepSpeed links moments to parameters after the first group's update, when the other groups have none yet.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
     state: dict[str, torch.Tensor] = {}
     for part in _parts(engine, parameters):
         if engine.zero_optimization_stage() == 0 and not hasattr(part.parameter, "_hp_mapping"):
