@@ -133,7 +133,7 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
                 )
         elif key.rsplit(".", 1)[-1] not in CHANGEABLE_KEYS:
             key, was, is_now = _leaf(key, was, is_now)
-            old, new = (json.dumps(value, ensure_ascii=False) for value in (was, is_now))
+            old, new = (_shown(value, beside) for value, beside in ((was, is_now), (is_now, was)))
             back = "" if isinstance(was, list | dict) else f"use {key}={old}, or "
             return f"belongs to another recipe: {key} was {old} and is now {new}; {back}{start_again}"
     return None
@@ -167,6 +167,12 @@ def _leaf(key: str, was: Any, is_now: Any) -> tuple[str, Any, Any]:
         if name is not None:
             return _leaf(f"{key}.{name}", was.get(name), is_now[name])
     return key, was, is_now
+
+
+def _shown(value: Any, beside: Any) -> str:
+    """A value as JSON; a mapping beside none (`lora: null`) is not written out."""
+    mapping = isinstance(value, dict) and beside is None
+    return "a mapping of keys" if mapping else json.dumps(value, ensure_ascii=False)
 
 
 def _decay_end(decay_steps: int | str | None, steps: int) -> int | str | None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.processes import finish, start_ranks, training_environment
+from support.run_state import column, flat, part, state
 
 LONG = os.environ.get("L2V_SLOW") == "1"
 STEPS = 20 if LONG else 8
@@ -65,7 +65,9 @@ def recipe(tmp_path_factory, tiny_recipe, write_jsonl, sentences) -> Path:
     changes["stages.all"] = ALL | {"objective": "simcse", "data": texts, "length": 48}
     if LONG:
         changes["stages.groups"] = options | {"length": 48}
-        documents = write_jsonl(folder / "long.jsonl", [{"text": " ".join(sentences[i : i + 6])} for i in range(0, 90, 6)])
+        documents = write_jsonl(
+            folder / "long.jsonl", [{"text": " ".join(sentences[i : i + 6])} for i in range(0, 90, 6)]
+        )
         changes["stages.all_mntp"] = ALL | {"objective": "mntp", "data": documents, "length": 64}
         del changes["stages.all_mntp"]["attention_dropout"]
     shared = {"steps": STEPS, "batch": 7, "save_every": 1, "keep": STEPS, "from": "base", "clip": 0.5}
@@ -108,24 +110,6 @@ def launch(arguments: list[object], world: int) -> subprocess.Popen:
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
-
-
-def column(run: Path, stage: str, key: str = "loss") -> torch.Tensor:
-    """A number of every step, as it stands in the metrics."""
-    rows = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
-    return torch.tensor([row[key] for row in rows if key in row], dtype=torch.float64)
-
-
-def state(run: Path, stage: str, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run / stage / "checkpoints" / f"step-{step:06d}" / "state.safetensors")
-
-
-def part(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(kind + "."): v.double() for k, v in tensors.items() if k.startswith(kind + ".")}
-
-
-def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensors[k].flatten() for k in sorted(tensors)])
 
 
 @pytest.mark.parametrize("stage", STAGES)
