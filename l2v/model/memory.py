@@ -158,7 +158,8 @@ def kept_for_backward(shape: LayerShape, recompute: Recompute, mode: ExecutionMo
     if mode.dropout and not mode.kernels and inputs:
         kept["LoRA, masks"] = inputs
     if shape.trained and not mode.fused:  # outputs of both norms, before and after their weights, and SwiGLU's output
-        kept["inputs of trained weights"] = (4 * E + F) * b
+        heads = shape.queries + shape.keys if shape.head_norms else 0
+        kept["inputs of trained weights"] = (4 * E + F + heads) * b
     return kept
 
 

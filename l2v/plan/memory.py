@@ -18,7 +18,14 @@ from l2v.model.memory import (
 from l2v.plan.gpus import CONTEXT_BYTES, Gpu
 from l2v.recipe import Mntp, Recipe, Stage
 from l2v.training.engine import deepspeed_config
-from l2v.training.memory import MAX_LIVE_PARAMETERS, bucket_in_backward, engine_bytes, execution_mode, tail_memory
+from l2v.training.memory import (
+    MAX_LIVE_PARAMETERS,
+    bucket_in_backward,
+    engine_bytes,
+    execution_mode,
+    tail_memory,
+    update_bytes,
+)
 
 MICRO_TOKENS_STEP = 256
 """The search for the largest micro-batch uses multiples of this many tokens."""
@@ -150,6 +157,9 @@ def memory_of(
     elif recompute == "cheap" and not model.fused:
         recompute = "none"
     moving = _moving(shape, recompute, tokens, mode, end(tokens))
+    update = update_bytes(model.trainable, config, itemsize, world)
+    if update > sum(moving.values()):  # as it is where all weights are trained and micro-batches are small
+        moving = {"the update": update, "allocator": 0}
     found = largest_micro_batches(shape, free, mode, end, fused=model.fused)
     return Memory(tokens, recompute, standing, moving, gpu.capacity(world), margin, found)
 

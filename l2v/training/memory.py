@@ -23,8 +23,7 @@ def engine_bytes(
     """Bytes by purpose, including what is trained, during the backward of any micro-batch but the first.
 
     trainable: number of trained weights, of adapters or all; largest: weights of the largest tensor. config: from
-    `deepspeed_config`. Tensors allocated after the backward (casts for communication, Adam's intermediate values) are not
-    counted: they need less than the activations that were freed by then.
+    `deepspeed_config`. Tensors allocated after the backward are not counted: see `update_bytes`.
     """
     zero = config["zero_optimization"]
     stage, bucket = zero["stage"], int(zero.get("reduce_bucket_size", trainable))
@@ -47,6 +46,19 @@ def engine_bytes(
         if stage == 3:
             found["gradients"] = 0
     return found
+
+
+def update_bytes(trainable: int, config: Mapping[str, Any], itemsize: int, world: int) -> int:
+    """Temporary bytes of the optimizer's update: the gradients in fp32, and Adam's intermediate values.
+
+    For adapters they are less than the activations, which are gone by then. trainable, config: as for `engine_bytes`.
+    """
+    zero = config["zero_optimization"]
+    if zero.get("offload_optimizer", {}).get("device") == "cpu":
+        return 0
+    if not zero["stage"]:  # the gradients in the model's dtype give way to those in fp32
+        return (8 - itemsize if itemsize < 4 else 4) * trainable
+    return 8 * math.ceil(trainable / world)
 
 
 def bucket_in_backward(found: Mapping[str, int], stage: int) -> int:
