@@ -19,6 +19,7 @@ from l2v.model.packed import PackedDecoder
 from l2v.recipe import Stage, Zero
 from l2v.recipe.zero import find_config, read_config
 from l2v.training.norm import GradientNorm
+from l2v.training.order import GradientOrder
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAX_BUCKET = 500_000_000
@@ -124,6 +125,7 @@ def initialize(model: nn.Module, config: dict[str, Any], stage: Stage, units: Se
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)
     if getattr(engine.optimizer, "check_grad_overflow", True) is False:
         GradientNorm.install(engine.optimizer)
+    GradientOrder.install(engine.optimizer, parameters)
     if isinstance(model, PackedDecoder) and model.flat is not None:
         model.flat.bind()  # the engine moved the model and its trainable parameters
     return engine
