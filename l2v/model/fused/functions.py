@@ -57,7 +57,8 @@ class Call:
         """The gradients of `matrices`. own: those of the groups' weights and of the norms."""
         if self.collector is not None:
             return [None, *(own or [])]
-        return [x for each in found for pair in zip(each.da, each.db, strict=True) for x in pair] + (own or [])
+        matrices = [x for each in found for pair in zip(each.da, each.db, strict=True) for x in pair]
+        return [*matrices, *(own or [])]
 
 
 class GroupLinear(torch.autograd.Function):

@@ -175,7 +175,8 @@ class _Run:
 def _final_norm(norm: Any, residual_TE, delta_TE, *pooling: torch.Tensor):
     weight_E, eps = norm.weight, norm.variance_epsilon
     if pooling and weight_E.requires_grad:  # the pooling kernel has no gradient for it
-        return segment_pool(_final_norm(norm, residual_TE, delta_TE), *pooling)
+        weights, borders = pooling
+        return segment_pool(_final_norm(norm, residual_TE, delta_TE), weights, borders)
     if pooling:
         with span("pooling"):
             sum_TE = residual_TE if delta_TE is None else residual_TE + delta_TE
