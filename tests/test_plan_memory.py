@@ -91,6 +91,16 @@ def test_plain_layers_on_kernels():
     assert step.kept_by_layer(step.batch([64]), "none")[1:] == [64 * table(step, "none", ExecutionMode(fused=False))]
 
 
+@pytest.mark.parametrize("layers", ["fused", "plain"])
+@pytest.mark.parametrize("config", [LLAMA_8B, QWEN3_8B], ids=["llama", "qwen3"])
+def test_a_layer_whose_weights_are_trained(config, layers):
+    step = FakeStep(config, BF16, head=False, layers=layers, trained=True)
+    batch = step.batch([100, 28])
+    mode = ExecutionMode(fused=layers == "fused", dropout=False)
+    for recompute in ("none", "cheap") if layers == "fused" else ("none",):
+        assert step.kept_by_layer(batch, recompute) == [batch.tokens * table(step, recompute, mode)] * 2
+
+
 def test_the_interpreted_kernels_save_the_same():
     """A layer with the heads of Llama-3-8B, a fourth as wide, with real weights and real kernels, dropout on."""
     need_interpreter()
@@ -109,7 +119,7 @@ def recipe_of(stage, zero: int) -> Recipe:
 
 
 def model_of(step: FakeStep, fused: bool = True) -> Model:
-    return Model(step.shape(), step.config.vocab_size, False, fused, None, "same")
+    return Model(step.shape(), step.config.vocab_size, step.config.tie_word_embeddings, fused, None, "same")
 
 
 def planned(step: FakeStep, stage, zero: int, world: int, tokens: int, length: int):
@@ -148,6 +158,35 @@ def test_peak_of_a_step_of_mntp(zero, recompute, layers):
             engine.step()
     found = planned(step, stage, zero, 8, 4096, 512)
     assert found.recompute == recompute
+    assert abs(found.tensors / live.peak - 1) < 0.1, (found, live.peak)
+
+
+@pytest.mark.parametrize(
+    ("zero", "tied"),
+    [
+        (1, True),
+        (3, False),
+        pytest.param(2, False, marks=pytest.mark.slow),
+        pytest.param(0, True, marks=pytest.mark.slow),
+    ],
+)
+def test_peak_of_a_step_that_trains_all_weights(zero, tied):
+    """As above; the head is trained where it is tied to the embedding."""
+    step = FakeStep(LLAMA_8B | {"num_hidden_layers": 8, "tie_word_embeddings": tied}, BF16, trained=True)
+    stage = mntp(recompute="cheap", micro_tokens=4096, lora=None)
+    batch = step.batch([512] * 8, labels=round(0.2 * 4096))
+    step.model.set_recompute("cheap")
+    model = model_of(step)
+    assert model.trainable == sum(p.numel() for p in step.model.parameters() if p.requires_grad)
+    live = step.live()
+    with fake_ranks(8), step.running(), live:
+        engine = step.engine(stage, zero)
+        engine.train()
+        for _ in range(2):
+            live.peak = live.now
+            mntp_step(engine, [[batch, batch]], torch.device("cpu"))  # the second finds the gradients of the first
+            engine.step()
+    found = planned(step, stage, zero, 8, 4096, 512)
     assert abs(found.tensors / live.peak - 1) < 0.1, (found, live.peak)
 
 
@@ -197,17 +236,17 @@ def test_engine_bytes_by_hand():
     """1,000 adapter weights on 4 ranks: what is sharded, and in which precision."""
     bucket = {"reduce_bucket_size": 10}
     assert engine_bytes(1000, {"zero_optimization": {"stage": 0}}, 2, 4) == {
-        "adapters": 2000, "fp32 adapters": 4000, "Adam's moments": 8000, "gradients": 2000,
+        "trained weights": 2000, "fp32 weights": 4000, "Adam's moments": 8000, "gradients": 2000,
     }  # fmt: skip
     assert engine_bytes(1000, {"zero_optimization": {"stage": 1} | bucket}, 2, 4) == {
-        "adapters": 2000, "fp32 adapters": 1000, "Adam's moments": 2000, "gradients": 2000, "gradient bucket": 20,
+        "trained weights": 2000, "fp32 weights": 1000, "Adam's moments": 2000, "gradients": 2000, "gradient bucket": 20,
     }  # fmt: skip
     assert engine_bytes(1000, {"zero_optimization": {"stage": 3} | bucket}, 2, 4) == {
-        "adapters": 500, "fp32 adapters": 1000, "Adam's moments": 2000, "gradients": 500, "gradient bucket": 40,
+        "trained weights": 500, "fp32 weights": 1000, "Adam's moments": 2000, "gradients": 500, "gradient bucket": 40,
     }  # fmt: skip
     offloaded = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
     found = engine_bytes(1000, offloaded, 2, 4, largest=100)
-    assert found["fp32 adapters"] == found["Adam's moments"] == 0 and found["one gradient on its way"] == 200
+    assert found["fp32 weights"] == found["Adam's moments"] == 0 and found["one gradient on its way"] == 200
     assert found["gradient bucket"] == 2000
     larger = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10**8}}
     assert engine_bytes(1000, larger, 2, 4)["gradient bucket"] == 2 * 10**8

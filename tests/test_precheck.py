@@ -142,6 +142,13 @@ def test_the_disk_is_checked(recipe, tmp_path, monkeypatch):
     ):
         check_disk(found, ["mntp", "supervised"])
     check_disk(found, ["mntp"])
+    found.stages["mntp"].lora = None  # 6,979,321,856 weights of linears, and an embedding of 1,000 rows
+    found.base.config["vocab_size"] = 1000
+    usage.free = (6_979_321_856 + 1000 * 4096) * (3 * 12 + 4) - 1
+    with pytest.raises(UserError, match=r"its weights and checkpoints need about 260\.2 GiB"):
+        check_disk(found, ["mntp"])
+    usage.free += 1
+    check_disk(found, ["mntp"])
     (tmp_path / "file").write_text("")
     found.out = str(tmp_path / "file" / "run")
     with pytest.raises(UserError, match=r"file cannot be written; choose another folder with out="):

@@ -111,12 +111,14 @@ def check_disk(recipe: Recipe, names: Sequence[str]) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{run}: {folder} cannot be written; choose another folder with out=...")
     shape = _shape(recipe)
-    needed = sum(_adapter_parameters(stage, shape) * (12 * (stage.keep + 1) + 4) for stage in stages) if shape else 0
+    # Of each trained weight a checkpoint holds itself and two moments in fp32; one more exists while it is written.
+    needed = sum(_trained(stage, shape) * (12 * (stage.keep + 1) + 4) for stage in stages) if shape else 0
     free = shutil.disk_usage(folder).free
     if free < max(needed, MIB) and not run.exists():  # of a run that exists, part is written already
         size = f"{needed / GIB:.1f} GiB" if needed >= GIB else f"{max(needed, MIB) / MIB:.0f} MiB"
+        what = "weights" if any(stage.lora is None for stage in stages) else "adapters"
         raise UserError(
-            f"{run}: its adapters and checkpoints need about {size}, and {free / MIB:,.0f} MiB are free there; free some space, "
+            f"{run}: its {what} and checkpoints need about {size}, and {free / MIB:,.0f} MiB are free there; free some space, "
             "lower keep, or choose another folder with out=..."
         )
 
@@ -135,16 +137,22 @@ def _shape(recipe: Recipe) -> dict[str, int] | None:
         return None
     shape = {key: config[key] for key in keys}
     width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    shape["vocab_size"] = config["vocab_size"] if isinstance(config.get("vocab_size"), int) else 0
     shape["queries"] = width * config["num_attention_heads"]
     shape["keys"] = width * (config.get("num_key_value_heads") or config["num_attention_heads"])
     return shape
 
 
-def _adapter_parameters(stage: Stage, shape: dict[str, int]) -> int:
-    """Weights of a stage's adapter on the linear layers of a Llama-like layer; other targets count as none."""
+def _trained(stage: Stage, shape: dict[str, int]) -> int:
+    """Weights that a stage trains in Llama-like layers: of its adapter on their linears (targets of other names count as
+    none), or, without LoRA, those of the linears and the embedding.
+    """
     hidden, ffn, queries, keys = (shape[key] for key in ("hidden_size", "intermediate_size", "queries", "keys"))
     sides = {
-        "q_proj": hidden + queries, "k_proj": hidden + keys, "v_proj": hidden + keys, "o_proj": queries + hidden,
-        "gate_proj": hidden + ffn, "up_proj": hidden + ffn, "down_proj": ffn + hidden,
+        "q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys), "o_proj": (queries, hidden),
+        "gate_proj": (hidden, ffn), "up_proj": (hidden, ffn), "down_proj": (ffn, hidden),
     }  # fmt: skip
-    return stage.lora.r * shape["num_hidden_layers"] * sum(sides.get(target, 0) for target in stage.lora.linears)
+    layers = shape["num_hidden_layers"]
+    if stage.lora is None:
+        return layers * sum(a * b for a, b in sides.values()) + shape["vocab_size"] * hidden
+    return stage.lora.r * layers * sum(sum(sides[name]) for name in stage.lora.linears if name in sides)

@@ -1,4 +1,7 @@
-"""PEFT adapter folders: where they are, what their configuration asks for, and their tensors, read and checked."""
+"""PEFT adapter folders: where they are, what their configuration asks for, and their tensors, read and checked.
+
+A stage without LoRA leaves a folder with all weights in an adapter's place (`l2v.model.full`); what identifies it is here too.
+"""
 
 from __future__ import annotations
 
@@ -80,6 +83,23 @@ class AdapterFile:
         )
 
 
+def holds_weights(folder: str | Path) -> bool:
+    """Whether a folder holds all weights of a stage without LoRA (`l2v.model.full.save_weights`)."""
+    folder = Path(folder)
+    return (folder / LINEAGE).is_file() and (folder / "config.json").is_file() and bool(weights_files(folder))
+
+
+def weights_files(folder: str | Path) -> list[Path]:
+    """The files of a checkpoint's weights, in order."""
+    return sorted(Path(folder).glob("model*.safetensors"))
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """SHA-256 of a checkpoint's weights, in hex: that of its file, or of the hashes of its files."""
+    hashes = [sha256(file) for file in weights_files(folder)]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 def adapter_folder(adapter: str) -> str:
     """A local folder as it is, or the downloaded folder of a hub name.
 
@@ -102,11 +122,13 @@ def adapter_folder(adapter: str) -> str:
 
 
 def describe_adapter(adapter: str, **facts: Any) -> dict[str, Any]:
-    """A lineage entry: which adapter, with the hash of its weights.
+    """A lineage entry: which adapter, or which stage without LoRA, with the hash of its weights.
 
     Raises:
         UserError: it cannot be found, or has no weights.
     """
+    if holds_weights(adapter):
+        return {"adapter": adapter, "sha256": weights_sha256(adapter), **facts}
     return {"adapter": adapter, "sha256": sha256(_weights(adapter, adapter_folder(adapter))), **facts}
 
 

@@ -59,6 +59,8 @@ class StepCost:
         """For layers of a shape on a GPU with so many multiprocessors."""
         forward = [(shape.inputs[names[0]], sum(shape.outputs[name] for name in names)) for names in GROUPS]
         both = (*forward, *((outer, inner) for inner, outer in forward))
+        if shape.trained:  # the gradients of weights grow with the tokens as the other GEMMs do
+            both = (*both, *forward)
         ahead, back = ATTENTION_EFFICIENCY
         # Two matmuls of queries by keys forward, seven in the two kernels of the backward.
         return cls(both, shape.queries * (2 / ahead + 7 / back), multiprocessors)

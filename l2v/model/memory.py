@@ -38,9 +38,13 @@ class LayerShape:
     rank: int = 16
     targets: tuple[str, ...] = ()
     itemsize: int = 2
+    trained: bool = False
+    """Whether the layer's own weights are trained, instead of LoRA."""
 
     @classmethod
-    def of(cls, config: Any, *, rank: int, targets: tuple[str, ...], itemsize: int) -> LayerShape:
+    def of(
+        cls, config: Any, *, rank: int, targets: tuple[str, ...], itemsize: int, trained: bool = False
+    ) -> LayerShape:
         """From a transformers configuration of the Llama family."""
         config = config.get_text_config()
         heads = config.num_attention_heads
@@ -55,6 +59,7 @@ class LayerShape:
             rank=rank,
             targets=tuple(targets),
             itemsize=itemsize,
+            trained=trained,
         )
 
     @property
@@ -88,6 +93,11 @@ class LayerShape:
     def linear_parameters(self) -> int:
         """Weights of one layer's linears."""
         return sum(self.inputs[name] * self.outputs[name] for name in self.inputs)
+
+    @property
+    def norm_parameters(self) -> int:
+        """Weights of one layer's norms."""
+        return 2 * self.hidden + (2 * self.head_dim if self.head_norms else 0)
 
     @property
     def lora_parameters(self) -> int:
@@ -147,6 +157,9 @@ def kept_for_backward(shape: LayerShape, recompute: Recompute, mode: ExecutionMo
         kept["LoRA, inputs"] = inputs * b  # one copy per adapter, after its dropout
     if mode.dropout and not mode.kernels and inputs:
         kept["LoRA, masks"] = inputs
+    if shape.trained and not mode.fused:  # outputs of both norms, before and after their weights, and SwiGLU's output
+        heads = shape.queries + shape.keys if shape.head_norms else 0
+        kept["inputs of trained weights"] = (4 * E + F + heads) * b
     return kept
 
 
@@ -201,18 +214,31 @@ def work_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FU
     return work
 
 
+def weight_gradients(shape: LayerShape) -> int:
+    """Bytes of the largest weight gradient of a layer that exists before the engine takes it: that of gate and up, in one."""
+    return 2 * shape.ffn * shape.hidden * shape.itemsize if shape.trained else 0
+
+
 def mntp_tail(
-    shape: LayerShape, tokens: int, labels: int, vocabulary: int, *, kernels: bool = True, fused: bool = True
-) -> TailMemory:
-    """Memory of MNTP's loss: the last residual sum and its norm, the labelled rows and their gradient, and a chunk of logits."""
+    shape: LayerShape, tokens: int, labels: int, vocabulary: int, *, kernels: bool = True, fused: bool = True,
+    tied: bool = False,
+) -> TailMemory:  # fmt: skip
+    """Memory of MNTP's loss: the last residual sum and its norm, the labelled rows and their gradient, and a chunk of logits.
+
+    tied: whether the head is trained with the embedding: its gradient exists until that of the embedding joins it, and its
+    chunks are summed in fp32.
+    """
     b, E = shape.itemsize, shape.hidden
     apart = b if b < 4 else 0
     rows = rows_per_chunk(max(labels, 1), vocabulary * (4 + apart), LOGITS[kernels])
     chunk = rows * vocabulary * (4 + apart)
+    head = vocabulary * E * b if tied else 0
+    if tied and labels > rows:
+        chunk += vocabulary * E * (4 + b)
     if fused:  # the last layer computes the labelled rows alone, from copies of them
         copies = labels * (shape.queries + E) * b
-        return TailMemory(kept=labels * E * b + copies, work=2 * labels * E * b + chunk, unread=tokens - labels)
-    return TailMemory(kept=tokens * E * b, work=tokens * E * b + 2 * labels * E * b + chunk)
+        return TailMemory(labels * E * b + copies + head, 2 * labels * E * b + chunk, head, tokens - labels)
+    return TailMemory(tokens * E * b + head, tokens * E * b + 2 * labels * E * b + chunk, head)
 
 
 def contrastive_tail(

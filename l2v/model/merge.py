@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from l2v.errors import Notice, UserError, first_line
-from l2v.model.adapter_file import PREFIX, AdapterFile, read_adapter
+from l2v.model.adapter_file import PREFIX, AdapterFile, holds_weights, read_adapter
+from l2v.model.full import load_weights
 from l2v.model.settings import quiet_transformers
 from l2v.model.vocabulary import grow_embedding, rows_of
 
@@ -28,7 +29,8 @@ def merge_adapters(
 
     An adapter changes the weights that those before it left, as when it was trained on them: LoRA's matrices add up, DoRA
     normalises their sum, a module or a token's vector that was trained as a whole replaces the old one. PEFT computes it.
-    Merging one after another in bf16 would round each time (about 9% of the weights then depend on the order).
+    Merging one after another in bf16 would round each time (about 9% of the weights then depend on the order). A stage without
+    LoRA replaces all weights, and with them whatever came before it.
 
     whole: the language model around the decoder, where its head is used as well (MNTP). Without it, what an adapter holds for
     the head is skipped, with a `Notice`.
@@ -36,6 +38,9 @@ def merge_adapters(
     Raises:
         UserError: an adapter cannot be found or read, does not fit the base, or is of a kind that is not merged.
     """
+    if full := [at for at, adapter in enumerate(adapters) if holds_weights(adapter)]:
+        load_weights(inner, adapters[full[-1]], whole=whole)
+        adapters = adapters[full[-1] + 1 :]
     if not adapters:
         return inner
     dtypes = {name: parameter.dtype for name, parameter in inner.named_parameters()}

@@ -59,9 +59,14 @@ class PackedDecoder(nn.Module):
         self.attention_dropout = attention_dropout
         self.path = path_of(decoder, backend)
         if attention_dropout and self.path.attention != "l2v":
+            remedy = (
+                "set attention_dropout: 0 (lora.dropout then makes the views differ)"
+                if isinstance(decoder, PeftModel)
+                else "train the stage with lora, whose dropout then makes the views differ, and set attention_dropout: 0"
+            )
             raise RecipeError(
                 f"attention_dropout {attention_dropout} needs l2v's attention, and this base runs with transformers' "
-                f"{self.path.attention} attention; set attention_dropout: 0 (lora.dropout then makes the views differ)"
+                f"{self.path.attention} attention; {remedy}"
             )
         self.at_once = False  # every batch in one forward, also where its texts are rows
         self.limit, self.first_position = position_limit(decoder), first_position(decoder)
@@ -99,6 +104,8 @@ class PackedDecoder(nn.Module):
         if self.fused is None:
             return []
         self.fused.gathered = True
+        for group in (group for spec in self.fused.specs for group in spec.groups):
+            group.unbind()  # a forward before this one has kept weights that the engine will replace
         return [spec.module for spec in self.fused.specs]
 
     def flatten_adapters(self) -> None:

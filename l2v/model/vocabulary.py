@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from l2v.model.adapter_file import adapter_folder, read_json
+from l2v.errors import UserError
+from l2v.model.adapter_file import adapter_folder, holds_weights, read_json
 from l2v.model.settings import quiet_transformers
 
 
@@ -19,12 +22,32 @@ def rows_of(model: PreTrainedModel) -> int:
 def rows_with(adapters: Sequence[str], rows: int) -> int:
     """Rows of an embedding of `rows` after these adapters were merged: some have trained vectors for new tokens."""
     for adapter in adapters:
+        if holds_weights(adapter):
+            rows = max(rows, rows_in(adapter))
+            continue
         config = read_json(adapter_folder(adapter))
         ids = config.get("trainable_token_indices") or config.get("token_indices") or []
         lists = list(ids.values()) if isinstance(ids, dict) else [ids]
         found = [id for each in lists if isinstance(each, list) for id in each if isinstance(id, int)]
         rows = max([rows, *(id + 1 for id in found)])
     return rows
+
+
+def rows_in(folder: str | Path) -> int:
+    """Rows of the embedding that a stage without LoRA has left.
+
+    Raises:
+        UserError: its config.json is damaged.
+    """
+    file = Path(folder) / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        rows = found.get("text_config", found)["vocab_size"]
+        if isinstance(rows, int):
+            return rows
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{file}: damaged; train the stage again with --fresh")
 
 
 @torch.no_grad()

@@ -24,9 +24,10 @@ def mntp_loss_of_hidden(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`mntp_loss` of the head's logits, and the number of correctly predicted labels (int64 scalar, no gradient).
 
-    With a frozen nn.Linear as head the logits are never in memory as a whole; any other head is called normally.
+    With an nn.Linear as head the logits are never in memory as a whole, also where its weight is trained because the embedding
+    that it is tied to is; any other head, or one with a trained bias, is called normally.
     """
-    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+    if type(head) is nn.Linear and (head.bias is None or not head.bias.requires_grad):
         return linear_cross_entropy(hidden_LE, head.weight, labels_L, bias_V=head.bias, count=count)
     logits_LV = head(hidden_LE)
     return mntp_loss(logits_LV, labels_L, count), (logits_LV.detach().argmax(-1) == labels_L).sum()

@@ -31,6 +31,7 @@ from l2v.plan.work import (
 )
 from l2v.recipe import LLAMA_LINEARS, Base, Contrastive, Mntp, Recipe, Stage
 from l2v.training.engine import deepspeed_config
+from l2v.training.memory import layer_shape
 
 SEGMENTS = {"mntp": 512, "simcse": 30, "supervised": 140}
 """Mean tokens per text in the workloads of benchmarks/train_step/work.py."""
@@ -127,8 +128,13 @@ class StagePlan:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation: 4N FLOPs per token, as a share of the rate of large matmuls."""
-        return 4 * self.model.linear_parameters * self.speed.tokens_per_second / (self.world * self.gemm)
+        """Model FLOPs utilisation: 4N FLOPs per token, 6N without LoRA, as a share of the rate of large matmuls."""
+        return (
+            self.model.flops_of_weight
+            * self.model.linear_parameters
+            * self.speed.tokens_per_second
+            / (self.world * self.gemm)
+        )
 
 
 def model_of(base: Base, config: Any, stage: Stage, itemsize: int) -> Model:
@@ -139,7 +145,7 @@ def model_of(base: Base, config: Any, stage: Stage, itemsize: int) -> Model:
     """
     try:
         text = config.get_text_config()
-        shape = LayerShape.of(config, rank=stage.lora.largest_rank, targets=stage.lora.linears, itemsize=itemsize)
+        shape = layer_shape(config, stage, itemsize)
         vocabulary = text.vocab_size
     except AttributeError as error:
         raise RecipeError(
@@ -174,7 +180,8 @@ def plan_stage(recipe: Recipe, name: str, gpu: Gpu, dtype: torch.dtype, world: i
     context = Context(recipe, stage, model, here, dtype, world, per_node, lengths, recipe.stage_seed(name))
     memory, micro_tokens = _placed(context, gpu)
     work = context.work(micro_tokens)
-    factor = _factors(gpu, dtype, recipe.base.base_precision).get(stage.objective)
+    # Only stages with LoRA were measured.
+    factor = None if model.trained_all else _factors(gpu, dtype, recipe.base.base_precision).get(stage.objective)
     speed, others = context.speed(work, memory.recompute, factor), {}
     whole = int(lengths.lengths.max()) * (getattr(stage, "group", None) or stage.batch)
     for how, largest in memory.largest.items():
@@ -322,7 +329,7 @@ class Context:
         """The time of one step on `world` ranks."""
         stage, model = self.stage, self.model
         clock = roofline.Clock(self.gpu, self.dtype, model.base_precision == "fp8")
-        dropped, read = stage.lora.dropout > 0, roofline.read_share(stage)
+        dropped, read = bool(stage.lora and stage.lora.dropout), roofline.read_share(stage)
         for at, unit in enumerate(share.units):
             for i, tokens in enumerate(unit):
                 text = share.squares[at][i] / tokens

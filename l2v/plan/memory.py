@@ -18,7 +18,14 @@ from l2v.model.memory import (
 from l2v.plan.gpus import CONTEXT_BYTES, Gpu
 from l2v.recipe import Mntp, Recipe, Stage
 from l2v.training.engine import deepspeed_config
-from l2v.training.memory import MAX_LIVE_PARAMETERS, bucket_in_backward, engine_bytes, execution_mode, tail_memory
+from l2v.training.memory import (
+    MAX_LIVE_PARAMETERS,
+    bucket_in_backward,
+    engine_bytes,
+    execution_mode,
+    tail_memory,
+    update_bytes,
+)
 
 MICRO_TOKENS_STEP = 256
 """The search for the largest micro-batch uses multiples of this many tokens."""
@@ -45,9 +52,22 @@ class Model:
         return self.shape.linear_parameters * self.shape.layers
 
     @property
+    def trained_all(self) -> bool:
+        """Whether all weights are trained, without LoRA."""
+        return self.shape.trained
+
+    @property
     def trainable(self) -> int:
-        """Weights of all adapters."""
-        return self.shape.lora_parameters * self.shape.layers
+        """Weights of all adapters; without LoRA those of the decoder, embedding included."""
+        if not self.trained_all:
+            return self.shape.lora_parameters * self.shape.layers
+        ends = self.vocabulary * self.shape.hidden + self.shape.hidden
+        return self.linear_parameters + self.shape.layers * self.shape.norm_parameters + ends
+
+    @property
+    def flops_of_weight(self) -> int:
+        """FLOPs for each token that count as useful work (see `l2v.training.throughput`)."""
+        return 6 if self.trained_all else 4
 
 
 @dataclass(frozen=True)
@@ -81,18 +101,23 @@ class Memory:
 
 
 def weights(model: Model, stage: Stage, itemsize: int, world: int, sharded: bool) -> dict[str, int]:
-    """Bytes of frozen weights: layers in base.base_precision, embeddings and head in the model's dtype."""
+    """Bytes of frozen weights: layers in base.base_precision, embeddings and head in the model's dtype.
+
+    Trained ones are among `engine_bytes`; with ZeRO-3 they are gathered like the frozen ones.
+    """
     shape = model.shape
     # FP8 keeps two copies, one for the forward and one for the backward; NF4 half a byte per weight and an 8-bit scale per 64.
     each = {"same": itemsize, "fp8": 2, "nf4": 0.5 + 1 / 64}[model.base_precision]
     norms = shape.layers * 2 * shape.hidden + shape.hidden
     embedding = model.vocabulary * shape.hidden * itemsize
     found = {"frozen layers": int(model.linear_parameters * each) + norms * itemsize, "embeddings": embedding}
+    if model.trained_all:
+        found = {}
     if isinstance(stage, Mntp) and not model.tied:
         found["head"] = embedding
     if not sharded:
         return found
-    whole = sum(found.values())
+    whole = sum(found.values()) + (itemsize * model.trainable if model.trained_all else 0)
     unit = max(shape.linear_parameters * itemsize, embedding)
     return {name: bytes_ // world for name, bytes_ in found.items()} | {
         "gathered weights": min(whole, MAX_LIVE_PARAMETERS * itemsize + unit)
@@ -107,6 +132,8 @@ def memory_of(
     zero = config["zero_optimization"]["stage"]
     shape, kernels = model.shape, not gpu.cpu
     largest = shape.rank * max((max(shape.inputs[x], shape.outputs[x]) for x in shape.adapted), default=0)
+    if model.trained_all:
+        largest = shape.hidden * max(model.vocabulary, shape.ffn, shape.queries)
     standing = weights(model, stage, itemsize, world, zero == 3)
     engine = engine_bytes(model.trainable, config, itemsize, world, largest, gpu=kernels)
     bucket = bucket_in_backward(engine, zero)
@@ -114,12 +141,13 @@ def memory_of(
     standing |= {"CUDA and NCCL": CONTEXT_BYTES if kernels else 0}
     margin = margin_of(gpu.capacity(world))
     free = gpu.capacity(world) - margin - sum(standing.values())
+    tied = isinstance(stage, Mntp) and model.tied and model.trained_all
     mode = execution_mode(stage, fused=model.fused, kernels=kernels)
     mode = ExecutionMode(mode.fused, mode.kernels, mode.dropout, mode.attention_dropout, int(length))
 
     def end(count: int):
         return tail_memory(
-            stage, shape, model.vocabulary, count, world, kernels=kernels, fused=model.fused, bucket=bucket
+            stage, shape, model.vocabulary, count, world, kernels=kernels, fused=model.fused, bucket=bucket, tied=tied
         )
 
     recompute = stage.recompute
@@ -129,6 +157,9 @@ def memory_of(
     elif recompute == "cheap" and not model.fused:
         recompute = "none"
     moving = _moving(shape, recompute, tokens, mode, end(tokens))
+    update = update_bytes(model.trainable, config, itemsize, world)
+    if update > sum(moving.values()):  # as it is where all weights are trained and micro-batches are small
+        moving = {"the update": update, "allocator": 0}
     found = largest_micro_batches(shape, free, mode, end, fused=model.fused)
     return Memory(tokens, recompute, standing, moving, gpu.capacity(world), margin, found)
 

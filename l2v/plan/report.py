@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -162,7 +163,7 @@ def _table(*columns: str) -> Table:
 
 def _memory(plans: Sequence[StagePlan]) -> Table:
     table = _table("", *(plan.name for plan in plans))
-    parts = [plan.memory.standing | plan.memory.moving for plan in plans]
+    parts = [Counter(plan.memory.standing) + Counter(plan.memory.moving) for plan in plans]  # some names are in both
     for name in dict.fromkeys(name for part in parts for name in part):
         if any(part.get(name) for part in parts):
             table.add_row(name, *(_gib(part[name]) if part.get(name) else "" for part in parts))
@@ -194,7 +195,8 @@ def _speed(plans: Sequence[StagePlan], word: str) -> Table:
     if any(plan.speed.host for plan in plans):
         table.add_row("ms a step: host", *(f"{1e3 * plan.speed.host:.1f}" for plan in plans))
         table.add_row("device share", *(f"{plan.speed.device_share:.2f}" for plan in plans))
-    table.add_row("MFU (4N a token)", *(f"{plan.mfu:.0%}" for plan in plans))
+    counted = sorted({plan.model.flops_of_weight for plan in plans})
+    table.add_row(f"MFU ({' or '.join(f'{n}N' for n in counted)} a token)", *(f"{plan.mfu:.0%}" for plan in plans))
     table.add_row("steps", *(f"{plan.stage.steps:,}" for plan in plans))
     if any(plan.epochs for plan in plans):
         epochs = ("" if plan.epochs is None else f"{plan.epochs:.2g}" for plan in plans)
@@ -370,7 +372,8 @@ def remedies(plan: StagePlan, recipe: Recipe, gpu: Gpu) -> str:
     if recipe.zero.stage < 3 and plan.world > 1 and recipe.base.base_precision == "same":
         ways.append("zero.stage=3, which shards the weights")
     if recipe.base.base_precision == "same" and recipe.zero.stage < 3:
-        ways.append("base.base_precision=nf4, a quarter of the frozen weights")
+        nf4 = "base.base_precision=nf4, a quarter of the frozen weights"
+        ways.append("lora instead of lora: null" if plan.model.trained_all else nf4)
     if recipe.zero.stage == 3 and not recipe.zero.offload_optimizer:
         ways.append("zero.offload_optimizer=true")
     if largest < longest:

@@ -77,6 +77,13 @@ class Clock:
         if rate:  # the input is quantised first, and LoRA's part is added in a separate pass
             self.add("passes over memory", bytes_=tokens * (inner * (b + 1) + 2 * outer * b))
 
+    def weight_gradient(self, tokens: float, inner: float, outer: float) -> None:
+        """Add the gradient of weights [outer, inner], and the engine's copy of it."""
+        b = self.dtype.itemsize
+        waste = float(wave_waste(outer, int(inner), self.gpu.multiprocessors))
+        moved = tokens * (inner + outer) * b + 3 * inner * outer * b
+        self.add("gradients of weights", flops=2 * tokens * inner * outer, bytes_=moved, waste=waste)
+
     @property
     def device(self) -> float:
         """Seconds of the device."""
@@ -165,6 +172,8 @@ def _group(clock: Clock, model: Model, names: tuple[str, ...], t: float, *, drop
     clock.matmul(t, *((outer, inner) if back else (inner, outer)), reads=summed * b)
     if model.base_precision == "nf4":  # weights are dequantised for every matmul
         clock.add("passes over memory", bytes_=inner * outer * (0.5 + 2 * b))
+    if back and s.trained:
+        clock.weight_gradient(t, inner, outer)
     if not adapted:
         return
     out = sum(s.outputs[name] for name in adapted)
@@ -193,11 +202,15 @@ def ends(clock: Clock, model: Model, stage: Stage, tokens: int) -> None:
     """Embedding and final norm, and the head with its loss; both directions."""
     s, b, t = model.shape, clock.dtype.itemsize, tokens
     clock.add("passes over memory", bytes_=t * 8 * s.hidden * b)
+    if s.trained:  # the gradient of the embedding has all its rows, and the engine copies it
+        clock.add("passes over memory", bytes_=3 * model.vocabulary * s.hidden * b)
     if isinstance(stage, Mntp):
         labels, v = t * stage.mask_probability, model.vocabulary
         # Logits are written in fp32, read twice, and written once in the model's dtype for the second matmul.
         clock.add("head and loss", flops=4 * labels * v * s.hidden)
         clock.add("head and loss", bytes_=labels * v * (4 + 8 + 2 * b))
+        if s.trained and model.tied:
+            clock.add("head and loss", flops=2 * labels * v * s.hidden, bytes_=labels * v * b + 2 * v * s.hidden * b)
 
 
 def contrastive(clock: Clock, model: Model, stage: Contrastive, queries: int, candidates: int) -> None:

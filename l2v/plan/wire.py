@@ -60,17 +60,18 @@ def transfers(
         return []
     found = _embeddings(stage, model.shape.hidden, ranks, share)
     which, trained = zero["stage"], model.trainable
-    backwards = share.micros
+    backwards, bucket = share.micros, zero.get("reduce_bucket_size", trained)
     if which == 3:
         found += _weights(model, stage, zero, itemsize, share)
-        found.append(Transfer("gradients", "reduce-scatter", 4 * trained * backwards, backwards))
+        pieces = backwards * math.ceil(trained / bucket)
+        found.append(Transfer("gradients", "reduce-scatter", 4 * trained * backwards, pieces))
         return found
     times = backwards if which == 2 else 1  # ZeRO-2 reduces gradients after every micro-batch
-    bucket = zero.get("reduce_bucket_size", trained)
     found.append(Transfer("gradients", "all-reduce", 4 * trained * times, times * math.ceil(trained / bucket)))
     if which:
         pieces = math.ceil(trained / zero.get("allgather_bucket_size", ALLGATHER_BUCKET))
-        found.append(Transfer("updated adapters", "all-gather", itemsize * trained, pieces))
+        what = "updated weights" if model.trained_all else "updated adapters"
+        found.append(Transfer(what, "all-gather", itemsize * trained, pieces))
     return found
 
 

@@ -11,11 +11,13 @@ from typing import Any
 
 from l2v.encoder import Encoder
 from l2v.errors import UserError, first_line
+from l2v.model.adapter_file import holds_weights
 from l2v.model.export import ENCODER_FILE
 from l2v.model.lora import LINEAGE, WEIGHTS
 from l2v.push import card
 from l2v.push.licence import Licence, front_matter
 from l2v.push.subject import Dataset, Model, adapters_lineage, earlier_adapters, export_lineage
+from l2v.runs.folder import result_of
 
 CARD, NOTICE = "README.md", "NOTICE"
 _PAPERS = ("LICENSE*", "LICENCE*", "USE_POLICY*")
@@ -68,7 +70,13 @@ def ours(folder: Path) -> bool:
 
 
 def _adapters(model: Model, folder: Path, base: str) -> None:
-    for place, adapter in [*earlier_adapters(model), ("", model.folder / "adapter")]:
+    adapters = [*earlier_adapters(model), ("", result_of(model.folder))]
+    for _, adapter in adapters:
+        if adapter is not None and holds_weights(adapter):
+            raise UserError(
+                f"{adapter}: trained without LoRA, so it is no adapter; push the whole model, without --adapter-only"
+            )
+    for place, adapter in adapters:
         if adapter is not None:
             target = folder / place
             copy(adapter, [WEIGHTS], target)

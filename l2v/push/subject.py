@@ -11,7 +11,7 @@ from l2v.errors import UserError
 from l2v.model.embedded import SMOLLM2
 from l2v.model.export import ENCODER_FILE
 from l2v.runs.facts import StageFacts, read_json, read_results, read_run
-from l2v.runs.folder import is_stage, stage_folders
+from l2v.runs.folder import is_stage, result_of, stage_folders
 from l2v.runs.names import near
 
 HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -36,8 +36,7 @@ class Model:
     @property
     def hashes(self) -> list[str]:
         """SHA-256 of every adapter in it, in the order of merging; they identify its row among the scores."""
-        own = (self.lineage.get("adapter") or {}).get("sha256")
-        return [entry["sha256"] for entry in self.lineage["merged"]] + ([own] if own else [])
+        return _hashes(self.lineage)
 
     def row(self) -> dict[str, Any] | None:
         """Its row among the scores of `l2v eval`: the same adapters, pooling and attention."""
@@ -122,7 +121,7 @@ def _export(folder: Path, results: Path | None) -> Model:
     if stage_folders(folder.parent):  # an export inside its run
         run = read_run(folder.parent, results)
         for stage in run.stages:
-            if stage.lineage is not None and [*_hashes(stage.lineage), stage.lineage["adapter"]["sha256"]] == hashes:
+            if stage.lineage is not None and _hashes(stage.lineage) == hashes:
                 through = [entry.get("stage") for entry in stage.lineage["merged"]]
                 model.evaluation, model.stages = (
                     run.evaluation,
@@ -134,15 +133,23 @@ def _export(folder: Path, results: Path | None) -> Model:
 
 
 def _hashes(lineage: dict[str, Any]) -> list[str]:
-    return [entry["sha256"] for entry in lineage["merged"]]
+    """Of what is put into the base, in order: earlier adapters and its own; of a stage without LoRA, its own alone."""
+    own = lineage.get("adapter") or {}
+    earlier = [] if trained_all(lineage) else [entry["sha256"] for entry in lineage["merged"]]
+    return [*earlier, own["sha256"]] if own else earlier
+
+
+def trained_all(lineage: dict[str, Any]) -> bool:
+    """Whether a stage was trained without LoRA, so that its weights have all before it in them."""
+    return (lineage.get("adapter") or {}).get("weights") == "all"
 
 
 def earlier_adapters(model: Model) -> list[tuple[str, Path | None]]:
     """Adapters merged before a stage's own, oldest first: a name, and the folder on this machine (None: on the hub)."""
     out = []
     for at, entry in enumerate(model.lineage["merged"]):
-        beside = model.folder.parent / entry.get("stage", "") / "adapter"
-        folder = beside if "stage" in entry and beside.is_dir() else Path(entry["adapter"])
+        beside = result_of(model.folder.parent / entry["stage"]) if "stage" in entry else None
+        folder = beside or Path(entry["adapter"])
         if folder.is_dir():
             out.append((f"adapters/{at + 1}-{entry.get('stage', folder.name)}", folder))
         else:
@@ -158,11 +165,18 @@ def adapters_lineage(model: Model, base: str) -> dict[str, Any]:
 
 
 def export_lineage(model: Model, base: str) -> dict[str, Any]:
-    """The lineage of a merged encoder, without local paths: every adapter in it by stage or name."""
-    merged = [
-        entry | {"adapter": entry.get("stage") or (Path(place).name if folder else place)}
-        for entry, (place, folder) in zip(model.lineage["merged"], earlier_adapters(model), strict=True)
-    ]
+    """The lineage of a merged encoder, without local paths: every adapter in it by stage or name.
+
+    A stage without LoRA stands alone, as `Encoder.save` writes it.
+    """
+    merged = (
+        []
+        if trained_all(model.lineage)
+        else [
+            entry | {"adapter": entry.get("stage") or (Path(place).name if folder else place)}
+            for entry, (place, folder) in zip(model.lineage["merged"], earlier_adapters(model), strict=True)
+        ]
+    )
     if own := model.lineage.get("adapter"):
         merged.append({"adapter": model.lineage["stage"], **own})
     return {"base": model.lineage["base"] | {"model": base}, "merged": merged}

@@ -64,6 +64,11 @@ def _check_base_precision(recipe: Recipe, where: str) -> None:
     if how == "same":
         return
     at, same = f"{where}: base.base_precision: {how}", "use base.base_precision: same"
+    for name, stage in recipe.stages.items():
+        _need(
+            stage.lora is not None,
+            f"{at} freezes the weights that stage '{name}' trains (lora: null); {same}, or train it with lora",
+        )
     _need(
         recipe.zero.stage < 3,
         f"{at} cannot be combined with zero.stage: 3, which shards the weights as they were loaded; use a lower stage, or {same}",
@@ -109,7 +114,8 @@ def _check_numbers(stage: Stage, at: str) -> None:
         f"{at}: decay: cosine needs its end: decay_steps: end, or another number of steps or epochs",
     )
     _need(stage.lr > 0, f"{at}: lr is {stage.lr} and must be above 0")
-    _check_lora(stage.lora, at)
+    if stage.lora is not None:
+        _check_lora(stage.lora, at)
     _need(stage.length >= 2, f"{at}: length is {stage.length}; a text needs at least 2 tokens")
     _need(
         stage.length <= stage.micro_tokens,
@@ -140,6 +146,8 @@ def _check_lora(lora: Lora, at: str) -> None:
 def _check_variant(recipe: Recipe, stage: Stage, at: str) -> None:
     """What of a stage's LoRA cannot be combined with other keys."""
     lora, base, zero = stage.lora, recipe.base, recipe.zero.stage
+    if lora is None:
+        return
     _need(
         lora.variant != "dora" or base.base_precision == "same",
         f"{at}: lora.variant: dora reads the base's full weights; use base.base_precision: same, or variant: lora",
@@ -186,10 +194,16 @@ def _check_dropout(stage: Simcse, backend: str, at: str) -> None:
         p == 0 or backend == "l2v",
         f"{at}: attention_dropout {p} needs base.backend: l2v; {backend} has no counter-based dropout",
     )
-    _need(
-        p > 0 or stage.lora.dropout > 0,
-        f"{at}: without any dropout the two views are the same; set attention_dropout or lora.dropout",
-    )
+    if stage.lora is None:
+        _need(
+            p > 0,
+            f"{at}: without any dropout the two views are the same, and lora: null has none of its own; set attention_dropout",
+        )
+    else:
+        _need(
+            p > 0 or stage.lora.dropout > 0,
+            f"{at}: without any dropout the two views are the same; set attention_dropout or lora.dropout",
+        )
 
 
 def check(recipe: Recipe, where: str) -> Recipe:

@@ -159,7 +159,8 @@ def _build_recipe(tree: Node) -> Recipe:
     return recipe
 
 
-def _build_stage(name: str, node: Node, shared_lora: dict[str, Any]) -> Stage:
+def _build_stage(name: str, node: Node, shared_lora: dict[str, Any] | None) -> Stage:
+    """shared_lora: the keys of the recipe's `lora`, which a stage's own replace one by one; None: all weights are trained."""
     path = f"stages.{name}"
     if not isinstance(node.value, dict):
         raise RecipeError(f"{node.where}: {path} is a mapping of keys; found {kind_of(node.value)}")
@@ -170,8 +171,11 @@ def _build_stage(name: str, node: Node, shared_lora: dict[str, Any]) -> Stage:
         raise RecipeError(
             f"{objective.where}: {path}.objective '{objective.value}' is unknown{nearest(str(objective.value), OBJECTIVES)}"
         )
-    own = node.value.get("lora", Node({}, node.where))
-    if isinstance(own.value, dict):
-        merged = {key: plain_node(value, own.where) for key, value in shared_lora.items()} | own.value
-        node.value["lora"] = Node(merged, own.where)
+    own = node.value.get("lora")
+    if own is None and shared_lora is None:
+        node.value["lora"] = Node(None, node.where)
+    elif own is None or isinstance(own.value, dict):
+        where, keys = (node.where, {}) if own is None else (own.where, own.value)
+        merged = {key: plain_node(value, where) for key, value in (shared_lora or {}).items()} | keys
+        node.value["lora"] = Node(merged, where)
     return build(OBJECTIVES[objective.value], node, path)

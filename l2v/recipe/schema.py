@@ -62,7 +62,7 @@ class Base:
 
 @dataclass
 class Lora:
-    """LoRA of every stage (Hu et al. 2021, arXiv 2106.09685); a stage may override single keys.
+    """LoRA of every stage (Hu et al. 2021, arXiv 2106.09685); a stage may override single keys, or have `lora: null`.
 
     variant: rslora scales by alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732), dora trains the norm of each row apart
     (Liu et al. 2024, arXiv 2402.09353). init: none of the choices changes the base's weights. rank_pattern, alpha_pattern: r
@@ -122,7 +122,7 @@ class Tracking:
 
 @dataclass(kw_only=True)
 class Stage:
-    """Keys of all stages."""
+    """Keys of all stages. lora: None trains all weights of the decoder."""
 
     objective: str
     from_: str = "base"
@@ -141,7 +141,7 @@ class Stage:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = 1.0
-    lora: Lora = field(default_factory=Lora)
+    lora: Lora | None = field(default_factory=Lora)
     recompute: Literal["auto", "none", "cheap", "layer"] = "auto"
     log_every: int = 1
     eval_every: int = 0
@@ -221,7 +221,7 @@ class Recipe:
     stages: dict[str, Stage]
     out: str | None = None
     seed: int = 42
-    lora: Lora = field(default_factory=Lora)
+    lora: Lora | None = field(default_factory=Lora)
     zero: Zero = field(default_factory=Zero)
     tracking: Tracking = field(default_factory=Tracking)
     profile: bool = False

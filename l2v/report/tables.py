@@ -317,7 +317,8 @@ def hyperparameters(stages: Sequence[StageFacts]) -> Table:
         if any(stage.recipe.get(key) is not None for stage in stages)
     ]
     loras = [stage.recipe["lora"] for stage in stages]
-    rows.append(Row(["LoRA r, alpha, dropout", *(f"{x['r']}, {x['alpha']:g}, {x['dropout']:g}" for x in loras)]))
+    shown = (f"{x['r']}, {x['alpha']:g}, {x['dropout']:g}" if x else "none, all weights trained" for x in loras)
+    rows.append(Row(["LoRA r, alpha, dropout", *shown]))
     return Table("Hyperparameters of the stages", ["Key", *(stage.name for stage in stages)], rows)
 
 

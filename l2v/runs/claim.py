@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 
 from l2v.errors import RecipeError, UserError
 from l2v.files import reason, replace_text, sync
+from l2v.model.adapter_file import holds_weights, weights_sha256
+from l2v.model.full import save_weights
 from l2v.model.lora import WEIGHTS, save_adapter, sha256
 from l2v.recipe import Recipe
 from l2v.recipe.load import from_dict, to_dict
-from l2v.runs.folder import ADAPTER, STAGE_FILE, has_begun, is_trained, read_stage, run_folder
+from l2v.runs.folder import ADAPTER, MODEL, STAGE_FILE, has_begun, is_trained, read_stage, result_of, run_folder
 
 # May change when a run resumes: they affect memory, speed and logging, not the trained weights. `steps` may grow as well.
 CHANGEABLE_KEYS = {
@@ -36,19 +39,31 @@ class Claimed:
 
 
 def merged_adapters(recipe: Recipe, name: str) -> list[tuple[str, dict[str, str]]]:
-    """What is merged into the base before a stage, oldest first: published adapters, then earlier stages."""
+    """What is merged into the base before a stage, oldest first: published adapters, then earlier stages.
+
+    An earlier stage without LoRA replaces all before it.
+    """
     chain = recipe.chain(name)
     oldest = recipe.stages[chain[0] if chain else name]
     out: list[tuple[str, dict[str, str]]] = [(adapter, {}) for adapter in oldest.adapters or []]
     for earlier in chain:
-        adapter = run_folder(recipe) / earlier / ADAPTER
-        if not adapter.is_dir():
+        trained = result_of(run_folder(recipe) / earlier)
+        if trained is None:
             raise UserError(
-                f"stage '{name}' starts from '{earlier}', which is not trained yet ({adapter} is missing): train it first, "
-                "or omit --stage, or give adapters=[...]"
+                f"stage '{name}' starts from '{earlier}', which is not trained yet ({run_folder(recipe) / earlier / ADAPTER} is "
+                "missing): train it first, or omit --stage, or give adapters=[...]"
             )
-        out.append((str(adapter), {"stage": earlier}))
+        if holds_weights(trained):  # which has all before it merged
+            out = []
+        out.append((str(trained), {"stage": earlier}))
     return out
+
+
+def _identity(folder: Path) -> str | None:
+    """The hash of an adapter's or a model's weights; None if they are not on this machine."""
+    if holds_weights(folder):
+        return weights_sha256(folder)
+    return sha256(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else None
 
 
 def claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh: bool) -> Claimed:
@@ -58,7 +73,7 @@ def claim(recipe: Recipe, name: str, folder: Path, facts: dict[str, Any], fresh:
         UserError: if the folder belongs to another recipe or program, or cannot be written.
     """
     parents = [adapter for adapter, _ in merged_adapters(recipe, name)]
-    facts = facts | {"merged": [sha256(Path(p) / WEIGHTS) if (Path(p) / WEIGHTS).is_file() else p for p in parents]}
+    facts = facts | {"merged": [_identity(Path(parent)) or parent for parent in parents]}
     mark, grown_from = folder / STAGE_FILE, None
     try:
         if fresh and mark.is_file():
@@ -118,7 +133,7 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str | None:
                 )
         elif key.rsplit(".", 1)[-1] not in CHANGEABLE_KEYS:
             key, was, is_now = _leaf(key, was, is_now)
-            old, new = (json.dumps(value, ensure_ascii=False) for value in (was, is_now))
+            old, new = (_shown(value, beside) for value, beside in ((was, is_now), (is_now, was)))
             back = "" if isinstance(was, list | dict) else f"use {key}={old}, or "
             return f"belongs to another recipe: {key} was {old} and is now {new}; {back}{start_again}"
     return None
@@ -154,6 +169,12 @@ def _leaf(key: str, was: Any, is_now: Any) -> tuple[str, Any, Any]:
     return key, was, is_now
 
 
+def _shown(value: Any, beside: Any) -> str:
+    """A value as JSON; a mapping beside none (`lora: null`) is not written out."""
+    mapping = isinstance(value, dict) and beside is None
+    return "a mapping of keys" if mapping else json.dumps(value, ensure_ascii=False)
+
+
 def _decay_end(decay_steps: int | str | None, steps: int) -> int | str | None:
     return "end" if isinstance(decay_steps, int) and decay_steps <= steps else decay_steps
 
@@ -168,22 +189,24 @@ def _write(mark: Path, facts: dict[str, Any]) -> None:
 
 
 def publish(decoder, weights: dict[str, torch.Tensor], folder: Path, lineage: dict[str, Any]) -> None:
-    """Write the adapter of a trained stage atomically; one of fewer steps is replaced.
+    """Write the adapter of a trained stage, or its model if it has no LoRA, atomically; one of fewer steps is replaced.
 
     Raises:
         UserError: if the disk is full or the folder cannot be written.
     """
-    partial, old = folder / ".adapter.partial", folder / ".adapter.old"
+    adapter = isinstance(decoder, PeftModel)
+    name = ADAPTER if adapter else MODEL
+    partial, old = folder / f".{name}.partial", folder / f".{name}.old"
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        save_adapter(decoder, weights, partial, lineage)
+        (save_adapter if adapter else save_weights)(decoder, weights, partial, lineage)
         for file in partial.iterdir():
             sync(file)
         sync(partial)
         if is_trained(folder):  # a crash between the two renames leaves the last checkpoint, which is published again
             shutil.rmtree(old, ignore_errors=True)
-            (folder / ADAPTER).rename(old)
-        partial.rename(folder / ADAPTER)
+            (folder / name).rename(old)
+        partial.rename(folder / name)
         sync(folder)
         shutil.rmtree(old, ignore_errors=True)
         facts = read_stage(folder) or {}
@@ -192,6 +215,6 @@ def publish(decoder, weights: dict[str, torch.Tensor], folder: Path, lineage: di
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"{folder / 'adapter'}: cannot be written: {reason(error)}; free some space and start the same command again; it "
+            f"{folder / name}: cannot be written: {reason(error)}; free some space and start the same command again; it "
             "resumes from the newest checkpoint"
         ) from None

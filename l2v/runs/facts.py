@@ -14,7 +14,7 @@ from l2v.errors import UserError, first_line
 from l2v.model.lora import LINEAGE
 from l2v.recipe import Recipe
 from l2v.recipe.load import to_dict
-from l2v.runs.folder import ADAPTER, STAGE_FILE, stage_folders, stage_recipe
+from l2v.runs.folder import STAGE_FILE, result_of, stage_folders, stage_recipe
 from l2v.runs.metrics import read_metrics
 from l2v.runs.names import near
 
@@ -102,7 +102,8 @@ def read_run(folder: Path, results: Path | None = None) -> RunFacts:
         own = trees.get(name, recipe)
         stage = StageFacts(name, own.stages[name].objective, to_dict(own.stages[name]))
         stage.metrics = read_metrics(folder / name)
-        stage.lineage = read_json(folder / name / ADAPTER / LINEAGE)
+        trained = result_of(folder / name)
+        stage.lineage = read_json(trained / LINEAGE) if trained else None
         if not stage.trained:
             began = "not finished" if stage.metrics else "not trained yet"
             run.missing.append(f"Stage {name} is {began}: l2v train resumes it.")

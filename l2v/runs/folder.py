@@ -1,6 +1,6 @@
-"""The layout of a run folder: RUN/STAGE/stage.json, RUN/STAGE/adapter/, RUN/STAGE/metrics.jsonl.
+"""The layout of a run folder: RUN/STAGE/stage.json, RUN/STAGE/adapter/ or RUN/STAGE/model/, RUN/STAGE/metrics.jsonl.
 
-`stage.json` holds the recipe that a stage began with. A stage is trained once it has its adapter.
+`stage.json` holds the recipe that a stage began with. A stage is trained once it has its adapter, or, without LoRA, its model.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from l2v.recipe import Recipe
 from l2v.recipe.load import from_dict
 
 STAGE_FILE = "stage.json"
-ADAPTER = "adapter"
+ADAPTER, MODEL = "adapter", "model"
+"""Where a stage's adapter lies, and where the weights of a stage without LoRA."""
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -32,13 +33,18 @@ def stage_folders(run: Path) -> list[Path]:
     return sorted(mark.parent for mark in run.glob(f"*/{STAGE_FILE}")) if run.is_dir() else []
 
 
+def result_of(stage: Path) -> Path | None:
+    """The folder that a stage has trained, its adapter or its model; None if it has none yet."""
+    return next((stage / name for name in (ADAPTER, MODEL) if (stage / name).is_dir()), None)
+
+
 def is_trained(stage: Path) -> bool:
-    """Whether a stage has its adapter."""
-    return (stage / ADAPTER).is_dir()
+    """Whether a stage has its adapter or its model."""
+    return result_of(stage) is not None
 
 
 def has_begun(stage: Path) -> bool:
-    """Whether a stage has a checkpoint or its adapter."""
+    """Whether a stage has a checkpoint, or is trained."""
     return is_trained(stage) or any(stage.glob("checkpoints/step-*"))
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from l2v.errors import UserError
-from l2v.model.adapter_file import LINEAGE, adapter_folder, describe_adapter, read_json
+from l2v.model.adapter_file import LINEAGE, describe_adapter, holds_weights, read_json
 from l2v.model.embedded import SMOLLM2
 from l2v.model.export import ENCODER_FILE
 from l2v.recipe import Base, Template
 from l2v.recipe.instructions import Instructions
-from l2v.runs.folder import ADAPTER, is_stage, is_trained, stage_folders, stage_recipe, trained_stages
+from l2v.runs.folder import is_stage, result_of, stage_folders, stage_recipe, trained_stages
 from l2v.runs.names import find_model
 from l2v.runs.published import MODULES, read_published
 
@@ -63,6 +63,8 @@ def _find(name: str) -> Found:
         return _run(folder)
     if (folder / "adapter_config.json").is_file():
         return _adapter(folder)
+    if holds_weights(folder):
+        return _weights(folder)
     find_model(name)
     if published := read_published(name):
         return Found(
@@ -105,12 +107,12 @@ def _run(folder: Path) -> Found:
 
 
 def _stage(folder: Path) -> Found:
-    adapter = folder / ADAPTER
-    if not is_trained(folder):
+    trained = result_of(folder)
+    if trained is None:
         raise UserError(f"{folder}: the stage is not fully trained yet; run 'l2v train' again to continue it")
     recipe = stage_recipe(folder)
     instructions = Instructions.trained(recipe, folder.name)
-    return Found(recipe.base, [*_lineage(adapter), str(adapter)], recipe.stages[folder.name].length, instructions)
+    return Found(recipe.base, [*_lineage(trained), str(trained)], recipe.stages[folder.name].length, instructions)
 
 
 def _adapter(folder: Path) -> Found:
@@ -127,14 +129,28 @@ def _adapter(folder: Path) -> Found:
     return Found(Base(model=name, **_known(name)), [*_lineage(folder), str(folder)])
 
 
+def _weights(folder: Path) -> Found:
+    """The weights of a stage without LoRA; away from their run, the base that they name gives the tokenizer."""
+    if is_stage(folder.parent):
+        return _stage(folder.parent)
+    try:
+        name = json.loads(_text(folder / LINEAGE))["base"]["model"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / LINEAGE}: damaged; restore it, or train the stage again") from None
+    return Found(Base(model=name, **_known(name)), [str(folder)])
+
+
 def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8")
 
 
 def _lineage(adapter: Path) -> list[str]:
-    """The adapters that this one was trained on, looked up next to it first, because the run may have been moved."""
+    """The adapters that this one was trained on, looked up next to it first, because the run may have been moved.
+
+    A stage without LoRA needs none of those before it.
+    """
     file = adapter / LINEAGE
-    if not file.is_file():
+    if not file.is_file() or holds_weights(adapter):
         return []
     try:
         entries = [
@@ -144,9 +160,9 @@ def _lineage(adapter: Path) -> list[str]:
         raise UserError(f"{file}: damaged; restore it, or train the stage again") from None
     out = []
     for stage, named, digest in entries:
-        same_run = adapter.parent.parent / stage / ADAPTER
-        path = str(same_run) if stage and same_run.is_dir() else named
-        if describe_adapter(adapter_folder(path))["sha256"] != digest:
+        same_run = result_of(adapter.parent.parent / stage) if stage else None
+        path = str(same_run or named)
+        if describe_adapter(path)["sha256"] != digest:
             raise UserError(
                 f"{path}: not the adapter that {adapter} was trained on (its hash differs); restore or retrain it"
             )

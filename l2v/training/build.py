@@ -8,23 +8,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
+from l2v.batch import Segment, pack
 from l2v.data.balance import Cost
 from l2v.data.sampler import Sampler
 from l2v.data.tokens import load_tokenizer, token_ids
 from l2v.errors import UserError
 from l2v.machine.gpus import too_little_memory
 from l2v.model.embedded import resolve
+from l2v.model.full import train_all, weights_without_gradient
 from l2v.model.load import device, fingerprint, inner_model, load_model, output_head, proof_of
 from l2v.model.lora import add_lora, describe_adapter, merge_adapters
-from l2v.model.memory import LayerShape, TailMemory, activation_bytes, choose_recompute, free_bytes
+from l2v.model.memory import TailMemory, activation_bytes, choose_recompute, free_bytes
 from l2v.model.packed import PackedDecoder
 from l2v.model.quantize import check_base_precision, check_fused, to_fp8, to_nf4
 from l2v.model.vocabulary import grow_embedding, rows_of
-from l2v.recipe import Mntp, Recipe, Simcse, Stage
+from l2v.recipe import Base, Mntp, Recipe, Simcse, Stage
 from l2v.runs.claim import merged_adapters
 from l2v.training.advice import Advise, Question
 from l2v.training.engine import deepspeed_config
@@ -32,6 +35,7 @@ from l2v.training.memory import (
     bucket_in_backward,
     engine_bytes,
     execution_mode,
+    layer_shape,
     not_yet_allocated,
     tail_memory,
 )
@@ -42,7 +46,11 @@ ESTIMATE = 0.9
 
 
 def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[PackedDecoder, dict[str, Any]]:
-    """Returns the decoder of a stage (base, earlier adapters merged in order, fresh LoRA) and its lineage."""
+    """Returns the decoder of a stage (base, earlier stages merged in order, fresh LoRA or all weights trained) and its lineage.
+
+    Raises:
+        UserError: the base, or what is merged into it, cannot be used.
+    """
     stage, base = recipe.stages[name], recipe.base
     check_base_precision(base, device(), dtype)
     model = load_model(
@@ -61,7 +69,11 @@ def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[
     head = output_head(model) if isinstance(stage, Mntp) else None
     if base.base_precision == "nf4":
         to_nf4(inner, device(), dtype)
-    decoder = add_lora(inner, stage.lora, base_name=base.model, seed=seed, token_ids=tokens)
+    decoder = (
+        train_all(inner)
+        if stage.lora is None
+        else add_lora(inner, stage.lora, base_name=base.model, seed=seed, token_ids=tokens)
+    )
     lineage = {
         "base": {"model": base.model, "revision": base.revision, "sha256": fingerprint(base)},
         "merged": [describe_adapter(adapter, **facts) for adapter, facts in merged],
@@ -80,12 +92,32 @@ def build(recipe: Recipe, name: str, *, dtype: torch.dtype, seed: int) -> tuple[
         layers=base.layers,
     )
     check_fused(base, packed)
+    if stage.lora is None:
+        _check_all_used(packed, stage, base)
     return packed, lineage
+
+
+def _check_all_used(model: PackedDecoder, stage: Stage, base: Base) -> None:
+    """Check that every trained weight gets a gradient from every text: ranks and micro-batches exchange them one for one.
+
+    Raises:
+        UserError: a weight gets none from a short text, as the experts of a mixture that it was not sent to, or the weights of
+            a picture's encoder.
+    """
+    if base.backend == "flash_attention_2":  # it has no forward on a CPU, where the weights still are
+        return
+    batch = pack([Segment(np.arange(4), text_key=0)])
+    unused = weights_without_gradient(model, model(batch, "vectors"))
+    if unused:
+        raise UserError(
+            f"the base '{base.model}' cannot be trained with lora: null: {len(unused)} of its weights get no gradient from a "
+            f"text, for example {unused[0]}; train it with lora"
+        )
 
 
 def _new_rows(model: PreTrainedModel, recipe: Recipe, stage: Stage) -> list[int]:
     """The ids of the tokens whose vectors the stage trains; those that the base does not have get a row first."""
-    tokens, base = stage.lora.trainable_tokens, recipe.base
+    tokens, base = stage.lora.trainable_tokens if stage.lora else [], recipe.base
     if not tokens:
         return []
     tokenizer = load_tokenizer(
@@ -147,7 +179,9 @@ def place_memory(
     if model.fused is not None:
         if recipe.base.base_precision == "fp8":
             to_fp8(model.fused, model.decoder)
-        elif recipe.zero.stage < 3:
+        elif (
+            recipe.zero.stage < 3 and stage.lora is not None
+        ):  # weights that are trained lie where the engine keeps them
             model.fused.stack_weights()
     config = model.fused.inner.config if model.fused else model.decoder.config
     where, world = device(), dist.get_world_size()
@@ -168,7 +202,7 @@ def place_memory(
         model.set_recompute("none" if stage.recompute == "auto" else stage.recompute)
         return Placed(advice.micro_tokens, advice.cost, advice.lines)
     tokens = sampler.largest_micro_batch(stage.steps)
-    shape = _shape(config, stage, dtype)
+    shape = layer_shape(config, stage, dtype.itemsize)
     chosen = stage.recompute
     longest = int(examples.lengths.max())
     smallest = activation_bytes(shape, "layer" if chosen == "auto" else chosen, longest, mode, end(longest))
@@ -203,10 +237,6 @@ def _segments_grow() -> bool:
     return "expandable_segments:True" in settings.replace(" ", "")
 
 
-def _shape(config: Any, stage: Stage, dtype: torch.dtype) -> LayerShape:
-    return LayerShape.of(config, rank=stage.lora.largest_rank, targets=stage.lora.linears, itemsize=dtype.itemsize)
-
-
 def _room(
     model: PackedDecoder, recipe: Recipe, stage: Stage, dtype: torch.dtype, config: Any
 ) -> tuple[int, Callable[[int], TailMemory]]:
@@ -218,12 +248,14 @@ def _room(
     engine = engine_bytes(sum(sizes), zero, dtype.itemsize, world, max(sizes), gpu=kernels)
     free = free_bytes(where, max(1, ranks_here())) - not_yet_allocated(engine, recipe.zero.stage)
     bucket = bucket_in_backward(engine, recipe.zero.stage)
+    tied = model.head is not None and any(p.requires_grad for p in model.head.parameters())
 
     def end(tokens: int) -> TailMemory:
         vocabulary = config.get_text_config().vocab_size
-        shape = _shape(config, stage, dtype)
+        shape = layer_shape(config, stage, dtype.itemsize)
         return tail_memory(
-            stage, shape, vocabulary, tokens, world, kernels=kernels, fused=model.fused is not None, bucket=bucket
-        )
+            stage, shape, vocabulary, tokens, world, kernels=kernels, fused=model.fused is not None, bucket=bucket,
+            tied=tied,
+        )  # fmt: skip
 
     return free, end

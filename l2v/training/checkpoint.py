@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from l2v.errors import UserError
 from l2v.files import follow_umask, reason, sync
@@ -26,8 +26,31 @@ class Checkpoint:
     """A training state at the end of a step."""
 
     step: int
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]
     facts: dict[str, Any]
+
+
+class StoredTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a checkpoint on disk, each read when it is asked for: every rank of a node needs them, one at a time.
+
+    Raises:
+        SafetensorError: the file is no safetensors file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = safe_open(file, framework="pt")
+        self._names = set(self._file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
@@ -46,7 +69,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
         partial.mkdir(parents=True)
         if new:
             sync(folder.parent)
-        save_file(checkpoint.tensors, partial / TENSORS)
+        save_file(dict(checkpoint.tensors), partial / TENSORS)
         follow_umask(partial / TENSORS)
         facts = checkpoint.facts | {"step": checkpoint.step, "sha256": sha256(partial / TENSORS)}
         facts |= {"seal": _seal(facts)}
@@ -76,7 +99,7 @@ def newest(folder: Path, *, log: Callable[[str], None] | None = print) -> Checkp
             facts = json.loads((path / STATE).read_text(encoding="utf-8"))
             if facts.pop("seal") != _seal(facts) or facts["sha256"] != sha256(path / TENSORS):
                 raise ValueError("its checksum does not match")
-            return Checkpoint(facts["step"], load_file(path / TENSORS), facts)
+            return Checkpoint(facts["step"], StoredTensors(path / TENSORS), facts)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             if log:
                 log(f"warning: {path} is damaged and skipped: {error}")

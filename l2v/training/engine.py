@@ -19,8 +19,11 @@ from l2v.model.packed import PackedDecoder
 from l2v.recipe import Stage, Zero
 from l2v.recipe.zero import find_config, read_config
 from l2v.training.norm import GradientNorm
+from l2v.training.order import GradientOrder
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MAX_BUCKET = 500_000_000
+"""Elements of a gradient bucket at most: DeepSpeed's default. Only all weights of a large model are more."""
 
 
 def start_distributed(timeout: float = 3600.0) -> tuple[int, int]:
@@ -60,9 +63,9 @@ def be_deterministic() -> None:
 def deepspeed_config(stage: Stage, zero: Zero, dtype: torch.dtype, trainable: int) -> dict[str, Any]:
     """DeepSpeed's configuration. The loop decides where a step ends, so gradient_accumulation_steps is 1.
 
-    trainable: number of adapter weights. One bucket holds all their gradients. DeepSpeed's default of 5e8 elements would
-    take 1 to 2 GiB, of which adapters fill a tenth. With a single bucket, a backward that fails halfway has sent no gradient
-    yet (see `l2v.training.faults`).
+    trainable: number of trained weights. One bucket holds all their gradients, up to MAX_BUCKET. For adapters DeepSpeed's
+    default would take 1 to 2 GiB, of which they fill a tenth. With a single bucket, a backward that fails halfway has sent no
+    gradient yet (see `l2v.training.faults`).
 
     Raises:
         RecipeError: zero.offload_parameters without zero.stage: 3, or zero.config cannot be read.
@@ -80,7 +83,7 @@ def deepspeed_config(stage: Stage, zero: Zero, dtype: torch.dtype, trainable: in
             "stage": zero.stage,
             "contiguous_gradients": True,
             "overlap_comm": False,
-            "reduce_bucket_size": max(1, trainable),
+            "reduce_bucket_size": min(max(1, trainable), MAX_BUCKET),
         },
     }
     if zero.offload_optimizer:
@@ -113,24 +116,44 @@ def initialize(model: nn.Module, config: dict[str, Any], stage: Stage, units: Se
     if isinstance(model, PackedDecoder):
         model.flatten_adapters()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if zero.get("reduce_bucket_size") == trainable:  # `deepspeed_config` meant all of them; flat ones may be padded
+    if (
+        zero.get("reduce_bucket_size") == trainable < MAX_BUCKET
+    ):  # `deepspeed_config` meant all of them; flat ones may be padded
         zero["reduce_bucket_size"] = sum(p.numel() for p in parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay, eps=1e-8)
+    groups = _groups(parameters, stage.weight_decay, flat=getattr(model, "flat", None) is not None)
+    optimizer = torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, eps=1e-8)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=config)
     if getattr(engine.optimizer, "check_grad_overflow", True) is False:
         GradientNorm.install(engine.optimizer)
+    GradientOrder.install(engine.optimizer, parameters)
     if isinstance(model, PackedDecoder) and model.flat is not None:
         model.flat.bind()  # the engine moved the model and its trainable parameters
     return engine
 
 
+def _groups(parameters: list[nn.Parameter], weight_decay: float, *, flat: bool) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups: weight decay is for matrices; norms and biases have none. flat: of adapters alone."""
+    if not weight_decay or flat:
+        return [{"params": parameters, "weight_decay": weight_decay}]
+    matrices = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) > 1]
+    others = [p for p in parameters if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    decayed = {"params": matrices, "weight_decay": weight_decay}
+    return [decayed, {"params": others, "weight_decay": 0.0}] if others else [decayed]
+
+
 def read_state(engine, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Unsharded fp32 weights and Adam moments of every parameter, on the CPU. A collective call.
+    """Unsharded fp32 weights and Adam moments of every parameter, on the CPU of rank 0; nothing on the others, because all
+    ranks of a node share its memory. A collective call.
 
     The result does not depend on the ZeRO stage or the world size. Keys: `weight.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+    optimizer = _flat_optimizer(engine)
+    if optimizer.state and len(optimizer.param_groups) > 1 and hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
+        # DeepSpeed links moments to parameters after the first group's update, when the other groups have none yet.
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
     state: dict[str, torch.Tensor] = {}
     for part in _parts(engine, parameters):
         if engine.zero_optimization_stage() == 0 and not hasattr(part.parameter, "_hp_mapping"):
@@ -141,14 +164,14 @@ def read_state(engine, parameters: Mapping[str, nn.Parameter]) -> dict[str, torc
             has_moments = bool(_flat_optimizer(engine).state)
             whole += [safe_get_full_optimizer_state(part.parameter, key) if has_moments else None for key in MOMENTS]
         for key, value in zip(("weight", *MOMENTS), whole, strict=True):
-            if value is not None:
+            if value is not None and dist.get_rank() == 0:
                 values = part.split(value.detach().float().cpu().view(-1).reshape(value.shape))
                 state |= {f"{key}.{name}": each.clone() for name, each in values.items()}
     return state
 
 
-def write_state(engine, parameters: Mapping[str, nn.Parameter], state: dict[str, torch.Tensor], steps: int) -> None:
-    """Load a state that `read_state` returned into a new engine whose weights are already loaded."""
+def write_state(engine, parameters: Mapping[str, nn.Parameter], state: Mapping[str, torch.Tensor], steps: int) -> None:
+    """Load a state that `read_state` returned on rank 0 into a new engine whose weights are already loaded."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     optimizer = _flat_optimizer(engine)
@@ -185,7 +208,7 @@ class _Part:
     def split(self, whole: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.flat.split(whole, self.names) if self.flat else dict.fromkeys(self.names, whole)
 
-    def join(self, key: str, state: dict[str, torch.Tensor]) -> torch.Tensor | None:
+    def join(self, key: str, state: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """Its part of the state under a key, None if the state has none."""
         parts = {name: state[f"{key}.{name}"] for name in self.names if f"{key}.{name}" in state}
         if not parts:

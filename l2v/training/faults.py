@@ -70,6 +70,8 @@ class OutOfMemoryGuard:
         optimizer = self.engine.optimizer
         for bucket in getattr(optimizer, "ipg_buckets", {}).values():
             bucket.clear()
+        if (order := getattr(optimizer, "gradient_order", None)) is not None:
+            order.clear()
         reduced = getattr(optimizer, "params_already_reduced", [])
         reduced[:] = [False] * len(reduced)
         gc.collect()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,8 @@ class StepResult:
     applied: bool = False
 
 
-def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> dict[str, torch.Tensor]:
-    """Run a stage to its last step; returns the state from `read_state` (fp32 weights and moments).
+def train(engine, job: Job, resume: checkpoint.Checkpoint | None) -> Mapping[str, torch.Tensor]:
+    """Run a stage to its last step; returns the state from `read_state` (fp32 weights and moments, on rank 0 alone).
 
     Raises:
         Interrupted: a signal requested a stop; a checkpoint was written.
@@ -285,12 +285,16 @@ class Training:
     def _save(self, done: int) -> None:
         """Collect the state from all ranks; rank 0 writes it while training continues."""
         tensors = read_state(self.engine, self.job.parameters)
-        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        if broken:  # the same on every rank, because each has the full state
-            raise UserError(
-                f"after step {done} {len(broken)} adapter tensors hold NaN or Inf ({broken[0]}), so no checkpoint was written; "
-                "the previous checkpoint is intact: lower lr or use base.precision: fp32, then run the same command again"
-            )
+
+        def check() -> None:
+            if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+                raise UserError(
+                    f"after step {done} {len(broken)} trained tensors hold NaN or Inf ({broken[0]}), so no checkpoint was "
+                    "written; the previous checkpoint is intact: lower lr or use base.precision: fp32, then run the same "
+                    "command again"
+                )
+
+        on_first_rank(check)
         facts = self.job.facts | {"tokens": self.tokens} | self.skips.facts()
         self.saver.submit(checkpoint.Checkpoint(done, tensors, facts))
 
@@ -327,7 +331,7 @@ class Training:
                 self.metrics.write(step, self.job.evaluate(step))
             self.engine.train()
 
-    def final_state(self) -> dict[str, torch.Tensor]:
+    def final_state(self) -> Mapping[str, torch.Tensor]:
         """The state after the last step; if no step was left to train, the checkpoint's state."""
         if self.resume and self.start == self.job.stage.steps:
             return self.resume.tensors

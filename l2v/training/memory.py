@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from l2v.model.memory import ExecutionMode, LayerShape, TailMemory, contrastive_tail, mntp_tail
+from l2v.model.memory import ExecutionMode, LayerShape, TailMemory, contrastive_tail, mntp_tail, weight_gradients
 from l2v.recipe import Contrastive, Mntp, Simcse, Stage, Supervised
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
@@ -20,11 +20,10 @@ MAX_LIVE_PARAMETERS = 1_000_000_000
 def engine_bytes(
     trainable: int, config: Mapping[str, Any], itemsize: int, world: int, largest: int = 0, *, gpu: bool = True
 ) -> dict[str, int]:
-    """Bytes by purpose, including the adapters, during the backward of any micro-batch but the first.
+    """Bytes by purpose, including what is trained, during the backward of any micro-batch but the first.
 
-    trainable: number of adapter weights; largest: weights of the largest adapter tensor. config: from `deepspeed_config`.
-    Tensors allocated after the backward (casts for communication, Adam's intermediate values) are not counted: they need
-    less than the activations that were freed by then.
+    trainable: number of trained weights, of adapters or all; largest: weights of the largest tensor. config: from
+    `deepspeed_config`. Tensors allocated after the backward are not counted: see `update_bytes`.
     """
     zero = config["zero_optimization"]
     stage, bucket = zero["stage"], int(zero.get("reduce_bucket_size", trainable))
@@ -33,8 +32,8 @@ def engine_bytes(
     share = math.ceil(trainable / world) if stage else trainable
     wide = itemsize < 4 or stage > 0  # fp32 without ZeRO updates the weights in place
     found = {
-        "adapters": itemsize * (share if stage == 3 else trainable),
-        "fp32 adapters": 4 * share if wide else 0,
+        "trained weights": itemsize * (share if stage == 3 else trainable),
+        "fp32 weights": 4 * share if wide else 0,
         "Adam's moments": 8 * share,
         "gradients": itemsize * (share if stage >= 2 else trainable),
     }
@@ -43,10 +42,23 @@ def engine_bytes(
     elif stage:
         found["gradient bucket"] = itemsize * bucket
     if zero.get("offload_optimizer", {}).get("device") == "cpu":
-        found |= {"fp32 adapters": 0, "Adam's moments": 0, "one gradient on its way": itemsize * largest}
+        found |= {"fp32 weights": 0, "Adam's moments": 0, "one gradient on its way": itemsize * largest}
         if stage == 3:
             found["gradients"] = 0
     return found
+
+
+def update_bytes(trainable: int, config: Mapping[str, Any], itemsize: int, world: int) -> int:
+    """Temporary bytes of the optimizer's update: the gradients in fp32, and Adam's intermediate values.
+
+    For adapters they are less than the activations, which are gone by then. trainable, config: as for `engine_bytes`.
+    """
+    zero = config["zero_optimization"]
+    if zero.get("offload_optimizer", {}).get("device") == "cpu":
+        return 0
+    if not zero["stage"]:  # the gradients in the model's dtype give way to those in fp32
+        return (8 - itemsize if itemsize < 4 else 4) * trainable
+    return 8 * math.ceil(trainable / world)
 
 
 def bucket_in_backward(found: Mapping[str, int], stage: int) -> int:
@@ -60,22 +72,38 @@ def not_yet_allocated(found: Mapping[str, int], stage: int) -> int:
     return sum(found[name] for name in late)
 
 
+def layer_shape(config: Any, stage: Stage, itemsize: int) -> LayerShape:
+    """The layers of a stage and what of them it trains, from a transformers configuration of the Llama family.
+
+    Raises:
+        AttributeError: the configuration lacks a size.
+    """
+    if stage.lora is None:
+        return LayerShape.of(config, rank=0, targets=(), itemsize=itemsize, trained=True)
+    return LayerShape.of(config, rank=stage.lora.largest_rank, targets=stage.lora.linears, itemsize=itemsize)
+
+
 def execution_mode(stage: Stage, *, fused: bool, kernels: bool) -> ExecutionMode:
     """How a stage's layers run, for the memory estimate."""
     dropped = isinstance(stage, Simcse) and stage.attention_dropout > 0
-    return ExecutionMode(fused, kernels, stage.lora.dropout > 0, dropped, stage.length)
+    noisy = stage.lora is not None and stage.lora.dropout > 0
+    return ExecutionMode(fused, kernels, noisy, dropped, stage.length)
 
 
 def tail_memory(
     stage: Stage, shape: LayerShape, vocabulary: int, tokens: int, world: int, *, kernels: bool = True, fused: bool = True,
-    bucket: int = 0,
+    bucket: int = 0, tied: bool = False,
 ) -> TailMemory:  # fmt: skip
-    """Memory at the end of a forward of `tokens` tokens. bucket: bytes of the gradient bucket, in the backward."""
+    """Memory at the end of a forward of `tokens` tokens.
+
+    bucket: bytes of the gradient bucket, in the backward. tied: whether an MNTP head is trained with the embedding.
+    """
+    backward = bucket + weight_gradients(shape)
     if isinstance(stage, Mntp):
         # The number of labels is random: take more than one standard deviation above the mean.
         labels = math.ceil(tokens * stage.mask_probability + 4 * math.sqrt(tokens))
-        found = mntp_tail(shape, tokens, min(labels, tokens), vocabulary, kernels=kernels, fused=fused)
-        return replace(found, backward=bucket)
+        found = mntp_tail(shape, tokens, min(labels, tokens), vocabulary, kernels=kernels, fused=fused, tied=tied)
+        return replace(found, backward=found.backward + backward)
     assert isinstance(stage, Contrastive)
     columns, prefixes = columns_of(stage), len(stage.matryoshka or [0])
     local = math.ceil(stage.batch / world)
@@ -90,7 +118,7 @@ def tail_memory(
             ranks=world,
             prefixes=prefixes,
         )
-        return replace(found, backward=bucket)
+        return replace(found, backward=backward)
     # A part of every group is embedded here, at most a share of the batch; its rows are gathered, and one group is compared.
     group = contrastive_tail(
         shape,
@@ -101,7 +129,7 @@ def tail_memory(
         prefixes=prefixes,
     )
     gathered = 2 * stage.batch * columns * shape.hidden * 4  # rows of all ranks and their gradient
-    return replace(group, work=group.work + gathered, backward=bucket)
+    return replace(group, work=group.work + gathered, backward=backward)
 
 
 def columns_of(stage: Stage) -> int:

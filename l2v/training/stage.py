@@ -6,7 +6,7 @@ import functools
 import gc
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from l2v.model.vocabulary import rows_with
 from l2v.recipe import LLAMA_LINEARS, Base, Contrastive, Mntp, Recipe, Stage, Supervised
 from l2v.recipe.load import to_dict
 from l2v.runs.claim import claim, merged_adapters, publish, recorded_negatives
-from l2v.runs.folder import ADAPTER, has_begun, is_trained, run_folder
+from l2v.runs.folder import has_begun, is_trained, result_of, run_folder
 from l2v.runs.published import read_published
 from l2v.training import checkpoint
 from l2v.training.advice import Advise
@@ -77,7 +77,7 @@ def train_stage(
     facts = {"name": recipe.name, "stage": name, "recipe": to_dict(recipe)}
     claimed = on_first_rank(lambda: claim(recipe, name, folder, facts, fresh))
     if claimed.done:
-        log(f"already trained, its adapter is {folder / ADAPTER}")
+        log(f"already trained, {_what(stage)} {result_of(folder)}")
         return
     data = _open_data(recipe, name)
     stage = settled(stage, data.examples.segments)
@@ -114,22 +114,28 @@ def train_stage(
     )  # fmt: skip
     weights = _train_checked(engine, job, resume, rank)
     on_first_rank(functools.partial(publish, model.decoder, weights, folder, lineage))
-    log(f"done, adapter in {folder / ADAPTER}")
+    log(f"done, {_what(stage)} {result_of(folder)}")
     engine.destroy()
     del engine, model, job
     gc.collect()
 
 
-def _restore(parameters: dict[str, torch.nn.Parameter], tensors: dict[str, torch.Tensor], name: str) -> None:
-    """Copy a checkpoint's weights into the adapter.
+def _what(stage: Stage) -> str:
+    """What a stage leaves, for a line with its folder."""
+    return "all weights in" if stage.lora is None else "adapter in"
+
+
+def _restore(parameters: dict[str, torch.nn.Parameter], tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    """Copy a checkpoint's weights into the adapter, or into the decoder.
 
     Raises:
         UserError: it has other ones.
     """
     if missing := [key for key in parameters if f"weight.{key}" not in tensors]:
         raise UserError(
-            f"stage '{name}': its checkpoint has no weights for {len(missing)} tensors of the adapter, such as {missing[0]}; it "
-            f"was trained with other lora.targets: name those, or train from scratch with --fresh --stage {name}"
+            f"stage '{name}': its checkpoint has no weights for {len(missing)} trained tensors, such as {missing[0]}; it was "
+            "trained with another base or other lora.targets: name those, or train from scratch with --fresh --stage "
+            f"{name}"
         )
     for key, parameter in parameters.items():
         parameter.data.copy_(tensors[f"weight.{key}"])
@@ -162,8 +168,9 @@ def _build(
     agree({"the base and its adapters": lineage})
     if model.unfused_reason and recipe.base.backend == "l2v":
         log(f"plain layers, slower than fused ones: {model.unfused_reason}")
-    trained = model.decoder.peft_config["default"].target_modules
-    if set(recipe.stages[name].lora.targets) == set(LLAMA_LINEARS) != set(trained):
+    lora = recipe.stages[name].lora
+    trained = model.decoder.peft_config["default"].target_modules if lora else ()
+    if lora and set(lora.targets) == set(LLAMA_LINEARS) != set(trained):
         names = ", ".join(sorted(trained))
         log(f"lora.targets: this base has other linear layers than {', '.join(LLAMA_LINEARS)}; trained are {names}")
     for line in on_first_rank(functools.partial(_unlike_published, recipe.base)):
@@ -234,7 +241,7 @@ def _open_data(recipe: Recipe, name: str) -> StageData:
     config = on_every_rank(lambda: load_config(base, trust_remote_code=base.trust_remote_code))
     merged = [adapter for adapter, _ in merged_adapters(recipe, name)]
     rows = on_every_rank(lambda: rows_with(merged, config.get_text_config().vocab_size))
-    on_every_rank(lambda: check_vocabulary(tokenizer, rows, base, stage.lora.trainable_tokens))
+    on_every_rank(lambda: check_vocabulary(tokenizer, rows, base, stage.lora.trainable_tokens if stage.lora else ()))
     texts = TextTokenizer(tokenizer, base.template, stage.length)
     notes = on_every_rank(functools.partial(check_prefixes, recipe, name))
     examples = first_on_node(lambda: open_examples(stage.data, stage, texts))
@@ -273,7 +280,9 @@ def _check_data(data: StageData, name: str, stage: Stage, resume: checkpoint.Che
 
 
 def _train_checked(engine, job: Job, resume: checkpoint.Checkpoint | None, rank: int) -> dict[str, torch.Tensor]:
-    """Run the loop; returns the adapter's fp32 weights. With L2V_CHECK=1 the frozen weights are compared bit by bit.
+    """Run the loop; returns the trained weights, fp32, on rank 0 alone.
+
+    With L2V_CHECK=1 the frozen weights are compared bit by bit.
 
     Raises:
         OutOfMemory: memory ran out where a step cannot be repeated; the next start uses smaller micro-batches.
@@ -297,7 +306,7 @@ def _train_checked(engine, job: Job, resume: checkpoint.Checkpoint | None, rank:
             raise UserError(
                 f"stage '{job.name}': frozen weights changed during training; the adapter does not fit the base"
             )
-    return {key: final[f"weight.{key}"] for key in job.parameters}
+    return {key: final[f"weight.{key}"] for key in job.parameters} if rank == 0 else {}
 
 
 def check_prefixes(recipe: Recipe, name: str) -> list[str]:

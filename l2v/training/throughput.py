@@ -4,8 +4,8 @@ Tokens are those that a step learns from, over all ranks: every text of every ex
 views of SimCSE), once. There is no padding, and the filler token of an empty micro-batch does not count.
 
 FLOPs are 4N per token, where N is the number of weights in the linear layers that each token passes through, without
-embeddings and head: 2N for the forward and 2N for the gradients of the layers' inputs. The weights are frozen, so the 2N
-that full training needs for their gradients are absent. LoRA, the matmuls inside attention (2% at 512 tokens), the second
+embeddings and head: 2N for the forward and 2N for the gradients of the layers' inputs. Where the weights are frozen, the 2N that
+their gradients need are absent; without LoRA FLOPs are 6N. LoRA, the matmuls inside attention (2% at 512 tokens), the second
 forward of a gradient cache and recomputation do not count as useful work, so they lower MFU. What the last layer leaves out
 because nobody reads it counts like the rest: at most a layer's share.
 """
@@ -68,9 +68,10 @@ class Throughput:
     ) -> None:
         """dtype: of the matmuls. world: ranks, on devices like this one. tokens: seen before the first step."""
         weights = linear_parameters(decoder)
+        flops = 4 if isinstance(decoder, PeftModel) else 6  # of a weight, for each token
         found = calibration(device, dtype)
         rates = {"mfu": found and found.gemm_flops, "mfu_peak": peak_flops(device_name(device), dtype)}
-        self.shares = {key: 4 * weights / (world * rate) for key, rate in rates.items() if weights and rate}
+        self.shares = {key: flops * weights / (world * rate) for key, rate in rates.items() if weights and rate}
         """MFU at one token per second."""
         self.device = device
         if device.type == "cuda":

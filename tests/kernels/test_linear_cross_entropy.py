@@ -234,7 +234,6 @@ def test_autocast_changes_nothing():
         {"hidden_LE": torch.zeros(5, 8, dtype=torch.bfloat16)},
         {"hidden_LE": torch.zeros(5, 8, dtype=torch.long), "weight_VE": torch.zeros(9, 8, dtype=torch.long)},
         {"weight_VE": torch.zeros(9, 8, device="meta")},
-        {"weight_VE": torch.zeros(9, 8, requires_grad=True)},
         {"bias_V": torch.zeros(9, requires_grad=True)},
         {"count": torch.ones(1)},
         {"count": torch.tensor(1.0, requires_grad=True)},
@@ -263,13 +262,49 @@ def test_bad_numbers():
             linear_cross_entropy(*given[:2], labels)
 
 
-def test_a_head_that_is_not_frozen_may_be_looked_at():
-    hidden, weight, labels, _ = problem(5, 9, 8)
-    with pytest.raises(ValueError, match=r"weight.requires_grad_\(False\)"):
-        linear_cross_entropy(hidden, weight.requires_grad_(), labels)
+def test_a_bias_that_is_not_frozen_may_be_looked_at():
+    hidden, weight, labels, bias = problem(5, 9, 8, bias=True)
+    with pytest.raises(ValueError, match=r"bias.requires_grad_\(False\)"):
+        linear_cross_entropy(hidden, weight, labels, bias_V=bias.requires_grad_())
     with torch.no_grad():
-        loss, _ = linear_cross_entropy(hidden, weight, labels)
-    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.detach().T, labels))
+        loss, _ = linear_cross_entropy(hidden, weight, labels, bias_V=bias)
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T + bias.detach(), labels))
+
+
+def of_weight(given, dtype, workspace=None):
+    """The gradient of a weight [V, E] that hidden depends on as well, as an embedding's; workspace None: by the definition."""
+    hidden, weight, labels, bias = (None if x is None else x.to(dtype) if x.is_floating_point() else x for x in given)
+    weight = weight.detach().requires_grad_()
+    hidden = hidden + weight[labels]
+    if workspace is None:
+        loss = linear_cross_entropy_reference(hidden, weight, labels, bias)[0].sum() / 3
+    else:
+        loss, _ = linear_cross_entropy(hidden, weight, labels, bias_V=bias, count=3, workspace=workspace)
+    (gradient,) = torch.autograd.grad(loss, weight)
+    assert gradient.dtype == dtype
+    return gradient.double()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 400])
+@pytest.mark.parametrize(("L", "V", "E"), SIZES)
+def test_a_trained_weight_gets_its_gradient(L, V, E, rows, dtype, bias):
+    """Over chunks of some rows or in one, as near to the exact gradient as PyTorch in that dtype."""
+    given = problem(L, V, E, torch.bfloat16, bias=bias)
+    exact, other = of_weight(given, torch.float64), of_weight(given, dtype)
+    error = (of_weight(given, dtype, workspace=rows * V * 8) - exact).abs().max()
+    assert error <= 2 * (other - exact).abs().max() + 1e-6 * exact.abs().max()
+
+
+def test_a_weight_alone_and_no_label():
+    hidden, weight, labels, _ = problem(4, 9, 8)
+    weight.requires_grad_()
+    loss, _ = linear_cross_entropy(hidden, weight, labels)
+    wanted = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, labels), weight)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], wanted)
+    loss, _ = linear_cross_entropy(hidden[:0], weight, labels[:0])
+    assert not torch.autograd.grad(loss, weight)[0].any()
 
 
 def check_unseen_labels(**more):

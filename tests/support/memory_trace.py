@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from l2v.batch import PackedBatch, Segment, pack
 from l2v.model import load
+from l2v.model.full import train_all
 from l2v.model.load import inner_model, load_config, load_model, output_head
 from l2v.model.lora import add_lora
 from l2v.model.memory import LayerShape
@@ -66,11 +67,11 @@ class Live(TorchDispatchMode):
 
 
 class FakeStep:
-    """A decoder of `config` with LoRA, on fake tensors."""
+    """A decoder of `config` with LoRA, or with all weights trained, on fake tensors."""
 
     def __init__(
         self, config: dict, dtype: torch.dtype, *, kernels: bool = True, head: bool = True, layers: str = "auto",
-        attention_dropout: float = 0.0, lora: Lora | None = None,
+        attention_dropout: float = 0.0, lora: Lora | None = None, trained: bool = False,
     ) -> None:  # fmt: skip
         self.mode, self.kernels = FakeTensorMode(allow_non_fake_inputs=True), kernels
         base = Base(model="fake", init="random", config=config)
@@ -80,17 +81,20 @@ class FakeStep:
         try:
             with self.mode, _unmoved(), mock.patch.object(load, "prove", lambda *_, **__: proof):
                 whole = load_model(base, head=head, dtype=dtype)
-                decoder = add_lora(inner_model(whole), lora or Lora(), base_name="fake", seed=0)
+                inner = inner_model(whole)
+                decoder = train_all(inner) if trained else add_lora(inner, lora or Lora(), base_name="fake", seed=0)
         finally:
             torch.set_default_dtype(before)
         self.model = PackedDecoder(
             decoder, head=output_head(whole) if head else None, layers=layers, attention_dropout=attention_dropout
         )
         self.model.train()
-        self.config = decoder.get_base_model().config
+        self.trained, self.config = trained, inner.config
 
     def shape(self) -> LayerShape:
         """What the table is asked for."""
+        if self.trained:
+            return LayerShape.of(self.config, rank=0, targets=(), itemsize=self.dtype.itemsize, trained=True)
         lora = self.model.decoder.peft_config["default"]
         targets = tuple(name for name in LLAMA_LINEARS if name in lora.target_modules)
         return LayerShape.of(self.config, rank=lora.r, targets=targets, itemsize=self.dtype.itemsize)
@@ -150,7 +154,7 @@ class FakeStep:
     def kept_by_layer(self, batch: PackedBatch, recompute: str) -> list[int]:
         """Bytes of the storages that each layer saves for its backward, and that are no parameter nor shared by layers."""
         self.model.set_recompute(recompute)
-        inner = self.model.decoder.get_base_model()
+        inner = self.model.decoder if self.trained else self.model.decoder.get_base_model()
         # By the storage itself: the wrappers that Python makes of it come and go, and their ids with them.
         mine = {p.untyped_storage()._cdata for p in (*self.model.parameters(), *self.model.buffers())}
         saved: dict[int, tuple[torch.UntypedStorage, set[int]]] = {}

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.processes import finish, start_ranks, training_environment
+from support.run_state import column, flat, part, state
 
 LONG = os.environ.get("L2V_SLOW") == "1"
 STEPS = 20 if LONG else 8
 # tests/training/test_spread.py has a few steps of groups.
-STAGES = ("mntp", "simcse", "supervised", "options", *(["groups"] if LONG else []))
+STAGES = ("mntp", "simcse", "supervised", "options", "all", *(["groups", "all_mntp"] if LONG else []))
 # Every option that brings ranks together: queries of all, owners of all, a loss for each prefix.
 OPTIONS = {
     "directions": ["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"],
@@ -28,6 +28,8 @@ OPTIONS = {
     "matryoshka": [8, 16, 32],
     "matryoshka_weights": [0.5, 1, 1],
 }
+# All weights trained; clipping and a rate that keeps Adam from enlarging rounding errors of single weights.
+ALL = {"lora": None, "lr": 1e-4, "weight_decay": 0.01, "attention_dropout": 0.3}
 # Three groups a step: on several ranks each is divided among all of them, and one rank takes one after another.
 GROUPS = {"negatives": "micro", "group": 3, "batch": 9, "directions": ["query_to_doc", "doc_to_query"]}
 # ranks, ZeRO stage, tokens a micro-batch: 104 makes several a step (and a gradient cache) on each of four ranks, 4096 one.
@@ -59,14 +61,22 @@ def recipe(tmp_path_factory, tiny_recipe, write_jsonl, sentences) -> Path:
     ]
     options = {"objective": "supervised", "data": write_jsonl(folder / "uneven.jsonl", pairs), "micro_tokens": 512}
     changes = {"stages.options": options | OPTIONS | {"length": 48}}
+    texts = write_jsonl(folder / "texts.jsonl", [{"text": text} for text in sentences[:40]])
+    changes["stages.all"] = ALL | {"objective": "simcse", "data": texts, "length": 48}
     if LONG:
         changes["stages.groups"] = options | {"length": 48}
+        documents = write_jsonl(
+            folder / "long.jsonl", [{"text": " ".join(sentences[i : i + 6])} for i in range(0, 90, 6)]
+        )
+        changes["stages.all_mntp"] = ALL | {"objective": "mntp", "data": documents, "length": 64}
+        del changes["stages.all_mntp"]["attention_dropout"]
     shared = {"steps": STEPS, "batch": 7, "save_every": 1, "keep": STEPS, "from": "base", "clip": 0.5}
     changes |= {f"stages.{name}.{key}": value for name in STAGES for key, value in shared.items()}
     if LONG:
         changes |= {f"stages.groups.{key}": value for key, value in GROUPS.items()}
     # A loss near zero would be all rounding: a mild scale keeps it above 0.1.
-    soft = {f"stages.{name}.{key}": value for name in STAGES[1:] for key, value in {"scale": 3, "lr": 1e-3}.items()}
+    soft = {f"stages.{name}.scale": 3 for name in STAGES[1:] if name != "all_mntp"}
+    soft |= {f"stages.{name}.lr": 1e-3 for name in STAGES[1:] if not name.startswith("all")}
     return tiny_recipe(folder, **changes, **{"lora.dropout": 0.1, "stages.simcse.attention_dropout": 0.3, **soft})
 
 
@@ -102,24 +112,6 @@ def launch(arguments: list[object], world: int) -> subprocess.Popen:
     )
 
 
-def column(run: Path, stage: str, key: str = "loss") -> torch.Tensor:
-    """A number of every step, as it stands in the metrics."""
-    rows = [json.loads(line) for line in (run / stage / "metrics.jsonl").read_text().splitlines()]
-    return torch.tensor([row[key] for row in rows if key in row], dtype=torch.float64)
-
-
-def state(run: Path, stage: str, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run / stage / "checkpoints" / f"step-{step:06d}" / "state.safetensors")
-
-
-def part(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(kind + "."): v.double() for k, v in tensors.items() if k.startswith(kind + ".")}
-
-
-def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensors[k].flatten() for k in sorted(tensors)])
-
-
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     "setting", [*list(SETTINGS)[1:], *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
@@ -138,7 +130,8 @@ def test_every_setting_equals_one_rank(runs, setting, stage):
     torch.testing.assert_close(losses_one, losses_several, rtol=1e-5, atol=0)
     first, last_one = (part(state(one, stage, step), "weight") for step in (1, STEPS))
     last_several = part(state(several, stage, STEPS), "weight")
-    names = [name for name in first if "lora_A" in name]
+    names = [name for name in first if stage.startswith("all") or "lora_A" in name]
+    assert len(names) > 8
     moved_one = torch.cat([(last_one[name] - first[name]).flatten() for name in names])
     moved_several = torch.cat([(last_several[name] - first[name]).flatten() for name in names])
     assert (moved_one - moved_several).norm() <= 1e-3 * moved_one.norm()

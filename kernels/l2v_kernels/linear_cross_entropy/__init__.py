@@ -1,4 +1,4 @@
-"""Cross-entropy of a frozen linear head on labelled positions: no full logits in memory, no gradient of the head."""
+"""Cross-entropy of a linear head on labelled positions: no full logits in memory, and the weight may be trained."""
 
 import os
 
@@ -25,11 +25,12 @@ def linear_cross_entropy(
 
     Only a chunk of rows of logits exists at a time. Where hidden requires grad, its gradient is computed in the forward from
     the chunk at hand (two matmuls in total), and the backward multiplies it by the incoming one; otherwise there is one
-    matmul. No atomics: the same inputs give the same bits.
+    matmul. So is that of the weight where it requires grad (a third matmul, and [V, E] kept for the backward; over several
+    chunks it is summed in fp32). No atomics: the same inputs give the same bits.
 
     Args:
         hidden_LE: [L, E] fp32, bf16 or fp16 (fp64 by the reference), any strides. L = 0 gives a loss of 0.
-        weight_VE: the head's weight [V, E] in hidden's dtype, frozen.
+        weight_VE: the head's weight [V, E] in hidden's dtype; frozen, or trained with the embedding that it is tied to.
         labels_L: int64 [L], each from 0 to V - 1.
         bias_V: the head's bias [V] in hidden's dtype, frozen.
         count: what the sum is divided by, for example the labels of a whole step: a number, or a tensor without dimensions,
@@ -39,11 +40,11 @@ def linear_cross_entropy(
             of range makes the loss and its row's gradient NaN, reads nothing outside the weight and needs no host sync.
 
     Returns:
-        The loss, fp32 (fp64 for fp64), without dimensions, differentiable once in hidden; and hits, int64 without
+        The loss, fp32 (fp64 for fp64), without dimensions, differentiable once in hidden and weight; and hits, int64 without
         dimensions: the number of labels whose logit is the largest (of equal logits the first, as `argmax` has it).
 
     Raises:
-        ValueError: shapes, dtypes, devices or labels are outside the above, or the weight or bias requires grad.
+        ValueError: shapes, dtypes, devices or labels are outside the above, or the bias requires grad.
 
     Source: chunks of logits whose gradient is computed in the forward: Hsu et al. 2024 (Liger Kernel), arXiv 2410.10989.
     """
@@ -59,7 +60,7 @@ def linear_cross_entropy(
     if check_values:
         _check_labels(labels_L, V)
     arguments = (hidden_LE, weight_VE, bias_V, labels_L, workspace)
-    if torch.is_grad_enabled() and hidden_LE.requires_grad:
+    if torch.is_grad_enabled() and (hidden_LE.requires_grad or weight_VE.requires_grad):
         total, hits = LinearCrossEntropy.apply(*arguments)
     else:
         losses_L, hits_L, _ = in_chunks(*arguments, gradient=False)
@@ -86,12 +87,11 @@ def _check(hidden_LE, weight_VE, labels_L, bias_V):
     if len({x.device for x in tensors.values()}) > 1:
         devices = ", ".join(f"{name} {x.device}" for name, x in tensors.items())
         raise ValueError(f"all tensors must be on one device, got {devices} for {shapes}")
-    for name in ("weight", "bias"):
-        if torch.is_grad_enabled() and name in tensors and tensors[name].requires_grad:
-            raise ValueError(
-                f"{name} requires grad and would not get one: linear_cross_entropy is for a frozen head. Freeze it with "
-                f"{name}.requires_grad_(False), or use torch.nn.functional.cross_entropy on the logits ({shapes})"
-            )
+    if torch.is_grad_enabled() and bias_V is not None and bias_V.requires_grad:
+        raise ValueError(
+            "bias requires grad and would not get one: linear_cross_entropy is for a frozen bias. Freeze it with "
+            f"bias.requires_grad_(False), or use torch.nn.functional.cross_entropy on the logits ({shapes})"
+        )
     return V, shapes
 
 

@@ -12,12 +12,16 @@ TILE_ROWS = 128
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(sum of the losses, number of hits). Kept for the backward: only the gradient of hidden [L, E]."""
+    """(sum of the losses, number of hits). Kept for the backward: only the gradient of hidden [L, E], and that of the weight
+    [V, E] where it is trained."""
 
     @staticmethod
     def forward(ctx, hidden_LE, weight_VE, bias_V, labels_L, workspace):
-        losses_L, hits_L, gradient_LE = in_chunks(hidden_LE, weight_VE, bias_V, labels_L, workspace, gradient=True)
-        ctx.save_for_backward(gradient_LE)
+        gradient_VE = WeightGradient(weight_VE) if ctx.needs_input_grad[1] else None
+        losses_L, hits_L, gradient_LE = in_chunks(
+            hidden_LE, weight_VE, bias_V, labels_L, workspace, gradient=True, of_weight=gradient_VE
+        )
+        ctx.save_for_backward(gradient_LE, None if gradient_VE is None else gradient_VE.total())
         hits = hits_L.sum()
         ctx.mark_non_differentiable(hits)
         ctx.set_materialize_grads(False)
@@ -26,8 +30,34 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        (gradient_LE,) = ctx.saved_tensors
-        return None if grad is None else gradient_LE * grad, None, None, None, None
+        gradient_LE, gradient_VE = ctx.saved_tensors
+        if grad is None:
+            return None, None, None, None, None
+        return gradient_LE * grad, None if gradient_VE is None else gradient_VE * grad, None, None, None
+
+
+class WeightGradient:
+    """The gradient of a head's weight [V, E] over chunks: of each a matmul in the weight's dtype, summed in at least fp32."""
+
+    def __init__(self, weight_VE: torch.Tensor) -> None:
+        self.weight_VE = weight_VE
+        self.sum_VE: torch.Tensor | None = None
+        self.wide = False
+
+    def add(self, dlogits_rV: torch.Tensor, hidden_rE: torch.Tensor) -> None:
+        """Add a chunk: dlogits^T hidden."""
+        found_VE = dlogits_rV.t() @ hidden_rE
+        if self.sum_VE is None:
+            self.sum_VE = found_VE
+            return
+        if not self.wide:  # a second chunk
+            self.wide = True
+            self.sum_VE = self.sum_VE.to(torch.promote_types(found_VE.dtype, torch.float32))
+        self.sum_VE += found_VE
+
+    def total(self) -> torch.Tensor:
+        """The sum, in the weight's dtype; zeros if there was no chunk."""
+        return torch.zeros_like(self.weight_VE) if self.sum_VE is None else self.sum_VE.to(self.weight_VE.dtype)
 
 
 @torch.no_grad()
@@ -39,8 +69,12 @@ def in_chunks(
     workspace: int,
     *,
     gradient: bool,
+    of_weight: WeightGradient | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """(losses [L], hits bool [L], gradient of the losses' sum [L, E] in hidden's dtype, or None without `gradient`)."""
+    """(losses [L], hits bool [L], gradient of the losses' sum [L, E] in hidden's dtype, or None without `gradient`).
+
+    of_weight: where the gradient of the weight is added up, if it is wanted as well.
+    """
     (L, E), V = hidden_LE.shape, len(weight_VE)
     dtype = hidden_LE.dtype
     wide, triton = torch.promote_types(dtype, torch.float32), takes_triton(hidden_LE)
@@ -68,6 +102,8 @@ def in_chunks(
                 reference.softmax_stats(logits, labels_L[at], losses_L[at], hits_L[at], narrow, gradient)
             if gradient_LE is not None:
                 torch.mm(narrow, weight_VE, out=gradient_LE[at])
+            if of_weight is not None:
+                of_weight.add(narrow, hidden_LE[at])
     return losses_L, hits_L, gradient_LE
 
 

@@ -4,7 +4,8 @@ Only what the backward needs is kept. Norm outputs and SwiGLU outputs are recomp
 never are.
 
 Adapter matrices are arguments, so that autograd sees them; or, where they are parts of one flat parameter, its collector's
-token is. Weights are read from the modules, in the forward and again in the backward, because ZeRO-3 gathers them for each.
+token is. So are the layer's own weights where a stage trains them. Weights are read from the modules, in the forward and again in
+the backward, because ZeRO-3 gathers them for each.
 A norm also returns the residual sum that it reads, so the residual is added without another pass over memory.
 """
 
@@ -18,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from l2v.model.fused.flat import Collector
 from l2v.model.fused.spec import Group, LayerSpec
+from l2v.model.fused.weights import of_linears, of_norm, trained_norms
 from l2v_kernels.dispatch import takes_triton
 from l2v_kernels.lora_linear import Adapters, InputDropout
 from l2v_kernels.lora_linear import op as lora
@@ -39,21 +41,23 @@ class Call:
     collector: Collector | None = None
     """Where gradients of adapters go that are parts of one parameter."""
 
-    def matrices(self, *groups: Group) -> list[torch.Tensor]:
-        """What autograd must see of the groups' adapters: A and B of each in turn, or the collector's token."""
+    def matrices(self, *groups: Group, norms: tuple[Any, ...] = ()) -> list[torch.Tensor]:
+        """What autograd must see: A and B of the groups' adapters in turn, or the collector's token; then the groups' own
+        weights and those of the norms, where they are trained."""
+        own = [weight for group in groups for weight in group.trained()] + trained_norms(*norms)
         if self.collector is not None:
-            return [self.collector.token]
-        return [matrix for group in groups for a in group.adapters() for matrix in (a.a_RE, a.b_OR)]
+            return [self.collector.token, *own]
+        return [matrix for group in groups for a in group.adapters() for matrix in (a.a_RE, a.b_OR)] + own
 
     def into(self, group: Group) -> lora.MatrixGradients | None:
         """Where the group's gradients are written; None if they are returned to autograd."""
         return self.collector.of(group) if self.collector is not None and group.adapters() else None
 
-    def returned(self, *found: lora.Gradients) -> list[torch.Tensor | None]:
-        """The gradients of `matrices`."""
+    def returned(self, *found: lora.Gradients, own: list[torch.Tensor] | None = None) -> list[torch.Tensor | None]:
+        """The gradients of `matrices`. own: those of the groups' weights and of the norms."""
         if self.collector is not None:
-            return [None]
-        return [gradient for each in found for pair in zip(each.da, each.db, strict=True) for gradient in pair]
+            return [None, *(own or [])]
+        return [x for each in found for pair in zip(each.da, each.db, strict=True) for x in pair] + (own or [])
 
 
 class GroupLinear(torch.autograd.Function):
@@ -75,7 +79,8 @@ class GroupLinear(torch.autograd.Function):
             dy_TN, x_TE, lora.Kept.of(tuple(kept)), group.linears(), group.adapters(), call.dropout,
             want_dx=ctx.needs_input_grad[0], into=call.into(group),
         )  # fmt: skip
-        return found.dx_TE, None, None, *call.returned(found)
+        own = of_linears(group, dy_TN, x_TE) if group.trained() else None
+        return found.dx_TE, None, None, *call.returned(found, own=own)
 
 
 class ProjectHeads(torch.autograd.Function):
@@ -122,6 +127,7 @@ class ProjectHeads(torch.autograd.Function):
         call, spec = ctx.call, ctx.call.spec
         linears = spec.qkv.linears()
         dqkv_TN = _side_by_side(dq_THD, dk_TKD, dv_TKD)
+        of_head_norms: list[torch.Tensor] = []
         if spec.head_norms is None:
             _rotate_in_place(dqkv_TN, spec, linears.sizes, call, inverse=True)
         else:
@@ -132,16 +138,20 @@ class ProjectHeads(torch.autograd.Function):
                 parts, inputs, rstds, spec.head_norms, (dq_THD, dk_TKD), strict=False
             ):
                 turned = rope.rotate(gradient, call.cos_TD, call.sin_TD, inverse=True)
+                of_head_norms += of_norm(norm, turned, x, rstd)
                 rms_norm.backward(turned, x, rstd, norm.weight, out=part)
         norm = spec.module.input_layernorm
         if x_TE is None:
             x_TE = rms_norm.normalize(sum_TE, rstd_T, norm.weight)
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         found = lora.backward(
-            dqkv_TN, x_TE, kept, linears, spec.qkv.adapters(), call.dropout, want_dx=wanted, into=call.into(spec.qkv)
-        )
+            dqkv_TN, x_TE, kept, linears, spec.qkv.adapters(), call.dropout, into=call.into(spec.qkv),
+            want_dx=wanted or norm.weight.requires_grad,
+        )  # fmt: skip
+        own = of_linears(spec.qkv, dqkv_TN, x_TE) if spec.qkv.trained() else []
+        own += of_norm(norm, found.dx_TE, sum_TE, rstd_T) + of_head_norms
         dx_TE = rms_norm.backward(found.dx_TE, sum_TE, rstd_T, norm.weight, dsum_TE) if wanted else None
-        return dx_TE, (dx_TE if ctx.has_delta else None), None, *call.returned(found)
+        return dx_TE, (dx_TE if ctx.has_delta else None), None, *call.returned(found, own=own)
 
 
 def _rotate_in_place(qkv_TN: torch.Tensor, spec: LayerSpec, sizes: Any, call: Call, *, inverse: bool = False) -> None:
@@ -248,6 +258,7 @@ class GatedMlp(torch.autograd.Function):
             call.dropout,
             into=call.into(spec.down),
         )
+        own = of_linears(spec.down, dy_TE, product_TF) if spec.down.trained() else []
         del product_TF
         dgate_up_TG = swiglu.backward(of_down.dx_TE, gate_up_TG, lora=share)
         of_down = replace(of_down, dx_TE=None)
@@ -262,5 +273,8 @@ class GatedMlp(torch.autograd.Function):
             call.dropout,
             into=call.into(spec.gate_up),
         )
+        if spec.gate_up.trained():
+            own = of_linears(spec.gate_up, dgate_up_TG, x_TE) + own
+        own += of_norm(norm, found.dx_TE, sum_TE, rstd_T)
         dx_TE = rms_norm.backward(found.dx_TE, sum_TE, rstd_T, norm.weight, dsum_TE)
-        return dx_TE, dx_TE, None, *call.returned(found, of_down)
+        return dx_TE, dx_TE, None, *call.returned(found, of_down, own=own)

@@ -60,7 +60,7 @@ class Group:
         self.modules = modules
         self.quantized: Quantized | None = None
         self._state: Any = None
-        self._bound: tuple[FrozenLinears, Adapters, float] | None = None
+        self._bound: tuple[FrozenLinears, Adapters, float, list[nn.Parameter]] | None = None
 
     def bind(self) -> None:
         """Read the modules again if a weight has moved or another adapter is active; call it before a forward.
@@ -70,11 +70,15 @@ class Group:
         state = [_state(m) for m in self.modules], self.quantized
         if state != self._state:
             self._bound = None
-            self._bound = self.linears(), self.adapters(), self.dropout()
+            self._bound = self.linears(), self.adapters(), self.dropout(), self.trained()
             self._state = state
 
+    def unbind(self) -> None:
+        """Forget what `bind` kept: from here on an engine moves the weights."""
+        self._bound = self._state = None
+
     def linears(self) -> FrozenLinears:
-        """The frozen weights."""
+        """The layer's own weights."""
         if self._bound is not None:
             return self._bound[0]
         if self.quantized is not None:
@@ -105,14 +109,21 @@ class Group:
                 return getattr(module.lora_dropout[name], "p", 0.0) if module.training else 0.0
         return 0.0
 
+    def trained(self) -> list[nn.Parameter]:
+        """Weights and biases of the linears themselves that are trained, a weight before its bias, by module."""
+        if self._bound is not None:
+            return self._bound[3]
+        own = [p for m in self.modules for p in (base_of(m).weight, base_of(m).bias)]
+        return [p for p in own if p is not None and p.requires_grad]
+
 
 def _state(module: Any) -> tuple[Any, ...]:
     """What a bound group depends on, without nn.Module's lookup by name: this runs for every linear of a model at each call."""
     if not isinstance(module, LoraLayer):
         own = module._parameters
-        return own["weight"].data_ptr(), id(own["bias"])
+        return own["weight"].data_ptr(), id(own["bias"]), own["weight"].requires_grad
     own = module._modules["base_layer"]._parameters
-    weights = own["weight"].data_ptr(), id(own["bias"])
+    weights = own["weight"].data_ptr(), id(own["bias"]), own["weight"].requires_grad
     name = _active(module)
     if name is None:
         return weights
@@ -169,6 +180,16 @@ class LayerSpec:
         """Norms of queries and keys per head (Qwen3), or None."""
         attention = self.module.self_attn
         return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
+
+    @property
+    def attention_norms(self) -> tuple[Any, ...]:
+        """The norm before attention, then those of queries and keys."""
+        return (self.module.input_layernorm, *(self.head_norms or ()))
+
+    @property
+    def mlp_norms(self) -> tuple[Any, ...]:
+        """The norm before the MLP."""
+        return (self.module.post_attention_layernorm,)
 
     @property
     def linears(self) -> list[Any]:

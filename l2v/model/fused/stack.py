@@ -56,7 +56,8 @@ class FusedStack:
     def stack_weights(self) -> None:
         """Store weights with the same input in one buffer, for a single matmul.
 
-        Call it once the model is on its device; not with ZeRO-3, which owns the storage of parameters. Layer by layer: never
+        Call it once the model is on its device; not with ZeRO-3, which owns the storage of parameters, nor if an engine trains
+        the weights, which owns it too. Layer by layer: never
         more than one layer's weights exist twice, also in what CUDA's allocator holds for later.
         """
         for spec in self.specs:
@@ -124,7 +125,9 @@ class FusedStack:
     def _layer_once(self, spec: LayerSpec, residual_TE, delta_TE, run):
         dropout = run.dropout(spec.dropout())
         call = Call(spec, dropout, run.cos_TD, run.sin_TD, self.recompute == "none", run.collector)
-        sum_TE, q, k, v = ProjectHeads.apply(residual_TE, delta_TE, call, *call.matrices(spec.qkv))
+        sum_TE, q, k, v = ProjectHeads.apply(
+            residual_TE, delta_TE, call, *call.matrices(spec.qkv, norms=spec.attention_norms)
+        )
         packed, training = run.packed, spec.module.self_attn.training
         window = spec.window
         if window is not None and not packed.causal:
@@ -138,7 +141,7 @@ class FusedStack:
             o_TE, residual_TE = (PickRows.apply(x_TN, run.read_R) for x_TN in (o_TE, residual_TE))
             call = replace(call, dropout=run.dropout_of_read(dropout.p))
         a_TE = GroupLinear.apply(o_TE, spec.o, call, *call.matrices(spec.o))
-        return GatedMlp.apply(residual_TE, a_TE, call, *call.matrices(spec.gate_up, spec.down))
+        return GatedMlp.apply(residual_TE, a_TE, call, *call.matrices(spec.gate_up, spec.down, norms=spec.mlp_norms))
 
 
 class _Run:
@@ -171,6 +174,8 @@ class _Run:
 
 def _final_norm(norm: Any, residual_TE, delta_TE, *pooling: torch.Tensor):
     weight_E, eps = norm.weight, norm.variance_epsilon
+    if pooling and weight_E.requires_grad:  # the pooling kernel has no gradient for it
+        return segment_pool(_final_norm(norm, residual_TE, delta_TE), *pooling)
     if pooling:
         with span("pooling"):
             sum_TE = residual_TE if delta_TE is None else residual_TE + delta_TE
