@@ -41,7 +41,7 @@ MAY = {
     "train": {"errors", "recipe", "runs", "data", "model", "training", "machine", "tuning", "plan"},
     "plan": {"errors", "recipe", "data", "model", "training", "machine"},
     "encoding": {"errors", "package", "files", "recipe", "data", "encoder", "training"},
-    "search": {"errors", "files", "recipe", "batch", "data", "encoder"},
+    "search": {"errors", "files", "recipe", "batch", "data", "encoder", "encoding"},
     "quickstart": {"errors", "recipe", "data", "model", "encoder", "evaluation", "machine", "runs"},
     "report": {"errors", "package", "files", "recipe", "data", "encoder", "evaluation", "runs"},
     "push": {"errors", "model", "encoder", "runs", "report"},

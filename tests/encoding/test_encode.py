@@ -2,11 +2,11 @@
 
 import gzip
 import json
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
-from support.processes import free_port, training_environment
+from support.processes import free_port
 
 from l2v import Encoder
 from l2v.commands import main as cli
@@ -215,37 +215,75 @@ def test_shards_of_other_options_are_not_mixed(encode, encoder, tmp_path, senten
     )
 
 
-def start(base, file, out, *options, **environment):
-    command = ["encode", str(base), str(file), "--out", str(out), *options]
-    code = (
-        "import sys; from l2v.encoding import rows; from l2v.commands.main import main\n"
-        f"rows.CHUNK_ROWS = 7\nsys.exit(main({command!r}))"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=training_environment() | environment, stderr=subprocess.PIPE, text=True
-    )
+def one_rank(environment, command, log):
+    """A rank of a launcher, in a process that was forked with all imports done."""
+    os.environ |= environment
+    with open(log, "w", encoding="utf-8") as sys.stdout, open(log, "a", encoding="utf-8") as sys.stderr:
+        code = cli.main(command)
+    os._exit(code)
 
 
-def test_killed_and_resumed_over_ranks_and_alone(base, encoder, tmp_path, sentences):
+@pytest.fixture
+def start(base, tmp_path, monkeypatch):
+    """start(file, out, world) -> processes that encode it together; chunks have 7 rows. Killed at the end of the test."""
+    monkeypatch.setattr(rows, "CHUNK_ROWS", 7)
+    context, started = multiprocessing.get_context("fork"), []
+
+    def start(file, out, world):
+        group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        command = ["encode", str(base), str(file), "--out", str(out)]
+        own = [
+            context.Process(
+                target=one_rank, args=(group | {"RANK": str(n), "LOCAL_RANK": str(n)}, command, tmp_path / f"{n}.log")
+            )
+            for n in range(world)
+        ]  # fmt: skip
+        for process in own:
+            process.start()
+        started.extend(own)
+        return own
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def test_killed_and_resumed_over_ranks_and_alone(start, encode, encoder, tmp_path, sentences):
     """Two ranks are killed in the middle; one process without a launcher finishes."""
     texts = [f"{text} {n}" for n in range(4) for text in sentences]
     (tmp_path / "a.txt").write_text("\n".join(texts), encoding="utf-8")
     out = tmp_path / "a.npy"
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [start(base, tmp_path / "a.txt", out, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+    ranks = start(tmp_path / "a.txt", out, 2)
     until = time.monotonic() + 90
     while len(found := list(tmp_path.glob("a.npy.work/*/shard-*.arrow"))) < 20 and time.monotonic() < until:
         time.sleep(0.01)
     for rank in ranks:
-        rank.send_signal(signal.SIGKILL)
-    for rank in ranks:
-        rank.communicate()
-    before = list(tmp_path.glob("a.npy.work/*/shard-*.arrow"))
+        rank.kill()
+        rank.join()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("a.npy.work/*/shard-*.arrow")}
     assert 20 <= len(before) < 138 and not out.exists(), found
     assert {int(path.stem.removeprefix("shard-")) % 2 for path in before} == {0, 1}
-    assert cli.main(["encode", str(base), str(tmp_path / "a.txt"), "--out", str(out)]) == 0
+    encode(tmp_path / "a.txt", "a.npy")
     np.testing.assert_allclose(np.load(out, allow_pickle=False), encoder.encode(texts), atol=1e-6)
     assert [row["row"] for row in ids(tmp_path / "a.ids.jsonl")] == list(range(1, len(texts) + 1))
+
+
+def test_ranks_give_the_file_of_one_process_and_one_sentence(start, encode, tmp_path, sentences):
+    (tmp_path / "a.txt").write_text("\n".join(sentences[:40]), encoding="utf-8")
+    for rank in (ranks := start(tmp_path / "a.txt", tmp_path / "three.npy", 3)):
+        rank.join(60)
+    logs = [(tmp_path / f"{n}.log").read_text(encoding="utf-8") for n in range(3)]
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0], logs
+    assert "40 vectors of 32 dimensions" in logs[0] and logs[1:] == ["", ""]
+    encode(tmp_path / "a.txt", "one.npy")
+    assert (tmp_path / "one.npy").read_bytes() == (tmp_path / "three.npy").read_bytes()
+    (tmp_path / "bad.txt").write_text("\n".join([*sentences[:20], "", sentences[20]]), encoding="utf-8")
+    for rank in (ranks := start(tmp_path / "bad.txt", tmp_path / "bad.npy", 2)):
+        rank.join(60)
+    logs = [(tmp_path / f"{n}.log").read_text(encoding="utf-8") for n in range(2)]
+    assert [rank.exitcode for rank in ranks] == [1, 1]
+    assert "bad.txt, line 21: 'text' is empty" in logs[0] and logs[1] == ""
 
 
 def test_a_full_disk_is_a_sentence_and_loses_nothing(encode, encoder, tmp_path, sentences):
