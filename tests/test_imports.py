@@ -42,6 +42,7 @@ MAY = {
     "plan": {"errors", "recipe", "data", "model", "training", "machine"},
     "encoding": {"errors", "package", "files", "recipe", "data", "encoder", "training"},
     "search": {"errors", "files", "recipe", "batch", "data", "encoder", "encoding"},
+    "serving": {"errors", "batch", "data", "encoder"},
     "quickstart": {"errors", "recipe", "data", "model", "encoder", "evaluation", "machine", "runs"},
     "report": {"errors", "package", "files", "recipe", "data", "encoder", "evaluation", "runs"},
     "push": {"errors", "model", "encoder", "runs", "report"},

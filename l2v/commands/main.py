@@ -25,6 +25,7 @@ COMMANDS = {
     "report": ("l2v.commands.report", "one HTML page about runs: curves, scores, speed, lineage, data"),
     "encode": ("l2v.commands.encode", "vectors of a whole file: resumable, over processes, GPUs and nodes"),
     "search": ("l2v.commands.search", "semantic search with a trained encoder"),
+    "serve": ("l2v.commands.serve", "vectors over HTTP with OpenAI's interface"),
     "bench": ("l2v.commands.bench", "microbenchmarks of the kernels (in a checkout)"),
     "data": ("l2v.commands.data", "build a data set from raw text, check one, mine hard negatives, make queries"),
     "export": ("l2v.commands.export", "write a merged encoder for transformers and sentence-transformers"),
