@@ -35,7 +35,7 @@ MAY = {
         "kernels",
     },
     "encoder": {"errors", "recipe", "batch", "data", "model", "runs"},
-    "evaluation": {"data", "errors", "files", "encoder", "runs"},
+    "evaluation": {"data", "errors", "files", "recipe", "encoder", "runs"},
     "runs": {"errors", "files", "recipe", "model"},
     "tuning": {"errors", "package", "recipe", "model", "machine", "doctor", "runs"},
     "train": {"errors", "recipe", "runs", "data", "model", "training", "machine", "tuning", "plan"},
