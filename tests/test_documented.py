@@ -28,8 +28,8 @@ LISTED = {tuple(shlex.split(line)): how for how, lines in LIST.items() for line 
 HERE = [shlex.split(line) for line in LIST["here"]]
 # What a command prints, wherever the page says so or a reader would look for it.
 PRINTS = {
-    "init": "faq.csv: 24 pairs", "check": " pairs", "search": "Man sejler til", "encode": "24 vectors", "eval": "results, 0 skipped",
-    "mine": "negatives", "export": "faq-encoder: written", "report": ".html",
+    "init": "faq.csv: 24 pairs", "check": " pairs", "search": "Man sejler til", "encode": "24 vectors",
+    "eval": "results, 0 skipped", "mine": "negatives", "export": "faq-encoder: written", "report": ".html",
 }  # fmt: skip
 
 

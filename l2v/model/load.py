@@ -254,7 +254,7 @@ PIECE = 4096  # bytes
 
 
 def fingerprint(base: Base) -> str:
-    """A hash that identifies a base without reading gigabytes: its configuration, and name, size, start and pieces of weight files.
+    """A hash that identifies a base without reading gigabytes: its configuration, and of weight files name, size and pieces.
 
     Pieces from everywhere in a file, to its end: merged adapters leave the embedding at its start as it was, so that the
     exports of two stages differ only further on.

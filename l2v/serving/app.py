@@ -43,7 +43,7 @@ def make_app(
 
     async def answer(request: Request) -> Response:
         body = await _body(request, limits.body)
-        # All in one thread: a tokenizer is not to be shared, and the loop goes on with other connections.
+        # All in one thread: a tokenizer is not to be shared, and the loop stays free for other connections.
         asked, (ids, starts) = await asyncio.get_running_loop().run_in_executor(aside, prepared, body)
         try:
             queued = batcher.submit(ids, starts)
