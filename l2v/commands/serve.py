@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise RecipeError(f"--{key.replace('_', '-')} is {value}; use 1 or more")
     if args.max_wait_ms < 0:
         raise RecipeError(f"--max-wait-ms is {args.max_wait_ms}; use 0 or more")
+    if not 0 <= args.port <= 65535:
+        raise RecipeError(f"--port is {args.port}; use 0 to 65535 (0 for any that is free)")
     check_model(args.model)
     try:
         from l2v.serving.server import Settings, bound, serve

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
-from support.processes import free_port
+from support.processes import free_port, training_environment
 
 from l2v import Encoder
 from l2v.commands import main as cli
@@ -322,3 +323,56 @@ def test_a_second_process_does_not_write_the_same_file(encode, tmp_path, sentenc
         assert "another l2v encode is writing it now" in encode(tmp_path / "a.txt", "a.npy", expect=1).err
     encode(tmp_path / "a.txt", "a.npy")
     assert os.path.getsize(tmp_path / "a.npy") > 0
+
+
+CHILD = """
+import resource, sys
+from l2v.commands.main import main
+code = main(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_200_000_texts_in_flat_memory_killed_and_resumed(tmp_path, bos_tokenizer_folder, tiny_config, sentences):
+    """A tenth of the texts and all of them take the same memory; a kill in the middle loses no row and doubles none."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    base = tmp_path / "base"
+    LlamaForCausalLM(LlamaConfig(**tiny_config | {"num_hidden_layers": 1})).save_pretrained(base)
+    AutoTokenizer.from_pretrained(bos_tokenizer_folder).save_pretrained(base)
+    count, few = 200_000, 20_000
+    texts = [f"{sentences[n % 240]} {n}" for n in range(count)]
+    for name, lines in (("few.jsonl", texts[:few]), ("all.jsonl", texts)):
+        rows = (json.dumps({"id": n, "text": text}) for n, text in enumerate(lines))
+        (tmp_path / name).write_text("\n".join(rows), encoding="utf-8")
+
+    def start(name, out):
+        command = ["encode", str(base), str(tmp_path / name), "--out", str(tmp_path / out), "--dimensions", "8"]
+        return subprocess.Popen(
+            [sys.executable, "-c", CHILD, *command], env=training_environment(), stdout=subprocess.PIPE, text=True
+        )
+
+    def peak(process):
+        said = process.communicate(timeout=3600)[0]
+        assert process.returncode == 0, said
+        return int(said.split("peak")[1]) / 1024
+
+    small = peak(start("few.jsonl", "few.parquet"))
+    first = start("all.jsonl", "all.parquet")
+    while first.poll() is None and len(list(tmp_path.glob("all.parquet.work/*/shard-*.arrow"))) < 15:
+        time.sleep(0.02)
+    first.kill()
+    first.communicate()
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("all.parquet.work/*/shard-*.arrow")}
+    assert 15 <= len(kept) < 49
+    large = peak(start("all.jsonl", "all.parquet"))
+    print(f"peak memory: {few:,} texts {small:.0f} MiB, {count:,} texts {large:.0f} MiB")
+    assert large < small + 40  # MiB; the texts alone are 10, their rows in Python over 100
+    table = pq.read_table(tmp_path / "all.parquet")
+    assert table["id"].to_pylist() == list(range(count)) and table["text"].to_pylist() == texts
+    sample = list(range(0, count, 997))
+    expected = Encoder.from_pretrained(base).encode([texts[n] for n in sample], dimensions=8)
+    np.testing.assert_allclose(np.stack(table["embedding"].to_numpy()[sample]), expected, atol=1e-5)
+    assert pq.ParquetFile(tmp_path / "all.parquet").metadata.num_row_groups == 49
