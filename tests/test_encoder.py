@@ -376,3 +376,21 @@ def test_a_misspelled_option_is_refused(base, option, says):
         Encoder.from_pretrained(base, **option)
     with pytest.raises(UserError, match=says):
         Encoder.identity(base, **option)
+
+
+def test_exports_of_two_stages_have_two_identities(base, tmp_path):
+    """Files of one name and size whose first MiB is the same embedding: only a weight of the last layer differs."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    found = []
+    for change in (0.0, 0.5):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model.resize_token_embeddings(20_000)  # 2.5 MiB at the start of the file
+        with torch.no_grad():
+            model.model.embed_tokens.weight.fill_(0.25)
+            model.model.layers[-1].mlp.down_proj.weight += change
+        model.save_pretrained(tmp_path / str(change))
+        found.append(Encoder.identity(tmp_path / str(change)))
+    assert found[0].pop("sha256") != found[1].pop("sha256")
+    assert found[0] | {"base": ""} == found[1] | {"base": ""}

@@ -35,17 +35,19 @@ MAY = {
         "kernels",
     },
     "encoder": {"errors", "recipe", "batch", "data", "model", "runs"},
-    "evaluation": {"data", "errors", "files", "encoder", "runs"},
+    "evaluation": {"data", "errors", "files", "recipe", "encoder", "runs"},
     "runs": {"errors", "files", "recipe", "model"},
     "tuning": {"errors", "package", "recipe", "model", "machine", "doctor", "runs"},
     "train": {"errors", "recipe", "runs", "data", "model", "training", "machine", "tuning", "plan"},
     "plan": {"errors", "recipe", "data", "model", "training", "machine"},
-    "search": {"errors", "files", "recipe", "batch", "data", "encoder"},
+    "encoding": {"errors", "package", "files", "recipe", "data", "encoder", "training"},
+    "search": {"errors", "files", "recipe", "batch", "data", "encoder", "encoding"},
+    "serving": {"errors", "batch", "data", "encoder"},
     "quickstart": {"errors", "recipe", "data", "model", "encoder", "evaluation", "machine", "runs"},
     "report": {"errors", "package", "files", "recipe", "data", "encoder", "evaluation", "runs"},
     "push": {"errors", "model", "encoder", "runs", "report"},
-    "mining": {"errors", "files", "recipe", "data", "encoder"},
-    "synthesis": {"errors", "batch", "recipe", "data", "model", "encoder", "mining"},
+    "mining": {"errors", "files", "recipe", "data", "encoder", "encoding"},
+    "synthesis": {"errors", "batch", "recipe", "data", "model", "encoder", "encoding", "mining"},
 }
 
 

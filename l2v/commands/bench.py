@@ -21,6 +21,7 @@ BENCHMARKS = {
     "gradient_cache": "gradient_cache.bench",
     "train_step": "train_step.bench",
     "encode": "encode",
+    "serve": "serve",
     "data_build": "data.build",
     "kills": "faults.kills",
 }

@@ -91,13 +91,17 @@ def parser() -> argparse.ArgumentParser:
         "weighted_mean and last pooling (default: both)",
     )  # fmt: skip
     p.add_argument(
-        "--baselines", metavar="NAMES", help="tfidf, minilm, or sentence-transformers models, separated by commas"
+        "--baselines",
+        metavar="NAMES",
+        help="tfidf, minilm, sentence-transformers models (NAME or NAME=FOLDER), or URL#MODEL of an OpenAI-compatible endpoint; "
+        "separated by commas",
     )
     p.add_argument(
         "--prompts",
         default="en",
         metavar="WHICH",
-        help="en, da, mteb (only its own), off, or a YAML file by task (default: en)",
+        help="en, da (the words of training), trained (the encoder's own alone), mteb (only its own), off, or a YAML file by "
+        "task (default: en)",
     )
     p.add_argument(
         "--adapter",

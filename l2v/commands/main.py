@@ -23,7 +23,9 @@ COMMANDS = {
     "quickstart": ("l2v.commands.quickstart", "the whole recipe on the embedded model and Danish sample"),
     "eval": ("l2v.commands.eval", "score encoders: SEB's Danish tasks, any task of mteb, your own files"),
     "report": ("l2v.commands.report", "one HTML page about runs: curves, scores, speed, lineage, data"),
+    "encode": ("l2v.commands.encode", "vectors of a whole file: resumable, over processes, GPUs and nodes"),
     "search": ("l2v.commands.search", "semantic search with a trained encoder"),
+    "serve": ("l2v.commands.serve", "vectors over HTTP with OpenAI's interface"),
     "bench": ("l2v.commands.bench", "microbenchmarks of the kernels (in a checkout)"),
     "data": ("l2v.commands.data", "build a data set from raw text, check one, mine hard negatives, make queries"),
     "export": ("l2v.commands.export", "write a merged encoder for transformers and sentence-transformers"),
@@ -39,6 +41,8 @@ _python_format = warnings.formatwarning
 def main(argv: Sequence[str] | None = None) -> int:
     """Dispatch to a subcommand; a user error is one sentence and an exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].startswith("--local_rank="):  # the deepspeed launcher's own, before the verb
+        del argv[0]
     if argv and argv[0] in ("-V", "--version"):
         print(f"l2v {__version__}")
         return 0

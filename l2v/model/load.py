@@ -249,16 +249,29 @@ def output_head(model: PreTrainedModel) -> nn.Module:
     return head
 
 
+PIECES = 1024  # of a weight file that its fingerprint reads besides the start
+PIECE = 4096  # bytes
+
+
 def fingerprint(base: Base) -> str:
-    """A hash that identifies a base without reading gigabytes: its configuration, and name, size and start of weight files."""
+    """A hash that identifies a base without reading gigabytes: its configuration, and of weight files name, size and pieces.
+
+    Pieces from everywhere in a file, to its end: merged adapters leave the embedding at its start as it was, so that the
+    exports of two stages differ only further on.
+    """
     digest = hashlib.sha256()
     folder = Path(resolve(base.model))
     if base.init == "random" or not folder.is_dir():
         facts = {k: v for k, v in asdict(base).items() if k in ("model", "revision", "init", "overrides", "config")}
         digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
         return digest.hexdigest()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    weights = (file for pattern in ("*.safetensors", "*.bin", "*.gguf") for file in folder.glob(pattern))
+    for file in sorted([folder / "config.json", *weights]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
         with open(file, "rb") as stream:
             digest.update(stream.read(1 << 20))
+            for piece in range(1, PIECES + 1):
+                stream.seek(max(0, (size - PIECE) * piece // PIECES))
+                digest.update(stream.read(PIECE))
     return digest.hexdigest()
