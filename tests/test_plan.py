@@ -67,6 +67,35 @@ def test_the_shipped_recipe_on_eight_gpus(capsys):
     assert again["step_seconds"] <= 1.02 * few["step_seconds"]
 
 
+def test_a_plan_without_lora(capsys):
+    """Every weight is counted once, among what is trained, and each of them costs a third matmul."""
+    arguments = ["llama3-8b-da", "--gpu", "h200", "--gpus", "8", "zero.stage=3"]
+    frozen, found = (planned(capsys, *arguments, *more)["stages"] for more in ([], ["lora=null"]))
+    linears = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    share = -(-(linears + 32 * 2 * 4096 + 128256 * 4096 + 4096) // 8)
+    for name, stage in found.items():
+        standing = stage["memory"]["standing"]
+        wide = {
+            "trained weights": 2 * share,
+            "fp32 weights": 4 * share,
+            "Adam's moments": 8 * share,
+            "gradients": 2 * share,
+        }
+        assert {key: standing[key] for key in wide} == wide
+        assert standing["gradient bucket"] == 4 * 500_000_000 and not {"frozen layers", "embeddings"} & set(standing)
+        assert ("head" in standing) == (name == "mntp")
+        before, now = (kind["speed"]["seconds_by_kind"] for kind in (frozen[name], stage))
+        backward = 2 * linears * stage["speed"]["step_tokens"] / 8 / H200.flops[BF16]
+        # The last layer of MNTP computes a fifth of the tokens after its attention.
+        assert 0.97 * backward <= now["gradients of weights"] < 1.6 * backward and "gradients of weights" not in before
+        speed = stage["speed"]
+        assert speed["mfu"] == pytest.approx(6 * linears * speed["tokens_per_second"] / 8 / H200.flops[BF16])
+    assert plan.main([*arguments, "lora=null"]) == 0
+    assert "MFU (6N a token)" in capsys.readouterr().out
+    text = said(capsys, "llama3-8b-da", "--gpu", "h200", "lora=null", "--stage", "mntp", expect=1)
+    assert "use lora instead of lora: null" in text and "nf4" not in text
+
+
 def test_ranks_that_a_batch_cannot_fill_are_named(capsys):
     arguments = ("llama3-8b-da", "--gpu", "h200", "--gpus", "8", "--stage", "mntp", "batch=6")
     assert planned(capsys, *arguments)["stages"]["mntp"]["speed"]["ranks_without_work"] == 2
