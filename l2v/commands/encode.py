@@ -60,13 +60,14 @@ def _encode(args: argparse.Namespace) -> int:
     from l2v.encoding.run import Job, encode_file
 
     kept: tuple[str, ...] | None = ()
-    if args.out.endswith(".parquet"):
+    parquet = args.out.endswith(".parquet")
+    if parquet:
         kept = None if args.columns is None else tuple(filter(None, (name.strip() for name in args.columns.split(","))))
-    given = Input(args.file, args.column, args.id, kept, args.vector_column if kept != () else None, args.empty)
+    given = Input(args.file, args.column, args.id, kept, args.vector_column if parquet else None, args.empty)
     options = {"precision": args.precision, "length": args.length, "trust_remote_code": args.trust_remote_code}
     job = Job(
         args.model, given, args.out, args.side, args.task, args.instruction, args.dimensions, args.batch_tokens,
-        args.vector_column, tuple(args.adapter), options,
+        args.vector_column if parquet else "vector", tuple(args.adapter), options,
     )  # fmt: skip
     with Ranks() as ranks:
         try:

@@ -376,3 +376,22 @@ def test_200_000_texts_in_flat_memory_killed_and_resumed(tmp_path, bos_tokenizer
     expected = Encoder.from_pretrained(base).encode([texts[n] for n in sample], dimensions=8)
     np.testing.assert_allclose(np.stack(table["embedding"].to_numpy()[sample]), expected, atol=1e-5)
     assert pq.ParquetFile(tmp_path / "all.parquet").metadata.num_row_groups == 49
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["l2v", "torchrun", "deepspeed"])
+def test_every_launcher(launcher, base, encoder, tmp_path, sentences):
+    (tmp_path / "a.txt").write_text("\n".join(sentences), encoding="utf-8")
+    own = ["encode", str(base), str(tmp_path / "a.txt"), "--out", str(tmp_path / "a.npy")]
+    port = str(free_port())
+    start = {
+        "l2v": ["-m", "l2v", *own, "--processes", "2"],
+        "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m", "l2v", *own],
+        "deepspeed": [
+            "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port, "--module", "l2v", *own,
+        ],
+    }  # fmt: skip
+    command = [sys.executable, *start[launcher]]
+    done = subprocess.run(command, env=training_environment(), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0 and done.stdout.count("240 vectors of 32 dimensions") == 1, done.stdout + done.stderr
+    np.testing.assert_allclose(np.load(tmp_path / "a.npy", allow_pickle=False), encoder.encode(sentences), atol=1e-6)
