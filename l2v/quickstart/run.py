@@ -65,11 +65,11 @@ def run_quickstart(overrides: Sequence[str], *, share: float | None, count: int 
     recipe, own = _fit_to_machine(name, recipe, overrides, share, run, console)
     table = Printed(console, f"{len(questions)} held-out questions against {len(passages)} passages")
     scores = Scores(questions, passages, table.add)
-    _score_untrained(recipe, scores)
+    score_untrained(recipe, scores)
     training = time.perf_counter()
-    _train(name, own, fresh)
+    train_stages(name, own, fresh)
     trained = time.perf_counter() - training
-    encoder = _score_stages(recipe, run, scores)
+    encoder = score_stages(recipe, run, scores)
     loss_curves(run, recipe.order(), run / "loss.png")
     export = run / f"encoder-{recipe.order()[-1]}"
     encoder.save(export)
@@ -176,7 +176,12 @@ def _fit_to_machine(
     return load_recipe(name, overrides), overrides
 
 
-def _train(name: str, overrides: list[str], fresh: bool) -> None:
+def train_stages(name: str, overrides: list[str], fresh: bool) -> None:
+    """Train all stages of a recipe with `l2v train`.
+
+    Raises:
+        UserError: it did not finish.
+    """
     command = [sys.executable, "-m", "l2v.train", name, *overrides, *(["--fresh"] if fresh else [])]
     with subprocess.Popen(command) as process:
         try:
@@ -195,7 +200,7 @@ def _scoring(recipe: Recipe) -> dict[str, Any]:
     return {"length": last.length, "precision": precision}
 
 
-def _score_untrained(recipe: Recipe, scores: Scores) -> None:
+def score_untrained(recipe: Recipe, scores: Scores) -> None:
     """TF-IDF, and the base before training, with causal and with bidirectional attention."""
     scores.add_tfidf()
     how = _scoring(recipe) | {"template": recipe.base.template}
@@ -203,7 +208,7 @@ def _score_untrained(recipe: Recipe, scores: Scores) -> None:
         scores.add_model(name, Encoder.from_pretrained(recipe.base.model, attention=attention, **how))
 
 
-def _score_stages(recipe: Recipe, run: Path, scores: Scores) -> Encoder:
+def score_stages(recipe: Recipe, run: Path, scores: Scores) -> Encoder:
     """Every stage, and TF-IDF fused with the last one; returns the encoder of the last."""
     for stage in recipe.order():
         encoder = Encoder.from_pretrained(run / stage, **_scoring(recipe))
