@@ -142,11 +142,11 @@ def _parsed_once() -> Iterator[None]:
     import gguf
 
     reader = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(reader)
+    vars(gguf)["GGUFReader"] = functools.cache(reader)
     try:
         yield
     finally:
-        gguf.GGUFReader = reader
+        vars(gguf)["GGUFReader"] = reader
 
 
 def dequantise(file: Path, folder: Path, dtype: str) -> None:

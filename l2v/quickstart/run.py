@@ -63,7 +63,10 @@ def run_quickstart(overrides: Sequence[str], *, share: float | None, count: int 
     began = time.perf_counter()
     run = run_folder(recipe)
     recipe, own = _fit_to_machine(name, recipe, overrides, share, run, console)
-    table = Printed(console, f"{len(questions)} held-out questions against {len(passages)} passages")
+    table = Printed(
+        console,
+        f"{len(questions)} held-out questions against {len(passages)} passages, each cut at {_scoring(recipe)['length']} tokens",
+    )
     scores = Scores(questions, passages, table.add)
     score_untrained(recipe, scores)
     training = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from l2v.data.sample import Passage, Question
 from l2v.encoder import Encoder
+from l2v.errors import Notice
 from l2v.evaluation.intervals import compare
 from l2v.evaluation.retrieval import RetrievalResult, reciprocal_rank_fusion, score, tfidf_scores
 
@@ -50,8 +52,10 @@ class Scores:
     def add_model(self, name: str, encoder: Encoder) -> None:
         """The row of an encoder."""
         began = time.perf_counter()
-        queries_NE = encoder.encode(self.queries, show_progress=True)
-        self.passages_ME = encoder.encode(self.texts, show_progress=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Notice)  # of texts that are cut: the table's title gives the length
+            queries_NE = encoder.encode(self.queries, show_progress=True)
+            self.passages_ME = encoder.encode(self.texts, show_progress=True)
         self._last_NM = queries_NE @ self.passages_ME.T
         self._add(name, self._last_NM)
         self.seconds += time.perf_counter() - began
