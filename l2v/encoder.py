@@ -17,6 +17,7 @@ from l2v.data.tokens import TextTokenizer, as_ids, check_vocabulary, load_tokeni
 from l2v.errors import Notice, UserError
 from l2v.model.embedded import resolve
 from l2v.model.export import export
+from l2v.model.licence import base_licence
 from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_config, load_model, proof_of
 from l2v.model.lora import describe_adapter, merge_adapters
 from l2v.model.packed import PackedDecoder
@@ -45,10 +46,14 @@ class Encoder:
         lineage: dict[str, Any],
         instructions: Instructions | None = None,
         normalize: bool = True,
+        licence: str | None = None,
     ) -> None:
-        """normalize: whether `encode` scales vectors to length 1 where its caller does not say."""
+        """normalize: whether `encode` scales vectors to length 1 where its caller does not say. licence: the base's, by its
+        identifier on the Hub; None if it is not known. `save` writes what it requires.
+        """
         self.model, self.tokenizer, self.name, self.lineage = model.eval(), tokenizer, name, lineage
         self.instructions, self.truncated, self.normalize = instructions or Instructions(), 0, normalize
+        self.licence = licence
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: the weights too, so that each worker of a pool has its own copy of them."""
@@ -119,6 +124,7 @@ class Encoder:
         encoder = cls(
             model, TextTokenizer(tokenizer, base.template, 512, pooled=found.pooled), name=str(base_or_run), lineage=lineage,
             instructions=found.instructions, normalize=found.normalize,
+            licence=None if base.init == "random" else base_licence(base.model, inner.config.model_type),
         )  # fmt: skip
         encoder.max_length = (found.length or 512) if length is None else length
         return encoder
@@ -261,9 +267,13 @@ class Encoder:
         """Write a plain transformers checkpoint (`is_causal: false`, no remote code) with the sentence-transformers files.
 
         `SentenceTransformer(folder)` gives the vectors of `encode`, `encode_query` and `encode_document`;
-        `AutoModel.from_pretrained(folder)` gives the hidden states.
+        `AutoModel.from_pretrained(folder)` gives the hidden states. The base's licence goes with it, and the notice and terms
+        that it requires.
         """
-        export(self.model, self.tokenizer, Path(folder), self.lineage, self.instructions, normalize=self.normalize)
+        export(
+            self.model, self.tokenizer, Path(folder), self.lineage, self.instructions, normalize=self.normalize,
+            licence=self.licence,
+        )  # fmt: skip
 
     def _width(self, dimensions: int | None) -> int:
         width = self.dimension if dimensions is None else dimensions

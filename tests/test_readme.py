@@ -13,7 +13,7 @@ from support.documents import ROOT, Parsed, blocks, commands, paragraphs, words
 from l2v.data.corpus.config import load_config
 from l2v.errors import UserError
 from l2v.model.embedded import SMOLLM2, resolve
-from l2v.quickstart import markdown
+from l2v.quickstart.table import markdown
 from l2v.recipe.load import load_recipe
 
 DOCS = ROOT / "docs"

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("l2v.commands.train", "train the stages of a recipe under DeepSpeed"),
     "plan": ("l2v.commands.plan", "memory and time that a recipe will take, before anything is downloaded"),
     "tune": ("l2v.commands.tune", "find the fastest micro-batch and recompute on this machine"),
+    "base": ("l2v.commands.base", "fetch a small base that needs no hub, and say its terms"),
     "doctor": ("l2v.commands.doctor", "what runs on this machine, why the rest does not, and how fast it is"),
     "quickstart": ("l2v.commands.quickstart", "the whole recipe on the embedded model and Danish sample"),
     "eval": ("l2v.commands.eval", "score encoders: SEB's Danish tasks, any task of mteb, your own files"),

@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from l2v.data.tokens import TextTokenizer
 from l2v.errors import UserError
 from l2v.files import follow_umask
+from l2v.model.embedded import resolve
 from l2v.model.export_proof import attention_to_state, save_weights
+from l2v.model.licence import write_papers
 from l2v.model.packed import PackedDecoder
 from l2v.recipe import Template
 from l2v.recipe.instructions import SIDES, Instructions
@@ -27,9 +29,11 @@ POOLING_MODES = {"mean": "mean", "weighted_mean": "weightedmean", "last": "lastt
 
 def export(
     model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any], instructions: Instructions, *,
-    normalize: bool = True,
+    normalize: bool = True, licence: str | None = None,
 ) -> None:  # fmt: skip
     """Write `folder` completely or not at all; an existing folder is replaced only if it is an export of l2v.
+
+    licence: the base's, whose papers (`l2v.model.licence`) go into the folder.
 
     Raises:
         UserError: the folder holds something else, cannot be written, or sentence-transformers cannot express the encoder.
@@ -43,6 +47,7 @@ def export(
         raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     try:
         _write(model, texts, partial, lineage, instructions, normalize)
+        write_papers(licence or "", partial, changed=_changes(model, lineage), source=_folder_of(lineage))
         follow_umask(partial)
         if folder.exists():
             shutil.rmtree(folder)
@@ -100,6 +105,20 @@ def _write(
             "lineage": lineage,
         },
     )
+
+
+def _changes(model: PackedDecoder, lineage: dict[str, Any]) -> str:
+    adapters = len(lineage["merged"])
+    merged = f"; {adapters} LoRA adapter{'s' if adapters > 1 else ''} merged into its weights" if adapters else ""
+    return (
+        f"It was exported by l2v as an encoder with {'causal' if model.causal else 'bidirectional'} attention{merged}."
+    )
+
+
+def _folder_of(lineage: dict[str, Any]) -> Path | None:
+    """The folder of the base that was exported, if it is one."""
+    folder = Path(resolve(lineage["base"]["model"]))
+    return folder if folder.is_dir() else None
 
 
 def _prompts(template: Template, instructions: Instructions, pooling: str) -> dict[str, Any]:

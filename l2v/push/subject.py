@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from l2v.errors import UserError
-from l2v.model.embedded import SMOLLM2
+from l2v.model.embedded import EMBEDDED
 from l2v.model.export import ENCODER_FILE
 from l2v.runs.facts import StageFacts, read_json, read_results, read_run
 from l2v.runs.folder import is_stage, result_of, stage_folders
 from l2v.runs.names import near
 
-HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+HUB_NAMES = {name: base.hub for name, base in EMBEDDED.items()}
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from l2v.errors import UserError
 from l2v.model.adapter_file import LINEAGE, describe_adapter, holds_weights, read_json
-from l2v.model.embedded import SMOLLM2
+from l2v.model.embedded import EMBEDDED
 from l2v.model.export import ENCODER_FILE
 from l2v.recipe import Base, Template
 from l2v.recipe.instructions import Instructions
@@ -77,9 +77,7 @@ def _find(name: str) -> Found:
 
 
 def _known(model: str) -> dict[str, Any]:
-    if model == SMOLLM2:
-        return {"template": Template(prefix="<|im_start|>user\n", suffix="<|im_end|>")}
-    return {}
+    return {"template": EMBEDDED[model].template} if model in EMBEDDED else {}
 
 
 def _export(folder: Path, name: str) -> Found:
