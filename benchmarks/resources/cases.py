@@ -170,7 +170,8 @@ def _sandwich_norm(arch):
         function = getattr(kernel, f"sandwich_{name}_kernel")
         pointers = {p.name: "*fp32" for p in function.params if p.name.endswith("rstd_ptr")}
         constants = {"OFFSET": 1.0, "WIDTH": 640} | flags
-        yield _case("sandwich_norm", name, arch, "640 wide", function, pointers, constants, kernel.config(640),
+        config = kernel.config(640) if name == "forward" else kernel.backward_config(640)
+        yield _case("sandwich_norm", name, arch, "640 wide", function, pointers, constants, config,
                     scalars=("eps",) if name == "forward" else ())  # fmt: skip
 
 

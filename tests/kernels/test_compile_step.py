@@ -64,6 +64,7 @@ def check_sandwich_norm(width, dtype, arch):
     chosen, constants = sandwich_norm.config(width), {"OFFSET": 1.0, "WIDTH": width}
     for norm in (True, False):
         check(sandwich_norm.sandwich_forward_kernel, constants | {"NORM": norm}, chosen, dtype, arch)
+    chosen = sandwich_norm.backward_config(width)
     check(sandwich_norm.sandwich_backward_kernel, constants | {"DSUM": True}, chosen, dtype, arch)
 
 
