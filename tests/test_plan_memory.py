@@ -32,6 +32,11 @@ LLAMA_8B = {
 QWEN3_8B = LLAMA_8B | {
     "model_type": "qwen3", "vocab_size": 151936, "intermediate_size": 12288, "head_dim": 128,
 }  # fmt: skip
+GEMMA3_4B = {
+    "model_type": "gemma3_text", "vocab_size": 262144, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 2,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 1024,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
 SMALL = LLAMA_8B | {
     "vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2,
 }  # fmt: skip
@@ -59,6 +64,7 @@ def table(step: FakeStep, recompute: str, mode: ExecutionMode) -> int:
         (LLAMA_8B, FP32, Lora(r=5), 0.0),
         (QWEN3_8B, BF16, Lora(r=64, targets=["q_proj", "v_proj", "down_proj"]), 0.0),
         (LLAMA_8B | {"model_type": "qwen2"}, BF16, Lora(dropout=0.0), 0.0),
+        (GEMMA3_4B, BF16, Lora(), 0.3),
     ],
 )
 def test_a_layer_keeps_what_the_table_says(config, dtype, lora, dropped, recompute):

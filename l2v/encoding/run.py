@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -221,7 +221,7 @@ def _encode(job: Job, encoder: Encoder, facts: dict[str, Any], shards: Shards, c
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Notice)  # one for each chunk; counted in the shard
         vectors_ME = encoder.encode(
-            chunk.texts, facts["instruction"], batch_tokens=job.batch_tokens, dimensions=facts["dimensions"], empty="zeros",
+            cast(list[str], chunk.texts), facts["instruction"], batch_tokens=job.batch_tokens, dimensions=facts["dimensions"], empty="zeros",
         )  # fmt: skip
     if not np.isfinite(vectors_ME).all():
         at = int(np.flatnonzero(~np.isfinite(vectors_ME).all(axis=1))[0])

@@ -18,7 +18,7 @@ from l2v.model.direction import TOLERANCE, alone, difference
 from l2v.model.packed import PackedDecoder
 from l2v.model.path import set_path
 from l2v.model.proof import LENGTHS, Proof, random_texts
-from l2v.model.settings import drop_nothing, quiet_transformers, set_attention
+from l2v.model.settings import drop_nothing, flagged, quiet_transformers, set_attention
 from l2v.model.small import small_model
 
 PADDED = 1e-4
@@ -34,9 +34,13 @@ def save_weights(model: Any, folder: Path, *, attention: str | None = None) -> N
             model.save_pretrained(folder)
     finally:
         model.config._attn_implementation = implementation
-    if attention is not None:
+    more = {} if attention is None else {"_attn_implementation": attention}
+    if flagged(model.config):
+        # Written here, whatever the version: without the conversion back, each save would halve the window once more.
+        more["sliding_window"] = 2 * (model.config.sliding_window - 1)
+    if more:
         file = folder / "config.json"
-        facts = json.loads(file.read_text(encoding="utf-8")) | {"_attn_implementation": attention}
+        facts = json.loads(file.read_text(encoding="utf-8")) | more
         file.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -19,7 +19,14 @@ from l2v.errors import RecipeError, UserError, first_line
 from l2v.model.embedded import resolve
 from l2v.model.path import ForwardPath, set_path
 from l2v.model.proof import Proof, prove
-from l2v.model.settings import drop_nothing, open_chunks, quiet_transformers, set_attention
+from l2v.model.settings import (
+    drop_nothing,
+    open_chunks,
+    override,
+    quiet_transformers,
+    set_attention,
+    state_direction,
+)
 from l2v.recipe import Base
 from l2v.recipe.safety import code_refused, needs_code
 
@@ -103,12 +110,13 @@ def load_config(base: Base, *, trust_remote_code: bool = False) -> PretrainedCon
         base.trust_remote_code and not trust_remote_code and auto_map
     ):  # transformers would silently take a class of its own
         raise UserError(code_refused(base.model, auto_map))
-    for key, value in base.overrides.items():
+    for key in base.overrides:
         if not hasattr(config, key):
             raise RecipeError(f"base.overrides.{key}: the configuration of '{base.model}' has no such key")
-        setattr(config, key, value)
+    override(config, base.overrides)
     if base.overrides.get("num_hidden_layers") and getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
+    state_direction(config, causal=base.attention == "causal")
     return config
 
 

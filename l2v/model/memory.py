@@ -34,7 +34,9 @@ class LayerShape:
     head_dim: int
     layers: int
     head_norms: bool = False
-    """Whether queries and keys are normalised per head, as in Qwen3."""
+    """Whether queries and keys are normalised per head, as in Qwen3 and Gemma 3."""
+    norms_after: bool = False
+    """Whether what attention and the MLP return is normalised too, as in Gemma 2 and 3."""
     rank: int = 16
     targets: tuple[str, ...] = ()
     itemsize: int = 2
@@ -45,7 +47,7 @@ class LayerShape:
     def of(
         cls, config: Any, *, rank: int, targets: tuple[str, ...], itemsize: int, trained: bool = False
     ) -> LayerShape:
-        """From a transformers configuration of the Llama family."""
+        """From a transformers configuration of the Llama or Gemma family."""
         config = config.get_text_config()
         heads = config.num_attention_heads
         return cls(
@@ -55,7 +57,8 @@ class LayerShape:
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             layers=config.num_hidden_layers,
-            head_norms=config.model_type == "qwen3",
+            head_norms=config.model_type in ("qwen3", "gemma3_text"),
+            norms_after=config.model_type in ("gemma2", "gemma3_text"),
             rank=rank,
             targets=tuple(targets),
             itemsize=itemsize,
@@ -97,7 +100,7 @@ class LayerShape:
     @property
     def norm_parameters(self) -> int:
         """Weights of one layer's norms."""
-        return 2 * self.hidden + (2 * self.head_dim if self.head_norms else 0)
+        return (4 if self.norms_after else 2) * self.hidden + (2 * self.head_dim if self.head_norms else 0)
 
     @property
     def lora_parameters(self) -> int:
@@ -147,6 +150,9 @@ def kept_for_backward(shape: LayerShape, recompute: Recompute, mode: ExecutionMo
         return {"layer input": E * b}
     kept = {"residual sums": 2 * E * b} if mode.fused else {"norm inputs, fp32": 2 * E * 4}
     kept |= {"norm statistics": 2 * 4} | _attention(shape, mode)
+    if shape.norms_after:
+        kept["norm statistics"] *= 2
+        kept |= {"block outputs": 2 * E * b} if mode.fused else {"block outputs, fp32": 2 * E * 4}
     kept |= {"gate and up": 2 * F * b} if mode.fused else {"gate, SiLU, up": 3 * F * b}
     if shape.adapted:
         kept["LoRA, x A"] = len(shape.adapted) * shape.rank * b
@@ -186,7 +192,7 @@ def unread_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = 
         return 0
     b, E, F = shape.itemsize, shape.hidden, shape.ffn
     after = [name for name in shape.adapted if name not in ("q_proj", "k_proj", "v_proj")]
-    found = (E + 2 * F) * b + len(after) * shape.rank * b
+    found = (E + 2 * F + 2 * E * shape.norms_after) * b + len(after) * shape.rank * b
     if recompute == "none":
         found += (E + F) * b
     if mode.dropout and not mode.kernels:
@@ -201,7 +207,7 @@ def work_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FU
     layer also what the layer keeps while it runs again.
     """
     b, E, F = shape.itemsize, shape.hidden, shape.ffn
-    work = (3 * F + E) * b
+    work = (3 * F + E + E * shape.norms_after) * b
     if (
         mode.fused and not mode.kernels
     ):  # the references compute in fp32, in two buffers, with LoRA's part already added

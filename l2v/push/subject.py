@@ -146,7 +146,7 @@ def trained_all(lineage: dict[str, Any]) -> bool:
 
 def earlier_adapters(model: Model) -> list[tuple[str, Path | None]]:
     """Adapters merged before a stage's own, oldest first: a name, and the folder on this machine (None: on the hub)."""
-    out = []
+    out: list[tuple[str, Path | None]] = []
     for at, entry in enumerate(model.lineage["merged"]):
         beside = result_of(model.folder.parent / entry["stage"]) if "stage" in entry else None
         folder = beside or Path(entry["adapter"])

@@ -87,7 +87,7 @@ def compose(name: str, base: str, data: OwnData) -> str:
 def _sizes(like: Recipe | None) -> Sizes:
     small = like is not None and like.name == SMALL
     rates = {name: stage.lr for name, stage in (like or load_recipe(LARGE)).stages.items()}
-    dropout = like.lora.dropout if like else 0.05
+    dropout = like.lora.dropout if like and like.lora else 0.05
     if small:
         return Sizes(32, 8, 128, 128, 8192, rates, dropout)
     return Sizes(128, 32, 512, 512, 16384, rates, dropout)

@@ -134,7 +134,8 @@ def _direction(name: str, config: dict[str, Any]) -> Any:
             f"{name}: its model is code of its own (auto_map), which decides what its tokens see; l2v cannot know it; "
             f"{USE_THEIRS}"
         )
-    if config.get("is_causal") is False or config["model_type"] in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    by_flag = config.get("use_bidirectional_attention") is True and config["model_type"] == "gemma3_text"
+    if by_flag or config.get("is_causal") is False or config["model_type"] in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "bidirectional"
     return "causal"
 

@@ -146,7 +146,7 @@ def tokenized(
     return ids, starts
 
 
-def _text(ids: Sequence[int], tokenizer: TextTokenizer, at: int) -> str:
+def _text(ids: Sequence[Any], tokenizer: TextTokenizer, at: int) -> str:
     """The text whose token ids these are: the template goes around a text, and another model's ids would mean another one."""
     inner = tokenizer.tokenizer
     try:

@@ -34,14 +34,14 @@ def test_dropout(capability, dtype):
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_rope(capability, dtype):
+@pytest.mark.parametrize(("dtype", "heads", "half"), [("bf16", 32, 64), ("fp32", 32, 64), ("bf16", 4, 128)])
+def test_rope(capability, dtype, heads, half):
     from l2v_kernels.rope.kernel import CONFIG, rope_kernel
 
     signature = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
     names = ("n_rows", "stride_xt", "stride_xh", "stride_yt", "stride_yh", "stride_cos", "stride_sin")
     signature |= dict.fromkeys(names, "i32")
-    constants = {"HEADS": 32, "HALF": 64, "BLOCK_HALF": 64, "INVERSE": False, "BLOCK_ROWS": CONFIG["BLOCK_ROWS"]}
+    constants = {"HEADS": heads, "HALF": half, "BLOCK_HALF": half, "INVERSE": False, "BLOCK_ROWS": CONFIG["BLOCK_ROWS"]}
     used = build(rope_kernel, signature, constants, capability, CONFIG["num_warps"], disassemble=False)
     assert not used.problems(capability)
     assert "ld.global.v4.b32" in used.ptx and "st.global.v4.b32" in used.ptx
@@ -80,6 +80,12 @@ def check(case):
 def test_attention(kind, arch):
     """The shape of Llama-3-8B, with dropout, which needs the most registers."""
     check(Case(kind, arch, 128, dropout=True))
+
+
+@pytest.mark.parametrize("kind", ["forward", "query", "key"])
+def test_attention_of_gemma_3_270m(kind):
+    """Four query heads of 256 on one key head, windowed: SimCSE's local layers, where registers are fewest."""
+    check(Case(kind, 80, 256, window=True, dropout=True))
 
 
 def check_on_8_9(case):
@@ -131,6 +137,14 @@ if os.environ.get("L2V_SLOW") == "1":
     def test_attention_of_12_0_on_8_9_everywhere(kind, D, chosen, length):
         flags = {} if chosen == "plain" else {chosen: True}
         check_on_8_9(Case(kind, 120, D, short=length == "short", medium=length == "medium", **flags))
+
+    @pytest.mark.parametrize("arch", SHARED_LIMIT)
+    @pytest.mark.parametrize("kind", ["forward", "query", "key"])
+    @pytest.mark.parametrize("group", [1, 2, 4])
+    @pytest.mark.parametrize("short", [False, True])
+    @pytest.mark.parametrize("flags", [(), ("dropout",), ("causal",), ("softcap",), ("softcap", "dropout")], ids=str)
+    def test_attention_of_gemma(kind, arch, group, short, flags):
+        check(Case(kind, arch, 256, window=True, short=short, group=group, **dict.fromkeys(flags, True)))
 
     @pytest.mark.parametrize("arch", SHARED_LIMIT)
     @pytest.mark.parametrize("kind", ["forward", "query", "key"])

@@ -18,6 +18,25 @@ def test_against_float64(shape, residual, dtype):
     check_rms_norm(shape, dtype, residual)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(5, 575), (5, 3, 256), (0, 8)], ids=str)
+def test_an_offset_against_float64(shape, residual, dtype):
+    check_rms_norm(shape, dtype, residual, offset=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_an_offset_equals_gemma(dtype):
+    """Its weight plus 1 is formed in fp32: 1 + w rounded to bf16 would lose most of a small w."""
+    gemma = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
+    theirs = gemma.Gemma3RMSNorm(96, eps=1e-5).to(dtype)
+    torch.nn.init.normal_(theirs.weight, std=1e-2)
+    x = torch.randn(7, 96).to(dtype)
+    ours = rms_norm(x, theirs.weight, 1e-5, offset=1.0)
+    torch.testing.assert_close(ours, theirs(x))
+    assert dtype == torch.float32 or not torch.equal(ours, rms_norm(x, 1 + theirs.weight, 1e-5))
+
+
 def test_equals_transformers():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     theirs = llama.LlamaRMSNorm(96, eps=1e-5)
@@ -123,6 +142,14 @@ def test_interpreted_against_float64(shape, residual, dtype):
         check_rms_norm(shape, dtype, residual)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(5, 640), (5, 3, 256)], ids=str)
+def test_interpreted_offset(shape, residual, dtype):
+    with triton_everywhere():
+        check_rms_norm(shape, dtype, residual, offset=1.0)
+
+
 def test_interpreted_wide_row():
     with triton_everywhere():
         check_rms_norm((1, 16384), torch.float32, residual=True)
@@ -137,6 +164,8 @@ def test_interpreted_bits_again_and_in_place(shape, dtype):
         total, y, rstd = op.forward(x, weight, 1e-6, delta)
         assert torch.equal(total, x + delta) and torch.equal(op.normalize(total, rstd, weight), y)
         assert op.forward(x, weight, 1e-6)[0] is x
+        _, shifted, _ = op.forward(total, weight, 1e-6, offset=1.0)
+        assert torch.equal(op.normalize(total, rstd, weight, 1.0), shifted) and not torch.equal(shifted, y)
         want = op.backward(dy, total, rstd, weight, dsum)
         buffer = torch.full((shape[0], 2 * shape[1], *shape[2:]), float("nan"), dtype=dtype)
         for out in (buffer[:, : shape[1]], dy.clone(), dsum.clone()):

@@ -106,16 +106,20 @@ def test_a_dropped_sink_is_caught(backend, monkeypatch):
 
 
 def test_a_dropped_softcap_and_a_dropped_window_are_caught(monkeypatch):
+    from l2v.model.fused import stack
     from l2v_kernels.integrations import transformers as integration
 
     config = AutoConfig.for_model("gemma2", **SHAPE, head_dim=8)
-    assert measure(config, backend="l2v", causal=False).path.layout == "packed"
-    real = integration.attention
-    for name in ("softcap", "window"):
-        without = lambda *a, name=name, **k: real(*a, **k | {name: None})  # noqa: E731
-        monkeypatch.setattr(integration, "attention", without)
-        refused = prove_model(small(config), paths()[:1], causal=False).refused
-        assert refused and "off transformers' own eager attention" in refused, name
+    proof = measure(config, backend="l2v", causal=False)
+    assert proof.path.layout == "packed" and proof.fused
+    for where, layers in ((integration, "plain"), (stack, "fused")):
+        real = where.attention
+        for name in ("softcap", "window"):
+            without = lambda *a, name=name, real=real, **k: real(*a, **k | {name: None})  # noqa: E731
+            monkeypatch.setattr(where, "attention", without)
+            refused = prove_model(small(config), paths()[:1], causal=False, layers=layers).refused
+            assert refused and "off transformers' own eager attention" in refused, (layers, name)
+        monkeypatch.setattr(where, "attention", real)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

@@ -4,17 +4,38 @@ import torch
 
 
 def forward_reference(
-    x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float, delta_TE: torch.Tensor | None = None
+    x_TE: torch.Tensor,
+    weight_E: torch.Tensor,
+    eps: float,
+    delta_TE: torch.Tensor | None = None,
+    offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(sum [T, E], y [T, E], rstd [T]), see `op.forward`."""
     sum_TE = x_TE if delta_TE is None else x_TE + delta_TE
-    rstd_T = torch.rsqrt(wide(sum_TE).square().mean(-1) + eps)
-    return sum_TE, normalize_reference(sum_TE, rstd_T, weight_E), rstd_T
+    rstd_T = rstd_reference(sum_TE, eps)
+    return sum_TE, normalize_reference(sum_TE, rstd_T, weight_E, offset), rstd_T
 
 
-def normalize_reference(sum_TE: torch.Tensor, rstd_T: torch.Tensor, weight_E: torch.Tensor) -> torch.Tensor:
-    """y [T, E] = sum * rstd * weight, in this order, which gives the same bits each time."""
-    return (wide(sum_TE) * rstd_T.unsqueeze(-1)).mul_(weight_E).to(sum_TE.dtype)
+def rstd_reference(sum_TE: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(sum ** 2) + eps) of each row, fp32 (fp64 for fp64)."""
+    return torch.rsqrt(wide(sum_TE).square().mean(-1) + eps)
+
+
+def normalize_reference(
+    sum_TE: torch.Tensor, rstd_T: torch.Tensor, weight_E: torch.Tensor, offset: float = 0.0
+) -> torch.Tensor:
+    """y [T, E] = sum * rstd * (offset + weight), in this order, which gives the same bits each time."""
+    return scaled(sum_TE, rstd_T, weight_E, offset).to(sum_TE.dtype)
+
+
+def scaled(sum_TE: torch.Tensor, rstd_T: torch.Tensor, weight_E: torch.Tensor, offset: float) -> torch.Tensor:
+    """The y of `normalize_reference` before it is rounded."""
+    return (wide(sum_TE) * rstd_T.unsqueeze(-1)).mul_(factor(weight_E, offset))
+
+
+def factor(weight_E: torch.Tensor, offset: float) -> torch.Tensor:
+    """offset + weight, added in fp32 as Gemma does; the weight itself without an offset."""
+    return wide(weight_E) + offset if offset else weight_E
 
 
 def backward_reference(
@@ -23,9 +44,10 @@ def backward_reference(
     rstd_T: torch.Tensor,
     weight_E: torch.Tensor,
     dsum_TE: torch.Tensor | None = None,
+    offset: float = 0.0,
 ) -> torch.Tensor:
-    """dx [T, E] = rstd * (g - unit * mean(g * unit)) + dsum, with g = dy * weight and unit = sum * rstd."""
-    g_TE, unit_TE = wide(dy_TE) * weight_E.to(rstd_T.dtype), wide(sum_TE) * rstd_T.unsqueeze(-1)
+    """dx [T, E] = rstd * (g - unit * mean(g * unit)) + dsum, with g = dy * (offset + weight) and unit = sum * rstd."""
+    g_TE, unit_TE = wide(dy_TE) * factor(weight_E, offset).to(rstd_T.dtype), wide(sum_TE) * rstd_T.unsqueeze(-1)
     dx_TE = g_TE.addcmul_(unit_TE, (g_TE * unit_TE).mean(-1, keepdim=True), value=-1).mul_(rstd_T.unsqueeze(-1))
     return (dx_TE if dsum_TE is None else dx_TE.add_(dsum_TE)).to(sum_TE.dtype)
 

@@ -1,10 +1,15 @@
-"""SwiGLU in plain PyTorch: the definition of the op, and the path without Triton."""
+"""SwiGLU and GeGLU in plain PyTorch: the definition of the op, and the path without Triton."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
+
+Activation = Literal["silu", "gelu_tanh"]
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 
 
 @dataclass(frozen=True)
@@ -31,26 +36,44 @@ class GateUpLora:
         return _pair(self.xa_up_TR, self.b_up_FR)
 
 
-def forward_reference(gate_up_TG: torch.Tensor, lora: GateUpLora | None = None) -> torch.Tensor:
-    """[T, F]: silu(gate) * up, in fp32 (fp64 for fp64), rounded once. The adapters' share is added to gate and up first."""
+def forward_reference(
+    gate_up_TG: torch.Tensor, lora: GateUpLora | None = None, activation: Activation = "silu"
+) -> torch.Tensor:
+    """[T, F]: activation(gate) * up, in fp32 (fp64 for fp64), rounded once. The adapters' share is added to gate and up first."""
     gate_TF, up_TF = _halves(gate_up_TG, lora)
-    return torch.nn.functional.silu(gate_TF).mul_(up_TF).to(gate_up_TG.dtype)
+    return _activated(gate_TF, activation).mul_(up_TF).to(gate_up_TG.dtype)
 
 
 def backward_reference(
-    dproduct_TF: torch.Tensor, gate_up_TG: torch.Tensor, out_TG: torch.Tensor, lora: GateUpLora | None = None
+    dproduct_TF: torch.Tensor,
+    gate_up_TG: torch.Tensor,
+    out_TG: torch.Tensor,
+    lora: GateUpLora | None = None,
+    activation: Activation = "silu",
 ) -> torch.Tensor:
-    """With s = sigmoid(gate): dgate = dproduct * s * up * (1 + gate * (1 - s)), dup = dproduct * s * gate; into out.
+    """dgate = dproduct * up * activation'(gate), dup = dproduct * activation(gate); into out.
 
-    In place where possible: on a CPU, fresh memory costs more than the arithmetic.
+    Of SiLU, with s = sigmoid(gate): activation' = s * (1 + gate * (1 - s)). In place where possible: on a CPU, fresh memory
+    costs more than the arithmetic.
     """
     gate_TF, up_TF = _halves(gate_up_TG, lora)
+    if activation == "gelu_tanh":
+        dup_TF = F.gelu(gate_TF, approximate="tanh").mul_(dproduct_TF)
+        dgate_TF = torch.ops.aten.gelu_backward(up_TF * dproduct_TF, gate_TF, approximate="tanh")
+        return _write(out_TG, dgate_TF, dup_TF)
     s_TF = torch.sigmoid(gate_TF)
     dgate_TF = (1 - s_TF).mul_(gate_TF).add_(1).mul_(up_TF)
     s_TF.mul_(dproduct_TF)
     dgate_TF.mul_(s_TF)
-    # Both are complete before either is written: out may be gate_up.
-    dup_TF = s_TF.mul_(gate_TF)
+    return _write(out_TG, dgate_TF, s_TF.mul_(gate_TF))
+
+
+def _activated(gate_TF: torch.Tensor, activation: Activation) -> torch.Tensor:
+    return F.silu(gate_TF) if activation == "silu" else F.gelu(gate_TF, approximate="tanh")
+
+
+def _write(out_TG: torch.Tensor, dgate_TF: torch.Tensor, dup_TF: torch.Tensor) -> torch.Tensor:
+    """Both are complete before either is written: out may be gate_up."""
     for half_TF, found_TF in zip(out_TG.chunk(2, -1), (dgate_TF, dup_TF), strict=True):
         half_TF.copy_(found_TF)
     return out_TG
