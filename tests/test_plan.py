@@ -93,7 +93,7 @@ def test_a_plan_without_lora(capsys):
     assert plan.main([*arguments, "lora=null"]) == 0
     assert "MFU (6N a token)" in capsys.readouterr().out
     text = said(capsys, "llama3-8b-da", "--gpu", "h200", "lora=null", "--stage", "mntp", expect=1)
-    assert "use lora instead of lora: null" in text and "nf4" not in text
+    assert "lora instead of lora: null" in text and "nf4" not in text
 
 
 def test_ranks_that_a_batch_cannot_fill_are_named(capsys):
