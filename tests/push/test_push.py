@@ -265,7 +265,7 @@ def test_llama_3_has_its_notice_and_its_name(run, tmp_path, capsys):
         ("AI-Sweden-Models/Llama-3-8B-instruct", "llama3"),
         ("meta-llama/Llama-3.1-8B", "llama3.1"),
         ("meta-llama/Llama-3.2-1B", "llama3.2"),
-        ("smollm2-135m-instruct", "apache-2.0"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
     ],
 )
 def test_licences_by_name(base, identifier):
