@@ -12,10 +12,8 @@ from typing import Any
 from mteb.models.instruct_wrapper import InstructSentenceTransformerModel
 from mteb.models.model_implementations import MODEL_REGISTRY
 from mteb.models.model_meta import ModelMeta
-from mteb.models.sentence_transformer_wrapper import (
-    SentenceTransformerEncoderWrapper,
-    sentence_transformers_loader,
-)
+from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper, sentence_transformers_loader
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from l2v.errors import UserError, first_line
 from l2v.evaluation.model import model_meta
@@ -85,7 +83,8 @@ def _restore_eos(model: Any, asked: bool) -> str:
     if eos is None:
         return "none"
     ends = tokenizer("a")["input_ids"][-1] == eos
-    if ends or not (asked or getattr(tokenizer, "init_kwargs", {}).get("add_eos_token")):
+    # From the file: transformers 5 does not keep the key of a class that has no use for it.
+    if ends or not (asked or get_tokenizer_config(tokenizer.name_or_path).get("add_eos_token")):
         return "theirs" if ends else "none"
     from tokenizers import processors
 

@@ -15,6 +15,7 @@ from support.served import Served
 
 from l2v import Encoder
 from l2v.commands import main as cli
+from l2v.serving.batcher import Batcher, Closed
 
 
 @pytest.fixture(scope="module")
@@ -144,15 +145,40 @@ def test_texts_are_cut_if_asked(one, encoder, sentences):
         np.testing.assert_allclose(found, encoder.encode([long, sentences[0]]), atol=1e-6)
 
 
-def test_a_lone_text_waits_and_a_full_batch_does_not(serve, sentences):
-    served = serve("--max-wait-ms", 2000, "--batch-tokens", 64)
-    served.vectors(sentences[:12])
+def test_a_lone_text_waits_for_others_and_a_full_batch_does_not(encoder, sentences):
+    batcher = Batcher(encoder, batch_tokens=64, max_wait=0.5, max_queue_tokens=10_000)
+    ids, starts, _ = encoder.tokenizer.embedded(sentences[:1])
     begun = time.monotonic()
-    served.vectors("hund")
-    assert time.monotonic() - begun > 1.9
-    begun = time.monotonic()
-    served.vectors(sentences[:12])
-    assert time.monotonic() - begun < 1.9
+    batcher.submit(ids, starts).done.result(60)
+    assert time.monotonic() - begun > 0.45
+    batcher.close()
+    patient = Batcher(encoder, batch_tokens=64, max_wait=3600, max_queue_tokens=10_000)
+    ids, starts, _ = encoder.tokenizer.embedded(sentences[:12])
+    first = patient.submit(ids[:6], starts[:6])  # the second request fills its last forward
+    second = patient.submit(ids[6:], starts[6:])
+    np.testing.assert_allclose(unit(first.done.result(60)), encoder.encode(sentences[:6]), atol=1e-6)
+    assert patient.batches >= 2 and not second.done.done()
+    patient.close()  # nothing that was accepted waits any longer
+    np.testing.assert_allclose(unit(second.done.result(0)), encoder.encode(sentences[6:12]), atol=1e-6)
+    with pytest.raises(Closed):
+        patient.submit(ids, starts)
+
+
+def unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_a_forward_that_fails_is_a_500_and_the_next_one_works(encoder, sentences):
+    said = []
+    batcher = Batcher(encoder, batch_tokens=64, max_wait=0, max_queue_tokens=10_000, report=said.append)
+    ids, starts, _ = encoder.tokenizer.embedded(sentences[:9])
+    failed = batcher.submit([*ids[:8], [10**6]], starts)  # a token that the embedding has not
+    with pytest.raises(IndexError):
+        failed.done.result(60)
+    found = batcher.submit(ids, starts).done.result(60)
+    np.testing.assert_allclose(unit(found), encoder.encode(sentences[:9]), atol=1e-6)
+    assert said == ["a forward failed: IndexError"] and batcher.tokens == 0
+    batcher.close()
 
 
 def test_overload_is_429_and_nothing_hangs(serve, encoder, sentences):
