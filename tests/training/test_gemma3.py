@@ -55,7 +55,10 @@ SETTINGS = [("fused", zero, ranks) for zero in range(4) for ranks in (1, 2)]
 
 @pytest.mark.parametrize(
     "setting",
-    [pytest.param(x, id=f"zero{x[1]}x{x[2]}", marks=[] if x == ("fused", 3, 2) else pytest.mark.slow) for x in SETTINGS],
+    [
+        pytest.param(x, id=f"zero{x[1]}x{x[2]}", marks=[] if x == ("fused", 3, 2) else pytest.mark.slow)
+        for x in SETTINGS
+    ],
 )
 def test_fused_layers_train_as_plain_ones(trained, setting):
     plain, fused = trained("plain", 1, 1), trained(*setting)
