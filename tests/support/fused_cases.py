@@ -60,8 +60,8 @@ def build(
             torch.manual_seed(
                 zlib.crc32(name.removeprefix("base_model.model.").replace(".base_layer", "").encode())
             )  # the same with LoRA and without
-            if "norm" in name:
-                parameter.copy_(1 + 0.2 * torch.randn(parameter.shape))
+            if "norm" in name:  # around what stands for 1
+                parameter.copy_((0 if family.startswith("gemma") else 1) + 0.2 * torch.randn(parameter.shape))
             elif name.endswith("bias") or "lora_B" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape))
     packed = PackedDecoder(decoder, head=output_head(model), layers=layers, **kwargs)
