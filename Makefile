@@ -8,7 +8,9 @@ WORKERS ?= 2
 # Compiled modules are kept (in build/, not beside the sources) whatever PYTHONDONTWRITEBYTECODE says: every process that a
 # test starts would compile DeepSpeed again, which is more than half of its start.
 BYTECODE := PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=$(CURDIR)/build/pycache
-PYTEST := $(BYTECODE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Threads that spin for a core that other work holds make a step several times slower.
+OMP_WAIT_POLICY ?= PASSIVE
+PYTEST := $(BYTECODE) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=$(OMP_WAIT_POLICY) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup base quickstart test test-all test-gpu lint types docs wheel-test clean
 

@@ -7,11 +7,11 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from l2v import __version__
 from l2v.commands.parser import dispatcher_help
+from l2v.cores import choose, may_have_gpu
 from l2v.errors import Notice, UserError
 
 COMMANDS = {
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     quiet_libraries(bars=argv[0] == "push", reading=argv[0] in ("train", "quickstart"))
     warnings.formatwarning = _format
+    # Training divides the cores among the processes that it starts.
+    choose(threads=argv[0] not in ("train", "tune") and not may_have_gpu())
     try:
         return importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:])
     except UserError as error:
@@ -87,17 +89,6 @@ def quiet_libraries(bars: bool = False, reading: bool = False) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not may_have_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found none
-
-
-def may_have_gpu(devices: Path = Path("/dev")) -> bool:
-    """Whether torch may find a GPU, without the seconds that its import takes. Never False where it finds one.
-
-    devices: the folder of device files. NVIDIA's driver has nvidia*, on Jetson nvhost* or nvmap; WSL 2 has dxg and no
-    other; ROCm has kfd.
-    """
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    return any(any(devices.glob(name)) for name in ("nvidia*", "nvhost*", "nvmap", "dxg", "kfd"))
 
 
 def _format(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
