@@ -56,6 +56,13 @@ def open_session(folder: Path, precision: str = "fp32", threads: int = 0) -> Any
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
+def check_precisions(names: Sequence[str]) -> None:
+    """Raises UserError for a name that is not in `FILES`."""
+    for name in names:
+        if name not in FILES:
+            raise UserError(f"no ONNX precision '{name}'; choose from {', '.join(FILES)}")
+
+
 def padded(ids: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
     """input_ids and attention_mask, int64 [B, T], padded on the right."""
     longest = max(map(len, ids))

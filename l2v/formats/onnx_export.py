@@ -21,7 +21,7 @@ from l2v.errors import UserError, first_line
 from l2v.files import follow_umask
 from l2v.formats import onnx_engine
 from l2v.formats.facts import Export, differences, need
-from l2v.formats.onnx_engine import FILES
+from l2v.formats.onnx_engine import FILES, check_precisions
 from l2v.formats.onnx_graph import Graph
 from l2v.formats.onnx_int8 import quantize, sensitive_layers
 
@@ -73,13 +73,6 @@ def write_onnx(folder: str | Path, precisions: Sequence[str] = ("fp32",)) -> lis
         shutil.rmtree(export.folder / "onnx", ignore_errors=True)
         (partial / "onnx").rename(export.folder / "onnx")
     return written
-
-
-def check_precisions(names: Sequence[str]) -> None:
-    """Raises UserError for a name that is not in `FILES`."""
-    for name in names:
-        if name not in FILES:
-            raise UserError(f"no ONNX precision '{name}'; choose from {', '.join(FILES)}")
 
 
 @contextlib.contextmanager
@@ -142,7 +135,7 @@ def _describe(export: Export, model: Any) -> None:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
         classes = node.metadata_props.get("pkg.torch.onnx.class_hierarchy", "")
         if node.op_type == "MatMul" and "linear.Linear'" in classes:
-            node.name = [scope for scope in scopes.strip("[]").replace("'", "").split(", ")][-2]
+            node.name = scopes.strip("[]").replace("'", "").split(", ")[-2]
         node.metadata_props.clear()
         node.doc_string = None
     _, starts, _ = export.tokenizer.embedded(["a"])

@@ -41,7 +41,7 @@ class Graph(nn.Module):
             self.decoder: Any = AutoModel.from_pretrained(export.folder, dtype=torch.float32, trust_remote_code=False)
         self.decoder.eval()
         self.decoder.config.use_cache = False
-        bands = _bands(self.decoder, export.tokenizer.length)
+        bands = bands_of(self.decoder, export.tokenizer.length)
         if half:
             self.decoder.half()
         self.bands = tuple(dict.fromkeys(bands.values()))
@@ -107,7 +107,7 @@ class _Masks:
 
 
 @torch.no_grad()
-def _bands(decoder: Any, length: int) -> dict[str, Band]:
+def bands_of(decoder: Any, length: int) -> dict[str, Band]:
     """The band of every attention module by its name, read off the masks that transformers gives them for one text.
 
     length: tokens of the longest text.
@@ -136,7 +136,9 @@ def _bands(decoder: Any, length: int) -> dict[str, Band]:
         for each in hooks:
             each.remove()
     if not found:
-        raise UserError(f"this export ({config.model_type}) cannot be written as ONNX: none of its layers takes a mask")
+        raise UserError(
+            f"this export ({config.model_type}) cannot be written in another format: none of its layers takes a mask"
+        )
     return found
 
 
@@ -148,5 +150,7 @@ def _band(mask: torch.Tensor | None, tokens: int) -> Band:
     seen_TT = mask_TT if mask_TT.dtype == torch.bool else mask_TT == 0
     left, right = int((-offset_TT[seen_TT]).max()), int(offset_TT[seen_TT].max())
     if not torch.equal(seen_TT, (offset_TT >= -left) & (offset_TT <= right)):
-        raise UserError("this export cannot be written as ONNX: its attention is not a window around each token")
+        raise UserError(
+            "this export cannot be written in another format: its attention is not a window around each token"
+        )
     return Band(None if left == tokens - 1 else left, None if right == tokens - 1 else right)

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig, 
 from l2v import Encoder
 from l2v.errors import UserError
 from l2v.formats import facts
-from l2v.formats.onnx_engine import encode, open_session, padded
-from l2v.formats.onnx_export import check_precisions, write_onnx
+from l2v.formats.onnx_engine import check_precisions, encode, open_session, padded
+from l2v.formats.onnx_export import write_onnx
 from l2v.formats.onnx_graph import Band, Graph
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -20,7 +20,7 @@ SIZES = {
     "head_dim": 8, "initializer_range": 0.2, "pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1,
 }  # fmt: skip
 GEMMA = Gemma3TextConfig(
-    **SIZES, num_hidden_layers=3, sliding_window=8, layer_types=["sliding_attention", "full_attention"] + ["sliding_attention"],
+    **SIZES, num_hidden_layers=3, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     query_pre_attn_scalar=8,
 )  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_the_module_gives_the_vectors_of_the_encoder(llama, sentences):
     """Padded on either side, alone, with tokens in front that are not pooled; no runtime is needed for this."""
     encoder, folder = llama
     graph, read = Graph(facts.Export.read(folder)), facts.Export.read(folder)
-    texts = sentences[:3] + ["ja", sentences[5] * 20]
+    texts = [*sentences[:3], "ja", sentences[5] * 20]
     ids, starts, cut = read.tokenizer.embedded(texts)
     assert set(starts) == {1} and cut == 1 and graph.bands == (Band(None, None),)
     feed = {name: torch.from_numpy(x) for name, x in padded(ids).items()}
@@ -203,15 +203,16 @@ def test_a_layer_with_one_large_channel_stays_in_float(llama):
     assert "decoder.layers.1.mlp.down_proj" in sensitive_layers(graph, ids, [1, 1])
 
 
-def test_mistakes_are_one_sentence(llama, tmp_path):
-    _, folder = llama
+def test_mistakes_are_one_sentence(tmp_path):
     with pytest.raises(UserError, match="no ONNX precision 'int4'; choose from fp32, fp16, int8"):
         check_precisions(["fp32", "int4"])
     with pytest.raises(UserError, match="not an export of l2v; write one with 'l2v export RUN"):
         facts.Export.read(tmp_path)
     pytest.importorskip("onnxruntime")
     (tmp_path / "onnx").mkdir()
-    with pytest.raises(UserError, match="model_fp16.onnx: not found; write it with 'l2v export MODEL .* --onnx fp16'"):
+    with pytest.raises(
+        UserError, match=r"model_fp16\.onnx: not found; write it with 'l2v export MODEL .* --onnx fp16'"
+    ):
         open_session(tmp_path, "fp16")
 
 
