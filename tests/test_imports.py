@@ -48,6 +48,7 @@ MAY = {
     "quickstart": {"errors", "recipe", "data", "model", "encoder", "evaluation", "machine", "runs"},
     "report": {"errors", "package", "files", "recipe", "data", "encoder", "evaluation", "runs"},
     "push": {"errors", "model", "encoder", "runs", "report"},
+    "formats": {"errors", "files", "data", "model", "encoder", "runs"},
     "mining": {"errors", "files", "recipe", "data", "encoder", "encoding"},
     "synthesis": {"errors", "batch", "recipe", "data", "model", "encoder", "encoding", "mining"},
 }

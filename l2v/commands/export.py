@@ -20,15 +20,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoder = Encoder.from_pretrained(
         args.run, args.adapter, precision=args.precision, length=args.length, trust_remote_code=args.trust_remote_code
     )
+    if args.onnx or args.gguf:
+        from l2v.formats.gguf_engine import check_precisions as check_gguf
+        from l2v.formats.onnx_engine import check_precisions as check_onnx
+
+        check_onnx(args.onnx)
+        check_gguf(args.gguf)
     encoder.save(args.folder)
     dtype = "bf16" if "bfloat16" in str(encoder.model.decoder.dtype) else "fp32"
     print(
         f"{args.folder}: written, {dtype}, texts of up to {encoder.max_length} tokens; "
         f"SentenceTransformer('{args.folder}') loads it"
     )
+    _further_formats(args)
     folder = shlex.quote(args.folder)
     print(f"next: l2v search {folder} --texts FILE, or l2v push {folder} OWNER/NAME", file=sys.stderr)
     return 0
+
+
+def _further_formats(args: argparse.Namespace) -> None:
+    """ONNX and GGUF files, where asked for; what each is worth."""
+    if args.onnx:
+        from l2v.formats.onnx_export import write_onnx
+
+        for graph in write_onnx(args.folder, args.onnx):
+            kept = f"; {len(graph.floats)} layers in float32: {', '.join(graph.floats)}" if graph.floats else ""
+            print(f"{graph.file}: written, {graph.precision}, 1 - cosine to fp32 at most {graph.cosine:.1e}{kept}")
+    if args.gguf:
+        from l2v.formats.gguf_export import write_gguf
+
+        for file in write_gguf(args.folder, args.gguf):
+            note = f"; {file.note}" if file.note else ""
+            print(f"{file.file}: written, {file.precision}, 1 - cosine to fp32 at most {file.cosine:.1e}{note}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,10 +60,23 @@ def parser() -> argparse.ArgumentParser:
         "export",
         "Merge an encoder and write it for transformers and sentence-transformers.",
         "runs/llama3-8b-da my-encoder", "runs/llama3-8b-da my-encoder --precision bf16 --length 1024",
+        "runs/llama3-8b-da my-encoder --onnx fp32,int8 --gguf f16",
     )  # fmt: skip
     p.add_argument("run", metavar="MODEL", help="a run, a stage of it, or a base")
     p.add_argument("folder", metavar="FOLDER", help="where to write")
     p.add_argument("--adapter", action="append", default=[], metavar="NAME", help="a further adapter, merged in order")
     p.add_argument("--length", type=int, metavar="N", help="tokens of a text (default: the run's, or 512)")
+    p.add_argument(
+        "--onnx", type=_names, default=[], metavar="PRECISIONS",
+        help="also ONNX graphs: fp32, fp16, int8, comma between them (needs the extra onnx)",
+    )  # fmt: skip
+    p.add_argument(
+        "--gguf", type=_names, default=[], metavar="PRECISIONS",
+        help="also files for llama.cpp: f16, q8_0, comma between them (needs the extra gguf)",
+    )  # fmt: skip
     add_loading(p)
     return p
+
+
+def _names(value: str) -> list[str]:
+    return [name.strip() for name in value.split(",")]

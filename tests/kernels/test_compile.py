@@ -179,9 +179,9 @@ def test_info_nce(kernel, arch):
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("kernel", ["norms", "finish"])
+@pytest.mark.parametrize("kernel", ["norms", "finish", "codes"])
 def test_info_nce_passes_over_embeddings(kernel, dtype, arch):
-    from l2v_kernels.info_nce import config, kernel_elementwise
+    from l2v_kernels.info_nce import config, kernel_elementwise, kernel_quantize
 
     pointers = {
         "x_ptr": f"*{dtype}",
@@ -189,12 +189,19 @@ def test_info_nce_passes_over_embeddings(kernel, dtype, arch):
         "sum_ptr": "*fp32",
         "along_ptr": "*fp32",
         "unscale_ptr": "*fp32",
+        "factor_ptr": "*fp32",
+        "inverse_ptr": "*fp32",
     }
     pointers["out_ptr"] = "*fp64" if kernel == "norms" else f"*{dtype}"
-    function = getattr(kernel_elementwise, f"{kernel}_kernel")
+    function = getattr(kernel_quantize if kernel == "codes" else kernel_elementwise, f"{kernel}_kernel")
     chosen = dict(config.NORMS if kernel == "norms" else config.FINISH)
     warps = chosen.pop("num_warps")
-    constants = {"P": 6, "ALIGN": 16} | chosen if kernel == "norms" else {"UNSCALE": False} | chosen
+    flags = {
+        "norms": {"P": 6, "ALIGN": 16},
+        "finish": {"UNSCALE": False, "FACTOR": True},
+        "codes": {"BINARY": False},
+    }
+    constants = flags[kernel] | chosen
     signature = {p.name: pointers.get(p.name, "i32") for p in function.params if not p.is_constexpr}
     used = build(function, signature, constants, arch, warps, disassemble=False)
     assert not used.problems(arch)
