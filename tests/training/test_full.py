@@ -14,6 +14,9 @@ from transformers import AutoModel, AutoTokenizer
 
 from l2v import Encoder
 from l2v.errors import RecipeError, UserError
+from l2v.model.full import save_weights, weights_without_gradient
+from l2v.model.merge import merge_adapters
+from l2v.model.vocabulary import grow_embedding, rows_with
 from l2v.recipe.load import load_recipe
 from l2v.runs.source import find
 
@@ -91,8 +94,6 @@ DAMAGES = {
 @pytest.fixture(scope="module")
 def left(tmp_path_factory, base):
     """A folder as such a stage leaves it."""
-    from l2v.model.full import save_weights
-
     folder = tmp_path_factory.mktemp("left") / "model"
     inner = AutoModel.from_pretrained(base)
     save_weights(inner, dict(inner.named_parameters()), folder, {"base": {"model": str(base)}, "merged": []})
@@ -125,6 +126,20 @@ def test_damaged_files_are_one_sentence(tmp_path, left, base, sentences):
     (folder / "lineage.json").write_text("{")
     with pytest.raises(UserError, match=r"lineage.json: damaged"):
         find(str(folder))
+
+
+def test_rows_of_new_tokens_are_kept(tmp_path, base):
+    """A stage on top of one that trained new tokens leaves an embedding with more rows than the base."""
+    inner = AutoModel.from_pretrained(base)
+    grow_embedding(inner, 303)
+    torch.nn.init.normal_(inner.get_input_embeddings().weight)
+    save_weights(
+        inner, dict(inner.named_parameters()), tmp_path / "model", {"base": {"model": str(base)}, "merged": []}
+    )
+    assert rows_with([str(tmp_path / "model")], 300) == 303
+    merged = dict(merge_adapters(AutoModel.from_pretrained(base), [str(tmp_path / "model")]).named_parameters())
+    assert all(torch.equal(merged[name], parameter) for name, parameter in inner.named_parameters())
+    assert len(merged["embed_tokens.weight"]) == 303
 
 
 REFUSED = {
@@ -166,8 +181,6 @@ def test_a_run_keeps_its_choice(tmp_path, tiny_recipe, run_here):
 
 
 def test_weights_that_no_text_reaches_are_named():
-    from l2v.model.full import weights_without_gradient
-
     layers = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "expert": torch.nn.Linear(2, 2)})
     assert weights_without_gradient(layers, layers["used"](torch.ones(1, 2)).sum()) == ["expert.weight", "expert.bias"]
 

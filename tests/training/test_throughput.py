@@ -89,10 +89,13 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize("world", [1, 4])
-def test_rows_by_hand(tiny_config, calibrated, clock, world):
-    speed = Throughput(tiny(tiny_config), CPU, torch.float32, world=world, tokens=50)
+@pytest.mark.parametrize("flops", [4, 6], ids=["LoRA", "all weights"])
+def test_rows_by_hand(tiny_config, calibrated, clock, world, flops):
+    model = tiny(tiny_config)
+    decoder = add_lora(model, Lora(), base_name="x", seed=0) if flops == 4 else model
+    speed = Throughput(decoder, CPU, torch.float32, world=world, tokens=50)
     clock.now += 2
-    assert speed.row(2050) == {"tokens_per_second": 1000.0, "mfu": round(1000 * 4 * TINY / (world * GEMM), 4)}
+    assert speed.row(2050) == {"tokens_per_second": 1000.0, "mfu": round(1000 * flops * TINY / (world * GEMM), 4)}
     with speed.paused():
         clock.now += 60
     clock.now += 0.5
@@ -103,7 +106,7 @@ def test_against_the_makers_peak(tiny_config, clock, monkeypatch):
     monkeypatch.setattr(throughput, "device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     speed = Throughput(tiny(tiny_config), CPU, torch.bfloat16, world=2)
     clock.now += 1
-    assert speed.row(10**9) == {"tokens_per_second": 1e9, "mfu_peak": round(1e9 * 4 * TINY / (2 * 312e12), 4)}
+    assert speed.row(10**9) == {"tokens_per_second": 1e9, "mfu_peak": round(1e9 * 6 * TINY / (2 * 312e12), 4)}
 
 
 def test_what_is_not_known_is_left_out(tiny_config, calibrated, clock):
