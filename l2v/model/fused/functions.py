@@ -231,16 +231,19 @@ class GatedMlp(torch.autograd.Function):
         gate_up_TG, kept_gate_up = project(x_TE, spec.gate_up.linears(), of_gate_up, call.dropout)
         product_TF = swiglu.forward(gate_up_TG, _share(kept_gate_up, of_gate_up), spec.activation)
         y_TE, kept_down = lora.forward(product_TF, spec.down.linears(), of_down, call.dropout)
-        after = _NOTHING if spec.after is None else _add_last(spec, sum_TE, y_TE)
+        after: tuple[torch.Tensor | None, ...] = (None,) * 4
+        out: tuple[torch.Tensor, torch.Tensor | None] = sum_TE, y_TE
+        if spec.after is not None:
+            out_TE, y_rstd_T = _add_last(spec.after[1], sum_TE, y_TE)
+            out, after = (out_TE, None), (delta_TE, delta_rstd_T, y_TE, y_rstd_T)
         saved = kept_gate_up.tensors()
         ctx.call, ctx.n_gate_up = call, len(saved)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             sum_TE, rstd_T, gate_up_TG, x_TE if call.keep_all else None, product_TF if call.keep_all else None,
-            *((None,) * 4 if spec.after is None else (delta_TE, delta_rstd_T, y_TE, after[1])),
-            *saved, *kept_down.tensors(),
+            *after, *saved, *kept_down.tensors(),
         )  # fmt: skip
-        return (sum_TE, y_TE) if spec.after is None else (after[0], None)
+        return out
 
     @staticmethod
     @once_differentiable
@@ -289,9 +292,6 @@ class GatedMlp(torch.autograd.Function):
         return dresidual_TE, ddelta_TE, None, *call.returned(found, of_down, own=own)
 
 
-_NOTHING = (None, None)
-
-
 def _add_and_norm(
     spec: LayerSpec, residual_TE: torch.Tensor, delta_TE: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -300,12 +300,14 @@ def _add_and_norm(
     if spec.after is None:
         sum_TE, x_TE, rstd_T = norm.forward(residual_TE, delta_TE)
         return sum_TE, x_TE, None, rstd_T
-    return sandwich_norm.forward(delta_TE, residual_TE, spec.after[0].weight, norm.weight, norm.eps, norm.offset)
+    sum_TE, x_TE, delta_rstd_T, rstd_T = sandwich_norm.forward(
+        delta_TE, residual_TE, spec.after[0].weight, norm.weight, norm.eps, norm.offset
+    )
+    assert x_TE is not None and rstd_T is not None  # there is a second norm
+    return sum_TE, x_TE, delta_rstd_T, rstd_T
 
 
-def _add_last(spec: LayerSpec, sum_TE: torch.Tensor, y_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _add_last(norm: Norm, sum_TE: torch.Tensor, y_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum + norm(y), rstd of y): the MLP's output added after its own norm."""
-    assert spec.after is not None
-    norm = spec.after[1]
     out_TE, _, y_rstd_T, _ = sandwich_norm.forward(y_TE, sum_TE, norm.weight, None, norm.eps, norm.offset)
     return out_TE, y_rstd_T
