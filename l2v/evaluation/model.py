@@ -61,7 +61,7 @@ class MtebEncoder(AbsEncoder):
         *,
         prompts: Prompts | None = None,
         normalize: bool = False,
-        batch_tokens: int = 16384,
+        batch_tokens: int | None = None,
         processes: int = 1,
         show_progress: bool = True,
     ) -> None:

@@ -299,6 +299,9 @@ def test_results_are_kept_and_a_second_call_resumes(fake, tmp_path, capsys):
     # What ran is not run again, nor what had no room; what was missing may be installed by now.
     assert fake.asked == [("mntp", "llm2vec", 0), ("mntp", "llm2vec", 1)]
     fake.asked.clear()
+    assert benchmark.main([*command, "--providers", "l2v", "--busy", "1"]) == 0
+    assert ("mntp", "l2v", 0) in fake.asked, "beside a busy core it is another measurement"
+    fake.asked.clear()
     assert benchmark.main([*command, "--providers", "l2v", "--fresh"]) == 0
     assert ("mntp", "l2v", 0) in fake.asked
 

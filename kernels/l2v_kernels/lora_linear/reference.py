@@ -34,14 +34,28 @@ def down(
 
     On a CPU a mask costs more to recompute than to keep.
     """
-    xa_TR = x_TE.new_empty((x_TE.shape[0], sum(a.rank for a in adapters)))
+    if not dropout.active:  # all read the same numbers: one matmul
+        xa_TR = x_TE @ adapters.stacked_a().t()
+        for columns, factor in _scales(adapters):
+            xa_TR[:, columns].mul_(factor)
+        return xa_TR, [None] * len(adapters)
+    xa_TR = x_TE.new_empty((x_TE.shape[0], adapters.ranks))
     masks: list[torch.Tensor | None] = []
     for adapter, columns in zip(adapters, adapters.slices, strict=True):
-        mask_TE = dropped(x_TE.shape[1], dropout.p, *dropout.keys, adapter.stream) if dropout.active else None
+        mask_TE = dropped(x_TE.shape[1], dropout.p, *dropout.keys, adapter.stream)
         masks.append(mask_TE)
-        kept_TE = x_TE if mask_TE is None else x_TE.masked_fill(mask_TE, 0.0)
+        kept_TE = x_TE.masked_fill(mask_TE, 0.0)
         torch.mul(kept_TE @ adapter.a_RE.t(), adapter.scaling * dropout.scale, out=xa_TR[:, columns])
     return xa_TR, masks
+
+
+def _scales(adapters: Adapters) -> list[tuple[slice, float]]:
+    """What columns of xa [T, sum of ranks] are multiplied by; one pass where all adapters have the same factor."""
+    factors = {a.scaling for a in adapters}
+    if len(factors) == 1:
+        (factor,) = factors
+        return [] if factor == 1 else [(slice(None), factor)]
+    return [(columns, a.scaling) for a, columns in zip(adapters, adapters.slices, strict=True)]
 
 
 def up_backward(
@@ -72,6 +86,12 @@ def down_backward(
 
     dxa_TR: the gradient of what `down` scaled and masked; scaling and the dropout's scale are in it already.
     """
+    if all(mask is None for mask in masks):
+        torch.mm(dxa_TR.t(), x_TE, out=da_RE)
+        if not want_dx:
+            return dx_TE
+        a_RE = adapters.stacked_a()
+        return dxa_TR @ a_RE if dx_TE is None else dx_TE.addmm_(dxa_TR, a_RE)
     for adapter, columns, mask_TE in zip(adapters, adapters.slices, masks, strict=True):
         dxa = dxa_TR[:, columns]
         kept_TE = x_TE if mask_TE is None else x_TE.masked_fill(mask_TE, 0.0)
