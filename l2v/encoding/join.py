@@ -41,7 +41,7 @@ def join(shards: Shards, count: int, column: str, facts: dict[str, Any]) -> list
         with replacing(out) as partial, partial.open("wb") as file:
             if out.suffix == ".npy":
                 header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+                np.lib.format.write_array_header_1_0(file, header)
             else:
                 file.write(_safetensors_header(shape, text))
             for number in range(count):
