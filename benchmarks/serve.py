@@ -201,7 +201,7 @@ def page(found: Sequence[Turn], texts: int, facts: dict) -> str:
 
 OPTIONS = {
     "--model": {"choices": ["smollm2", "mini"], "default": "smollm2", "help": "default: smollm2"},
-    "--texts": {"type": int, "default": 128, "help": "texts of a turn (default: 128)"},
+    "--texts": {"type": int, "default": 1024, "help": "texts of a turn (default: 1024)"},
     "--rounds": {"type": int, "default": 5, "help": "default: 5"},
 }
 BENCHMARK = Benchmark(name="serve", doc=__doc__ or "", quick="a mini model", options=OPTIONS, run=run_all)
