@@ -54,11 +54,14 @@ class Server:
         code = f"from benchmarks.serve import child; child({str(folder)!r}, {list(cores)!r})"
         self.process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout
-        lines = [self.process.stdout.readline() for _ in range(2)]
-        if "http" not in lines[0]:
-            raise Unavailable("the server did not start")
-        self.thread = int(lines[1])
-        self.client = openai.OpenAI(base_url=lines[0].partition(" at ")[2].strip(), api_key="none", timeout=3600)
+        lines = [self.process.stdout.readline() for _ in range(2)]  # in any order
+        address = next((line.partition(" at ")[2].strip() for line in lines if "http" in line), None)
+        thread = next((line for line in lines if line.strip().isdecimal()), None)
+        if address is None or thread is None:
+            self.close()
+            raise Unavailable(f"the server did not start: {lines}")
+        self.thread = int(thread)
+        self.client = openai.OpenAI(base_url=address, api_key="none", timeout=3600)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors of the texts, requests of `INPUTS` by `CLIENTS` clients."""
@@ -100,7 +103,6 @@ def child(folder: str, cores: Sequence[int]) -> None:
         while not (found := [t for t in threading.enumerate() if t.name == "l2v model"]):
             time.sleep(0.01)
         os.sched_setaffinity(found[0].native_id or 0, {model_core})
-        time.sleep(0.5)  # after the address
         print(found[0].native_id, flush=True)
 
     threading.Thread(target=pin, daemon=True).start()
@@ -199,7 +201,7 @@ def page(found: Sequence[Turn], texts: int, facts: dict) -> str:
 
 OPTIONS = {
     "--model": {"choices": ["smollm2", "mini"], "default": "smollm2", "help": "default: smollm2"},
-    "--texts": {"type": int, "default": 128, "help": "texts of a turn (default: 128)"},
+    "--texts": {"type": int, "default": 1024, "help": "texts of a turn (default: 1024)"},
     "--rounds": {"type": int, "default": 5, "help": "default: 5"},
 }
 BENCHMARK = Benchmark(name="serve", doc=__doc__ or "", quick="a mini model", options=OPTIONS, run=run_all)

@@ -114,7 +114,7 @@ def test_commands_are_accepted_by_their_programs(command, parse, monkeypatch):
     elif program == "python":
         assert arguments[0] == "-m"
         assert importlib.util.find_spec(arguments[1])
-    elif program == "docker" and "l2v" in arguments:
+    elif program in ("docker", "torchrun") and "l2v" in arguments:
         check_values(parse(MAIN, arguments[arguments.index("l2v") + 1 :]))
     else:
         assert program in {"bash", "cp", "docker", "export", "hf", "kubectl", "mkdir", "sbatch", "source"}

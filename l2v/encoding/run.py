@@ -221,8 +221,8 @@ def _encode(job: Job, encoder: Encoder, facts: dict[str, Any], shards: Shards, c
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Notice)  # one for each chunk; counted in the shard
         vectors_ME = encoder.encode(
-            cast(list[str], chunk.texts), facts["instruction"], batch_tokens=job.batch_tokens, dimensions=facts["dimensions"],
-            empty="zeros",
+            [text or "" for text in chunk.texts], facts["instruction"], batch_tokens=job.batch_tokens,
+            dimensions=facts["dimensions"], empty="zeros",
         )  # fmt: skip
     if not np.isfinite(vectors_ME).all():
         at = int(np.flatnonzero(~np.isfinite(vectors_ME).all(axis=1))[0])

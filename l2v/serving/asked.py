@@ -43,7 +43,7 @@ class Limits:
 class Asked:
     """What a request asks for. inputs: texts, or token ids of texts. side: whose instruction; None for none."""
 
-    inputs: list[str] | list[list[int]]
+    inputs: Sequence[str | list[int]]
     base64: bool
     dimensions: int | None
     side: Literal["query", "document"] | None
@@ -96,7 +96,7 @@ def _dimensions(value: Any, width: int, limits: Limits) -> int | None:
     return value
 
 
-def _inputs(asked: dict[str, Any], limits: Limits) -> list[str] | list[list[int]]:
+def _inputs(asked: dict[str, Any], limits: Limits) -> list[str | list[int]]:
     value = asked.get("input")
     if isinstance(value, str) or (isinstance(value, list) and value and all(type(item) is int for item in value)):
         value = [value]
