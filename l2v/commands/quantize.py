@@ -83,7 +83,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--queries", metavar="FILE", help="the queries, as l2v search reads texts")
     p.add_argument("--query-column", default="query", metavar="COLUMN", help="the field of the query (default: query)")
     p.add_argument(
-        "--dimensions", type=_numbers, default=[], metavar="N,N", help="also cut to these lengths (trained: matryoshka)"
+        "--dimensions",
+        type=_numbers,
+        default=[],
+        metavar="LENGTHS",
+        help="also cut to these lengths (trained: matryoshka)",
     )
     p.add_argument(
         "--rescore", type=int, default=4, metavar="N", help="binary: rescore N times ten candidates (default: 4)"
@@ -94,4 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _numbers(value: str) -> list[int]:
-    return [int(each) for each in value.split(",")]
+    try:
+        return [int(each) for each in value.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{value}' is no list of whole numbers, such as 256,128") from None

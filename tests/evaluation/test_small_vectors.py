@@ -132,6 +132,9 @@ def test_the_command_writes_table_numbers_and_picture(base, tmp_path, sentences,
     assert (out / "small_vectors.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert main(["quantize", str(base), "--texts", str(texts)]) == 1
     assert "--texts and --queries belong together" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*given, "--dimensions", "16;8"])
+    assert "'16;8' is no list of whole numbers, such as 256,128" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     again = [*given, "--out", str(tmp_path / "file")]
     assert main(again) == 1 and f"{Path(tmp_path, 'file')}: cannot be written" in capsys.readouterr().err
