@@ -15,17 +15,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Merge an encoder and write it for transformers and sentence-transformers."""
     args = parser().parse_intermixed_args(argv)
     check_model(args.run)
+    _check_formats(args)
     from l2v.encoder import Encoder  # loads torch and transformers, for which a mistyped name does not wait
 
     encoder = Encoder.from_pretrained(
         args.run, args.adapter, precision=args.precision, length=args.length, trust_remote_code=args.trust_remote_code
     )
-    if args.onnx or args.gguf:
-        from l2v.formats.gguf_engine import check_precisions as check_gguf
-        from l2v.formats.onnx_engine import check_precisions as check_onnx
-
-        check_onnx(args.onnx)
-        check_gguf(args.gguf)
     encoder.save(args.folder)
     dtype = "bf16" if "bfloat16" in str(encoder.model.decoder.dtype) else "fp32"
     print(
@@ -36,6 +31,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = shlex.quote(args.folder)
     print(f"next: l2v search {folder} --texts FILE, or l2v push {folder} OWNER/NAME", file=sys.stderr)
     return 0
+
+
+def _check_formats(args: argparse.Namespace) -> None:
+    """Raises UserError for formats that cannot be written, before anything is loaded."""
+    if args.onnx:
+        from l2v.formats import onnx_engine
+        from l2v.formats.facts import need
+
+        onnx_engine.check_precisions(args.onnx)
+        need("onnx", *onnx_engine.WRITING)
+    if args.gguf:
+        from l2v.formats import gguf_engine
+        from l2v.formats.facts import need
+
+        gguf_engine.check_precisions(args.gguf)
+        need("gguf", "llama_cpp")
 
 
 def _further_formats(args: argparse.Namespace) -> None:

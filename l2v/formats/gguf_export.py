@@ -165,7 +165,7 @@ class _Source:
             )
         kinds = self.config.layer_types
         # It halves the window. Where texts are shorter than the window, any longer one will do.
-        width = next(iter(narrow)).left if narrow else self.export.tokenizer.length
+        width = (next(iter(narrow)).left if narrow else None) or self.export.tokenizer.length
         writer.add_sliding_window(2 * width)
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in kinds])
         writer.add_rope_freq_base(_base(self.config, "full_attention"))

@@ -14,6 +14,8 @@ from l2v.formats.facts import Export, need
 FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx", "int8": "model_int8.onnx"}
 """The files of the precisions in the folder `onnx` of an export, named as sentence-transformers and transformers.js look for
 them."""
+WRITING = ("onnx", "onnxscript", "onnxruntime")
+"""Packages that write the files."""
 BATCH_TOKENS = 4096
 
 

@@ -21,7 +21,7 @@ from l2v.errors import UserError, first_line
 from l2v.files import follow_umask
 from l2v.formats import onnx_engine
 from l2v.formats.facts import Export, differences, need
-from l2v.formats.onnx_engine import FILES, check_precisions
+from l2v.formats.onnx_engine import FILES, WRITING, check_precisions
 from l2v.formats.onnx_graph import Graph
 from l2v.formats.onnx_int8 import quantize, sensitive_layers
 
@@ -55,7 +55,7 @@ def write_onnx(folder: str | Path, precisions: Sequence[str] = ("fp32",)) -> lis
     Raises:
         UserError: the extra is not installed, a precision is unknown, or a graph does not give the Encoder's vectors.
     """
-    need("onnx", "onnx", "onnxscript", "onnxruntime")
+    need("onnx", *WRITING)
     check_precisions(precisions)
     export = Export.read(folder)
     chosen = [precision for precision in FILES if precision in precisions]
@@ -65,6 +65,8 @@ def write_onnx(folder: str | Path, precisions: Sequence[str] = ("fp32",)) -> lis
             if name not in ("onnx", partial.name):
                 (partial / name).symlink_to((export.folder / name).resolve())
         floats = _write(export, partial / "onnx", chosen)
+        if "int8" in chosen and "fp32" not in chosen:  # made from it
+            _checked(export, partial, "fp32", floats)
         written = [_checked(export, partial, precision, floats) for precision in chosen]
         if "fp32" not in chosen:
             for file in (partial / "onnx").glob(FILES["fp32"] + "*"):
