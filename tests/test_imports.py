@@ -43,6 +43,7 @@ MAY = {
     "search": {"errors", "files", "recipe", "batch", "data", "encoder"},
     "quickstart": {"errors", "recipe", "data", "model", "encoder", "evaluation", "machine", "runs"},
     "report": {"errors", "package", "files", "recipe", "data", "encoder", "evaluation", "runs"},
+    "serving": {"errors", "recipe", "data", "model", "encoder", "runs"},
     "push": {"errors", "model", "encoder", "runs", "report"},
     "mining": {"errors", "files", "recipe", "data", "encoder"},
     "synthesis": {"errors", "batch", "recipe", "data", "model", "encoder", "mining"},
@@ -141,7 +142,7 @@ def test_the_top_of_the_package_is_small():
 def test_the_model_knows_of_data_only_how_an_export_tokenises():
     for file in (ROOT / "l2v" / "model").glob("*.py"):
         data = {module for module in imports(read(file)) if module.startswith("l2v.data")}
-        assert data <= ({"l2v.data.tokens"} if file.name == "export.py" else set()), file.name
+        assert data <= ({"l2v.data.tokens"} if file.name.startswith("export") else set()), file.name
 
 
 def test_there_is_no_circle():

@@ -11,6 +11,7 @@ from typing import Any
 
 from l2v.encoder import Encoder
 from l2v.errors import UserError, first_line
+from l2v.model.engines import reports
 from l2v.model.export import ENCODER_FILE
 from l2v.model.lora import LINEAGE, WEIGHTS
 from l2v.push import card
@@ -55,7 +56,7 @@ def make_model(
         if Path(model.base).is_dir():
             for paper in (p for pattern in _PAPERS for p in Path(model.base).glob(pattern) if p.is_file()):
                 shutil.copyfile(paper, folder / paper.name)
-        text = card.render(model, repo, licence, base=base, adapter=adapter)
+        text = card.render(model, repo, licence, base=base, adapter=adapter, engines=[] if adapter else reports(folder))
         (folder / CARD).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,1 @@
+"""Exports in other engines: written as an adapter, and verified."""
