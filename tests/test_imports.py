@@ -43,7 +43,7 @@ MAY = {
     "search": {"errors", "files", "recipe", "batch", "data", "encoder"},
     "quickstart": {"errors", "recipe", "data", "model", "encoder", "evaluation", "machine", "runs"},
     "report": {"errors", "package", "files", "recipe", "data", "encoder", "evaluation", "runs"},
-    "serving": {"errors", "recipe", "data", "model", "encoder", "runs"},
+    "serving": {"errors", "files", "recipe", "data", "model", "encoder", "runs"},
     "push": {"errors", "model", "encoder", "runs", "report"},
     "mining": {"errors", "files", "recipe", "data", "encoder"},
     "synthesis": {"errors", "batch", "recipe", "data", "model", "encoder", "mining"},

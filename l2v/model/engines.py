@@ -27,7 +27,9 @@ class Report:
 
 @dataclass(frozen=True)
 class Files:
-    """The files of an export, as engines read them. added: the tokens that tokenizer.json puts before a text."""
+    """The files of an export, as engines read them. added: the tokens that tokenizer.json puts before a text. instructed: it
+    was trained with instructions.
+    """
 
     config: dict[str, Any]
     pooling: dict[str, Any]
@@ -35,14 +37,16 @@ class Files:
     header: str
     length: int
     added: list[str]
+    instructed: bool
 
     @classmethod
     def read(cls, folder: Path) -> Files:
         """Those of a folder that `l2v.model.export` wrote."""
-        config, pooling, settings, limits = (
+        config, pooling, settings, limits, own = (
             json.loads((folder / name).read_text(encoding="utf-8"))
             for name in (
                 "config.json", "1_Pooling/config.json", "config_sentence_transformers.json", "sentence_bert_config.json",
+                "l2v_encoder.json",
             )
         )  # fmt: skip
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -50,7 +54,8 @@ class Files:
         before = whole[: next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)]
         prompts, default = settings["prompts"], settings["default_prompt_name"]
         header = prompts[default] if default else ""
-        return cls(config, pooling, prompts, header, limits["max_seq_length"], before)
+        instructed = any(any(found) for found in own["instructions"].values())
+        return cls(config, pooling, prompts, header, limits["max_seq_length"], before, instructed)
 
     @property
     def unpooled(self) -> str:
@@ -59,7 +64,7 @@ class Files:
             return ""
         if self.header or self.added:
             return f"{self.header + ''.join(self.added)!r} before each text"
-        return "the instruction" if any(self.prompts.values()) else ""
+        return "the instruction" if self.instructed else ""
 
     @property
     def one_direction(self) -> bool:
@@ -75,7 +80,7 @@ class Files:
         """What a client of an engine without default prompts has to do."""
         if self.header:
             return f", if the client puts {self.header!r} before each text"
-        return ", if the client puts the instruction before queries" if any(self.prompts.values()) else ""
+        return ", if the client puts the instruction before queries" if self.instructed else ""
 
 
 def _transformers(files: Files) -> Report:

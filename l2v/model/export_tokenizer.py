@@ -103,14 +103,25 @@ def _framed(texts: TextTokenizer, exclude: bool, strips: str) -> Framed:
     tokenizer.truncation_side = tokenizer.padding_side = "right"  # l2v cuts the end of a text
     tokenizer.model_max_length = texts.length
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or _any_token(tokenizer)
+        tokenizer.pad_token = _pad_token(tokenizer, before)
     return Framed(tokenizer, template, exclude, strips)
 
 
-def _any_token(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Some token; padding is masked, so it does not matter which."""
-    special = tokenizer.all_special_tokens
-    return special[0] if special else tokenizer.convert_ids_to_tokens(0)
+def _pad_token(tokenizer: PreTrainedTokenizerBase, before: Sequence[int]) -> str:
+    """A token to pad with; padding is masked, so it does not matter which. Not one that is put before texts, which would then
+    count as one that ends a prompt.
+
+    Raises:
+        UserError: the tokenizer has no other special token.
+    """
+    named = [tokenizer.eos_token, tokenizer.unk_token, *map(str, tokenizer.added_tokens_decoder.values())]
+    kept = tokenizer.convert_ids_to_tokens(list(before))
+    found = next((token for token in named if token and token not in kept), None)
+    if found is None:
+        raise UserError(
+            "the tokenizer has no token to pad a batch with, so this encoder cannot be exported; give it a pad_token"
+        )
+    return found
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -18,6 +18,7 @@ from peft import PeftModel
 
 from l2v.encoder import Encoder
 from l2v.errors import UserError
+from l2v.files import follow_umask
 from l2v.model.export import ENCODER_FILE, encoder_facts
 from l2v.model.load import device, dtype_of, inner_model, load_model
 from l2v.model.merge import Around
@@ -70,7 +71,7 @@ def export_adapter(
         raise UserError(f"{name}: it is an export already; give the run that it was made from")
     options: dict[str, Any] = {"length": length, "precision": precision, "trust_remote_code": trust_remote_code}
     encoder = Encoder.from_pretrained(name, adapters, **options)
-    expected = encoder.encode(SAMPLE)
+    expected = _sample(encoder)
     facts = encoder_facts(
         encoder.model, encoder.tokenizer, encoder.tokenizer.template, encoder.lineage, encoder.instructions,
         normalize=encoder.normalize, matryoshka=encoder.matryoshka,
@@ -81,25 +82,36 @@ def export_adapter(
     gc.collect()
     if precision is not None:
         found.base.precision = precision  # type: ignore[assignment]  # Encoder has checked it
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
     try:
         rank, model = _write(found.base, chosen, partial, facts, trust_remote_code)
         unmerged = Encoder(model, texts, name=name, lineage={}, instructions=instructions)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # cut texts are announced above
-            seen = unmerged.encode(SAMPLE)
-        written = _compare(expected, seen, rank, len(chosen), str(model.decoder.dtype).removeprefix("torch."))
+        written = _compare(
+            expected, _sample(unmerged), rank, len(chosen), str(model.decoder.dtype).removeprefix("torch.")
+        )
         if written.precision == "float32" and not written.entry <= EXACT:
             raise UserError(
                 f"{name}: unmerged, its vectors are {written.entry:.1g} off those of the merged encoder; export it merged"
             )
+        follow_umask(partial)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return written
+
+
+def _sample(encoder: Encoder) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that some are cut
+        return encoder.encode(SAMPLE)
 
 
 def _write(

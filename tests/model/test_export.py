@@ -10,8 +10,8 @@ import pytest
 import torch
 from support.engine_rules import OldVllm, Refused, Tei, Vllm
 from support.made_run import make_run
-from tokenizers import processors
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, processors
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from l2v import Encoder
 from l2v.commands import main as cli
@@ -260,3 +260,27 @@ def test_the_command_prints_which_engine_gives_what(bases, tmp_path, capsys):
         "vllm",
         "tei",
     ]
+
+
+def test_a_tokenizer_without_eos_is_padded_with_another_token():
+    """Not with BOS, which is the prompt of such an export, and refused where there is no other."""
+    for others, found in ((["<x>"], "<x>"), ([], None)):
+        vocabulary = {"<s>": 0} | {token: at for at, token in enumerate(others, 1)} | {"a": 2, "b": 3}
+        own = Tokenizer(models.WordLevel(vocabulary, unk_token=None))
+        own.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", additional_special_tokens=others)
+        before = [0]
+        if found is None:
+            with pytest.raises(UserError, match="no token to pad a batch with"):
+                export_tokenizer._pad_token(tokenizer, before)
+        else:
+            assert export_tokenizer._pad_token(tokenizer, before) == found
+
+
+def test_instructions_of_the_rows_are_not_pooled_either(bases, tmp_path):
+    encoder = Encoder.from_pretrained(bases("llama"), precision="fp32", template=Template(prefix=""), pooling="mean")
+    encoder.tokenizer.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    assert not {engine.name: engine.refused for engine in encoder.save(tmp_path / "plain")}["vllm"]
+    encoder.instructions = Instructions(("",), ("",), ("query",))
+    refused = {engine.name: engine.refused for engine in encoder.save(tmp_path / "asked")}
+    assert "the instruction is not pooled" in refused["vllm"] and "the instruction is not pooled" in refused["tei"]

@@ -100,15 +100,30 @@ def test_an_engine_is_judged_by_its_vectors(export, change, same, note):
 
 
 def test_in_bf16_cosine_and_recall_decide(run, tmp_path):
+    """Of l2v's own vectors with noise; two implementations of a random bf16 model exchange some of its crowded neighbours."""
     Encoder.from_pretrained(run, precision="bf16").save(tmp_path / "out")
     noise = np.random.default_rng(0)
 
-    def rounded(scale):
-        return Other(lambda v: v + noise.normal(0, scale, v.shape).astype(np.float32))
+    class Noisy:
+        name = "noisy"
 
-    assert rows(tmp_path / "out", rounded(1e-5))["other"].same
-    row = rows(tmp_path / "out", rounded(0.05))["other"]
+        def __init__(self, scale):
+            self.scale = scale
+
+        def missing(self):
+            return None
+
+        def open(self, folder):
+            encode = Encoder.from_pretrained(folder).encode
+            return lambda texts, asked: (
+                encode(texts, asked, empty="zeros") + noise.normal(0, self.scale, (len(texts), 32)).astype(np.float32)
+            )
+
+    row = rows(tmp_path / "out", Noisy(1e-5))["noisy"]
+    assert row.same and row.entry > 1e-5  # which fp32 would not allow
+    row = rows(tmp_path / "out", Noisy(0.01))["noisy"]
     assert row.same is False and row.cosine > 1e-3
+    assert rows(tmp_path / "out", Transformers())["transformers"].cosine < 1e-3
 
 
 def test_an_engine_that_is_not_installed_is_skipped(export, monkeypatch):
