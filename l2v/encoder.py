@@ -16,6 +16,7 @@ from l2v.batch import PackedBatch, Segment, pack
 from l2v.data.tokens import TextTokenizer, as_ids, check_vocabulary, load_tokenizer
 from l2v.errors import Notice, UserError
 from l2v.model.embedded import resolve
+from l2v.model.engines import Report
 from l2v.model.export import export
 from l2v.model.licence import base_licence
 from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_config, load_model, proof_of
@@ -51,10 +52,13 @@ class Encoder:
         instructions: Instructions | None = None,
         normalize: bool = True,
         licence: str | None = None,
+        matryoshka: Sequence[int] = (),
     ) -> None:
         """normalize: whether `encode` scales vectors to length 1 where its caller does not say. licence: the base's, by its
-        identifier on the Hub; None if it is not known. `save` writes what it requires.
+        identifier on the Hub; None if it is not known. `save` writes what it requires. matryoshka: the prefix lengths that it
+        was trained on.
         """
+        self.matryoshka = list(matryoshka)
         self.model, self.tokenizer, self.name, self.lineage = model.eval(), tokenizer, name, lineage
         self.instructions, self.truncated, self.normalize = instructions or Instructions(), 0, normalize
         self.licence = licence
@@ -74,6 +78,7 @@ class Encoder:
         adapters: Sequence[str] = (),
         *,
         pooling: str | None = None,
+        pool_prompt: bool | None = None,
         attention: str | None = None,
         template: Template | None = None,
         length: int | None = None,
@@ -91,6 +96,7 @@ class Encoder:
                 and length that its files state.
             adapters: folders or hub names of PEFT LoRA adapters, merged in order, in float32, rounded once.
             pooling: `mean` (default), `weighted_mean`, `last` or `first`.
+            pool_prompt: pool all tokens, also special tokens, template and instruction. Default: no.
             attention: `bidirectional` (default) or `causal`.
             template: what is put before and after each text; none by default.
             length: tokens of a text, as `max_length`. Default 512.
@@ -105,8 +111,8 @@ class Encoder:
             UserError: something does not exist or does not fit; one sentence.
         """
         found = _chosen(
-            base_or_run, base_only, pooling=pooling, attention=attention, template=template, precision=precision,
-            backend=backend,
+            base_or_run, base_only, pooling=pooling, pool_prompt=pool_prompt, attention=attention, template=template,
+            precision=precision, backend=backend,
         )  # fmt: skip
         base, merged = found.base, [*found.adapters, *adapters]
         dtype = dtype_of(base.precision, encoding=True)
@@ -127,7 +133,7 @@ class Encoder:
         lineage = {"base": {"model": base.model}, "merged": [describe_adapter(adapter) for adapter in merged]}
         encoder = cls(
             model, TextTokenizer(tokenizer, base.template, 512, pooled=found.pooled), name=str(base_or_run), lineage=lineage,
-            instructions=found.instructions, normalize=found.normalize,
+            instructions=found.instructions, normalize=found.normalize, matryoshka=found.matryoshka,
             licence=None if base.init == "random" else base_licence(base.model, inner.config.model_type),
         )  # fmt: skip
         encoder.max_length = (found.length or 512) if length is None else length
@@ -273,16 +279,22 @@ class Encoder:
         """Pooled vectors of a packed batch, float32 [S, E], not normalised."""
         return self.model(batch, "vectors")
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, engines: Sequence[str] = ()) -> list[Report]:
         """Write a plain transformers checkpoint (`is_causal: false`, no remote code) with the sentence-transformers files.
 
         `SentenceTransformer(folder)` gives the vectors of `encode`, `encode_query` and `encode_document`;
-        `AutoModel.from_pretrained(folder)` gives the hidden states. The base's licence goes with it, and the notice and terms
-        that it requires.
+        `AutoModel.from_pretrained(folder)` gives the hidden states. Both need transformers 5.2 or newer. The base's licence
+        goes with it, and the notice and terms that it requires.
+
+        engines: those that have to give the same vectors, of transformers, sentence-transformers, vllm and tei. Returns what
+        every engine gives from the folder (name, vectors, refused), as docs/serving.md explains.
+
+        Raises:
+            UserError: the folder cannot be written, or one of the engines cannot give these vectors; nothing is written then.
         """
-        export(
+        return export(
             self.model, self.tokenizer, Path(folder), self.lineage, self.instructions, normalize=self.normalize,
-            licence=self.licence,
+            licence=self.licence, matryoshka=self.matryoshka, engines=engines,
         )  # fmt: skip
 
     def _width(self, dimensions: int | None) -> int:
@@ -419,6 +431,8 @@ def _chosen(source: str | Path, base_only: bool, **options: Any) -> Found:
         if choices and value not in choices:
             raise UserError(f"{key} is {value!r}; choose one of {', '.join(choices)}")
         setattr(found.base, key, value)
+    if options.get("pool_prompt") is not None:
+        found.pooled = "all" if found.base.pool_prompt else "text"
     if base_only:
         found.rows = rows_with(found.adapters, 0)  # new tokens have the vector that their training began with
         found.adapters = []

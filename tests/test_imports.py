@@ -44,11 +44,11 @@ MAY = {
     "plan": {"errors", "recipe", "data", "model", "training", "machine"},
     "encoding": {"errors", "package", "files", "recipe", "data", "encoder", "training"},
     "search": {"errors", "files", "recipe", "batch", "data", "encoder", "encoding"},
-    "serving": {"errors", "batch", "data", "encoder"},
     "quickstart": {"errors", "recipe", "data", "model", "encoder", "evaluation", "machine", "runs"},
     "report": {"errors", "package", "files", "recipe", "data", "encoder", "evaluation", "runs"},
     "push": {"errors", "model", "encoder", "runs", "report"},
     "formats": {"errors", "files", "data", "model", "encoder", "runs"},
+    "serving": {"errors", "files", "recipe", "batch", "data", "model", "encoder", "runs", "formats"},
     "mining": {"errors", "files", "recipe", "data", "encoder", "encoding"},
     "synthesis": {"errors", "batch", "recipe", "data", "model", "encoder", "encoding", "mining"},
 }
@@ -146,7 +146,7 @@ def test_the_top_of_the_package_is_small():
 def test_the_model_knows_of_data_only_how_an_export_tokenises():
     for file in (ROOT / "l2v" / "model").glob("*.py"):
         data = {module for module in imports(read(file)) if module.startswith("l2v.data")}
-        assert data <= ({"l2v.data.tokens"} if file.name == "export.py" else set()), file.name
+        assert data <= ({"l2v.data.tokens"} if file.name.startswith("export") else set()), file.name
 
 
 def test_there_is_no_circle():

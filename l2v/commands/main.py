@@ -30,6 +30,7 @@ COMMANDS = {
     "bench": ("l2v.commands.bench", "microbenchmarks of the kernels (in a checkout)"),
     "data": ("l2v.commands.data", "build a data set from raw text, check one, mine hard negatives, make queries"),
     "export": ("l2v.commands.export", "write a merged encoder for transformers and sentence-transformers"),
+    "verify": ("l2v.commands.verify", "compare an export in every engine that is installed with l2v"),
     "quantize": ("l2v.commands.quantize", "what int8, binary and shorter vectors lose, as a table and a picture"),
     "push": ("l2v.commands.push", "publish an encoder, its adapters or a data set on the Hub, with a card"),
     "recipes": ("l2v.commands.recipes", "list the shipped recipes, or print one"),

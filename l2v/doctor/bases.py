@@ -10,9 +10,10 @@ from transformers import AutoConfig
 
 from l2v.errors import UserError
 from l2v.model.direction import TOLERANCE
+from l2v.model.export_config import direction_keys
 from l2v.model.export_proof import export_differences, settle
 from l2v.model.proof import Proof, measure
-from l2v.model.settings import open_chunks, quiet_transformers
+from l2v.model.settings import open_chunks, quiet_transformers, state_direction
 
 LINEAR = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
 MAMBA = ["mamba", "mamba", "attention", "mamba"]
@@ -108,6 +109,7 @@ def examine(name: str, changes: dict[str, Any]) -> Row:
         config = AutoConfig.for_model(name, **changes)
         if not causal:
             open_chunks(config)
+        state_direction(config, causal=causal)
         with quiet_transformers():
             proof = tried[direction] = measure(config, backend="l2v", causal=causal)
         if not proof.refused and not proof.open:
@@ -121,9 +123,13 @@ def examine(name: str, changes: dict[str, Any]) -> Row:
 
 def _export(config: Any, proof: Proof, causal: bool) -> str:
     try:
-        attention = settle(lambda stated: export_differences(config, proof, causal=causal, stated=stated))
+        keys = settle(
+            lambda keys: export_differences(config, proof, causal=causal, keys=keys),
+            direction_keys(config, causal=causal),
+        )
     except UserError as error:
         return f"refused: {error}"
+    attention = keys.get("_attn_implementation")
     return "equal" if attention is None else f"equal with {attention} attention, which its file states"
 
 

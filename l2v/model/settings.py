@@ -66,7 +66,7 @@ def state_direction(config: PretrainedConfig, *, causal: bool) -> None:
     """
     if causal and flagged(config):
         _unflag(config)
-    elif not causal and _has_flag(config) and not flagged(config) and getattr(config, "is_causal", True):
+    elif not causal and has_flag(config) and not flagged(config) and getattr(config, "is_causal", True):
         _flag(config)
 
 
@@ -77,13 +77,13 @@ def override(config: PretrainedConfig, overrides: Mapping[str, Any]) -> None:
         _unflag(config)  # so that a window is set as in the file
     for key, value in overrides.items():
         setattr(config, key, value)
-    if _has_flag(config) and overrides.get("use_bidirectional_attention", before):
+    if has_flag(config) and overrides.get("use_bidirectional_attention", before):
         _flag(config)
 
 
 def flagged(config: PretrainedConfig) -> bool:
     """Whether a configuration has the flag of `state_direction`, and with it holds the converted window."""
-    return _has_flag(config) and config.use_bidirectional_attention is True
+    return has_flag(config) and config.use_bidirectional_attention is True
 
 
 def by_flag(config: PretrainedConfig) -> bool:
@@ -91,7 +91,7 @@ def by_flag(config: PretrainedConfig) -> bool:
     return flagged(config) and getattr(config, "is_causal", True)
 
 
-def _has_flag(config: Any) -> bool:
+def has_flag(config: Any) -> bool:
     """Whether the architecture reads a flag, and converts a window by it."""
     return getattr(config, "model_type", None) == "gemma3_text" and isinstance(config.sliding_window, int)
 

@@ -12,6 +12,7 @@ from typing import Any
 from l2v.encoder import Encoder
 from l2v.errors import UserError, first_line
 from l2v.model.adapter_file import holds_weights
+from l2v.model.engines import reports
 from l2v.model.export import ENCODER_FILE
 from l2v.model.licence import CARD, front_matter, write_papers
 from l2v.model.lora import LINEAGE, WEIGHTS
@@ -53,7 +54,7 @@ def make_model(
         changed = f"It holds {'LoRA adapters' if adapter else 'an encoder'} that l2v trained on {base}."
         for source in (model.folder, Path(model.base)):
             write_papers(licence.identifier, folder, changed=changed, source=source)
-        text = card.render(model, repo, licence, base=base, adapter=adapter)
+        text = card.render(model, repo, licence, base=base, adapter=adapter, engines=[] if adapter else reports(folder))
         (folder / CARD).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None

@@ -41,7 +41,11 @@ Backend = Literal["l2v", "sdpa", "flash_attention_2"]
 
 @dataclass
 class Base:
-    """The decoder that becomes an encoder."""
+    """The decoder that becomes an encoder.
+
+    pool_prompt: all tokens are pooled, also special tokens, template and instruction; engines without prompts to exclude
+    (vLLM, Text Embeddings Inference) then give the vectors of the training.
+    """
 
     model: str
     revision: str | None = None
@@ -56,6 +60,7 @@ class Base:
     base_precision: Literal["same", "fp8", "nf4"] = "same"
     template: Template = field(default_factory=Template)
     pooling: Literal["mean", "weighted_mean", "last", "first"] = "mean"
+    pool_prompt: bool = False
     mask_token: str = "_"
     trust_remote_code: bool = False
 

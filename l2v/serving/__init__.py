@@ -1,1 +1,1 @@
-"""A small server of vectors with OpenAI's interface, for evaluation and development."""
+"""Exports in other engines: verified, written as an adapter, and served over HTTP with OpenAI's interface."""

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from l2v.batch import Segment, pack
-from l2v.model.export_proof import attention_to_state, save_weights
+from l2v.model.export_proof import keys_to_state, save_weights
 from l2v.model.load import inner_model, load_config, load_model
 from l2v.model.packed import PackedDecoder
 from l2v.recipe import Base
@@ -97,7 +97,7 @@ def test_a_file_that_states_its_direction_keeps_its_window(folder, tmp_path, key
     packed = packed_of(base, layers)
     assert packed.path.layout == "packed" and packed_reach(packed) == (far, far)
     if layers == "auto":
-        save_weights(packed.decoder, tmp_path / "export", attention=attention_to_state(packed))
+        save_weights(packed.decoder, tmp_path / "export", keys_to_state(packed))
         assert plain_reach(tmp_path / "export") == (far, far)
 
 
@@ -108,7 +108,7 @@ def test_a_base_that_states_none_takes_the_flags_window(folder, tmp_path, layers
     packed = packed_of(folder, layers)
     assert packed.decoder.config.use_bidirectional_attention and not hasattr(packed.decoder.config, "is_causal")
     assert packed_reach(packed) == (W // 2, W // 2)
-    save_weights(packed.decoder, first, attention=attention_to_state(packed))
+    save_weights(packed.decoder, first, keys_to_state(packed))
     for again in range(2):
         facts = json.loads((first / "config.json").read_text())
         assert (
@@ -118,7 +118,7 @@ def test_a_base_that_states_none_takes_the_flags_window(folder, tmp_path, layers
         packed = packed_of(first, layers)
         assert packed_reach(packed) == (W // 2, W // 2)
         first = tmp_path / str(again + 1)
-        save_weights(packed.decoder, first)
+        save_weights(packed.decoder, first, keys_to_state(packed))
 
 
 @pytest.mark.parametrize("keys", [{}, {"use_bidirectional_attention": True}], ids=["plain", "flag"])
@@ -127,7 +127,7 @@ def test_causal_attention_has_the_whole_window_on_one_side(folder, tmp_path, key
     for layers in ("plain", "auto"):
         packed = packed_of(base, layers, attention="causal")
         assert packed_reach(packed) == (W - 1, 0)
-    save_weights(packed.decoder, tmp_path / "export", attention=attention_to_state(packed))
+    save_weights(packed.decoder, tmp_path / "export", keys_to_state(packed))
     assert plain_reach(tmp_path / "export") == (W - 1, 0)
 
 
@@ -160,5 +160,5 @@ def test_a_version_that_saves_the_halved_window_is_corrected(folder, tmp_path, m
     config = packed.decoder.config
     monkeypatch.setattr(type(config), "to_dict", PretrainedConfig.to_dict)
     assert config.to_dict()["sliding_window"] == W // 2 + 1
-    save_weights(packed.decoder, tmp_path)
+    save_weights(packed.decoder, tmp_path, keys_to_state(packed))
     assert json.loads((tmp_path / "config.json").read_text())["sliding_window"] == W
