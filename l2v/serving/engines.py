@@ -1,4 +1,4 @@
-"""The engines that `l2v verify` compares. A new one is a class with the three members of `Engine`, added to `ENGINES`."""
+"""The engines that `l2v verify` compares. A new one is a class with the members of `Engine`, added to `ENGINES`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ BATCH = 8
 class Engine(Protocol):
     """What reads an export and gives vectors."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As the table shows it."""
+
+    @property
+    def precision(self) -> str | None:
+        """Of its arithmetic: fp32, fp16, f16, bf16, int8, q8_0; None for the export's."""
 
     def missing(self) -> str | None:
         """Why it cannot run here, as part of a sentence; None if it can."""
@@ -79,6 +85,7 @@ class Transformers:
     """Plain transformers: AutoModel and AutoTokenizer, padded batches, and the pooling that the export's files state."""
 
     name = "transformers"
+    precision = None
 
     def missing(self) -> str | None:
         """It is always there."""
@@ -105,7 +112,7 @@ class Transformers:
                 hidden_SNE = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0].float()
                 mask_SN = batch["attention_mask"].bool()
                 if prompt and not facts.include_prompt:
-                    mask_SN[:, : _length(tokenizer, prompt)] = False
+                    mask_SN[:, : prompt_length(tokenizer, prompt)] = False
                 vectors_SE = _pooled(hidden_SNE, mask_SN, facts.pooling)
                 out.append(torch.nn.functional.normalize(vectors_SE, dim=-1) if facts.normalize else vectors_SE)
             return torch.cat(out).cpu().numpy()
@@ -113,7 +120,7 @@ class Transformers:
         return encode
 
 
-def _length(tokenizer: Any, prompt: str) -> int:
+def prompt_length(tokenizer: Any, prompt: str) -> int:
     """Tokens of a prompt, without the one that the tokenizer puts behind every text."""
     ids = tokenizer(prompt)["input_ids"]
     return len(ids) - bool(ids[-1] in tokenizer.all_special_ids)
@@ -136,6 +143,7 @@ class SentenceTransformers:
     """sentence-transformers: `SentenceTransformer(folder).encode`, with `prompt=` where there is an instruction."""
 
     name = "sentence-transformers"
+    precision = None
 
     def missing(self) -> str | None:
         """Whether the package is installed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,15 +15,19 @@ from l2v.encoder import Encoder
 from l2v.errors import first_line
 from l2v.model.settings import quiet_transformers
 from l2v.serving.engines import ENGINES, Encode, Engine, Facts
+from l2v.serving.remote import Endpoint
+from l2v.serving.runtimes import engines_in
 from l2v.serving.texts import ASKED, LONGEST, SAMPLE, long_texts
 
 ENTRY = 1e-5
 """fp32: the largest difference in an entry of a vector of length 1."""
 COSINE = 1e-3
-"""bf16: the largest 1 - cosine."""
+"""In half precision: the largest 1 - cosine."""
 RECALL = 0.99
-"""bf16: the least share of the ten nearest texts that are the same."""
+"""In half precision: the least share of the ten nearest texts that are the same."""
 NEAREST = 10
+HALF = ("bf16", "fp16", "f16")
+"""Everything but these and fp32 is quantised: what it loses is shown, not judged."""
 
 ENDS = {
     "both": "  Mellemrum om teksten. \n",
@@ -33,7 +38,9 @@ ENDS = {
 
 @dataclass(frozen=True)
 class Row:
-    """An engine's vectors against l2v's. same: None if it could not run. note: why not, or what it makes of an empty text."""
+    """An engine's vectors against l2v's. same: None if it could not run, or is quantised. note: why it could not, or what it
+    makes of an empty text.
+    """
 
     engine: str
     same: bool | None
@@ -60,12 +67,16 @@ class Verification:
 
 
 def verify(
-    folder: Path, *, against: str | None = None, engines: Sequence[Engine] = ENGINES, log: Callable[[str], None] = print
+    folder: Path,
+    *,
+    against: str | None = None,
+    engines: Sequence[Engine] | None = None,
+    log: Callable[[str], None] = print,
 ) -> Verification:
     """Compare an export in every engine with l2v.
 
-    against: the run that it was made from, whose vectors are then the expected ones; default: the export in l2v itself. log:
-    told which engine is running.
+    against: the run that it was made from, whose vectors are then the expected ones; default: the export in l2v itself.
+    engines: default `engines_of(folder)`. log: receives the name of each as it runs.
 
     Raises:
         UserError: the folder is no export, or the run cannot be loaded.
@@ -79,17 +90,28 @@ def verify(
     expected = _vectors(groups, _own(encoder))
     del encoder
     gc.collect()
-    rows = []
+    rows: list[Row] = []
     if against is not None:
-        rows.append(_row("l2v", lambda: _own(Encoder.from_pretrained(folder)), groups, expected, facts))
-    for engine in engines:
+        rows.append(_row("l2v", lambda: _own(Encoder.from_pretrained(folder)), groups, expected, facts, None))
+    for engine in engines_of(folder) if engines is None else engines:
         if why := engine.missing():
             rows.append(Row(engine.name, None, note=why))
             continue
         log(engine.name)
-        rows.append(_row(engine.name, lambda engine=engine: engine.open(folder), groups, expected, facts))  # type: ignore[misc]
+        rows.append(
+            _row(engine.name, functools.partial(engine.open, folder), groups, expected, facts, engine.precision)
+        )
         gc.collect()
     return Verification(rows, facts.precision, len(expected) + 1, max(tokens), cut)
+
+
+def engines_of(folder: Path, urls: Sequence[str] = (), precision: str = "fp16") -> list[Engine]:
+    """Those that read any export, those of its ONNX and GGUF files, and servers of it. precision: of the servers.
+
+    Raises:
+        UserError: a URL is none.
+    """
+    return [*ENGINES, *engines_in(folder), *(Endpoint(url, precision) for url in urls)]
 
 
 def _groups(encoder: Encoder, facts: Facts) -> list[tuple[str | None, list[str]]]:
@@ -122,6 +144,7 @@ def _row(
     groups: list[tuple[str | None, list[str]]],
     expected: np.ndarray,
     facts: Facts,
+    precision: str | None,
 ) -> Row:
     try:
         with quiet_transformers():
@@ -135,9 +158,15 @@ def _row(
     entry = float(np.abs(seen - wanted).max())
     cosine = float((1 - (seen * wanted).sum(1)).max())
     recall = recall_at(wanted, seen)
-    exact = facts.precision == "fp32"
-    same = entry <= ENTRY if exact else cosine <= COSINE and recall >= RECALL
-    return Row(name, bool(same), entry, cosine, recall, _empty(encode))
+    same = _judged({facts.precision, precision or facts.precision}, entry, cosine, recall)
+    return Row(name, same, entry, cosine, recall, _empty(encode))
+
+
+def _judged(precisions: set[str], entry: float, cosine: float, recall: float) -> bool | None:
+    """Whether vectors are the same, by the limits of the coarser precision. NaN and Inf are not; None if it is quantised."""
+    if precisions - {"fp32", *HALF} and np.isfinite([entry, cosine, recall]).all():
+        return None
+    return bool(entry <= ENTRY if precisions == {"fp32"} else cosine <= COSINE and recall >= RECALL)
 
 
 def _normalised(vectors_NE: np.ndarray) -> np.ndarray:
