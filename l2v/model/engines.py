@@ -124,7 +124,14 @@ def _directed(files: Files, directions: dict[str, str]) -> str:
     key = directions[kind]
     if not files.one_direction and files.config.get(key) != READS[key]:
         return f"it reads {key} for '{kind}', and this export cannot state it without changing the vectors elsewhere"
+    if kind == "gemma3_text" and files.config.get("is_causal") is False and files.length > _whole(files.config):
+        return "with is_causal as well, local layers have another window there"
     return ""
+
+
+def _whole(config: dict[str, Any]) -> int:
+    """Tokens of the longest text that the local layers of a bidirectional Gemma 3 see as a whole."""
+    return config["sliding_window"] // 2 + 1
 
 
 def _vllm(files: Files) -> Report:
@@ -139,9 +146,8 @@ def _vllm(files: Files) -> Report:
 
 def _tei(files: Files) -> Report:
     config, kind = files.config, files.config["model_type"]
-    refused = _directed(files, TEI_DIRECTIONS) or _pooled_alike(
-        files, {"mean": "mean", "lasttoken": "last-token", "cls": "cls"}
-    )
+    poolings = {"mean": "mean"} | ({} if kind == "gemma3_text" else {"lasttoken": "last-token", "cls": "cls"})
+    refused = _directed(files, TEI_DIRECTIONS) or _pooled_alike(files, poolings)
     refused = refused or _unlike_tei(config, files.length)
     if refused:
         return Report("tei", "", refused)
@@ -152,6 +158,8 @@ def _tei(files: Files) -> Report:
 def _unlike_tei(config: dict[str, Any], length: int) -> str:
     """What of the architecture Text Embeddings Inference computes in another way."""
     kind = config["model_type"]
+    if kind == "gemma3_text":
+        return _gemma3_unlike_tei(config, length)
     if kind in ("llama", "mistral"):
         heads = config["hidden_size"] // config["num_attention_heads"]
         if (config.get("head_dim") or heads) != heads:
@@ -163,8 +171,31 @@ def _unlike_tei(config: dict[str, Any], length: int) -> str:
     window = config.get("sliding_window") if kind == "mistral" or config.get("use_sliding_window") else None
     if window and window < length:
         return f"texts of {length} tokens are longer than the window of {window}, which it applies to the left alone"
-    if kind != "gemma3_text" and "rope_theta" not in config:
+    if "rope_theta" not in config:
         return "it needs one rope_theta, and this model has several or none"
+    return ""
+
+
+TEI_GEMMA3 = (
+    "attention_bias", "hidden_activation", "pad_token_id", "query_pre_attn_scalar", "rope_local_base_freq", "rope_theta",
+    "_sliding_window_pattern",
+)  # fmt: skip
+"""Keys that it requires of Gemma 3 and that a model may lack."""
+
+
+def _gemma3_unlike_tei(config: dict[str, Any], length: int) -> str:
+    """Its Gemma 3 is bidirectional, whatever a file says, with every so many layers seeing the whole text."""
+    if not config.get("use_bidirectional_attention"):
+        return "its Gemma 3 has attention in both directions"
+    if missing := [key for key in TEI_GEMMA3 if config.get(key) is None]:
+        return f"it needs {missing[0]} in config.json, and this model has none"
+    if any(rope.get("rope_type", "default") != "default" for rope in config["rope_parameters"].values()):
+        return "it does not scale the rotary embedding of Gemma 3"
+    if length > (whole := _whole(config)):
+        return (
+            f"it drops the window of {config['sliding_window']} where all texts of a batch have one length, and texts of up to "
+            f"{length} tokens are longer than the {whole} that it spans; export with --length {whole}"
+        )
     return ""
 
 

@@ -60,11 +60,31 @@ def complete_config(folder: Path, keys: Keys) -> None:
     facts = json.loads(file.read_text(encoding="utf-8"))
     for part in (facts, facts.get("text_config")):
         if isinstance(part, dict):
-            part |= {**_older_rotary(part), **keys}
+            part |= {**_older_rotary(part), **_older_gemma3(part), **keys}
             for key in [key for key, value in keys.items() if value is None]:
                 del part[key]
     facts |= GUARD
     file.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+GEMMA3_PATTERN = "_sliding_window_pattern"
+
+
+def _older_gemma3(facts: dict[str, Any]) -> Keys:
+    """Gemma 3 as transformers 4 named it: both rotary bases, and every which layer sees the whole text. Text Embeddings Inference
+    requires them. transformers 5 writes the last one as 6 whatever the layers are, so it is removed where no number is right.
+    """
+    found = facts.get("rope_parameters")
+    if facts.get("model_type") != "gemma3_text" or not isinstance(found, dict):
+        return {}
+    facts.pop(GEMMA3_PATTERN, None)
+    kinds = facts["layer_types"]
+    step = kinds.index("full_attention") + 1 if "full_attention" in kinds else len(kinds) + 1
+    regular = ["full_attention" if at % step == 0 else "sliding_attention" for at in range(1, len(kinds) + 1)]
+    return {
+        "rope_theta": found["full_attention"]["rope_theta"],
+        "rope_local_base_freq": found["sliding_attention"]["rope_theta"],
+    } | ({GEMMA3_PATTERN: step} if kinds == regular else {})
 
 
 def _older_rotary(facts: dict[str, Any]) -> Keys:

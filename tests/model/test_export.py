@@ -11,7 +11,7 @@ import torch
 from support.engine_rules import OldVllm, Refused, Tei, Vllm
 from support.made_run import make_run
 from tokenizers import Tokenizer, models, processors
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from l2v import Encoder
 from l2v.commands import main as cli
@@ -40,6 +40,12 @@ def bases(tmp_path_factory, base, bos_tokenizer_folder, tiny_config):
             shape |= {"vocab_size": tiny_config["vocab_size"] + 4}  # Qwen's tokenizer adds a token
             shape |= {"layer_types": None} if family.startswith("qwen") else {}
             shape |= {"sliding_window": None} if family == "mistral" else {}
+            if family == "gemma3_text":
+                shape |= {
+                    "layer_types": ["sliding_attention", "full_attention"],
+                    "query_pre_attn_scalar": 8,
+                    "pad_token_id": 2,
+                }
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
             model.save_pretrained(folder)
             tokenizer = AutoTokenizer.from_pretrained(bos_tokenizer_folder)
@@ -142,6 +148,68 @@ def test_every_key_is_needed(served, tmp_path, rules, file, key):
     (tmp_path / "out" / file).write_text(json.dumps(facts))
     with suppress(Refused, KeyError):
         assert off(rules(tmp_path / "out"), encoder.encode(TEXTS, dimensions=8), dimensions=8) > 1e-3
+
+
+def gemma3(bases, folder, **config):
+    """An encoder of a random Gemma 3 with these keys in its file, and its export."""
+    base = shutil.copytree(bases("gemma3_text"), folder / "base")
+    facts = json.loads((base / "config.json").read_text())
+    facts.pop("use_bidirectional_attention")
+    (base / "config.json").write_text(json.dumps(facts | config))
+    template = Template(suffix="</s>")
+    encoder = Encoder.from_pretrained(base, precision="fp32", length=LENGTH, pool_prompt=True, template=template)
+    return encoder, {report.name: report for report in encoder.save(folder / "out")}, folder / "out"
+
+
+@pytest.mark.parametrize("window", [16, 80])
+def test_gemma_3_states_its_direction_by_its_own_flag_alone(bases, tmp_path, window):
+    """Texts are longer than the smaller window and its half. Plain transformers, vLLM and TEI see what l2v sees."""
+    encoder, found, export = gemma3(bases, tmp_path, sliding_window=window)
+    facts = json.loads((export / "config.json").read_text())
+    assert facts["use_bidirectional_attention"] is True and "is_causal" not in facts
+    assert (facts["sliding_window"], facts["_sliding_window_pattern"]) == (window, 2)
+    assert (facts["rope_theta"], facts["rope_local_base_freq"]) == (1e6, 1e4)
+    expected = encoder.encode(TEXTS)
+    tokenizer, model = AutoTokenizer.from_pretrained(export), AutoModel.from_pretrained(export).eval()
+    for text, vector in zip(TEXTS, expected, strict=True):
+        ids = tokenizer(text, truncation=True, max_length=LENGTH, return_tensors="pt")
+        pooled = torch.nn.functional.normalize(model(**ids)[0][0].mean(0), dim=-1)
+        assert np.abs(pooled.detach().numpy() - vector).max() < 1e-5
+    assert not found["vllm"].refused and off(Vllm(export), expected) < 1e-5
+    assert off(Tei(export), expected) < 1e-5
+    assert ("--length 9" in found["tei"].refused) if window == 16 else not found["tei"].refused
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_gemma_3_that_states_is_causal_keeps_it_and_is_refused_elsewhere(bases, tmp_path, both):
+    """Its window is another one there."""
+    keys = {"is_causal": False} | ({"use_bidirectional_attention": True} if both else {})
+    encoder, found, export = gemma3(bases, tmp_path, sliding_window=16, **keys)
+    facts = json.loads((export / "config.json").read_text())
+    assert facts["is_causal"] is False and bool(facts.get("use_bidirectional_attention")) == both
+    assert facts["sliding_window"] == 16
+    expected = encoder.encode(TEXTS)
+    for name, rule in (("vllm", Vllm), ("tei", Tei)):
+        assert found[name].refused and off(rule(export), expected) > 1e-3
+
+
+@pytest.mark.parametrize("key", ["rope_local_base_freq", "rope_theta", "pad_token_id", "_sliding_window_pattern"])
+def test_every_key_of_gemma_3_is_needed(bases, tmp_path, key):
+    _, found, export = gemma3(bases, tmp_path, sliding_window=80)
+    assert not found["tei"].refused
+    facts = json.loads((export / "config.json").read_text())
+    del facts[key]
+    (export / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(Refused, match=key):
+        Tei(export)
+    assert key in next(report for report in reports(export) if report.name == "tei").refused
+
+
+def test_layers_of_gemma_3_without_a_pattern_are_refused_for_tei(bases, tmp_path):
+    kinds = ["full_attention", "sliding_attention"]  # of which none is every n-th
+    _, found, export = gemma3(bases, tmp_path, sliding_window=80, layer_types=kinds)
+    assert "_sliding_window_pattern" not in json.loads((export / "config.json").read_text())
+    assert "_sliding_window_pattern" in found["tei"].refused and not found["vllm"].refused
 
 
 def test_dimensions_that_were_not_trained_are_refused_by_vllm(served):

@@ -38,10 +38,20 @@ class Rules:
         bidirectional = self.bidirectional()
         config = AutoConfig.from_pretrained(folder)
         self.rotary(config)
-        config.is_causal = not bidirectional
+        self.direct(config, bidirectional)
         self.model = AutoModel.from_pretrained(
             folder, config=config, attn_implementation="eager", dtype=torch.float32
         ).eval()
+
+    def direct(self, config, bidirectional: bool) -> None:
+        """Gemma 3 sees half its window to each side, whatever else the file says."""
+        if config.model_type != "gemma3_text":
+            config.is_causal = not bidirectional
+            return
+        vars(config).pop("is_causal", None)
+        window = self.config["sliding_window"]
+        config.use_bidirectional_attention = bidirectional
+        config.sliding_window = window // 2 + 1 if bidirectional else window
 
     def limit(self) -> int:
         file = self.folder / "sentence_bert_config.json"
@@ -77,11 +87,20 @@ TEI_KEYS: dict[str, type | tuple] = {
 """Of its structs for Llama, Mistral, Qwen2 and Qwen3."""
 
 
+TEI_GEMMA3: dict[str, type | tuple] = {
+    "attention_bias": bool, "pad_token_id": int, "hidden_activation": str, "query_pre_attn_scalar": int,
+    "rope_local_base_freq": (int, float), "_sliding_window_pattern": int,
+}  # fmt: skip
+"""Of its struct for Gemma 3, next to those above but `hidden_act`."""
+
+
 class Tei(Rules):
-    """Text Embeddings Inference."""
+    """Text Embeddings Inference. One text at a time: where all texts of a batch have one length, its Gemma 3 has no window."""
 
     def pooling(self) -> str:
         modes = read(self.folder, "1_Pooling/config.json")
+        if self.config["model_type"] == "gemma3_text" and not modes.get("pooling_mode_mean_tokens"):
+            raise Refused("only mean pooling is supported for Gemma3")
         need(modes, dict.fromkeys(("pooling_mode_cls_token", "pooling_mode_mean_tokens"), bool))
         need(modes, dict.fromkeys(("pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens"), bool))
         if modes["pooling_mode_cls_token"]:
@@ -93,8 +112,16 @@ class Tei(Rules):
         raise Refused("pooling config is not supported")
 
     def bidirectional(self) -> bool:
-        need(self.config, {"architectures": list, "model_type": str} | TEI_KEYS)
+        keys = {
+            key: kind
+            for key, kind in TEI_KEYS.items()
+            if key != "hidden_act" or self.config["model_type"] != "gemma3_text"
+        }
+        need(self.config, {"architectures": list, "model_type": str} | keys)
         kind = self.config["model_type"]
+        if kind == "gemma3_text":
+            need(self.config, TEI_GEMMA3)
+            return True  # the only direction of its code
         if kind not in ("llama", "mistral", "qwen2", "qwen3"):
             raise Refused(f"no model {kind}")
         if kind == "qwen2":
@@ -102,6 +129,15 @@ class Tei(Rules):
         return self.config.get("use_bidirectional_attention") is True
 
     def rotary(self, config) -> None:
+        if config.model_type == "gemma3_text":
+            step = self.config["_sliding_window_pattern"]
+            config.layer_types = [
+                "full_attention" if at % step == 0 else "sliding_attention"
+                for at in range(1, config.num_hidden_layers + 1)
+            ]
+            for kind, key in (("full_attention", "rope_theta"), ("sliding_attention", "rope_local_base_freq")):
+                config.rope_parameters[kind] = {"rope_type": "default", "rope_theta": self.config[key]}
+            return
         config.rope_parameters = {"rope_type": "default", "rope_theta": self.config["rope_theta"]}
 
 
@@ -124,6 +160,8 @@ class Vllm(Rules):
         return known[name]
 
     def bidirectional(self) -> bool:
+        if self.config["model_type"] == "gemma3_text":
+            return self.config.get("use_bidirectional_attention") is True
         return self.config["model_type"] in ("llama", "qwen2", "qwen3") and self.config.get("is_causal") is False
 
     def check_dimensions(self, dimensions: int | None) -> None:
