@@ -90,7 +90,7 @@ class TextTokenizer:
         self, tokenizer: PreTrainedTokenizerBase, template: Template, length: int, *, pooled: Pooled = "text"
     ) -> None:
         """pooled: which tokens are pooled. text: the text's own and those behind them. all: special tokens, header and
-        instruction too; unprompted: these only without header and instruction (two ways of sentence-transformers).
+        instruction too; unprompted: these only without header and instruction, counted as sentence-transformers counts them.
         """
         self.tokenizer, self.template, self.length, self.pooled = tokenizer, template, length, pooled
 
@@ -115,7 +115,7 @@ class TextTokenizer:
         not (digits, emoji), pooling begins at the same position, as in engines that exclude a fixed number of tokens.
         """
         header = self.header(instruction)
-        shown = len(header.rstrip(" "))
+        shown, prompted = len(header.rstrip(" ")), self._prompted(header)
         strings = [header + text.strip() + self.template.suffix for text in texts]
         encoded = self.tokenizer(strings, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
         out, starts, cut = [], [], 0
@@ -137,8 +137,16 @@ class TextTokenizer:
                 ids = ids[: stop - over] + ids[stop:]
                 cut += 1
             out.append(ids)
-            starts.append(0 if self.pooled == "all" or (self.pooled == "unprompted" and not header) else start)
+            starts.append({"text": start, "all": 0}.get(self.pooled, min(prompted, len(ids) - 1)))
         return out, starts, cut
+
+    def _prompted(self, header: str) -> int:
+        """How many tokens sentence-transformers leaves out for a prompt: those of the prompt alone, less a special one at its end.
+
+        Behind a space, which is a token of its own there, that is one too many where the text's first token has the space in it.
+        """
+        ids = self.tokenizer(header, verbose=False)["input_ids"] if header else []
+        return len(ids) - bool(ids and ids[-1] in self.tokenizer.all_special_ids)
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of the texts alone: no template, no special tokens, never truncated."""
