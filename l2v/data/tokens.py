@@ -141,7 +141,7 @@ class TextTokenizer:
         return out, starts, cut
 
     def _prompted(self, header: str) -> int:
-        """How many tokens sentence-transformers leaves out for a prompt: those of the prompt alone, less a special one at its end.
+        """How many tokens sentence-transformers leaves out for a prompt: those of the prompt alone, less one special at its end.
 
         Behind a space, which is a token of its own there, that is one too many where the text's first token has the space in it.
         """

@@ -161,7 +161,8 @@ def _prompts(framed: Framed, instructions: Instructions, pooling: str) -> dict[s
     unless it is pooled.
     """
     template, placed = framed.template, framed.exclude and pooling not in ("mean", "last")
-    header, prompts = template.prefix, {}
+    header = template.prefix
+    prompts: dict[str, str] = {}
 
     def prompt(instruction: str | None) -> str:
         return header + (template.instruction.format(instruction=instruction) if instruction and not placed else "")

@@ -16,7 +16,7 @@ TOO_OLD = (
 )
 """What versions before 5 show instead of loading the export causally; they cut it after 200 characters."""
 
-GUARD = {"pruned_heads": {TOO_OLD: []}}
+GUARD: dict[str, Any] = {"pruned_heads": {TOO_OLD: []}}
 """A key that transformers 3 and 4 turn into whole numbers as they read a configuration, so that they fail and show its text.
 transformers 5 has no such key, and neither have the other engines."""
 

@@ -84,7 +84,8 @@ def _known(model: str) -> dict[str, Any]:
 def _export(folder: Path, name: str) -> Found:
     try:
         facts = json.loads((folder / ENCODER_FILE).read_text(encoding="utf-8"))
-        own, adapters = {"model": name}, []
+        own: dict[str, Any] = {"model": name}
+        adapters: list[str] = []
         if (folder / "adapter_config.json").is_file():  # unmerged: `l2v export --adapter-only`
             own, adapters = {key: value for key, value in facts["base"].items() if key != "template"}, [name]
         base = Base(**own | {"template": Template(**facts["template"]), "pooling": facts["pooling"]})

@@ -124,7 +124,7 @@ def _write(
     summed.save(folder, base.model)
     (folder / ENCODER_FILE).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     with quiet_transformers(), torch.no_grad():
-        PeftModel.from_pretrained(Around(inner, inner.base_model_prefix), folder, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+        PeftModel.from_pretrained(Around(inner, inner.base_model_prefix), folder, autocast_adapter_dtype=False)
     model = PackedDecoder(
         inner, causal=base.attention == "causal", backend=base.backend, pooling=base.pooling, layers="plain"
     )
