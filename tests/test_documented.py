@@ -29,8 +29,8 @@ HERE = [shlex.split(line) for line in LIST["here"]]
 # What a command prints, wherever the page says so or a reader would look for it.
 PRINTS = {
     "init": "faq.csv: 24 pairs", "check": " pairs", "search": "Man sejler til", "encode": "24 vectors",
-    "eval": "results, 0 skipped", "mine": "negatives", "export": "faq-encoder: written", "quantize": "small_vectors.png",
-    "report": ".html",
+    "eval": "results, 0 skipped", "mine": "negatives", "export": ": written, ", "quantize": "small_vectors.png",
+    "report": ".html", "verify": "faq-encoder: 64 texts, ",
 }  # fmt: skip
 
 

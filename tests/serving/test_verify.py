@@ -12,7 +12,7 @@ from l2v import Encoder
 from l2v.commands import main as cli
 from l2v.errors import UserError
 from l2v.serving.engines import ENGINES, Transformers
-from l2v.serving.verify import recall_at, verify
+from l2v.serving.verify import _judged, recall_at, verify
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def rows(folder, *engines, **options):
 def test_all_engines_agree_and_the_command_says_so(export, run, capsys):
     assert cli.main(["verify", str(export), "--against", str(run)]) == 0
     out = capsys.readouterr().out
-    assert f"{export}: 64 texts, " in out and "in fp32 (largest difference of an entry 1e-05)" in out
+    assert f"{export}: 64 texts, " in out and "in fp32 (largest difference of an entry 1e-05; in half" in out
     for engine in ("l2v", *(engine.name for engine in ENGINES)):
         assert any(line.split()[:2] == [engine, "same"] for line in out.splitlines()), out
 
@@ -105,7 +105,7 @@ def test_in_bf16_cosine_and_recall_decide(run, tmp_path):
     noise = np.random.default_rng(0)
 
     class Noisy:
-        name = "noisy"
+        name, precision = "noisy", None
 
         def __init__(self, scale):
             self.scale = scale
@@ -124,6 +124,22 @@ def test_in_bf16_cosine_and_recall_decide(run, tmp_path):
     row = rows(tmp_path / "out", Noisy(0.01))["noisy"]
     assert row.same is False and row.cosine > 1e-3
     assert rows(tmp_path / "out", Transformers())["transformers"].cosine < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("precisions", "entry", "cosine", "recall", "same"),
+    [
+        ({"fp32"}, 9e-6, 1e-9, 1.0, True),
+        ({"fp32"}, 2e-5, 1e-9, 1.0, False),
+        ({"fp32", "fp16"}, 2e-2, 9e-4, 0.99, True),
+        ({"bf16"}, 2e-2, 2e-3, 1.0, False),
+        ({"bf16", "f16"}, 1e-3, 1e-4, 0.98, False),
+        ({"fp32", "int8"}, 0.5, 0.3, 0.4, None),
+        ({"bf16", "q8_0"}, float("nan"), float("nan"), 0.4, False),
+    ],
+)
+def test_the_coarser_precision_decides_and_what_is_quantised_is_not_judged(precisions, entry, cosine, recall, same):
+    assert _judged(precisions, entry, cosine, recall) is same
 
 
 def test_an_engine_that_is_not_installed_is_skipped(export, monkeypatch):
