@@ -88,9 +88,10 @@ def _transformers(files: Files) -> Report:
 
 
 def _sentence_transformers(files: Files) -> Report:
+    since = "5.4" if "embedding_dimension" in files.pooling else "5.3"
     return Report(
         "sentence-transformers",
-        f"those of l2v in {files.dtype}, with its prompts; from version 5.3 with transformers 5.2",
+        f"those of l2v in {files.dtype}, with its prompts; from version {since} with transformers 5.2",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -94,10 +94,10 @@ def _write(
         {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
     ][: 3 if normalize else 2]
     _json(folder / "modules.json", modules)
-    _json(folder / "1_Pooling" / "config.json", _pooling(model, framed))
+    settings = _prompts(framed, instructions, model.pooling) | {"similarity_fn_name": "cosine"}
+    _json(folder / "1_Pooling" / "config.json", _pooling(model, framed, settings["prompts"].values()))
     if normalize:
         (folder / "2_Normalize").mkdir()
-    settings = _prompts(framed, instructions, model.pooling) | {"similarity_fn_name": "cosine"}
     _json(folder / "config_sentence_transformers.json", settings)
     _json(folder / "sentence_bert_config.json", {"max_seq_length": texts.length, "do_lower_case": False})
     facts = encoder_facts(
@@ -139,17 +139,21 @@ def encoder_facts(
     }
 
 
-def _pooling(model: PackedDecoder, framed: Framed) -> dict[str, Any]:
+def _pooling(model: PackedDecoder, framed: Framed, prompts: Iterable[str]) -> dict[str, Any]:
     """The file of the pooling module, in both spellings: a key for each mode (sentence-transformers up to 5.3, vLLM up to
     0.23, Text Embeddings Inference, which requires them) and the mode's name (the newer versions).
 
-    vLLM up to 0.23 takes the one key that is true, so `include_prompt` is written only where it is false. The width has its
-    older name, since sentence-transformers up to 5.3 refuses the newer one.
+    vLLM up to 0.23 takes the one key that is true, so `include_prompt` is written only where it is false. sentence-transformers
+    up to 5.3 refuses the newer name of the width. It counts prompts without white space at their ends, and a line break there
+    would be pooled: such an export has the newer name, so that it fails there, and any other one the older name.
     """
     used = POOLING_MODES[model.pooling]
     width = model.decoder.config.get_text_config().hidden_size
     modes = {key: mode == used for mode, key in POOLING_KEYS.items()}
-    facts = {"word_embedding_dimension": width, **modes, "pooling_mode": used}
+    template = framed.template
+    known = [*prompts, template.prefix + template.instruction.format(instruction="a")]
+    stripped = framed.exclude and any(prompt.rstrip(" ") != prompt.strip() for prompt in known)
+    facts = {"embedding_dimension" if stripped else "word_embedding_dimension": width, **modes, "pooling_mode": used}
     return facts | ({"include_prompt": False} if framed.exclude else {})
 
 

@@ -305,6 +305,27 @@ def test_sentence_transformers_excludes_the_prompt_of_every_text(bases, tmp_path
     np.testing.assert_allclose(theirs.encode(texts), encoder.encode(texts), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("template", "pool_prompt", "since"),
+    [
+        (Template(prefix="spørg:\n"), False, "5.4"),
+        (Template(instruction="{instruction}\n"), False, "5.4"),
+        (Template(prefix="spørg: "), False, "5.3"),
+        (Template(prefix="spørg:\n"), True, "5.3"),
+    ],
+    ids=["header", "instruction", "space", "pooled"],
+)
+def test_a_prompt_that_sentence_transformers_5_3_counts_without_its_end_fails_there(
+    bases, tmp_path, template, pool_prompt, since
+):
+    """By the name of the width, which it does not know."""
+    encoder = Encoder.from_pretrained(bases("llama"), precision="fp32", template=template, pool_prompt=pool_prompt)
+    found = {report.name: report for report in encoder.save(tmp_path / "out")}
+    assert f"from version {since} " in found["sentence-transformers"].vectors
+    pooling = json.loads((tmp_path / "out" / "1_Pooling" / "config.json").read_text())
+    assert ("embedding_dimension" in pooling, "word_embedding_dimension" in pooling) == (since == "5.4", since == "5.3")
+
+
 def test_older_versions_of_transformers_fail_with_a_sentence(served):
     """They turn the keys of pruned_heads into numbers (`PretrainedConfig.from_dict` of 4.57); version 5 has no such key."""
     facts = json.loads((served[1] / "config.json").read_text())

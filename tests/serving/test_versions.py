@@ -70,6 +70,10 @@ def test_another_version_gives_the_vectors_or_says_what_it_needs(exported, tmp_p
     if versions[0].startswith("4."):
         assert done.returncode and "needs transformers 5.2 or newer" in done.stderr, (versions, done.stderr[-500:])
         return
+    pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
+    if "embedding_dimension" in pooling and tuple(map(int, versions[1].split(".")[:2])) < (5, 4):
+        assert done.returncode and "embedding_dimension" in done.stderr, (versions, done.stderr[-500:])
+        return
     assert not done.returncode, (versions, done.stderr[-2000:])
     with np.load(tmp_path / "out.npz") as seen:
         apart = [
@@ -79,4 +83,5 @@ def test_another_version_gives_the_vectors_or_says_what_it_needs(exported, tmp_p
     print(
         f"transformers {versions[0]}, sentence-transformers {versions[1]}: {apart[0]:.1e} plain, {apart[1]:.1e} with prompt"
     )
-    assert max(apart) < 1e-5, (versions, apart)
+    # SmolLM2, untrained in both directions: sentence-transformers itself moves by 4e-5 with its batch size.
+    assert max(apart) < (1e-4 if "smollm2" in str(folder) else 1e-5), (versions, apart)
