@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
         "--against", metavar="MODEL", help="the run that it was made from; default: the export in l2v itself"
     )
     p.add_argument(
-        "--url", action="append", default=[], metavar="URL[#MODEL]",
-        help="also a server of the export with OpenAI's interface: vLLM, Text Embeddings Inference",
+        "--url", action="append", default=[], metavar="URL",
+        help="also a server of the export with OpenAI's interface (vLLM, Text Embeddings Inference): URL or URL#MODEL",
     )  # fmt: skip
     p.add_argument(
         "--url-precision", choices=("fp32", "fp16", "bf16"), default="fp16",
