@@ -179,11 +179,11 @@ def _attention(shape: LayerShape, mode: ExecutionMode) -> dict[str, int]:
         return kept
     # The output in token order is kept by the linear layer that reads it, if that layer keeps its input unchanged.
     output = q * b if mode.fused else 0
-    if mode.attention_dropout:  # computed step by step in fp32: weights before and after dropout, and the mask
+    if mode.attention_dropout:  # in batched matmuls: the weights before dropout in fp32, and the mask
         del kept["attention statistics"]
-        weights = {"attention weights": shape.heads * mode.length * (4 + 4 + 1)}
-        return kept | {"q, k, v": (q + 2 * kv) * 4, "attention output": output} | weights
-    return kept | {"attention output": q * b + output}
+        return kept | {"attention output": output, "attention weights": shape.heads * mode.length * (4 + 1)}
+    # PyTorch's flash kernel runs in fp32, whatever the dtype.
+    return kept | {"q, k, v": (q + 2 * kv) * 4, "attention output": q * 4 + output}
 
 
 def unread_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FUSED) -> int:
