@@ -198,14 +198,17 @@ def _added_in_rope(x_TE: torch.Tensor, spec: LayerSpec) -> bool:
     )
 
 
-def _added_in_swiglu(adapters: Adapters) -> bool:
-    """Whether SwiGLU adds LoRA's part of gate and up; that saves writing it and reading it again in the frozen matmul."""
-    return bool(adapters) and max(a.rank for a in adapters) <= swiglu.MAX_RANK
+def _added_in_swiglu(x_TE: torch.Tensor, adapters: Adapters) -> bool:
+    """Whether SwiGLU adds LoRA's part of gate and up; that saves writing it and reading it again in the frozen matmul.
+
+    Not on PyTorch's path, where the frozen matmul adds to it at no cost, and SwiGLU would compute it three times.
+    """
+    return bool(adapters) and takes_triton(x_TE) and max(a.rank for a in adapters) <= swiglu.MAX_RANK
 
 
-def _share(kept: lora.Kept, adapters: Adapters) -> swiglu.GateUpLora | None:
+def _share(x_TE: torch.Tensor, kept: lora.Kept, adapters: Adapters) -> swiglu.GateUpLora | None:
     """What SwiGLU adds to the frozen matmul of gate and up; None if there is no LoRA or the matmul has added it already."""
-    if not _added_in_swiglu(adapters):
+    if not _added_in_swiglu(x_TE, adapters):
         return None
     assert kept.xa_TR is not None  # there are adapters
     pairs: dict[int, tuple[Any, Any]] = {
@@ -227,9 +230,9 @@ class GatedMlp(torch.autograd.Function):
         spec = call.spec
         sum_TE, x_TE, delta_rstd_T, rstd_T = _add_and_norm(spec, residual_TE, delta_TE)
         of_gate_up, of_down = spec.gate_up.adapters(), spec.down.adapters()
-        project = lora.forward_frozen if _added_in_swiglu(of_gate_up) else lora.forward
+        project = lora.forward_frozen if _added_in_swiglu(x_TE, of_gate_up) else lora.forward
         gate_up_TG, kept_gate_up = project(x_TE, spec.gate_up.linears(), of_gate_up, call.dropout)
-        product_TF = swiglu.forward(gate_up_TG, _share(kept_gate_up, of_gate_up), spec.activation)
+        product_TF = swiglu.forward(gate_up_TG, _share(x_TE, kept_gate_up, of_gate_up), spec.activation)
         y_TE, kept_down = lora.forward(product_TF, spec.down.linears(), of_down, call.dropout)
         after: tuple[torch.Tensor | None, ...] = (None,) * 4
         out: tuple[torch.Tensor, torch.Tensor | None] = sum_TE, y_TE
@@ -257,7 +260,7 @@ class GatedMlp(torch.autograd.Function):
             dy_TE = spec.after[1].backward(dsum_TE, y_TE, y_rstd_T)
         assert dy_TE is not None
         of_gate_up = spec.gate_up.adapters()
-        share = _share(kept_gate_up, of_gate_up)
+        share = _share(sum_TE, kept_gate_up, of_gate_up)
         if product_TF is None:
             product_TF = swiglu.forward(gate_up_TG, share, spec.activation)
         of_down = lora.backward(
