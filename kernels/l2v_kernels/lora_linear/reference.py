@@ -78,7 +78,7 @@ def up_backward(
     """Gradients of xa B^T: writes dB [O, R], and factor * dy B into dxa [T, R], as `down_backward` takes it."""
     # Not written into the slice directly: a GEMM library that cannot do that would copy it twice.
     dxa_TR.copy_((dy_TO @ b_OR).mul_(factor))
-    torch.mm(dy_TO.t(), xa_TR, out=db_OR)
+    db_OR.copy_((xa_TR.t() @ dy_TO).t())  # half the time of dy^T xa, whose rows are long and few numbers wide
 
 
 def down_backward(
