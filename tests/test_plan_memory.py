@@ -224,8 +224,8 @@ def test_peak_of_a_contrastive_step(monkeypatch, stage, recompute):
 
 @pytest.mark.parametrize(("dtype", "recompute"), [(FP32, "none"), (BF16, "cheap"), (BF16, "layer")])
 def test_peak_of_forward_and_backward_on_a_cpu(dtype, recompute):
-    """The path without kernels, which keeps masks. With recompute: none the peak is at the end of the forward, and the plan counts
-    3.9 MB of 18.6 more than the trace: its work of the head is an upper bound."""
+    """The path without kernels, which keeps masks. With recompute: none the peak is at the end of the forward, and the plan
+    counts 3.9 MB of 18.6 more than the trace: its work of the head is an upper bound."""
     step = FakeStep(SMALL, dtype, kernels=False)
     step.model.set_recompute(recompute)
     stage, batch = mntp(recompute=recompute, length=64), step.batch([64] * 4, labels=51)
