@@ -208,11 +208,11 @@ def work_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FU
     """
     b, E, F = shape.itemsize, shape.hidden, shape.ffn
     work = (3 * F + E + E * shape.norms_after) * b
-    if (
-        mode.fused and not mode.kernels
-    ):  # the references compute in fp32, in two buffers, with LoRA's part already added
-        summed = b < 4 or not {"gate_proj", "up_proj"}.isdisjoint(shape.adapted)
-        work += 2 * F * 4 + (2 * F * 4 if summed else 0)
+    if mode.fused and not mode.kernels:
+        # LoRA's dropout has two buffers besides SwiGLU's output and its gradient. In half precision the references recompute that
+        # output in fp32, in two buffers, with LoRA's part already added; the gradient of gate and up does not exist yet.
+        summed = not {"gate_proj", "up_proj"}.isdisjoint(shape.adapted)
+        work += F * b if b >= 4 else 2 * F * 4 + (2 * F * 4 if summed else 0) - 2 * F * b
     elif not mode.fused:  # here the peak may be in an fp32 norm instead
         work = max(work, 5 * E * 4 + E * b)
     if recompute == "layer":
