@@ -179,11 +179,11 @@ def _attention(shape: LayerShape, mode: ExecutionMode) -> dict[str, int]:
         return kept
     # The output in token order is kept by the linear layer that reads it, if that layer keeps its input unchanged.
     output = q * b if mode.fused else 0
-    if mode.attention_dropout:  # computed step by step in fp32: weights before and after dropout, and the mask
+    if mode.attention_dropout:  # in batched matmuls: the weights before dropout in fp32, and the mask
         del kept["attention statistics"]
-        weights = {"attention weights": shape.heads * mode.length * (4 + 4 + 1)}
-        return kept | {"q, k, v": (q + 2 * kv) * 4, "attention output": output} | weights
-    return kept | {"attention output": q * b + output}
+        return kept | {"attention output": output, "attention weights": shape.heads * mode.length * (4 + 1)}
+    # PyTorch's flash kernel runs in fp32, whatever the dtype.
+    return kept | {"q, k, v": (q + 2 * kv) * 4, "attention output": q * 4 + output}
 
 
 def unread_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FUSED) -> int:
@@ -208,11 +208,11 @@ def work_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FU
     """
     b, E, F = shape.itemsize, shape.hidden, shape.ffn
     work = (3 * F + E + E * shape.norms_after) * b
-    if (
-        mode.fused and not mode.kernels
-    ):  # the references compute in fp32, in two buffers, with LoRA's part already added
-        summed = b < 4 or not {"gate_proj", "up_proj"}.isdisjoint(shape.adapted)
-        work += 2 * F * 4 + (2 * F * 4 if summed else 0)
+    if mode.fused and not mode.kernels:
+        # LoRA's dropout has two buffers besides SwiGLU's output and its gradient. In half precision the references recompute that
+        # output in fp32, in two buffers, with LoRA's part already added; the gradient of gate and up does not exist yet.
+        summed = not {"gate_proj", "up_proj"}.isdisjoint(shape.adapted)
+        work += F * b if b >= 4 else 2 * F * 4 + (2 * F * 4 if summed else 0) - 2 * F * b
     elif not mode.fused:  # here the peak may be in an fp32 norm instead
         work = max(work, 5 * E * 4 + E * b)
     if recompute == "layer":

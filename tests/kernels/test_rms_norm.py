@@ -5,7 +5,7 @@ import torch
 from support.step_cases import bytes_saved, check_rms_norm, plain_rms_norm, poisoned
 
 from l2v_kernels.dispatch import triton_everywhere
-from l2v_kernels.rms_norm import op, rms_norm
+from l2v_kernels.rms_norm import op, reference, rms_norm
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 SHAPES = [(1, 64), (5, 575), (7, 128), (2, 4096), (5, 3, 64), (2, 8, 128), (0, 8), (3, 0, 8), (4, 3)]
@@ -89,6 +89,20 @@ def test_backward_into_what_is_there():
     for out in (buffer[:, :3], dy.clone(), dsum.clone()):
         assert op.backward(dy, total, rstd, weight, dsum, out) is out and torch.equal(out, want)
     assert buffer[:, 3].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(11, 6), (11, 3, 8)], ids=str)
+def test_blocks_of_rows_change_no_bit(shape, dtype, monkeypatch):
+    """Eleven rows in blocks of four, also into dsum itself and into a part of a wider buffer."""
+    (dy, x, dsum), weight = (torch.randn(shape).to(dtype) for _ in range(3)), torch.randn(shape[-1]).to(dtype)
+    rstd = op.forward(x, weight, 1e-6)[2]
+    want = op.backward(dy, x, rstd, weight, dsum, offset=1.0)
+    monkeypatch.setattr(reference, "BLOCK", 4 * x[0].numel())
+    wide = torch.zeros(*shape[:-1], 2 * shape[-1], dtype=dtype)
+    assert torch.equal(op.backward(dy, x, rstd, weight, dsum, wide[..., : shape[-1]], offset=1.0), want)
+    assert torch.equal(wide[..., : shape[-1]], want) and not wide[..., shape[-1] :].any()
+    assert op.backward(dy, x, rstd, weight, dsum, dsum, offset=1.0) is dsum and torch.equal(dsum, want)
 
 
 @pytest.mark.parametrize("residual", [False, True])

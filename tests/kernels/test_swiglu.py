@@ -5,8 +5,8 @@ import torch
 from support.step_cases import bytes_saved, check_swiglu, plain_swiglu, poisoned
 
 from l2v_kernels.dispatch import triton_everywhere
-from l2v_kernels.swiglu import op, swiglu
-from l2v_kernels.swiglu.op import GateUpLora
+from l2v_kernels.swiglu import op, reference, swiglu
+from l2v_kernels.swiglu.op import ACTIVATIONS, GateUpLora
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 SHAPES = [(1, 1), (5, 33), (9, 1024), (3, 1100), (0, 8), (4, 0)]
@@ -69,6 +69,19 @@ def test_gates_far_from_zero():
     product.sum().backward()
     assert torch.equal(product, torch.tensor([[0.0, 3e4, 0.0, 0.0]]))
     assert torch.equal(gate_up.grad, torch.tensor([[0.0, 3.0, 0.0, 1.5, 0.0, 1e4, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_blocks_of_rows_change_nothing(activation, adapted, monkeypatch):
+    """Seven rows of 10 in blocks of 3, with the share of gate alone; also where the gradient overwrites gate and up."""
+    dproduct, gate_up, xa, b = torch.randn(7, 10), torch.randn(7, 20), torch.randn(7, 2), torch.randn(10, 2)
+    share = GateUpLora(xa_gate_TR=xa, b_gate_FR=b) if adapted else None
+    want = op.backward(dproduct, gate_up, lora=share, activation=activation)
+    monkeypatch.setattr(reference, "BLOCK", 30)
+    found = op.backward(dproduct, gate_up, lora=share, activation=activation)
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+    assert op.backward(dproduct, gate_up, gate_up, share, activation) is gate_up and torch.equal(gate_up, found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

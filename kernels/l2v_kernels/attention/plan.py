@@ -184,16 +184,15 @@ class AttentionPlan:
 
 
 def _batch(segments: list[int], lengths: Sequence[int], starts: Sequence[int]) -> LikeLengths:
-    which_s = torch.tensor(segments)
+    longest, begin = lengths[segments[0]], starts[segments[0]]
+    which_s, places_t = torch.tensor(segments), torch.arange(longest)
     lengths_s1 = torch.tensor([lengths[i] for i in segments])[:, None]
     first_s1 = torch.tensor([starts[i] for i in segments])[:, None]
-    places_t = torch.arange(lengths[segments[0]])
     tokens_st = first_s1 + torch.minimum(places_t, lengths_s1 - 1)
-    padding_st = places_t >= lengths_s1
-    begin = starts[segments[0]]
-    if bool(padding_st.any()):
-        return LikeLengths(tokens_st, which_s, padding_st, None)
-    run = torch.equal(tokens_st.flatten(), torch.arange(begin, begin + tokens_st.numel()))
+    # Asked of numbers and not of tensors, so that the plan of a pack can be made of fake ones.
+    if any(lengths[i] < longest for i in segments):
+        return LikeLengths(tokens_st, which_s, places_t >= lengths_s1, None)
+    run = all(starts[segment] == begin + longest * place for place, segment in enumerate(segments))
     return LikeLengths(tokens_st, which_s, None, begin if run else None)
 
 

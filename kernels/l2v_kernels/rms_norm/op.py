@@ -65,8 +65,7 @@ def backward(
         out: where to write, of stride 1 along E: a slice of a wider buffer, or dy or dsum themselves.
     """
     if not takes_triton(sum_TE):
-        dx_TE = reference.backward_reference(dy_TE, sum_TE, rstd_T, weight_E, dsum_TE, offset)
-        return dx_TE if out is None else out.copy_(dx_TE)
+        return reference.backward_reference(dy_TE, sum_TE, rstd_T, weight_E, dsum_TE, offset, out)
     from l2v_kernels.rms_norm.kernel import launch_backward
 
     if out is None:

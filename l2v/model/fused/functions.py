@@ -114,8 +114,9 @@ class ProjectHeads(torch.autograd.Function):
             # The backward needs the norms' inputs, so RoPE overwrites their outputs instead.
             q, q_rstd = _norm_heads(q, spec.head_norms[0])
             k, k_rstd = _norm_heads(k, spec.head_norms[1])
-            rope.rotate(q, call.cos_TD, call.sin_TD, out=q)
-            rope.rotate(k, call.cos_TD, call.sin_TD, out=k)
+            q, k = (
+                rope.rotate(x, call.cos_TD, call.sin_TD, out=x if takes_triton(x) else None) for x in (q, k)
+            )  # in place where that costs no copy
             before = (qkv_TN, q_rstd, k_rstd)
         ctx.call, ctx.n_before, ctx.has_delta = call, len(before), delta_TE is not None
         ctx.set_materialize_grads(False)
@@ -129,7 +130,7 @@ class ProjectHeads(torch.autograd.Function):
         before, kept = rest[: ctx.n_before], lora.Kept.of(tuple(rest[ctx.n_before :]))
         call, spec = ctx.call, ctx.call.spec
         linears = spec.qkv.linears()
-        dqkv_TN = _side_by_side(dq_THD, dk_TKD, dv_TKD)
+        dqkv_TN = _side_by_side(dq_THD, dk_TKD, dv_TKD, only_values=spec.head_norms is not None)
         of_head_norms: list[torch.Tensor] = []
         if spec.head_norms is None:
             _rotate_in_place(dqkv_TN, spec, linears.sizes, call, inverse=True)
@@ -163,8 +164,13 @@ def _rotate_in_place(qkv_TN: torch.Tensor, spec: LayerSpec, sizes: Any, call: Ca
     rope.rotate(heads, call.cos_TD, call.sin_TD, inverse=inverse, out=heads)
 
 
-def _side_by_side(dq_THD: torch.Tensor, dk_TKD: torch.Tensor, dv_TKD: torch.Tensor) -> torch.Tensor:
-    """Gradients of queries, keys and values as one [T, N]; copied only if they do not lie so in memory."""
+def _side_by_side(
+    dq_THD: torch.Tensor, dk_TKD: torch.Tensor, dv_TKD: torch.Tensor, *, only_values: bool
+) -> torch.Tensor:
+    """Gradients of queries, keys and values as one [T, N]; copied only if they do not lie so in memory.
+
+    only_values: the columns of queries and keys are then left for the caller to write.
+    """
     parts = [d.flatten(1) for d in (dq_THD, dk_TKD, dv_TKD)]
     T, N = len(dq_THD), sum(p.shape[1] for p in parts)
     at = dq_THD.data_ptr()
@@ -175,7 +181,11 @@ def _side_by_side(dq_THD: torch.Tensor, dk_TKD: torch.Tensor, dv_TKD: torch.Tens
             or d.data_ptr() != at
             or d.untyped_storage().data_ptr() != dq_THD.untyped_storage().data_ptr()
         ):
-            return torch.cat(parts, 1)
+            if not only_values:
+                return torch.cat(parts, 1)
+            whole_TN = dq_THD.new_empty((T, N))
+            whole_TN[:, N - parts[2].shape[1] :] = parts[2]
+            return whole_TN
         at += flat.shape[1] * flat.element_size()
     return dq_THD.as_strided((T, N), (N, 1))
 
@@ -198,14 +208,19 @@ def _added_in_rope(x_TE: torch.Tensor, spec: LayerSpec) -> bool:
     )
 
 
-def _added_in_swiglu(adapters: Adapters) -> bool:
-    """Whether SwiGLU adds LoRA's part of gate and up; that saves writing it and reading it again in the frozen matmul."""
-    return bool(adapters) and max(a.rank for a in adapters) <= swiglu.MAX_RANK
+def _added_in_swiglu(x_TE: torch.Tensor, adapters: Adapters) -> bool:
+    """Whether SwiGLU adds LoRA's part of gate and up; that saves writing it and reading it again in the frozen matmul.
+
+    Not on PyTorch's path in fp32, where the frozen matmul adds to it at no cost, and SwiGLU would compute it three times. In half
+    precision it saves a rounding there.
+    """
+    wins = takes_triton(x_TE) or x_TE.element_size() < 4
+    return bool(adapters) and wins and max(a.rank for a in adapters) <= swiglu.MAX_RANK
 
 
-def _share(kept: lora.Kept, adapters: Adapters) -> swiglu.GateUpLora | None:
+def _share(x_TE: torch.Tensor, kept: lora.Kept, adapters: Adapters) -> swiglu.GateUpLora | None:
     """What SwiGLU adds to the frozen matmul of gate and up; None if there is no LoRA or the matmul has added it already."""
-    if not _added_in_swiglu(adapters):
+    if not _added_in_swiglu(x_TE, adapters):
         return None
     assert kept.xa_TR is not None  # there are adapters
     pairs: dict[int, tuple[Any, Any]] = {
@@ -227,9 +242,9 @@ class GatedMlp(torch.autograd.Function):
         spec = call.spec
         sum_TE, x_TE, delta_rstd_T, rstd_T = _add_and_norm(spec, residual_TE, delta_TE)
         of_gate_up, of_down = spec.gate_up.adapters(), spec.down.adapters()
-        project = lora.forward_frozen if _added_in_swiglu(of_gate_up) else lora.forward
+        project = lora.forward_frozen if _added_in_swiglu(x_TE, of_gate_up) else lora.forward
         gate_up_TG, kept_gate_up = project(x_TE, spec.gate_up.linears(), of_gate_up, call.dropout)
-        product_TF = swiglu.forward(gate_up_TG, _share(kept_gate_up, of_gate_up), spec.activation)
+        product_TF = swiglu.forward(gate_up_TG, _share(x_TE, kept_gate_up, of_gate_up), spec.activation)
         y_TE, kept_down = lora.forward(product_TF, spec.down.linears(), of_down, call.dropout)
         after: tuple[torch.Tensor | None, ...] = (None,) * 4
         out: tuple[torch.Tensor, torch.Tensor | None] = sum_TE, y_TE
@@ -257,7 +272,7 @@ class GatedMlp(torch.autograd.Function):
             dy_TE = spec.after[1].backward(dsum_TE, y_TE, y_rstd_T)
         assert dy_TE is not None
         of_gate_up = spec.gate_up.adapters()
-        share = _share(kept_gate_up, of_gate_up)
+        share = _share(sum_TE, kept_gate_up, of_gate_up)
         if product_TF is None:
             product_TF = swiglu.forward(gate_up_TG, share, spec.activation)
         of_down = lora.backward(
