@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,36 @@ POOLING_KEYS = {
 """The key of each of sentence-transformers' modes in the older spelling of its file."""
 
 
+def check_free(folder: Path) -> None:
+    """Raises: UserError: the folder holds something that is no export of l2v."""
+    if folder.exists() and any(folder.iterdir()) and not (folder / ENCODER_FILE).is_file():
+        raise UserError(f"{folder} is not empty and not an export of l2v; choose another folder")
+
+
+@contextlib.contextmanager
+def whole_export(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write to, next to `folder`, which it becomes or replaces when the block ends without an error.
+
+    Raises:
+        UserError: as in `check_free`, or it cannot be written.
+    """
+    check_free(folder)
+    partial = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        yield partial
+        follow_umask(partial)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    finally:
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
 def export(
     model: PackedDecoder, texts: TextTokenizer, folder: Path, lineage: dict[str, Any], instructions: Instructions, *,
     normalize: bool = True, licence: str | None = None, matryoshka: Sequence[int] = (), engines: Sequence[str] | None = None,
@@ -50,14 +81,7 @@ def export(
             sentence-transformers, or one of `engines`.
     """
     check_engines(engines or ())
-    if folder.exists() and any(folder.iterdir()) and not (folder / ENCODER_FILE).is_file():
-        raise UserError(f"{folder} is not empty and not an export of l2v; choose another folder")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    try:
+    with whole_export(folder) as partial:
         keys = keys_to_state(model) | ({"matryoshka_dimensions": list(matryoshka)} if matryoshka else {})
         save_config(model.decoder, partial, keys)
         _write(model, texts, partial, lineage, instructions, normalize, matryoshka)
@@ -66,14 +90,6 @@ def export(
             raise UserError(f"{refused[0].name} cannot serve this encoder: {refused[0].refused}")
         save_weights(model.decoder, partial, keys)
         write_papers(licence or "", partial, changed=_changes(model, lineage), source=_folder_of(lineage))
-        follow_umask(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return found
 
 

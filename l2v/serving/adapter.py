@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,8 +16,7 @@ from peft import PeftModel
 
 from l2v.encoder import Encoder
 from l2v.errors import UserError
-from l2v.files import follow_umask
-from l2v.model.export import ENCODER_FILE, encoder_facts
+from l2v.model.export import ENCODER_FILE, check_free, encoder_facts, whole_export
 from l2v.model.load import device, dtype_of, inner_model, load_model
 from l2v.model.merge import Around
 from l2v.model.packed import PackedDecoder
@@ -59,8 +56,7 @@ def export_adapter(
         UserError: there are no adapters, one is no plain LoRA, the folder holds something else, or in fp32 the vectors are not
             those of the merged encoder.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / ENCODER_FILE).is_file():
-        raise UserError(f"{folder} is not empty and not an export of l2v; choose another folder")
+    check_free(folder)  # before a model is loaded
     found = find(name)
     chosen = [*found.adapters, *adapters]
     if not chosen:
@@ -82,12 +78,7 @@ def export_adapter(
     gc.collect()
     if precision is not None:
         found.base.precision = precision  # type: ignore[assignment]  # Encoder has checked it
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-    try:
+    with whole_export(folder) as partial:
         rank, model = _write(found.base, chosen, partial, facts, trust_remote_code)
         unmerged = Encoder(model, texts, name=name, lineage={}, instructions=instructions)
         written = _compare(
@@ -97,14 +88,6 @@ def export_adapter(
             raise UserError(
                 f"{name}: unmerged, its vectors are {written.entry:.1g} off those of the merged encoder; export it merged"
             )
-        follow_umask(partial)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return written
 
 
