@@ -164,8 +164,15 @@ def dequantise(file: Path, folder: Path, dtype: str) -> None:
             file.parent, gguf_file=file.name, quantization_config=config, dtype=getattr(torch, dtype)
         )
         model.save_pretrained(folder)
+        special = {kind: getattr(model.config, f"{kind}_token_id", None) for kind in ("bos", "eos", "pad", "unk")}
         del model
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        # transformers 5.17 takes other tokens than those of the file's own ids, and no pad token; the configuration is right.
+        for kind, at in special.items():
+            tokenizer.init_kwargs.pop(f"{kind}_token_id", None)
+            if isinstance(at, int):
+                setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(at))
+        tokenizer.save_pretrained(folder)
 
 
 def _add_papers(base: EmbeddedBase, folder: Path) -> None:

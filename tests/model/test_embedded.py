@@ -302,3 +302,20 @@ def test_gemma_as_it_is_converted():
         )  # BOS, no EOS, no padding, nothing unknown
         assert tokenizer.decode(ids[1:]) == text
     assert tokenizer("Hunden på Ærø")["input_ids"] == tokenizer("Hunden på Ærø", add_special_tokens=True)["input_ids"]
+
+
+def test_special_tokens_are_those_of_the_configuration():
+    """Whatever transformers makes of the file: 5.17 takes <|im_start|> for EOS, and no padding."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = resolve(SMOLLM2)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    for kind, token in (
+        ("bos", "<|im_start|>"),
+        ("eos", "<|im_end|>"),
+        ("pad", "<|im_end|>"),
+        ("unk", "<|endoftext|>"),
+    ):
+        assert getattr(tokenizer, f"{kind}_token") == token
+        assert getattr(tokenizer, f"{kind}_token_id") == getattr(config, f"{kind}_token_id")
