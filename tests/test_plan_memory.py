@@ -140,8 +140,8 @@ def planned(step: FakeStep, stage, zero: int, world: int, tokens: int, length: i
     ("zero", "recompute", "layers"),
     [
         (1, "cheap", 4),
-        (1, "none", 4),
-        (1, "layer", 4),
+        pytest.param(1, "none", 4, marks=pytest.mark.slow),
+        pytest.param(1, "layer", 4, marks=pytest.mark.slow),
         (3, "cheap", 8),  # what ZeRO 3 gathers at once is a part of this size
         pytest.param(1, "cheap", 32, marks=pytest.mark.slow),
         pytest.param(0, "cheap", 8, marks=pytest.mark.slow),
@@ -171,7 +171,7 @@ def test_peak_of_a_step_of_mntp(zero, recompute, layers):
     ("zero", "tied"),
     [
         (1, True),
-        (3, False),
+        pytest.param(3, False, marks=pytest.mark.slow),
         pytest.param(2, False, marks=pytest.mark.slow),
         pytest.param(0, True, marks=pytest.mark.slow),
     ],
@@ -237,7 +237,7 @@ def test_peak_of_forward_and_backward_on_a_cpu(dtype, recompute):
     mode = execution_mode(stage, fused=True, kernels=False)
     end = tail_memory(stage, step.shape(), SMALL["vocab_size"], 256, 1, kernels=False)
     ratio = activation_bytes(step.shape(), recompute, 256, mode, end) / (live.peak - before)
-    assert 0.95 < ratio < (1.25 if recompute == "none" else 1.1), ratio
+    assert 0.95 < ratio < (1.25 if recompute == "none" else 1.15), ratio
 
 
 def test_engine_bytes_by_hand():

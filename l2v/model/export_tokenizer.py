@@ -245,4 +245,4 @@ def _read(folder: Path) -> PreTrainedTokenizerBase:
     """As a user reads it. For some families (Qwen2) transformers takes a class of their own all the same."""
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

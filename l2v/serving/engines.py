@@ -98,8 +98,8 @@ class Transformers:
         from l2v.model.load import device
 
         facts, where = Facts.read(folder), device()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModel.from_pretrained(folder, dtype="auto").eval().to(where)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModel.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval().to(where)
 
         @torch.inference_mode()
         def encode(texts: list[str], instruction: str | None) -> np.ndarray:

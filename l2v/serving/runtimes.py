@@ -51,7 +51,7 @@ class OnnxRuntime:
         from transformers import AutoTokenizer
 
         facts = Facts.read(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         session = onnx_engine.open_session(folder, self.precision)
 
         def encode(texts: list[str], instruction: str | None) -> np.ndarray:

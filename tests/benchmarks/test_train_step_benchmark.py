@@ -65,7 +65,9 @@ def peer(runner, workload, provider, folder, batches=None):
     return found
 
 
-@pytest.mark.parametrize("workload", ["mntp", "simcse", "supervised"])
+@pytest.mark.parametrize(
+    "workload", ["mntp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("simcse", "supervised"))]
+)
 def test_all_do_the_same_work(runner, workload, tmp_path):
     """The training program and its peers: the same tokens in the same steps, and the same first loss."""
     (ours,) = runner.run(workload, "l2v", 0, None)

@@ -29,6 +29,7 @@ def test_a_missing_extra_costs_nothing(base, tmp_path, capsys, monkeypatch):
         assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_export_writes_onnx(base, tmp_path, capsys):
     for package in ("onnx", "onnxscript", "onnxruntime"):

@@ -122,6 +122,7 @@ def written(llama):
     return encoder, folder, {each.precision: each for each in write_onnx(folder, ["int8", "fp32", "fp16"])}
 
 
+@pytest.mark.slow
 def test_onnx_runtime_gives_the_same_vectors(written, sentences):
     encoder, folder, files = written
     texts = [*sentences[10:40], "æ", sentences[1] * 30, "Hvad er det? 🙂"]
@@ -136,6 +137,7 @@ def test_onnx_runtime_gives_the_same_vectors(written, sentences):
     assert files["fp32"].entry <= 1e-5 and files["fp16"].cosine <= 1e-3
 
 
+@pytest.mark.slow
 def test_the_graph_says_what_it_is_and_nothing_of_this_machine(written):
     import onnx
 
@@ -159,6 +161,7 @@ def test_the_graph_says_what_it_is_and_nothing_of_this_machine(written):
             assert sum(node.op_type == "MatMulInteger" for node in model.graph.node) == 14 - len(each.floats)
 
 
+@pytest.mark.slow
 def test_the_last_token_reaches_the_first_state(written):
     _, folder, _ = written
     session = open_session(folder)
@@ -169,6 +172,7 @@ def test_the_last_token_reaches_the_first_state(written):
     assert np.abs(states[0] - states[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_sentence_transformers_loads_it(written, sentences):
     pytest.importorskip("optimum.onnxruntime.modeling", exc_type=ImportError)  # its 0.1 needs transformers 4
     from sentence_transformers import SentenceTransformer

@@ -102,6 +102,7 @@ def test_bad_input(change):
         sandwich_norm(**{**good, **change})
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_in_the_interpreter(run_interpreted):
     run_interpreted(__file__)

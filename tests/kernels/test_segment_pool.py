@@ -125,6 +125,7 @@ def test_bad_input(change):
         segment_pool(**{**good, **change})
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_in_the_interpreter(run_interpreted):
     run_interpreted(__file__)

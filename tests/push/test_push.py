@@ -162,6 +162,7 @@ def dataset(tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_a_data_set_arrives_whole_through_the_environment(dataset, hub, tmp_path):
     """A process of its own: HF_ENDPOINT and HF_TOKEN are all it is told."""
     root = Path(__file__).parents[2]

@@ -38,7 +38,7 @@ def mistake(folder, url):
     return str(error.value)
 
 
-@pytest.mark.parametrize("rules", [Vllm, Tei])
+@pytest.mark.parametrize("rules", [Vllm, pytest.param(Tei, marks=pytest.mark.slow)])
 def test_a_server_gives_the_vectors_where_everything_is_pooled(exports, rules, capsys, monkeypatch):
     """Short, cut and instructed texts; the answers come in another order. It cannot for the default, and that shows."""
     monkeypatch.setattr("l2v.serving.verify.ENGINES", [])

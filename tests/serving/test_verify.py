@@ -83,6 +83,7 @@ def test_a_lost_eos_is_seen_only_against_the_run(export, run, tmp_path):
     assert verify(tmp_path / "out", engines=[], log=lambda _: None).same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "same", "note"),
     [
@@ -99,6 +100,7 @@ def test_an_engine_is_judged_by_its_vectors(export, change, same, note):
     assert row.same is same and note in row.note
 
 
+@pytest.mark.slow
 def test_in_bf16_cosine_and_recall_decide(run, tmp_path):
     """Of l2v's own vectors with noise; two implementations of a random bf16 model exchange some of its crowded neighbours."""
     Encoder.from_pretrained(run, precision="bf16").save(tmp_path / "out")
