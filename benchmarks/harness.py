@@ -8,6 +8,8 @@ import itertools
 import platform
 import socket
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -157,6 +159,18 @@ def sets_beyond_cache(bytes_per_set: float, device: torch.device, least: int = 1
     return max(least, min(8, round(2 * torch.cuda.get_device_properties(device).L2_cache_size / bytes_per_set) + 1))
 
 
+@contextlib.contextmanager
+def busy_cores(count: int) -> Iterator[None]:
+    """Inside, so many processes do nothing but compute, as other work of a machine would."""
+    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for a GPU; a CPU has nothing to wait for."""
     if device.type == "cuda":
@@ -184,12 +198,17 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
 
 
 def time_interleaved(
-    calls: dict[str, Sequence[Callable[[], object]]], device: torch.device, seconds: float = 0.2, rounds: int = 7
+    calls: dict[str, Sequence[Callable[[], object]]],
+    device: torch.device,
+    seconds: float = 0.2,
+    rounds: int = 7,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds a call, one number a provider and round, taken in turns so that a clock that drifts hits all alike.
 
     Each provider gives one callable per set of inputs; they are used in rotation, so that together they are larger
     than the cache. Launches are queued behind a pause on the device, so that a short kernel does not wait for Python.
+    clock: of a CPU; `time.process_time` counts what the process used itself, whatever else runs.
     """
     batch = {}
     for name, variants in calls.items():
@@ -202,18 +221,18 @@ def time_interleaved(
         # Another order each time: who runs after whom matters too.
         names = list(calls)
         for name in names[round_ % len(names) :] + names[: round_ % len(names)]:
-            times[name].append(_run(calls[name], batch[name], device))
+            times[name].append(_run(calls[name], batch[name], device, clock))
     return times
 
 
-def _run(variants, n, device):
+def _run(variants, n, device, clock=time.perf_counter):
     """Seconds a call over n calls."""
     rotation = itertools.islice(itertools.cycle(variants), n)
     if device.type != "cuda":
-        start = time.perf_counter()
+        start = clock()
         for call in rotation:
             call()
-        return (time.perf_counter() - start) / n
+        return (clock() - start) / n
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
     # About 2 ms during which launches pile up.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -16,7 +16,9 @@ from l2v.batch import PackedBatch, Segment, pack
 from l2v.data.tokens import TextTokenizer, as_ids, check_vocabulary, load_tokenizer
 from l2v.errors import Notice, UserError
 from l2v.model.embedded import resolve
+from l2v.model.engines import Report
 from l2v.model.export import export
+from l2v.model.licence import base_licence
 from l2v.model.load import device, dtype_of, fingerprint, inner_model, load_config, load_model, proof_of
 from l2v.model.lora import describe_adapter, merge_adapters
 from l2v.model.packed import PackedDecoder
@@ -28,6 +30,10 @@ from l2v.recipe.instructions import Instructions
 from l2v.runs.source import Found, find
 
 Empty = Literal["error", "zeros", "skip"]
+MAX_BATCH_TOKENS = 16384
+CORE_TOKENS = 512
+"""Tokens of a forward for each core of a CPU, at least two cores' worth: the activations of more leave the caches."""
+FIRST_FORWARDS, FORWARDS, CHARACTERS = 2, 32, 4
 
 
 class Encoder:
@@ -45,10 +51,17 @@ class Encoder:
         lineage: dict[str, Any],
         instructions: Instructions | None = None,
         normalize: bool = True,
+        licence: str | None = None,
+        matryoshka: Sequence[int] = (),
     ) -> None:
-        """normalize: whether `encode` scales vectors to length 1 where its caller does not say."""
+        """normalize: whether `encode` scales vectors to length 1 where its caller does not say. licence: the base's, by its
+        identifier on the Hub; None if it is not known. `save` writes what it requires. matryoshka: the prefix lengths that it
+        was trained on.
+        """
+        self.matryoshka = list(matryoshka)
         self.model, self.tokenizer, self.name, self.lineage = model.eval(), tokenizer, name, lineage
         self.instructions, self.truncated, self.normalize = instructions or Instructions(), 0, normalize
+        self.licence = licence
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: the weights too, so that each worker of a pool has its own copy of them."""
@@ -65,6 +78,7 @@ class Encoder:
         adapters: Sequence[str] = (),
         *,
         pooling: str | None = None,
+        pool_prompt: bool | None = None,
         attention: str | None = None,
         template: Template | None = None,
         length: int | None = None,
@@ -82,6 +96,7 @@ class Encoder:
                 and length that its files state.
             adapters: folders or hub names of PEFT LoRA adapters, merged in order, in float32, rounded once.
             pooling: `mean` (default), `weighted_mean`, `last` or `first`.
+            pool_prompt: pool all tokens, also special tokens, template and instruction. Default: no.
             attention: `bidirectional` (default) or `causal`.
             template: what is put before and after each text; none by default.
             length: tokens of a text, as `max_length`. Default 512.
@@ -96,8 +111,8 @@ class Encoder:
             UserError: something does not exist or does not fit; one sentence.
         """
         found = _chosen(
-            base_or_run, base_only, pooling=pooling, attention=attention, template=template, precision=precision,
-            backend=backend,
+            base_or_run, base_only, pooling=pooling, pool_prompt=pool_prompt, attention=attention, template=template,
+            precision=precision, backend=backend,
         )  # fmt: skip
         base, merged = found.base, [*found.adapters, *adapters]
         dtype = dtype_of(base.precision, encoding=True)
@@ -118,7 +133,8 @@ class Encoder:
         lineage = {"base": {"model": base.model}, "merged": [describe_adapter(adapter) for adapter in merged]}
         encoder = cls(
             model, TextTokenizer(tokenizer, base.template, 512, pooled=found.pooled), name=str(base_or_run), lineage=lineage,
-            instructions=found.instructions, normalize=found.normalize,
+            instructions=found.instructions, normalize=found.normalize, matryoshka=found.matryoshka,
+            licence=None if base.init == "random" else base_licence(base.model, inner.config.model_type),
         )  # fmt: skip
         encoder.max_length = (found.length or 512) if length is None else length
         return encoder
@@ -173,7 +189,7 @@ class Encoder:
         texts: str | Sequence[str],
         instruction: str | None = None,
         normalize: bool | None = None,
-        batch_tokens: int = 16384,
+        batch_tokens: int | None = None,
         show_progress: bool = False,
         dimensions: int | None = None,
         batch_size: int | None = None,
@@ -181,12 +197,14 @@ class Encoder:
     ) -> np.ndarray:
         """Vectors of texts. A vector depends only on its own text, never on the others.
 
+        Texts are tokenized and sorted by length in windows, the first one small: however many there are, vectors come at once.
+
         Args:
             texts: one text or several. A text longer than `max_length` is cut; a `Notice` warning says how many were.
             instruction: put before each text; the model reads it, but it is not pooled.
             normalize: scale each vector to length 1. Default: yes, but for a published sentence-transformers model without
                 its Normalize module.
-            batch_tokens: tokens in one forward.
+            batch_tokens: tokens in one forward. Default: 16,384 on a GPU, 512 a core on a CPU (at least 1,024).
             show_progress: show a progress bar.
             dimensions: keep only the first dimensions, cut before normalising; for the `matryoshka` lengths that a stage
                 was trained on (Kusupati et al. 2022, arXiv 2205.13147).
@@ -202,7 +220,8 @@ class Encoder:
         """
         width = self._width(dimensions)
         most = None if batch_size is None else _count(batch_size, "batch_size")
-        budget = _count(batch_tokens, "batch_tokens")
+        where = next(self.model.parameters()).device
+        budget = _batch_tokens(where) if batch_tokens is None else _count(batch_tokens, "batch_tokens")
         if instruction is not None:
             _check_text(instruction, "the instruction")
         single = isinstance(texts, str)
@@ -210,17 +229,20 @@ class Encoder:
         used = nonempty(texts, empty)
         rows = list(range(len(used))) if empty == "skip" else used
         out = np.zeros((len(used) if empty == "skip" else len(texts), width), dtype=np.float32)
-        ids, starts = self._tokens([texts[at] for at in used], instruction)
-        order = sorted(range(len(used)), key=lambda i: -len(ids[i]))
-        where = next(self.model.parameters()).device
+        cut = 0
         with tqdm(total=len(used), desc="encode", unit="text", disable=not show_progress, leave=False) as bar:
-            for chosen in _batches(order, [len(i) for i in ids], budget, most):
-                batch = pack([Segment(as_ids(ids[i]), starts[i], text_key=0) for i in chosen])
-                vectors_SE = self.embed(batch.to(where))[:, :width]
-                if self.normalize if normalize is None else normalize:
-                    vectors_SE = torch.nn.functional.normalize(vectors_SE, dim=-1)
-                out[[rows[i] for i in chosen]] = vectors_SE.cpu().numpy()
-                bar.update(len(chosen))
+            for window in windows([len(texts[at]) for at in used], budget):
+                ids, starts, over = self.tokenizer.embedded([texts[used[i]] for i in window], instruction)
+                cut += over
+                order = sorted(range(len(window)), key=lambda i: -len(ids[i]))
+                for chosen in _batches(order, [len(i) for i in ids], budget, most):
+                    batch = pack([Segment(as_ids(ids[i]), starts[i], text_key=0) for i in chosen])
+                    vectors_SE = self.embed(batch.to(where))[:, :width]
+                    if self.normalize if normalize is None else normalize:
+                        vectors_SE = torch.nn.functional.normalize(vectors_SE, dim=-1)
+                    out[[rows[window[i]] for i in chosen]] = vectors_SE.cpu().numpy()
+                    bar.update(len(chosen))
+        self._note_cut(cut, len(used))
         return out[0] if single and len(out) else out
 
     def encode_query(self, texts: str | Sequence[str], instruction: str | None = None, **options: Any) -> np.ndarray:
@@ -257,13 +279,23 @@ class Encoder:
         """Pooled vectors of a packed batch, float32 [S, E], not normalised."""
         return self.model(batch, "vectors")
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, engines: Sequence[str] = ()) -> list[Report]:
         """Write a plain transformers checkpoint (`is_causal: false`, no remote code) with the sentence-transformers files.
 
         `SentenceTransformer(folder)` gives the vectors of `encode`, `encode_query` and `encode_document`;
-        `AutoModel.from_pretrained(folder)` gives the hidden states.
+        `AutoModel.from_pretrained(folder)` gives the hidden states. Both need transformers 5.2 or newer. The base's licence
+        goes with it, and the notice and terms that it requires.
+
+        engines: those that have to give the same vectors, of transformers, sentence-transformers, vllm and tei. Returns what
+        every engine gives from the folder (name, vectors, refused), as docs/serving.md explains.
+
+        Raises:
+            UserError: the folder cannot be written, or one of the engines cannot give these vectors; nothing is written then.
         """
-        export(self.model, self.tokenizer, Path(folder), self.lineage, self.instructions, normalize=self.normalize)
+        return export(
+            self.model, self.tokenizer, Path(folder), self.lineage, self.instructions, normalize=self.normalize,
+            licence=self.licence, matryoshka=self.matryoshka, engines=engines,
+        )  # fmt: skip
 
     def _width(self, dimensions: int | None) -> int:
         width = self.dimension if dimensions is None else dimensions
@@ -273,18 +305,13 @@ class Encoder:
             )
         return width
 
-    def _tokens(self, texts: list[str], instruction: str | None) -> tuple[list[list[int]], list[int]]:
-        """Ids of the texts and where each is pooled from; warns if texts are cut."""
-        if not texts:
-            return [], []
-        ids, starts, cut = self.tokenizer.embedded(texts, instruction)
+    def _note_cut(self, cut: int, count: int) -> None:
         if cut:
             self.truncated += cut
             warnings.warn(
-                f"{cut:,} of {len(texts):,} texts are longer than {self.max_length} tokens and were cut; max_length (l2v export "
+                f"{cut:,} of {count:,} texts are longer than {self.max_length} tokens and were cut; max_length (l2v export "
                 "--length) sets the limit", Notice, stacklevel=4,
             )  # fmt: skip
-        return ids, starts
 
 
 def as_texts(texts: str | Sequence[str]) -> list[str]:
@@ -347,6 +374,27 @@ def _count(value: Any, what: str) -> int:
     return value
 
 
+def _batch_tokens(where: torch.device) -> int:
+    if where.type != "cpu":
+        return MAX_BATCH_TOKENS
+    return min(MAX_BATCH_TOKENS, CORE_TOKENS * max(2, torch.get_num_threads()))
+
+
+def windows(characters: Sequence[int], budget: int) -> Iterator[range]:
+    """Texts of these numbers of characters, in order, by what is tokenized together: at first of two forwards, then of 32.
+
+    budget: tokens of a forward. A token has four characters or less, so a window rarely fills more forwards than that.
+    """
+    begin, room = 0, FIRST_FORWARDS * budget * CHARACTERS
+    for at, count in enumerate(characters):
+        if at > begin and count > room:
+            yield range(begin, at)
+            begin, room = at, FORWARDS * budget * CHARACTERS
+        room -= count
+    if begin < len(characters):
+        yield range(begin, len(characters))
+
+
 def _batches(order: list[int], lengths: list[int], budget: int, most: int | None) -> list[list[int]]:
     """Texts of one forward each: `budget` tokens (a longer text alone), at most `most` texts."""
     out: list[list[int]] = []
@@ -383,6 +431,8 @@ def _chosen(source: str | Path, base_only: bool, **options: Any) -> Found:
         if choices and value not in choices:
             raise UserError(f"{key} is {value!r}; choose one of {', '.join(choices)}")
         setattr(found.base, key, value)
+    if options.get("pool_prompt") is not None:
+        found.pooled = "all" if found.base.pool_prompt else "text"
     if base_only:
         found.rows = rows_with(found.adapters, 0)  # new tokens have the vector that their training began with
         found.adapters = []

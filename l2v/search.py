@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,16 +15,19 @@ import numpy as np
 from l2v.batch import mix
 from l2v.data import raw, sample
 from l2v.data.columns import absent, settle
-from l2v.data.find import find_files, left_out
+from l2v.data.find import find_files, kind_of, left_out
 from l2v.data.reading import Reading
 from l2v.data.sources import open_rows
 from l2v.data.tokens import text_key
 from l2v.encoder import Encoder, nonempty
+from l2v.encoding.index import Index
+from l2v.encoding.rows import place_of, text_of
 from l2v.errors import Notice, UserError
 from l2v.files import replacing
 from l2v.recipe import Source
 
-IDS = ("id", "_id", "ID", "Id")
+UNITS = {"table": "line", "lines": "line", "text": "line", "json": "item", "parquet": "row", "workbook": "row"}
+"""What the number of a row counts, by the kind of its file."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +108,8 @@ class Searcher:
         """
         self.encoder, self.passages = Encoder.from_pretrained(model, **options), passages
         self.notes: list[str] = []
-        self._instruction, self._document = instruction, self._trained("document")
-        if instruction is None:
-            self._instruction = self._trained("query")
+        self._document = trained(self.encoder, "document", self.notes)
+        self._instruction = trained(self.encoder, "query", self.notes) if instruction is None else instruction
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Notice)  # the user has read it
             key = json.dumps(Encoder.identity(model, **options), sort_keys=True) + f"\n{self._document}\n"
@@ -119,15 +120,6 @@ class Searcher:
         """The `top` passages nearest to a query, the nearest first."""
         scores_M = self.vectors_ME @ self.encoder.encode(query, self._instruction, normalize=True)
         return [Hit(float(scores_M[at]), self.passages[at]) for at in np.argsort(-scores_M, kind="stable")[:top]]
-
-    def _trained(self, side: Any) -> str | None:
-        """The instruction of the training; none, with a note, if there were several."""
-        why = self.encoder.instructions.unclear(side)
-        if why is None:
-            return self.encoder.instructions.one(side)
-        option = "; --instruction TEXT chooses one" if side == "query" else ""
-        self.notes.append(f"{side} texts are encoded without an instruction, because {why}{option}")
-        return None
 
     def _vectors(self, key: str, folder: Path | None) -> np.ndarray:
         """Unit vectors of the passages, float32 [M, E]."""
@@ -149,6 +141,57 @@ class Searcher:
         return vectors_ME
 
 
+class IndexSearcher:
+    """An encoder and a file of `l2v encode`, ready for queries; the vectors stay on the disk."""
+
+    def __init__(
+        self, model: str, path: str, *, instruction: str | None = None, approximate_above: int | None = None, **options: Any
+    ) -> None:  # fmt: skip
+        """instruction, options: as for `Searcher`. approximate_above: more vectors than that are searched with HNSW.
+
+        Raises:
+            UserError: the model cannot be loaded, or the file is no index or one of another model.
+        """
+        self.index = Index(path)
+        self.encoder = Encoder.from_pretrained(model, **{"length": self.index.facts["length"]} | options)
+        self.index.check(self.encoder)
+        self.notes = [f"searching {len(self.index):,} vectors of {path}"]
+        if approximate_above is not None and len(self.index) > approximate_above:
+            self.index.approximate()
+            self.notes.append("approximate: HNSW may miss some of the nearest; omit --approximate-above for all")
+        if self.index.facts["side"] == "query":
+            self.notes.append("its texts were encoded as queries (--side query)")
+        self._instruction = trained(self.encoder, "query", self.notes) if instruction is None else instruction
+
+    def find(self, query: str, top: int) -> list[Hit]:
+        """The `top` rows nearest to a query, the nearest first. With .npy and .safetensors a hit has a place and no text."""
+        query_E = self.encoder.encode(query, self._instruction, dimensions=self.index.width)
+        at, scores = self.index.search(query_E, top)
+        return [Hit(float(score), self._passage(int(n))) for n, score in zip(at, scores, strict=True)]
+
+    def _passage(self, at: int) -> Passage:
+        row, path = self.index.row(at), str(self.index.path)
+        if not path.endswith(".parquet"):
+            where = f"{row['file']}, {UNITS[kind_of(row['file'])]} {row['row']}" if row["row"] else row["file"]
+            return Passage("", **row, where=where)
+        column = settle(Source(path=path, text=self.index.facts["input"]["column"]), list(row), "documents").source.text
+        where = f"{path}, row {at + 1}"
+        place = place_of(
+            row, where, path, self.index.facts["input"]["id"] if self.index.facts["input"]["id"] in row else None
+        )
+        return Passage(str(row.get(column) or ""), **place, where=where, fields=row)
+
+
+def trained(encoder: Encoder, side: Any, notes: list[str]) -> str | None:
+    """The instruction of the training; none, with a note, if there were several."""
+    why = encoder.instructions.unclear(side)
+    if why is None:
+        return encoder.instructions.one(side)
+    option = "; --instruction TEXT chooses one" if side == "query" else ""
+    notes.append(f"{side} texts are encoded without an instruction, because {why}{option}")
+    return None
+
+
 def _of_sample(passage: sample.Passage, fields: bool) -> Passage:
     where = f"sample:da, passage {passage.id}"
     return Passage(passage.text, "sample:da", None, passage.id, where, vars(passage) if fields else None)
@@ -164,7 +207,7 @@ def _read(path: Path, shown: str, column: str, reading: Reading, fields: bool) -
         raise UserError(absent(shown, column, names))
     for where, row in raw.read_rows(path, shown, reading):
         try:
-            text = _text(row, column, where)
+            text = text_of(row, column, where)
         except UserError as error:
             reading.lose(error)
             continue
@@ -173,15 +216,4 @@ def _read(path: Path, shown: str, column: str, reading: Reading, fields: bool) -
             reading.empty += 1
             reading.example("empty", where)
             continue
-        number = re.search(r", (?:line|row|item) (\d+)$", where)
-        own = next((str(row[key]) for key in IDS if row.get(key) is not None), None)
-        yield Passage(text, shown, int(number[1]) if number else None, own, where, row if fields else None)
-
-
-def _text(row: dict[str, Any], column: str, where: str) -> str:
-    if column not in row:
-        raise UserError(absent(where, column, row))
-    text = row[column]
-    if text is not None and not isinstance(text, str):
-        raise UserError(f"{where}: the field '{column}' is text; found {type(text).__name__}")
-    return (text or "").strip()
+        yield Passage(text, **place_of(row, where, shown), where=where, fields=row if fields else None)

@@ -18,12 +18,13 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from l2v.cores import choose, may_have_gpu
 from l2v.data.precheck import check_data, check_disk
 from l2v.errors import UserError
 from l2v.recipe import Recipe
 from l2v.recipe.load import load_recipe, to_dict
 from l2v.runs.folder import is_trained, read_stage, run_folder
-from l2v.training.launcher import launch, launched, restore_visible_devices, set_allocator
+from l2v.training.launcher import launch, launched, ranks_here, restore_visible_devices, set_allocator
 
 STOPPED_EARLY = "stopped before the first step; nothing has changed"
 
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if launched():
         restore_visible_devices()
         set_allocator()
+        choose(
+            processes=max(1, ranks_here()), threads=not may_have_gpu(), steady=True
+        )  # where the launcher is not `l2v train`
         return _train(args)
     try:
         recipe = _checked(args)  # before torch is loaded and the launcher takes twenty seconds
@@ -171,7 +175,6 @@ def _tuned(recipe: Recipe, args: argparse.Namespace) -> list[str]:
     """Give the recipe the settings that `l2v tune` found for this machine; returns lines to log about them."""
     if os.environ.get("L2V_TUNED") == "0":  # set by `l2v tune` for its own runs
         return []
-    from l2v.training.ranks import ranks_here
     from l2v.tuning.apply import apply_tuned
 
     return apply_tuned(recipe, args.recipe, args.overrides, ranks_here() or processes(args))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.processes import ROOT, free_port, training_environment
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from l2v.commands import doctor
 from l2v.doctor import hardware, software
@@ -391,9 +392,17 @@ def without_digits(rows: dict[str, str]) -> dict[str, str]:
 
 
 def test_a_third_of_the_matrix_is_what_the_command_prints(capsys):
-    found = without_digits(rows_of(said(capsys, "--bases", ",".join(THIRD))))
-    assert found == {name: row for name, row in without_digits(committed()).items() if name in THIRD}
-    assert len(found) == len(THIRD) >= len(committed()) // 3
+    known = [name for name in THIRD if name in CONFIG_MAPPING]  # an older transformers lacks one or two
+
+    def served(rows):  # it may also need another attention in an export, which is then stated
+        return {
+            name: re.sub(r"equal with \w+ attention, [^|]*", "equal ", row)
+            for name, row in without_digits(rows).items()
+        }
+
+    found = served(rows_of(said(capsys, "--bases", ",".join(known))))
+    assert found == {name: row for name, row in served(committed()).items() if name in known}
+    assert len(found) == len(known) > 0.9 * len(THIRD) and len(THIRD) >= len(committed()) // 3
 
 
 @pytest.mark.slow
@@ -413,3 +422,12 @@ def test_an_architecture_that_is_not_in_the_matrix(capsys):
 
     with pytest.raises(UserError, match="'llamma' is not in the matrix"):
         doctor.main(["--bases", "llamma"])
+
+
+def test_an_architecture_that_an_older_transformers_lacks(capsys, monkeypatch):
+    from l2v.errors import UserError
+
+    monkeypatch.setattr("l2v.doctor.bases.CONFIG_MAPPING", {"llama": None})
+    with pytest.raises(UserError, match=r"transformers 5\.\S+ has no 'gte'; a newer one may"):
+        doctor.main(["--bases", "gte"])
+    assert re.search(r"Not in transformers 5\.\S+: .*gte", said(capsys, "--bases", "llama"))

@@ -13,6 +13,7 @@ import torch
 import yaml
 from support.documents import ROOT, blocks, commands
 from support.made_run import make_run
+from support.served import Served
 
 from l2v.commands.main import main
 from l2v.errors import UserError
@@ -27,8 +28,9 @@ LISTED = {tuple(shlex.split(line)): how for how, lines in LIST.items() for line 
 HERE = [shlex.split(line) for line in LIST["here"]]
 # What a command prints, wherever the page says so or a reader would look for it.
 PRINTS = {
-    "init": "faq.csv: 24 pairs", "check": " pairs", "search": "Man sejler til", "eval": "results, 0 skipped",
-    "mine": "negatives", "export": "faq-encoder: written", "report": ".html",
+    "init": "faq.csv: 24 pairs", "check": " pairs", "search": "Man sejler til", "encode": "24 vectors",
+    "eval": "results, 0 skipped", "mine": "negatives", "export": ": written, ", "quantize": "small_vectors.png",
+    "report": ".html", "verify": "faq-encoder: 64 texts, ",
 }  # fmt: skip
 
 
@@ -124,6 +126,24 @@ def test_the_exported_encoder_is_loaded_as_the_danish_page_says(workspace, monke
     (code,) = blocks((ROOT / "docs" / "da.md").read_text(encoding="utf-8"), "python")
     exec(compile(code, "docs/da.md", "exec"), names)
     assert names["vektorer"].shape[0] == 2
+
+
+def test_the_served_and_encoded_page_runs(workspace, monkeypatch, capsys):
+    pytest.importorskip("faiss")
+    monkeypatch.chdir(workspace)
+    assert main(["encode", "runs/faq", "faq.csv", "--out", "faq.npy", "--column", "Svar"]) == 0
+    client, index = blocks((ROOT / "docs" / "encoding.md").read_text(encoding="utf-8"), "python")
+    capsys.readouterr()
+    served = Served("runs/faq", workspace, name="faq")
+    try:
+        exec(compile(client, "docs/encoding.md", "exec"), {"URL": served.url})
+    finally:
+        served.process.kill()
+        served.process.join()
+    assert capsys.readouterr().out == "32\n"
+    names = {}
+    exec(compile(index, "docs/encoding.md", "exec"), names)
+    assert names["index"].ntotal == 24 and names["scores"].shape == (1, 3)
 
 
 @pytest.mark.slow

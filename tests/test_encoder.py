@@ -1,5 +1,6 @@
 """The public face: vectors that depend on their text alone, exports that others load, adapters that travel."""
 
+import copy
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from l2v import Encoder
+from l2v.encoder import windows
 from l2v.errors import Notice, UserError
 from l2v.model.packed import PackedDecoder
 from l2v.recipe import Template
@@ -91,6 +93,39 @@ def test_batch_size_bounds_the_texts_of_a_forward(encoder, sentences, monkeypatc
     assert sizes[1:] == [6, 6, 6, 2]
     encoder.encode(sentences[:20], batch_size=6, batch_tokens=60)  # whichever bound is reached first
     assert max(sizes[5:]) <= 6 and len(sizes) > 9
+
+
+def test_the_first_vectors_come_before_the_last_text_is_tokenized(encoder, monkeypatch):
+    """However many texts there are; and windows change neither a vector nor the count of texts that are cut."""
+    texts = [f"Nummer {i}: {'køerne græsser på marken ved åen ' * (i % 7)}" for i in range(150)]
+    known, seen = [], []
+    embedded, embed = encoder.tokenizer.embedded, Encoder.embed
+    monkeypatch.setattr(encoder.tokenizer, "embedded", lambda some, *a: known.extend(some) or embedded(some, *a))
+    monkeypatch.setattr(Encoder, "embed", lambda self, batch: seen.append(len(known)) or embed(self, batch))
+    found = encoder.encode(texts, batch_tokens=100)
+    assert known == texts and seen[0] < 30 and seen[-1] == 150
+    monkeypatch.undo()
+    np.testing.assert_allclose(found, encoder.encode(texts, batch_tokens=100_000), atol=1e-6)
+    short = copy.copy(encoder)
+    short.tokenizer = copy.copy(encoder.tokenizer)
+    short.max_length = 24
+    with pytest.warns(Notice, match=r"^\d+ of 150 texts are longer than 24 tokens") as warned:
+        short.encode(texts, batch_tokens=60)
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize(
+    ("characters", "budget", "found"),
+    [
+        ([], 5, []),
+        ([1000, 1000, 1], 5, [(0, 1), (1, 2), (2, 3)]),
+        ([20, 20, 1, 600, 1], 5, [(0, 2), (2, 5)]),
+        ([30] * 30, 5, [(0, 1), (1, 22), (22, 30)]),
+    ],
+)
+def test_windows_begin_small_and_hold_every_text_once(characters, budget, found):
+    """Of 2 forwards' characters, 40 here, and then of 640; a text that is larger has its own."""
+    assert [(w.start, w.stop) for w in windows(characters, budget)] == found
 
 
 EMPTY = ["", "Hunden løber.", None, " \n", "En kat."]
@@ -376,3 +411,21 @@ def test_a_misspelled_option_is_refused(base, option, says):
         Encoder.from_pretrained(base, **option)
     with pytest.raises(UserError, match=says):
         Encoder.identity(base, **option)
+
+
+def test_exports_of_two_stages_have_two_identities(base, tmp_path):
+    """Files of one name and size whose first MiB is the same embedding: only a weight of the last layer differs."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    found = []
+    for change in (0.0, 0.5):
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model.resize_token_embeddings(20_000)  # 2.5 MiB at the start of the file
+        with torch.no_grad():
+            model.model.embed_tokens.weight.fill_(0.25)
+            model.model.layers[-1].mlp.down_proj.weight += change
+        model.save_pretrained(tmp_path / str(change))
+        found.append(Encoder.identity(tmp_path / str(change)))
+    assert found[0].pop("sha256") != found[1].pop("sha256")
+    assert found[0] | {"base": ""} == found[1] | {"base": ""}

@@ -64,7 +64,8 @@ def test_golden_ids_show_what_is_pooled(llama_tokenizer):
     assert texts.documents(["Hej"])[0][0] == begin
 
 
-@pytest.mark.parametrize("name", [RECIPES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
 def test_all_stages_run_under_the_launcher(name, llama_tokenizer, tmp_path, cli_environment, sentences, write_jsonl):
     documents = write_jsonl(
         tmp_path / "documents.jsonl", [{"text": " ".join(sentences[i : i + 8])} for i in range(0, 64, 8)]

@@ -1,5 +1,7 @@
 """What l2v writes has the mode that the umask gives, so that a colleague can read it; safetensors itself writes 0600."""
 
+import dataclasses
+import hashlib
 import os
 import stat
 
@@ -60,7 +62,7 @@ def test_the_converted_base_too(umask, tmp_path, monkeypatch):
     """The embedded base, without its minutes: the conversion's own last steps on a tiny model."""
     import transformers
 
-    from l2v.model import embedded
+    from l2v.model import embedded, embedded_convert
 
     class Tiny:
         @classmethod
@@ -68,10 +70,13 @@ def test_the_converted_base_too(umask, tmp_path, monkeypatch):
             return cls()
 
         def save_pretrained(self, folder):
+            folder.mkdir(exist_ok=True)
             save_file({"x": torch.ones(1)}, folder / "model.safetensors")
             (folder / "config.json").write_text("{}")
 
     monkeypatch.setattr(transformers, "AutoModelForCausalLM", Tiny)
     monkeypatch.setattr(transformers, "AutoTokenizer", Tiny)
-    embedded._convert_gguf(tmp_path / "x.gguf", tmp_path / "models" / "tiny")
-    check(tmp_path / "models", umask, "model.safetensors")
+    (tmp_path / "x.gguf").write_bytes(b"x")
+    base = dataclasses.replace(embedded.EMBEDDED["gemma-3-270m"], sha256=hashlib.sha256(b"x").hexdigest())
+    embedded_convert._convert(base, [tmp_path / "x.gguf"], tmp_path / "models")
+    check(tmp_path / "models", umask, "model.safetensors", "NOTICE", embedded.MARKER)

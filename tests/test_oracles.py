@@ -25,6 +25,12 @@ GOLDEN = Path(__file__).parent / "golden"
 FOLDERS = [pytest.param(GOLDEN, id="shipped")]
 if os.environ.get("L2V_ORACLES"):
     FOLDERS.append(pytest.param(Path(os.environ["L2V_ORACLES"]) / "llm2vec" / "llama", id="reference"))
+GEMMA3 = pytest.param(GOLDEN / "gemma3", id="gemma3")
+CONTRASTIVE = [
+    pytest.param(*folder.values, name, id=f"{folder.id}-{name}")
+    for folder in [*FOLDERS, GEMMA3]
+    for name in (["triplets"] if folder is GEMMA3 else ["pairs", "triplets"])
+]
 
 TOLERANCE = 1e-5
 BACKENDS = ["l2v", "sdpa"]
@@ -74,7 +80,7 @@ def assert_gradients(model: PackedDecoder, cases, name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", [*FOLDERS, GEMMA3])
 def test_hidden_states(folder, backend):
     cases = load(folder)
     hidden_TE = decoder(folder, backend)(pack(segments(cases, "hidden")), "hidden")
@@ -84,7 +90,7 @@ def test_hidden_states(folder, backend):
 
 @pytest.mark.parametrize("want", ["logits", "loss"])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", [*FOLDERS, GEMMA3])
 def test_mntp_loss_and_gradients(folder, backend, want):
     cases = load(folder)
     ids, labels = cases["mntp.input_ids"], cases["mntp.labels"]
@@ -121,8 +127,7 @@ def test_merging_both_adapters_gives_the_same_vectors():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["pairs", "triplets"])
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize(("folder", "name"), CONTRASTIVE)
 def test_contrastive_loss_and_gradients(folder, backend, name):
     cases = load(folder)
     columns = ["q", "d"] + (["n"] if name == "triplets" else [])

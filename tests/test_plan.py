@@ -350,6 +350,7 @@ def test_shapes_come_from_a_folder_or_are_known_by_name(config_folder):
     weights = {
         "Qwen/Qwen3-0.6B": 596_049_920, "Qwen/Qwen2-7B": 7_615_616_512, "mistralai/Mistral-7B-v0.1": 7_241_732_096,
         "meta-llama/Llama-3.2-1B": 1_235_814_400, "smollm2-135m-instruct": 134_515_008,
+        "gemma-3-270m": 268_098_176,
     }  # fmt: skip
     for name, count in weights.items():  # as their makers count them
         config, _ = shapes.shape_of(Base(name))

@@ -13,7 +13,7 @@ from support.documents import ROOT, Parsed, blocks, commands, paragraphs, words
 from l2v.data.corpus.config import load_config
 from l2v.errors import UserError
 from l2v.model.embedded import SMOLLM2, resolve
-from l2v.quickstart import markdown
+from l2v.quickstart.table import markdown
 from l2v.recipe.load import load_recipe
 
 DOCS = ROOT / "docs"
@@ -102,8 +102,11 @@ def test_commands_are_accepted_by_their_programs(command, parse, monkeypatch):
         arguments = command[command.index("launch/train.py") + 1 :]
         check_values(parse("l2v.train:main", arguments))
     elif program == "make":
-        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-        assert set(arguments) <= set(targets)
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        targets = re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE)
+        variables = [word.partition("=")[0] for word in arguments if "=" in word]
+        assert {word for word in arguments if "=" not in word} <= set(targets)
+        assert all(f"$({variable})" in makefile for variable in variables)
     elif program == "pip":
         check_packages(arguments)
     elif program == "python" and arguments[0] == "-c":
@@ -111,7 +114,7 @@ def test_commands_are_accepted_by_their_programs(command, parse, monkeypatch):
     elif program == "python":
         assert arguments[0] == "-m"
         assert importlib.util.find_spec(arguments[1])
-    elif program == "docker" and "l2v" in arguments:
+    elif program in ("docker", "torchrun") and "l2v" in arguments:
         check_values(parse(MAIN, arguments[arguments.index("l2v") + 1 :]))
     else:
         assert program in {"bash", "cp", "docker", "export", "hf", "kubectl", "mkdir", "sbatch", "source"}

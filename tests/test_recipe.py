@@ -232,3 +232,11 @@ def test_words_stand_beside_numbers():
     ):
         tree = COMMON | {"objective": "supervised", key: value}
         assert message in refused({"name": "x", "base": {"model": "b"}, "stages": {"one": tree}})
+
+
+@pytest.mark.parametrize(("value", "found"), [("int4", "'int4'"), (8, "'8'"), (["int8"], "a list"), (False, "false")])
+def test_a_key_of_words_or_null_names_them(value, found):
+    tree = {"name": "x", "base": {"model": "b"}, "stages": {"one": COMMON | {"objective": "simcse", "quantize": value}}}
+    assert f"stages.one.quantize is {found}; choose one of int8, binary, or null" in refused(tree)
+    assert recipe(one={"objective": "simcse", "quantize": "binary"}).stages["one"].quantize == "binary"
+    assert recipe(one={"objective": "supervised", "quantize": None}).stages["one"].quantize is None

@@ -109,6 +109,7 @@ def _rest(mntp: Sequence[str], gpu: bool, peers: Sequence[str]) -> list[Step]:
             )
         ),
         _benchmark("fp8", "rest", "fp8.kernels", "--quick", limit=60, ops=("fp8",)),
+        _benchmark("fused_model", "rest", "kernels.fused_model", *(() if gpu else ("--quick",)), limit=60, ops=LAYER),
         _benchmark("gradient_cache", "rest", "gradient_cache.bench", "--quick", limit=90, ops=LAYER),
         _benchmark(
             "train_step", "rest", *step, "5", *peers, limit=310, least=90, result=trained, ops=LAYER,

@@ -43,7 +43,16 @@ class Case:
         plain = not (self.dropout or self.causal or self.window or self.softcap)
         itemsize = 4 if self.dtype == "fp32" else 2
         return default(
-            self.kind, self.arch, self.head_dim, itemsize, self.short, plain, self.arch >= 90, self.group, self.medium
+            self.kind,
+            self.arch,
+            self.head_dim,
+            itemsize,
+            self.short,
+            plain,
+            self.arch >= 90,
+            self.group,
+            self.medium,
+            self.window and self.dropout,
         )
 
     @property

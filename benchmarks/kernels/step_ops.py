@@ -1,4 +1,4 @@
-"""The memory-bound ops of a training step (rms_norm, swiglu, segment_pool) against their peers.
+"""The memory-bound ops of a training step (rms_norm, sandwich_norm, swiglu, segment_pool) against their peers.
 
 l2v bench step_ops [--quick] [--out FOLDER]
 
@@ -17,6 +17,8 @@ from benchmarks.kernels.step_ops_peers import PROVIDERS, Step, Workload, definit
 from benchmarks.pages import Panel, headline, markdown
 
 TOKENS, HIDDEN, FFN, HEADS, HEAD = 16384, 4096, 14336, 32, 128
+NARROW = 640
+"""Hidden size of Gemma 3 270M, whose GeGLU is a seventh of Llama-3-8B's SwiGLU."""
 
 
 def workloads(device: torch.device, quick: bool) -> list[Workload]:
@@ -35,6 +37,8 @@ def workloads(device: torch.device, quick: bool) -> list[Workload]:
         found += [
             Workload("segment_pool", f"norm + pool {E}, {length}", T, E, *at, lengths=(length,) * 4),
             Workload("rms_norm", f"add + norm {E // 4}", T, E // 4, *at),
+            Workload("sandwich_norm", f"norm + add + norm {NARROW}", T, 32 if smoke else NARROW, *at),
+            Workload("geglu", f"geglu {F // 7}", T, F // 7, *at),
         ]
     return found
 

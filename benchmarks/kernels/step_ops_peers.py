@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from benchmarks.harness import Unavailable, need_cuda, need_package
 from benchmarks.harness import compiled as compile_for
 from l2v_kernels.rms_norm import rms_norm
+from l2v_kernels.sandwich_norm import sandwich_norm
 from l2v_kernels.segment_pool import segment_pool
 from l2v_kernels.swiglu import swiglu
 
@@ -20,7 +21,7 @@ Step = Callable[..., tuple[torch.Tensor, ...]]
 
 @dataclass(frozen=True)
 class Workload:
-    """One op at one size. width: E of a norm and of pooling, D of the heads' norm, F of SwiGLU."""
+    """One op at one size. width: E of a norm and of pooling, D of the heads' norm, F of SwiGLU and GeGLU."""
 
     op: str
     name: str
@@ -39,7 +40,8 @@ class Workload:
             # Queries as they are stored in the output of one matmul for q, k and v.
             made = [make(T, 2 * self.heads, width)[:, : self.heads]]
         else:
-            shapes = {"rms_norm": [(T, width)] * 2, "swiglu": [(T, 2 * width)], "segment_pool": [(T, width)]}
+            shapes = {"rms_norm": [(T, width)] * 2, "sandwich_norm": [(T, width)] * 2, "segment_pool": [(T, width)]}
+            shapes |= {"swiglu": [(T, 2 * width)], "geglu": [(T, 2 * width)]}
             made = [make(*shape) for shape in shapes[self.op]]
         return tuple(x.requires_grad_() for x in made)
 
@@ -57,7 +59,9 @@ class Workload:
         """Each token state that the definition reads or writes, once; in the backward, gradients and what it needs."""
         states = {
             "rms_norm": (4, 4),  # x, delta -> sum, y; dy, dsum, sum -> dx
+            "sandwich_norm": (4, 6),  # delta, residual -> sum, y; dy, dsum, sum, delta -> dresidual, ddelta
             "head_norm": (2, 3),  # x -> y; dy, x -> dx
+            "geglu": (3, 5),  # as SwiGLU
             "swiglu": (3, 5),  # gate, up -> y; dy, gate, up -> dgate, dup
             "segment_pool": (1, 2),  # x -> ; x -> dx
         }[self.op][backward]
@@ -77,6 +81,14 @@ def definition(w: Workload) -> Step:
         total = x + delta
         return total, norm(total)
 
+    def norm_add_and_norm(delta, residual):
+        total = residual + norm(delta)
+        return total, norm(total)
+
+    def gelu_gated(gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return (F.gelu(gate, approximate="tanh") * up,)
+
     def gated(gate_up):
         gate, up = gate_up.chunk(2, -1)
         return (F.silu(gate) * up,)
@@ -92,7 +104,8 @@ def definition(w: Workload) -> Step:
             return (sums / total.clamp(min=1e-9)[:, None],)
 
         return pooled
-    return {"rms_norm": add_and_norm, "head_norm": lambda x: (norm(x),), "swiglu": gated}[w.op]
+    more = {"sandwich_norm": norm_add_and_norm, "geglu": gelu_gated}
+    return {"rms_norm": add_and_norm, "head_norm": lambda x: (norm(x),), "swiglu": gated, **more}[w.op]
 
 
 def l2v(w: Workload) -> Step:
@@ -103,7 +116,9 @@ def l2v(w: Workload) -> Step:
     return {
         "rms_norm": lambda x, delta: rms_norm(x, weight, EPS, delta),
         "head_norm": lambda x: (rms_norm(x, weight, EPS),),
+        "sandwich_norm": lambda delta, residual: sandwich_norm(delta, residual, weight, weight, EPS),
         "swiglu": lambda gate_up: (swiglu(gate_up),),
+        "geglu": lambda gate_up: (swiglu(gate_up, activation="gelu_tanh"),),
     }[w.op]
 
 
@@ -120,8 +135,12 @@ def liger(w: Workload) -> Step:
     """Liger-Kernel, with gradients in their own memory: its default overwrites what is read again when timed."""
     need_package("liger_kernel", "liger-kernel")
     need_cuda(w.device)
-    if w.op == "segment_pool":
-        raise Unavailable("has no pooling")
+    if w.op in ("segment_pool", "sandwich_norm"):
+        raise Unavailable(f"has no {w.op}")
+    if w.op == "geglu":
+        from liger_kernel.ops.geglu import LigerGELUMulFunction
+
+        return lambda gate_up: (LigerGELUMulFunction.apply(*gate_up.chunk(2, -1)),)
     weight = w.weight()
     if w.op == "swiglu":
         from liger_kernel.ops import swiglu as ops

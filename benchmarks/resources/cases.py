@@ -98,6 +98,7 @@ def others(archs) -> Iterator[Case]:
         yield from _linear_cross_entropy(arch)
         yield from _lora_linear(arch)
         yield from _rms_norm(arch)
+        yield from _sandwich_norm(arch)
         yield from _swiglu(arch)
         if arch > 80:  # sm_80 has no e4m3: the reference runs there
             yield from _fp8(arch)
@@ -157,8 +158,20 @@ def _rms_norm(arch):
     for name, flags in (("forward", {"DELTA": True}), ("backward", {"DSUM": True})):
         function = getattr(kernel, f"rms_norm_{name}_kernel")
         pointers = {p.name: "*fp32" for p in function.params if p.name.endswith("_ptr") and p.name not in states}
-        constants = {"HEADS": 1, "WIDTH": 4096} | flags
+        constants = {"HEADS": 1, "OFFSET": 0.0, "WIDTH": 4096} | flags
         yield _case("rms_norm", name, arch, "4,096 wide, residual", function, pointers, constants, kernel.config(4096),
+                    scalars=("eps",) if name == "forward" else ())  # fmt: skip
+
+
+def _sandwich_norm(arch):
+    from l2v_kernels.sandwich_norm import kernel
+
+    for name, flags in (("forward", {"NORM": True}), ("backward", {"DSUM": True})):
+        function = getattr(kernel, f"sandwich_{name}_kernel")
+        pointers = {p.name: "*fp32" for p in function.params if p.name.endswith("rstd_ptr")}
+        constants = {"OFFSET": 1.0, "WIDTH": 640} | flags
+        config = kernel.config(640) if name == "forward" else kernel.backward_config(640)
+        yield _case("sandwich_norm", name, arch, "640 wide", function, pointers, constants, config,
                     scalars=("eps",) if name == "forward" else ())  # fmt: skip
 
 
@@ -169,7 +182,7 @@ def _swiglu(arch):
         function = getattr(kernel, f"swiglu_{name}_kernel")
         states = {"gate_up_ptr", "product_ptr", "dproduct_ptr", "xa_gate_ptr", "b_gate_ptr", "xa_up_ptr", "b_up_ptr"}
         pointers = {p.name: "*fp32" for p in function.params if p.name.endswith("_ptr") and p.name not in states}
-        constants = {"RANK_GATE": 16, "RANK_UP": 16, "PRECISION": "ieee"}
+        constants = {"RANK_GATE": 16, "RANK_UP": 16, "PRECISION": "ieee", "GELU": False}
         yield _case("swiglu", name, arch, "LoRA rank 16", function, pointers, constants, kernel.LORA_CONFIG[2])
 
 

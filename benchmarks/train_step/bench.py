@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.command import Benchmark
-from benchmarks.harness import device_facts
+from benchmarks.harness import busy_cores, device_facts
 from benchmarks.train_step.report import Run, comparison, disagreement, page, save, targets
 from benchmarks.train_step.runs import ELSEWHERE, Runner
 from benchmarks.train_step.work import MODELS, Model, Work
@@ -120,8 +120,11 @@ def run_all(options: argparse.Namespace) -> int:
     rounds = options.rounds or (3 if model.name == "smollm2" else 1)
     todo = cells(model, *(_names(x) for x in (options.workloads, options.providers, options.ladder)))
     facts = device_facts(device) | {"model": model.name, "cores": len(os.sched_getaffinity(0)), "rounds": rounds}
-    facts |= {"smoke": model.name == "mini", "processor": processor()}
-    with tempfile.TemporaryDirectory(prefix="l2v-train-step-", ignore_cleanup_errors=True) as temporary:
+    facts |= {"smoke": model.name == "mini", "processor": processor(), "busy": options.busy}
+    with (
+        tempfile.TemporaryDirectory(prefix="l2v-train-step-", ignore_cleanup_errors=True) as temporary,
+        busy_cores(options.busy),
+    ):
         work = Work(model, options.work or Path(temporary), options.tokenizer)
         runner = Runner(work, device, rungs(model), {name: getattr(options, name) for name in ELSEWHERE})
         facts |= runner.prepare()
@@ -140,8 +143,8 @@ def earlier(file: Path, facts: dict) -> list[Run]:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    same = ("model", "device", "torch", "dtype", "work")
-    if any(data["facts"].get(key) != facts[key] for key in same):
+    same = ("model", "device", "torch", "dtype", "work", "busy", "threads")
+    if any(data["facts"].get(key) != facts.get(key) for key in same):
         return []
     return [Run(**x) for x in data["runs"]]
 
@@ -168,6 +171,7 @@ BENCHMARK = Benchmark(
         "--nemo": {"metavar": "PATH", "help": "the same for nemo-automodel"},
         "--tokenizer": {"help": "a folder or hub name, in place of one token a word"},
         "--work": {"type": Path, "help": "keep weights and texts in this folder"},
+        "--busy": {"type": int, "default": 0, "help": "so many processes compute beside it"},
         "--fresh": {"action": "store_true", "help": "forget what an earlier run left in --out"},
     },
     run=run_all,

@@ -26,7 +26,7 @@ from benchmarks.harness import free_port
 from benchmarks.train_step.record import Setting, Spec
 from benchmarks.train_step.report import Run
 from benchmarks.train_step.work import Model, Work, linear_parameters
-from l2v.machine import threads
+from l2v.cores import choose
 
 ROOT = Path(__file__).resolve().parents[2]
 ELSEWHERE = {"llm2vec": "llm2vec", "nemo": "nemo_automodel"}
@@ -198,7 +198,7 @@ class Runner:
             # As `l2v train` itself sets them for its ranks; peers are given the same.
             environment |= {f"MALLOC_{name}_THRESHOLD_": str(1 << 33) for name in ("MMAP", "TRIM")}
             environment |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-            environment.setdefault("OMP_NUM_THREADS", str(threads()))
+            choose(environment, steady=True)
         return environment
 
 

@@ -241,7 +241,7 @@ def batches(recipe: Recipe, name: str, steps: int) -> list[dict[str, list]]:
 
     stage, seed = recipe.stages[name], recipe.stage_seed(name)
     tokenizer = load_tokenizer(recipe.base.tokenizer or resolve(recipe.base.model))
-    tokens = TextTokenizer(tokenizer, recipe.base.template, stage.length)
+    tokens = TextTokenizer.of(tokenizer, recipe.base, stage.length)
     examples = open_examples(stage.data, stage, tokens)
     sampler = Sampler(
         examples, batch=stage.batch, micro_tokens=stage.micro_tokens, seed=seed, group=getattr(stage, "group", None)

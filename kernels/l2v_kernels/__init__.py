@@ -11,6 +11,7 @@ from l2v_kernels.lora_linear import lora_linear
 from l2v_kernels.philox import philox4x32
 from l2v_kernels.rms_norm import rms_norm
 from l2v_kernels.rope import rope
+from l2v_kernels.sandwich_norm import sandwich_norm
 from l2v_kernels.segment_pool import segment_pool
 from l2v_kernels.swiglu import swiglu
 
@@ -25,6 +26,7 @@ __all__ = [
     "philox4x32",
     "rms_norm",
     "rope",
+    "sandwich_norm",
     "segment_pool",
     "swiglu",
 ]

@@ -16,11 +16,13 @@ BENCHMARKS = {
     "linear_cross_entropy": "kernels.linear_cross_entropy",
     "step_ops": "kernels.step_ops",
     "fused_layer": "kernels.fused_layer",
+    "fused_model": "kernels.fused_model",
     "fp8": "fp8.kernels",
     "fp8_parity": "fp8.parity",
     "gradient_cache": "gradient_cache.bench",
     "train_step": "train_step.bench",
     "encode": "encode",
+    "serve": "serve",
     "data_build": "data.build",
     "kills": "faults.kills",
 }

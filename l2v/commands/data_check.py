@@ -55,7 +55,7 @@ def _lines(args: argparse.Namespace, path: Path) -> list[str]:
         recipe = load_recipe(args.data)
         base = recipe.base
         tokenizer = load_tokenizer(base.tokenizer or resolve(base.model), revision=base.revision)
-        return check_recipe(recipe, TextTokenizer(tokenizer, base.template, 512), keep_going=args.keep_going)
+        return check_recipe(recipe, TextTokenizer.of(tokenizer, base, 512), keep_going=args.keep_going)
     texts = TextTokenizer(load_tokenizer(resolve(args.base)), Template(), args.length or 512)
     return check_own(args.data, texts, keep_going=args.keep_going)
 

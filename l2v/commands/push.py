@@ -17,8 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = parser().parse_intermixed_args(argv)
     # Imported here: help and mistakes in the arguments need no torch.
+    from l2v.model.licence import CARD, Licence, front_matter
     from l2v.push import prepare
-    from l2v.push.licence import Licence, front_matter
+    from l2v.push.licence import check_papers
     from l2v.push.send import empty_folder, push_dataset, push_model, repo_name, send
     from l2v.push.subject import Dataset, Model, Ready, find
 
@@ -28,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(source, Dataset):
         return push_dataset(source, args)
     if isinstance(source, Ready):
-        licence = Licence.of(str(front_matter(source.folder / prepare.CARD).get("license", "")))
+        check_papers(source.folder)
+        licence = Licence.of(str(front_matter(source.folder / CARD).get("license", "")))
         repo = repo_name(args.repo, licence, source.name)
         if args.dry_run:
             prepare.copy(source.folder, prepare.model_files(source.folder), empty_folder(Path(args.dry_run)))

@@ -9,10 +9,10 @@ from l2v.commands.parser import new_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, evaluate, export, search; everything is written below `runs/smollm2-135m-da` (or out=...)."""
+    """Train, evaluate, export, search; everything is written below `runs/gemma-3-270m-da` (or out=...)."""
     args = parser().parse_intermixed_args(argv)
     # Imported here: help and mistakes in the arguments need no torch.
-    from l2v.quickstart import run_quickstart
+    from l2v.quickstart.run import run_quickstart
 
     run_quickstart(args.overrides, share=args.share, count=args.questions, fresh=args.fresh)
     return 0
@@ -21,11 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The arguments of `l2v quickstart`."""
     p = new_parser(
-        "quickstart", "Train, score, export and search a small Danish encoder, all below runs/smollm2-135m-da.",
-        "--share 0.1 --questions 42", "out=my/folder",
+        "quickstart", "Train, score, export and search a small Danish encoder, all below runs/gemma-3-270m-da.",
+        "--share 0.1 --questions 42", "base=smollm2-135m-instruct", "out=my/folder",
     )  # fmt: skip
     p.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="dotted keys of the recipe, for example stages.mntp.steps=20"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="base=NAME, or dotted keys of the recipe, for example stages.mntp.steps=20",
     )
     p.add_argument(
         "--share",

@@ -14,13 +14,13 @@ from l2v.commands.parser import add_loading, new_parser
 from l2v.data.columns import absent
 from l2v.data.find import find_files
 from l2v.data.raw import columns
-from l2v.errors import UserError
+from l2v.errors import RecipeError, UserError
 from l2v.runs.names import check_model
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from l2v.search import Hit
+    from l2v.search import Hit, IndexSearcher, Searcher
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.top < 1:
         raise UserError(f"--top is {args.top}; show at least 1")
     check_model(args.model)
+    if args.index and args.texts:
+        raise RecipeError("give --texts FILE or --index FILE, not both")
+    if args.approximate_above is not None and not args.index:
+        raise RecipeError("--approximate-above needs --index FILE, which l2v encode writes")
     if args.texts and not (":" in args.texts.partition("/")[0] and not Path(args.texts).exists()):
         files = find_files(args.texts)
         names, complete = columns(files[0], args.texts)
@@ -39,15 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported here: a mistyped name is answered before torch and transformers are loaded, which takes seconds.
     from rich.console import Console
 
-    from l2v.search import Searcher, read_corpus
-
-    notes: list[str] = []
-    passages = read_corpus(args.texts, args.column, notes, fields=args.json)
-    _say(notes)
-    searcher = Searcher(
-        args.model, passages, instruction=args.instruction, precision=args.precision,
-        trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
+    searcher = _searcher(args)
     _say(searcher.notes)
     asked = sys.stdin.isatty() if args.query is None else False
     console = Console(soft_wrap=True)
@@ -67,10 +63,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             _show(console, None if asked or args.query is not None else query, hits)
         sys.stdout.flush()
     if args.query is not None:
-        texts = f" --texts {shlex.quote(args.texts)}" if args.texts else ""
+        kind, file = ("--index", args.index) if args.index else ("--texts", args.texts)
+        texts = f" {kind} {shlex.quote(file)}" if file else ""
         again = f"l2v search {shlex.quote(args.model)}{texts}"
         _say([f"next: {again} asks for queries and keeps the model loaded; --json prints hits for programs"])
     return 0
+
+
+def _searcher(args: argparse.Namespace) -> Searcher | IndexSearcher:
+    from l2v.search import IndexSearcher, Searcher, read_corpus
+
+    options = {
+        "instruction": args.instruction, "precision": args.precision, "trust_remote_code": args.trust_remote_code,
+    }  # fmt: skip
+    if args.index:
+        if args.length is not None:
+            options["length"] = args.length
+        return IndexSearcher(args.model, args.index, approximate_above=args.approximate_above, **options)
+    notes: list[str] = []
+    passages = read_corpus(args.texts, args.column, notes, fields=args.json)
+    _say(notes)
+    return Searcher(args.model, passages, length=args.length, **options)
 
 
 def _say(notes: list[str]) -> None:
@@ -85,7 +98,8 @@ def _show(console: Console, query: str | None, hits: list[Hit]) -> None:
     for hit in hits:
         passage = hit.passage
         own = f", id {passage.id}" if passage.id is not None and passage.row is not None else ""
-        console.print(f"{hit.score:.3f}  {' '.join(passage.text.split())}", highlight=False, markup=False)
+        text = " ".join(passage.text.split()) or "(an index of this kind holds no texts)"
+        console.print(f"{hit.score:.3f}  {text}", highlight=False, markup=False)
         console.print(f"       {passage.where}{own}", highlight=False, markup=False, style="dim")
 
 
@@ -118,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
     p = new_parser(
         "search", "Find the texts nearest to a query; the vectors of a corpus are kept next to the run.",
         'runs/smollm2-135m-da "hvordan slipper jeg af med lus"', 'my-encoder "feriedage" --texts texts.txt --top 5',
-        "my-encoder --texts faq.csv --json > hits.jsonl",
+        "my-encoder --texts faq.csv --json > hits.jsonl", "runs/faq feriedage --index faq.parquet",
     )  # fmt: skip
     p.add_argument("model", metavar="MODEL", help="a run, a stage of it, an export or a base")
     p.add_argument(
@@ -130,6 +144,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a file, folder or glob (CSV, JSONL, Parquet, Excel, text) or hub:NAME to search (default: the Danish sample)",
     )
+    p.add_argument(
+        "--index", metavar="FILE", help="vectors that l2v encode wrote with the same model, searched exactly"
+    )
+    p.add_argument(
+        "--approximate-above", type=int, metavar="N",
+        help="search an index of more vectors with FAISS's HNSW, which may miss some (default: always exact)",
+    )  # fmt: skip
+    p.add_argument("--length", type=int, metavar="N", help="tokens of a text (default: the index's or the run's)")
     p.add_argument(
         "--column", default="text", metavar="COLUMN",
         help="the field that holds the text (default: text, or a common name like it)",

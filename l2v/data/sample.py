@@ -1,5 +1,8 @@
 """The Danish sample that ships with l2v: passages, questions, hard negatives; part of it is held out from every stage.
 
+The training part is itself cut in two, `fit` and `dev`, for the choice of a recipe: whoever tunes trains on `fit` and scores the
+questions of `dev`, and the held-out questions stay unseen until the end.
+
 `sample_da/passages.jsonl`: id, subject, register, split (train or heldout), text.
 `sample_da/questions.jsonl`: id, query, positive (a passage id), negatives (passage ids), kind (plain, colloquial or
 disjoint: shares no content word with its passage).
@@ -10,11 +13,12 @@ from __future__ import annotations
 import functools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from l2v.data.text import sentences
+from l2v.data.text import crops, sentences
 from l2v.errors import UserError
 
 
@@ -47,36 +51,50 @@ def passages() -> dict[str, Passage]:
 
 
 @functools.cache
+def splits() -> dict[str, frozenset[str]]:
+    """The ids of the passages of `train` and `heldout`, and of the two parts of `train`: `dev`, every fourth, and `fit`."""
+    train = [p.id for p in passages().values() if p.split == "train"]
+    dev = frozenset(train[::4])
+    held_out = frozenset(p.id for p in passages().values() if p.split == "heldout")
+    return {"train": frozenset(train), "heldout": held_out, "fit": frozenset(train) - dev, "dev": dev}
+
+
+@functools.cache
 def questions(split: str) -> list[Question]:
     """The questions whose passage belongs to `split`."""
-    known = passages()
     rows = (Question(**{**row, "negatives": tuple(row["negatives"])}) for row in _read("questions.jsonl"))
-    return [q for q in rows if known[q.positive].split == split]
+    return [q for q in rows if q.positive in splits()[split]]
 
 
 def rows(path: str, kind: str) -> list[dict[str, Any]]:
-    """Rows of `sample:da/train` or `sample:da/heldout` as documents, sentences or pairs."""
-    match = re.fullmatch(r"sample:da/(train|heldout)", path)
+    """Rows of `sample:da/train`, `heldout`, `fit` or `dev` as documents, sentences or pairs.
+
+    `sample:da/train/crops`: pairs that are cropped from the passages, without a question (`l2v.data.text.crops`).
+
+    Raises:
+        UserError: there is no such sample, or crops are read as something else than pairs.
+    """
+    match = re.fullmatch(r"sample:da/(train|heldout|fit|dev)(/crops)?", path)
     if not match:
-        raise UserError(f"{path}: no such sample; use sample:da/train or sample:da/heldout")
+        raise UserError(f"{path}: no such sample; use sample:da/train or sample:da/heldout, or sample:da/train/crops")
     split = match.group(1)
-    texts = [p.text for p in passages().values() if p.split == split]
+    texts = [p.text for p in passages().values() if p.id in splits()[split]]
+    if match.group(2):
+        if kind != "pairs":
+            raise UserError(f"{path}: crops are pairs, for a supervised stage; use sample:da/{split}")
+        return [_pair(sentence, rest) for text in texts for sentence, rest in crops(text)]
     if kind == "documents":
         return [{"text": text} for text in texts]
     if kind == "sentences":
         parts = [part for text in texts for part in sentences(text)]
         return [{"text": text} for text in [*parts, *(q.query for q in questions(split))]]
     known = passages()
-    return [
-        {
-            "query": q.query,
-            "positive": known[q.positive].text,
-            "negatives": [known[n].text for n in q.negatives],
-            "instruction": None,
-            "document_instruction": None,
-        }
-        for q in questions(split)
-    ]
+    return [_pair(q.query, known[q.positive].text, [known[n].text for n in q.negatives]) for q in questions(split)]
+
+
+def _pair(query: str, positive: str, negatives: Sequence[str] = ()) -> dict[str, Any]:
+    empty = {"instruction": None, "document_instruction": None}
+    return {"query": query, "positive": positive, "negatives": list(negatives)} | empty
 
 
 def _read(name: str) -> list[dict[str, Any]]:

@@ -17,6 +17,18 @@ def sentences(text: str, *, least: int = 5, most: int = 100) -> list[str]:
     return [part for part in parts if least <= len(part.split()) <= most]
 
 
+def crops(text: str) -> list[tuple[str, str]]:
+    """Pairs of a sentence and the rest of its text, without a label: the inverse cloze task (Lee et al. 2019, arXiv 1906.00300),
+    one of the ways to crop pairs that Contriever compares (Izacard et al. 2021, arXiv 2112.09118).
+
+    None of a text with fewer than two sentences.
+    """
+    parts = [part.strip() for part in _END.split(text.strip()) if part.strip()]
+    kept = set(sentences(text))
+    rests = (" ".join(parts[:at] + parts[at + 1 :]) for at in range(len(parts)))
+    return [(part, rest) for part, rest in zip(parts, rests, strict=True) if part in kept and rest]
+
+
 def parse(line: str, where: str) -> dict[str, Any]:
     """One JSON object.
 

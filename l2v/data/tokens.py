@@ -90,13 +90,18 @@ class TextTokenizer:
         self, tokenizer: PreTrainedTokenizerBase, template: Template, length: int, *, pooled: Pooled = "text"
     ) -> None:
         """pooled: which tokens are pooled. text: the text's own and those behind them. all: special tokens, header and
-        instruction too; unprompted: these only without header and instruction (two ways of sentence-transformers).
+        instruction too; unprompted: these only without header and instruction, counted as sentence-transformers counts them.
         """
         self.tokenizer, self.template, self.length, self.pooled = tokenizer, template, length, pooled
 
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, base: Base, length: int) -> TextTokenizer:
+        """With the template of a base, and pooled as it says."""
+        return cls(tokenizer, base.template, length, pooled="all" if base.pool_prompt else "text")
+
     def fingerprint(self) -> str:
-        """A hash of everything that changes the ids."""
-        facts = [self.tokenizer.backend_tokenizer.to_str(), asdict(self.template), self.length]
+        """A hash of everything that changes the ids, or from where they are pooled."""
+        facts = [self.tokenizer.backend_tokenizer.to_str(), asdict(self.template), self.length, self.pooled, "space"]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
     def documents(self, texts: Sequence[str]) -> list[list[int]]:
@@ -104,8 +109,13 @@ class TextTokenizer:
         return self.tokenizer(list(texts), verbose=False)["input_ids"]
 
     def embedded(self, texts: Sequence[str], instruction: str | None = None) -> tuple[list[list[int]], list[int], int]:
-        """Ids, the position from which each is pooled, and how many texts were truncated to `length` tokens."""
+        """Ids, the position from which each is pooled, and how many texts were truncated to `length` tokens.
+
+        Spaces at the end of a header count to the text: most words have a token with the space before them, and where one has
+        not (digits, emoji), pooling begins at the same position, as in engines that exclude a fixed number of tokens.
+        """
         header = self.header(instruction)
+        shown, prompted = len(header.rstrip(" ")), self._prompted(header)
         strings = [header + text.strip() + self.template.suffix for text in texts]
         encoded = self.tokenizer(strings, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
         out, starts, cut = [], [], 0
@@ -114,8 +124,9 @@ class TextTokenizer:
         ):
             begin, end = len(header), len(string) - len(self.template.suffix)
             real = [i for i, (a, b) in enumerate(offsets) if b > a or not special[i]]
-            start = next((i for i in real if offsets[i][1] > begin), len(ids))
-            stop = next((i for i in real if i >= start and offsets[i][0] >= end), real[-1] + 1 if real else len(ids))
+            start = next((i for i in real if offsets[i][1] > shown), len(ids))
+            first = next((i for i in real if offsets[i][1] > begin), len(ids))
+            stop = next((i for i in real if i >= first and offsets[i][0] >= end), real[-1] + 1 if real else len(ids))
             over = len(ids) - self.length
             if over > 0:
                 if over >= stop - start:
@@ -126,8 +137,16 @@ class TextTokenizer:
                 ids = ids[: stop - over] + ids[stop:]
                 cut += 1
             out.append(ids)
-            starts.append(0 if self.pooled == "all" or (self.pooled == "unprompted" and not header) else start)
+            starts.append({"text": start, "all": 0}.get(self.pooled, min(prompted, len(ids) - 1)))
         return out, starts, cut
+
+    def _prompted(self, header: str) -> int:
+        """How many tokens sentence-transformers leaves out for a prompt: those of the prompt alone, less one special at its end.
+
+        Behind a space, which is a token of its own there, that is one too many where the text's first token has the space in it.
+        """
+        ids = self.tokenizer(header, verbose=False)["input_ids"] if header else []
+        return len(ids) - bool(ids and ids[-1] in self.tokenizer.all_special_ids)
 
     def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of the texts alone: no template, no special tokens, never truncated."""

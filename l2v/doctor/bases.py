@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import transformers
 from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from l2v.errors import UserError
 from l2v.model.direction import TOLERANCE
+from l2v.model.export_config import direction_keys
 from l2v.model.export_proof import export_differences, settle
 from l2v.model.proof import Proof, measure
-from l2v.model.settings import open_chunks, quiet_transformers
+from l2v.model.settings import open_chunks, quiet_transformers, state_direction
 
 LINEAR = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
 MAMBA = ["mamba", "mamba", "attention", "mamba"]
@@ -84,16 +87,18 @@ class Row:
 
 
 def matrix(names: Sequence[str] = (), log: Callable[[str], None] | None = None) -> list[Row]:
-    """Measure architectures, all of ARCHITECTURES by default.
+    """Measure architectures, by default all of ARCHITECTURES that the installed transformers has.
 
     Raises:
-        UserError: a name is not in ARCHITECTURES.
+        UserError: a name is not in ARCHITECTURES, or not in the installed transformers.
     """
     for name in names:
         if name not in ARCHITECTURES:
             raise UserError(f"'{name}' is not in the matrix; it has {', '.join(ARCHITECTURES)}")
+        if name not in CONFIG_MAPPING:
+            raise UserError(f"transformers {transformers.__version__} has no '{name}'; a newer one may")
     rows = []
-    for name in names or ARCHITECTURES:
+    for name in names or (name for name in ARCHITECTURES if name in CONFIG_MAPPING):
         rows.append(examine(name, ARCHITECTURES[name]))
         if log is not None:
             log(" | ".join(rows[-1].cells()))
@@ -108,6 +113,7 @@ def examine(name: str, changes: dict[str, Any]) -> Row:
         config = AutoConfig.for_model(name, **changes)
         if not causal:
             open_chunks(config)
+        state_direction(config, causal=causal)
         with quiet_transformers():
             proof = tried[direction] = measure(config, backend="l2v", causal=causal)
         if not proof.refused and not proof.open:
@@ -121,9 +127,13 @@ def examine(name: str, changes: dict[str, Any]) -> Row:
 
 def _export(config: Any, proof: Proof, causal: bool) -> str:
     try:
-        attention = settle(lambda stated: export_differences(config, proof, causal=causal, stated=stated))
+        keys = settle(
+            lambda keys: export_differences(config, proof, causal=causal, keys=keys),
+            direction_keys(config, causal=causal),
+        )
     except UserError as error:
         return f"refused: {error}"
+    attention = keys.get("_attn_implementation")
     return "equal" if attention is None else f"equal with {attention} attention, which its file states"
 
 
@@ -146,6 +156,8 @@ def render(rows: Sequence[Row]) -> str:
     both = [row for row in served if row.direction == "bidirectional"]
     packed = [row for row in served if row.proof.path.layout == "packed"]
     wrong = [row.name for row in rows if row.wrong]
+    if older := [name for name in ARCHITECTURES if name not in CONFIG_MAPPING]:
+        lines += ["", f"Not in transformers {transformers.__version__}: {', '.join(older)}."]
     lines += [
         "",
         f"{len(rows)} architectures: {len(both)} served bidirectionally, {len(served) - len(both)} causally only, "

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from l2v.cores import THREADS, allowed, describe, threads_of
 from l2v.doctor.report import Report, Rows, first_line
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ def machine(report: Report) -> Rows:
 
     from l2v.machine import processor
 
-    count = os.cpu_count() or 1
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count
+    count, mine = os.cpu_count() or 1, len(allowed())
     flags = re.search(r"^flags\s*:(.*)$", _read("/proc/cpuinfo"), flags=re.MULTILINE)
     known = set(flags[1].split()) if flags else set()
     instructions = {"AVX2": "avx2", "AVX-512": "avx512f", "AVX-512 bf16": "avx512_bf16", "AMX bf16": "amx_bf16"}
@@ -39,6 +39,7 @@ def machine(report: Report) -> Rows:
     rows = {
         "system": platform.platform(),
         "processor": f"{processor()}, {f'{mine} of {count}' if mine < count else count} cores, {platform.machine()}",
+        "threads": describe(torch.get_num_threads()),
         "instructions": listed if known else torch.backends.cpu.get_cpu_capability(),
     }
     memory = {key: int(value) * 1024 for key, value in re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.M)}
@@ -135,12 +136,12 @@ def calibration(report: Report, seconds: float) -> Rows:
     """Measure the first GPU, or the CPU with the threads that training uses; 0 seconds: show the last measurement."""
     import torch
 
-    from l2v.machine import calibration, calibration_file, on_null_gpu, peak_flops, threads
+    from l2v.machine import calibration, calibration_file, on_null_gpu, peak_flops
     from l2v.model.load import dtype_of
 
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(threads())
+    if device.type == "cpu" and THREADS not in os.environ:
+        torch.set_num_threads(threads_of())
     dtype = dtype_of("auto")
     found = calibration(device, dtype, measure=seconds > 0, seconds=seconds)
     if device.type == "cuda" and on_null_gpu():

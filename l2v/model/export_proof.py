@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from l2v.batch import Segment, pack
 from l2v.errors import UserError, first_line
 from l2v.model.direction import TOLERANCE, alone, difference
+from l2v.model.export_config import Keys, complete_config, direction_keys, window_keys
 from l2v.model.packed import PackedDecoder
 from l2v.model.path import set_path
 from l2v.model.proof import LENGTHS, Proof, random_texts
@@ -25,8 +25,14 @@ PADDED = 1e-4
 """The same for a batch padded on the right, where state-space layers sum in another order."""
 
 
-def save_weights(model: Any, folder: Path, *, attention: str | None = None) -> None:
-    """Write weights and configuration, as plain transformers reads them; attention: stated in config.json, if given."""
+def save_config(model: Any, folder: Path, keys: Keys) -> None:
+    """Write the configuration alone; `save_weights` writes it again."""
+    model.config.save_pretrained(folder)
+    complete_config(folder, window_keys(model.config) | keys)
+
+
+def save_weights(model: Any, folder: Path, keys: Keys) -> None:
+    """Write weights and configuration, as plain transformers reads them; keys: for config.json."""
     implementation = model.config._attn_implementation
     model.config._attn_implementation = "sdpa"  # the saved config must not name an implementation that only l2v has
     try:
@@ -34,37 +40,32 @@ def save_weights(model: Any, folder: Path, *, attention: str | None = None) -> N
             model.save_pretrained(folder)
     finally:
         model.config._attn_implementation = implementation
-    if attention is not None:
-        file = folder / "config.json"
-        facts = json.loads(file.read_text(encoding="utf-8")) | {"_attn_implementation": attention}
-        file.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    complete_config(folder, window_keys(model.config) | keys)
 
 
-def settle(differences: Callable[[str | None], tuple[float, float]]) -> str | None:
-    """The attention that an export has to state so that plain transformers gives l2v's states: None if it needs to state none.
+def settle(differences: Callable[[Keys], tuple[float, float]], directions: Sequence[Keys]) -> Keys:
+    """The keys with which an export gives l2v's states in plain transformers: a direction, and eager attention if need be.
 
-    differences: measures an export that states this attention.
+    differences: measures an export with these keys. directions: in order of preference.
 
     Raises:
         UserError: with none of them; the end of a sentence.
     """
     seen = []
-    for attention in (None, "eager"):
+    for keys in [direction | more for more in ({}, {"_attn_implementation": "eager"}) for direction in directions]:
         try:
-            single, padded = differences(attention)
+            single, padded = differences(keys)
         except Exception as error:
             seen.append(f"it fails there ({first_line(error)})")
             continue
         if single <= TOLERANCE and padded <= PADDED:
-            return attention
+            return keys
         seen.append(f"its states are {single:.1g} off alone and {padded:.1g} in a padded batch")
     raise UserError(seen[0])
 
 
 @torch.no_grad()
-def export_differences(
-    config: PretrainedConfig, proof: Proof, *, causal: bool, stated: str | None = None
-) -> tuple[float, float]:
+def export_differences(config: PretrainedConfig, proof: Proof, *, causal: bool, keys: Keys) -> tuple[float, float]:
     """How far the states of an export in plain transformers are from l2v's, on a small copy: alone, and padded on the right."""
     model = small_model(config)
     model.set_attn_implementation(proof.path.attention)
@@ -75,7 +76,7 @@ def export_differences(
     texts = random_texts(model)
     states = packed(pack([Segment(ids) for ids in texts]), "hidden").split(list(LENGTHS))
     with tempfile.TemporaryDirectory() as folder:
-        save_weights(model, Path(folder), attention=stated)
+        save_weights(model, Path(folder), keys)
         plain = AutoModel.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     single = max(difference(alone(plain, ids), own) for ids, own in zip(texts, states, strict=True))
     return single, _padded(plain, texts, states)
@@ -91,19 +92,20 @@ def _padded(plain: PreTrainedModel, texts: list[np.ndarray], states: Any) -> flo
     return max(difference(out[row, : len(own)], own) for row, own in enumerate(states))
 
 
-def attention_to_state(model: PackedDecoder) -> str | None:
-    """`settle` for a loaded model.
+def keys_to_state(model: PackedDecoder) -> Keys:
+    """`settle` for a loaded model. Where nothing could be proved of it, the direction by which it was loaded.
 
     Raises:
         UserError: plain transformers would give other vectors.
     """
     proof = getattr(model.decoder, "l2v_proof", None)
-    if proof is None or proof.open:
-        return None
     config = model.decoder.config
+    directions = direction_keys(config, causal=model.causal)
+    if proof is None or proof.open:
+        return directions[-1]
     try:
         with quiet_transformers():
-            return settle(lambda stated: export_differences(config, proof, causal=model.causal, stated=stated))
+            return settle(lambda keys: export_differences(config, proof, causal=model.causal, keys=keys), directions)
     except UserError as error:
         raise UserError(
             f"this encoder ({config.model_type}) cannot be exported: plain transformers would compute something else, {error}"

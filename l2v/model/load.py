@@ -19,7 +19,14 @@ from l2v.errors import RecipeError, UserError, first_line
 from l2v.model.embedded import resolve
 from l2v.model.path import ForwardPath, set_path
 from l2v.model.proof import Proof, prove
-from l2v.model.settings import drop_nothing, open_chunks, quiet_transformers, set_attention
+from l2v.model.settings import (
+    drop_nothing,
+    open_chunks,
+    override,
+    quiet_transformers,
+    set_attention,
+    state_direction,
+)
 from l2v.recipe import Base
 from l2v.recipe.safety import code_refused, needs_code
 
@@ -103,12 +110,13 @@ def load_config(base: Base, *, trust_remote_code: bool = False) -> PretrainedCon
         base.trust_remote_code and not trust_remote_code and auto_map
     ):  # transformers would silently take a class of its own
         raise UserError(code_refused(base.model, auto_map))
-    for key, value in base.overrides.items():
+    for key in base.overrides:
         if not hasattr(config, key):
             raise RecipeError(f"base.overrides.{key}: the configuration of '{base.model}' has no such key")
-        setattr(config, key, value)
+    override(config, base.overrides)
     if base.overrides.get("num_hidden_layers") and getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]
+    state_direction(config, causal=base.attention == "causal")
     return config
 
 
@@ -249,16 +257,29 @@ def output_head(model: PreTrainedModel) -> nn.Module:
     return head
 
 
+PIECES = 1024  # of a weight file that its fingerprint reads besides the start
+PIECE = 4096  # bytes
+
+
 def fingerprint(base: Base) -> str:
-    """A hash that identifies a base without reading gigabytes: its configuration, and name, size and start of weight files."""
+    """A hash that identifies a base without reading gigabytes: its configuration, and of weight files name, size and pieces.
+
+    Pieces from everywhere in a file, to its end: merged adapters leave the embedding at its start as it was, so that the
+    exports of two stages differ only further on.
+    """
     digest = hashlib.sha256()
     folder = Path(resolve(base.model))
     if base.init == "random" or not folder.is_dir():
         facts = {k: v for k, v in asdict(base).items() if k in ("model", "revision", "init", "overrides", "config")}
         digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
         return digest.hexdigest()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    weights = (file for pattern in ("*.safetensors", "*.bin", "*.gguf") for file in folder.glob(pattern))
+    for file in sorted([folder / "config.json", *weights]):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
         with open(file, "rb") as stream:
             digest.update(stream.read(1 << 20))
+            for piece in range(1, PIECES + 1):
+                stream.seek(max(0, (size - PIECE) * piece // PIECES))
+                digest.update(stream.read(PIECE))
     return digest.hexdigest()

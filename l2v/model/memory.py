@@ -34,7 +34,9 @@ class LayerShape:
     head_dim: int
     layers: int
     head_norms: bool = False
-    """Whether queries and keys are normalised per head, as in Qwen3."""
+    """Whether queries and keys are normalised per head, as in Qwen3 and Gemma 3."""
+    norms_after: bool = False
+    """Whether what attention and the MLP return is normalised too, as in Gemma 2 and 3."""
     rank: int = 16
     targets: tuple[str, ...] = ()
     itemsize: int = 2
@@ -45,7 +47,7 @@ class LayerShape:
     def of(
         cls, config: Any, *, rank: int, targets: tuple[str, ...], itemsize: int, trained: bool = False
     ) -> LayerShape:
-        """From a transformers configuration of the Llama family."""
+        """From a transformers configuration of the Llama or Gemma family."""
         config = config.get_text_config()
         heads = config.num_attention_heads
         return cls(
@@ -55,7 +57,8 @@ class LayerShape:
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             layers=config.num_hidden_layers,
-            head_norms=config.model_type == "qwen3",
+            head_norms=config.model_type in ("qwen3", "gemma3_text"),
+            norms_after=config.model_type in ("gemma2", "gemma3_text"),
             rank=rank,
             targets=tuple(targets),
             itemsize=itemsize,
@@ -97,7 +100,7 @@ class LayerShape:
     @property
     def norm_parameters(self) -> int:
         """Weights of one layer's norms."""
-        return 2 * self.hidden + (2 * self.head_dim if self.head_norms else 0)
+        return (4 if self.norms_after else 2) * self.hidden + (2 * self.head_dim if self.head_norms else 0)
 
     @property
     def lora_parameters(self) -> int:
@@ -147,6 +150,9 @@ def kept_for_backward(shape: LayerShape, recompute: Recompute, mode: ExecutionMo
         return {"layer input": E * b}
     kept = {"residual sums": 2 * E * b} if mode.fused else {"norm inputs, fp32": 2 * E * 4}
     kept |= {"norm statistics": 2 * 4} | _attention(shape, mode)
+    if shape.norms_after:
+        kept["norm statistics"] *= 2
+        kept |= {"block outputs": 2 * E * b} if mode.fused else {"block outputs, fp32": 2 * E * 4}
     kept |= {"gate and up": 2 * F * b} if mode.fused else {"gate, SiLU, up": 3 * F * b}
     if shape.adapted:
         kept["LoRA, x A"] = len(shape.adapted) * shape.rank * b
@@ -173,11 +179,11 @@ def _attention(shape: LayerShape, mode: ExecutionMode) -> dict[str, int]:
         return kept
     # The output in token order is kept by the linear layer that reads it, if that layer keeps its input unchanged.
     output = q * b if mode.fused else 0
-    if mode.attention_dropout:  # computed step by step in fp32: weights before and after dropout, and the mask
+    if mode.attention_dropout:  # in batched matmuls: the weights before dropout in fp32, and the mask
         del kept["attention statistics"]
-        weights = {"attention weights": shape.heads * mode.length * (4 + 4 + 1)}
-        return kept | {"q, k, v": (q + 2 * kv) * 4, "attention output": output} | weights
-    return kept | {"attention output": q * b + output}
+        return kept | {"attention output": output, "attention weights": shape.heads * mode.length * (4 + 1)}
+    # PyTorch's flash kernel runs in fp32, whatever the dtype.
+    return kept | {"q, k, v": (q + 2 * kv) * 4, "attention output": q * 4 + output}
 
 
 def unread_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FUSED) -> int:
@@ -186,7 +192,7 @@ def unread_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = 
         return 0
     b, E, F = shape.itemsize, shape.hidden, shape.ffn
     after = [name for name in shape.adapted if name not in ("q_proj", "k_proj", "v_proj")]
-    found = (E + 2 * F) * b + len(after) * shape.rank * b
+    found = (E + 2 * F + 2 * E * shape.norms_after) * b + len(after) * shape.rank * b
     if recompute == "none":
         found += (E + F) * b
     if mode.dropout and not mode.kernels:
@@ -201,12 +207,12 @@ def work_bytes(shape: LayerShape, recompute: Recompute, mode: ExecutionMode = FU
     layer also what the layer keeps while it runs again.
     """
     b, E, F = shape.itemsize, shape.hidden, shape.ffn
-    work = (3 * F + E) * b
-    if (
-        mode.fused and not mode.kernels
-    ):  # the references compute in fp32, in two buffers, with LoRA's part already added
-        summed = b < 4 or not {"gate_proj", "up_proj"}.isdisjoint(shape.adapted)
-        work += 2 * F * 4 + (2 * F * 4 if summed else 0)
+    work = (3 * F + E + E * shape.norms_after) * b
+    if mode.fused and not mode.kernels:
+        # LoRA's dropout has two buffers besides SwiGLU's output and its gradient. In half precision the references recompute that
+        # output in fp32, in two buffers, with LoRA's part already added; the gradient of gate and up does not exist yet.
+        summed = not {"gate_proj", "up_proj"}.isdisjoint(shape.adapted)
+        work += F * b if b >= 4 else 2 * F * 4 + (2 * F * 4 if summed else 0) - 2 * F * b
     elif not mode.fused:  # here the peak may be in an fp32 norm instead
         work = max(work, 5 * E * 4 + E * b)
     if recompute == "layer":

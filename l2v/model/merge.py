@@ -44,7 +44,7 @@ def merge_adapters(
     if not adapters:
         return inner
     dtypes = {name: parameter.dtype for name, parameter in inner.named_parameters()}
-    found = [_for_decoder(read_adapter(adapter), inner, whole) for adapter in adapters]
+    found = [for_decoder(read_adapter(adapter), inner, whole) for adapter in adapters]
     groups = list(_groups(found))
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter(
@@ -70,9 +70,7 @@ def _groups(adapters: list[tuple[AdapterFile, str]]) -> Iterator[list[tuple[Adap
     yield group
 
 
-def _for_decoder(
-    adapter: AdapterFile, inner: PreTrainedModel, whole: PreTrainedModel | None
-) -> tuple[AdapterFile, str]:
+def for_decoder(adapter: AdapterFile, inner: PreTrainedModel, whole: PreTrainedModel | None) -> tuple[AdapterFile, str]:
     """The adapter without what it holds for heads, and the attribute of its model that the decoder was (empty: it was the model).
 
     An adapter of a causal language model has keys like `base_model.model.model.layers...`.
@@ -120,14 +118,14 @@ def _without_heads(config: Any) -> None:
         config.modules_to_save = [name for name in kept if name.rsplit(".", 1)[-1] not in HEADS] or None
 
 
-class _Around(nn.Module):
+class Around(nn.Module):
     """Stands where a language model stood, so that the names in an adapter's configuration mean what they meant to PEFT."""
 
     def __init__(self, inner: PreTrainedModel, attribute: str) -> None:
         super().__init__()
         first, _, rest = attribute.partition(".")
         self.config = inner.config
-        self.add_module(first, _Around(inner, rest) if rest else inner)
+        self.add_module(first, Around(inner, rest) if rest else inner)
         self._inner = [inner]
 
     def get_input_embeddings(self) -> nn.Module:
@@ -142,7 +140,7 @@ def _merge_group(
 ) -> None:
     """Attach adapters, merge them in order into float32 weights, and detach. rounded: each weight gets its dtype back at once."""
     attribute = group[0][1]
-    root: nn.Module = _Around(inner, attribute) if attribute else inner
+    root: nn.Module = Around(inner, attribute) if attribute else inner
     model: PeftModel | None = None
     for index, (adapter, _) in enumerate(group):
         _grow(inner, adapter, whole)

@@ -24,9 +24,9 @@ from l2v_kernels.integrations.transformers import PackedAttention
 class PackedDecoder(nn.Module):
     """A decoder or encoder of transformers (plain, or with LoRA) over packed batches.
 
-    Layers of the Llama family run fused, all others as transformers implements them; `unfused_reason` then says why (None if
-    they are fused or plain layers were requested). `path` is how a batch runs: all texts in one sequence, or, where a layer
-    would carry one text into the next, a row each (see `l2v.model.proof`).
+    Layers of the Llama and Gemma families run fused, all others as transformers implements them; `unfused_reason` then says why
+    (None if they are fused or plain layers were requested). `path` is how a batch runs: all texts in one sequence, or, where a
+    layer would carry one text into the next, a row each (see `l2v.model.proof`).
     `forward(batch, want)` gives hidden_TE (model dtype), vectors_SE (float32) or logits_LV (model dtype, labelled
     positions only). `forward(batch, "loss", loss)` gives loss(head, hidden_LE, labels_L), without logits in memory unless
     the loss computes them. Dropout is keyed by the batch's seeds, and active in training mode only.

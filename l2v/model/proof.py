@@ -12,6 +12,7 @@ The first path that passes is taken: packed, else a row a text. Where none passe
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -34,7 +35,7 @@ from l2v.model.embedded import cache_folder
 from l2v.model.memory import is_out_of_memory
 from l2v.model.packed import PackedDecoder
 from l2v.model.path import ForwardPath, Layout, set_path
-from l2v.model.settings import drop_nothing, quiet_transformers, set_attention
+from l2v.model.settings import drop_nothing, quiet_transformers, set_attention, state_direction
 from l2v.model.small import WINDOW, small_model
 
 LENGTHS = (3 * WINDOW - 1, WINDOW, 1, 2 * WINDOW - 1, 3 * WINDOW - 1, WINDOW + 2)
@@ -105,6 +106,8 @@ def measure(
     candidates = [ForwardPath(layout, attention) for layout, attention in PATHS[backend]]
     if backend == "flash_attention_2":  # it has no fp32 and no CPU; `check_model` looks at the real model
         return Proof(candidates[0], open=True)
+    config = copy.deepcopy(config)
+    state_direction(config, causal=causal)
     try:
         model = small_model(config, trust_remote_code=trust_remote_code)
     except Exception as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -34,6 +35,7 @@ def contrastive_loss(
     false_negative_margin: float | None = None,
     prefixes: Sequence[int] | None = None,
     prefix_weights: Sequence[float] | None = None,
+    quantize: Literal["int8", "binary"] | None = None,
     warn: bool = True,
 ) -> torch.Tensor:
     """InfoNCE of this rank's queries against the candidates of all ranks that `groups` counts.
@@ -75,7 +77,7 @@ def contrastive_loss(
         queries_NE, rows[0], groups.targets_N, scale=scale, directions=directions, partition=partition,
         candidate_ids=labels.get("candidate_ids"), query_ids=query_ids, owners_M=labels.get("owners_M"),
         restricted_M=labels["hard_M"].bool() if own_negatives else None, false_negative_margin=false_negative_margin,
-        prefixes=prefixes, prefix_weights=prefix_weights,
+        prefixes=prefixes, prefix_weights=prefix_weights, quantize=quantize,
         all_queries_QE=rows[1] if several and with_queries else None,
         all_query_ids=labels.get("query_ids") if several and with_queries else None,
         query_offset=sum(groups.query_counts[: groups.rank]), reduction="sum", check_values=False,

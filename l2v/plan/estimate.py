@@ -159,7 +159,7 @@ def model_of(base: Base, config: Any, stage: Stage, itemsize: int) -> Model:
         because = "base.base_precision: nf4"
     elif base.backend != "l2v":
         because = f"base.backend: {base.backend}"
-    elif text.model_type not in FAMILIES.values():
+    elif text.model_type.removesuffix("_text") not in FAMILIES.values():
         because = f"the fused layer supports {', '.join(FAMILIES.values())}, and this is {text.model_type}"
     return Model(shape, vocabulary, bool(text.tie_word_embeddings), because is None, because, base.base_precision)
 

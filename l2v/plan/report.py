@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from l2v.model.embedded import SMOLLM2
+from l2v.model.embedded import EMBEDDED
 from l2v.plan import counts
 from l2v.plan.estimate import Relief, Speed, StagePlan
 from l2v.plan.gpus import Gpu
@@ -329,7 +329,7 @@ def hub_names(recipe: Recipe, stages: Sequence[str]) -> dict[str, list[str]]:
     """What training fetches from the Hub: `models` and `datasets`, for nodes that cannot reach it."""
     base = recipe.base
     models = [base.tokenizer or base.model] if base.init == "random" else [base.model, base.tokenizer or base.model]
-    models = [name for name in dict.fromkeys(models) if name != SMOLLM2 and not Path(name).exists()]
+    models = [name for name in dict.fromkeys(models) if name not in EMBEDDED and not Path(name).exists()]
     sources = [s for name in stages for s in (*recipe.stages[name].data, *recipe.stages[name].eval_data)]
     found = [s.path.removeprefix("hub:") for s in sources if s.path.startswith("hub:")]
     return {"models": models, "datasets": list(dict.fromkeys(found))}

@@ -106,7 +106,7 @@ def forward(clock: Clock, model: Model, tokens: int, length: float, *, dropped: 
             if not model.fused:
                 _plain(clock, model, t)
             else:
-                _norms(clock, t, s.hidden * b, passes=(4, 4))
+                _norms(clock, t, s.hidden * b, passes=(2, 4, 3) if s.norms_after else (4, 4))
                 clock.add("passes over memory", bytes_=t * 2 * (s.queries + s.keys) * b * (2 if s.head_norms else 1))
                 clock.add("passes over memory", bytes_=after * 3 * s.ffn * b)
             for names in GROUPS:
@@ -132,7 +132,7 @@ def backward(
             if not model.fused:
                 _plain(clock, model, 1.5 * t)
             else:
-                _norms(clock, t, s.hidden * b, passes=(4, 4))
+                _norms(clock, t, s.hidden * b, passes=(4, 6, 3) if s.norms_after else (4, 4))
                 if recompute != "none":
                     clock.add("passes over memory", bytes_=(t * 4 * s.hidden + after * 3 * s.ffn) * b)
                 clock.add("passes over memory", bytes_=after * 5 * s.ffn * b)
@@ -157,7 +157,7 @@ def read_share(stage: Stage) -> float:
     return stage.mask_probability if isinstance(stage, Mntp) else 1.0
 
 
-def _norms(clock: Clock, tokens: float, row: float, passes: tuple[int, int]) -> None:
+def _norms(clock: Clock, tokens: float, row: float, passes: tuple[int, ...]) -> None:
     for count in passes:
         clock.add("passes over memory", bytes_=tokens * count * row)
 
@@ -190,7 +190,7 @@ def _group(clock: Clock, model: Model, names: tuple[str, ...], t: float, *, drop
 def _plain(clock: Clock, model: Model, t: float) -> None:
     """Memory traffic of an eager transformers layer with PEFT's LoRA, without its matmuls, in one direction."""
     s, b = model.shape, clock.dtype.itemsize
-    norms = 2 * s.hidden * (6 * 4 + 6 * b)  # to fp32 and back, op by op
+    norms = (4 if s.norms_after else 2) * s.hidden * (6 * 4 + 6 * b)  # to fp32 and back, op by op
     inputs, outputs = sum(s.inputs[x] for x in s.adapted), sum(s.outputs[x] for x in s.adapted)
     lora = (3 * inputs + 6 * outputs) * b  # dropout, matmul, scaling, sum
     other = (6 * s.hidden + 5 * s.ffn + 10 * (s.queries + s.keys)) * b  # residuals, SiLU times up, RoPE

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from l2v.errors import UserError
-from l2v.model.embedded import SMOLLM2, cache_folder
+from l2v.model.embedded import EMBEDDED, GEMMA, SMOLLM2, converted_folder
 from l2v.model.load import load_config
 from l2v.recipe import Base
 
@@ -54,6 +54,8 @@ KNOWN: dict[str, dict[str, Any]] = {
     r"Qwen/Qwen3-8B(-Base)?": _qwen("qwen3", 4096, 12288, 36, 32, 8, 151936),
     r"Qwen/Qwen3-14B(-Base)?": _qwen("qwen3", 5120, 17408, 40, 40, 8, 151936),
     SMOLLM2: _llama(576, 1536, 30, 9, 3, 49152, tied=True),
+    rf"{GEMMA}|google/gemma-3-270m(-it)?": _llama(640, 2048, 18, 4, 1, 262144, tied=True, head_dim=256)
+    | {"model_type": "gemma3_text", "sliding_window": 512, "query_pre_attn_scalar": 256},
 }
 """Sizes by full hub name, from each model's config.json."""
 
@@ -70,7 +72,7 @@ def shape_of(base: Base) -> tuple[PretrainedConfig, str]:
     if (local / "config.json").is_file():
         config = load_config(replace(base, model=str(local)), trust_remote_code=base.trust_remote_code)
         return config, str(local)
-    if base.model != SMOLLM2 and (cached := _cached(base)):
+    if base.model not in EMBEDDED and (cached := _cached(base)):
         return _changed(cached, base), "the hub's cache"
     if base.config:
         return load_config(replace(base, init="random", overrides={})), "base.config"
@@ -85,8 +87,8 @@ def shape_of(base: Base) -> tuple[PretrainedConfig, str]:
 
 
 def local_folder(model: str) -> Path:
-    """The folder of a base or tokenizer, if it is a folder or the embedded base; it may not exist."""
-    return cache_folder() / "models" / SMOLLM2 if model == SMOLLM2 else Path(model)
+    """The folder of a base or tokenizer, if it is a folder or an embedded base; it may not exist."""
+    return converted_folder(model) if model in EMBEDDED else Path(model)
 
 
 def _cached(base: Base) -> PretrainedConfig | None:

@@ -68,7 +68,7 @@ def lengths_of(recipe: Recipe, name: str) -> Lengths:
     if _is_here(recipe, stage):
         base = recipe.base
         tokenizer = load_tokenizer(str(local_folder(base.tokenizer or base.model)), revision=base.revision)
-        found = open_examples(stage.data, stage, TextTokenizer(tokenizer, base.template, stage.length))
+        found = open_examples(stage.data, stage, TextTokenizer.of(tokenizer, base, stage.length))
         return Lengths.of(found)
     count, columns = stage.batch * (PLANNED_STEPS + 1), columns_of(stage)
     tokens = min(columns * stage.length, stage.micro_tokens)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCardData
 
+from l2v.model.engines import Report
 from l2v.push.licence import Licence
 from l2v.push.subject import Model, earlier_adapters, public_base
 from l2v.report.page import table_text
@@ -22,8 +24,12 @@ DESCRIPTIONS = {
 TRIAL_STEPS = 200  # published recipes train longer; the card of a model with fewer steps says so
 
 
-def render(model: Model, repo: str, licence: Licence, *, base: str, adapter: bool) -> str:
-    """The card. base: its name on the hub; adapter: the card is for the adapters, not for a merged encoder."""
+def render(
+    model: Model, repo: str, licence: Licence, *, base: str, adapter: bool, engines: Sequence[Report] = ()
+) -> str:  # fmt: skip
+    """The card. base: its name on the hub; adapter: the card is for the adapters, not for a merged encoder. engines: what
+    each makes of the export.
+    """
     name, row = repo.rsplit("/", 1)[-1], model.row()
     earlier = earlier_adapters(model)
     template = model.settings["template"]
@@ -47,6 +53,8 @@ def render(model: Model, repo: str, licence: Licence, *, base: str, adapter: boo
         "instructions": any(
             source.get("instruction") or source.get("query_prompt") or source.get("task") for source in sources
         ),
+        "pool_prompt": model.settings.get("pooled", "text") == "all",
+        "engines": _engines(engines),
         "short": steps if model.stages and steps < TRIAL_STEPS else None,
     }
     environment = jinja2.Environment(loader=jinja2.PackageLoader("l2v.push", "."), undefined=jinja2.StrictUndefined)
@@ -102,6 +110,11 @@ def _scores(model: Model) -> list[Table]:
     rows = [row, *(r for r in model.evaluation["rows"] if "baseline" in r["identity"])]
     seb = seb_rows_table(rows)
     return [*([seb] if seb else []), *local_tables(model.evaluation | {"rows": rows})]
+
+
+def _engines(engines: Sequence[Report]) -> Table:
+    rows = [Row([engine.name, engine.vectors or f"not for it: {engine.refused}"]) for engine in engines]
+    return Table("Engines", ["Engine", "Vectors"], rows, words=2)
 
 
 def _data(model: Model) -> Table:

@@ -12,15 +12,14 @@ from typing import Any
 from l2v.encoder import Encoder
 from l2v.errors import UserError, first_line
 from l2v.model.adapter_file import holds_weights
+from l2v.model.engines import reports
 from l2v.model.export import ENCODER_FILE
+from l2v.model.licence import CARD, front_matter, write_papers
 from l2v.model.lora import LINEAGE, WEIGHTS
 from l2v.push import card
-from l2v.push.licence import Licence, front_matter
+from l2v.push.licence import Licence, check_papers
 from l2v.push.subject import Dataset, Model, adapters_lineage, earlier_adapters, export_lineage
 from l2v.runs.folder import result_of
-
-CARD, NOTICE = "README.md", "NOTICE"
-_PAPERS = ("LICENSE*", "LICENCE*", "USE_POLICY*")
 
 
 def make_model(
@@ -33,7 +32,7 @@ def make_model(
     adapter: bool,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write an encoder or its adapters into `folder`, with card, notice, and the base's licence if the base is a folder.
+    """Write an encoder or its adapters into `folder`, with card, notice, and the papers in the base's folder.
 
     Raises:
         UserError: if the folder holds something else, or cannot be written.
@@ -52,15 +51,14 @@ def make_model(
             file = folder / ENCODER_FILE
             facts = json.loads(file.read_text(encoding="utf-8"))
             _rewrite(file, facts | {"lineage": export_lineage(model, base)})
-        if licence.notice:
-            (folder / NOTICE).write_text(licence.notice + "\n", encoding="utf-8")
-        if Path(model.base).is_dir():
-            for paper in (p for pattern in _PAPERS for p in Path(model.base).glob(pattern) if p.is_file()):
-                shutil.copyfile(paper, folder / paper.name)
-        text = card.render(model, repo, licence, base=base, adapter=adapter)
+        changed = f"It holds {'LoRA adapters' if adapter else 'an encoder'} that l2v trained on {base}."
+        for source in (model.folder, Path(model.base)):
+            write_papers(licence.identifier, folder, changed=changed, source=source)
+        text = card.render(model, repo, licence, base=base, adapter=adapter, engines=[] if adapter else reports(folder))
         (folder / CARD).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    check_papers(folder)
 
 
 def ours(folder: Path) -> bool:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from l2v.errors import UserError
-from l2v.model.embedded import SMOLLM2
+from l2v.model.embedded import EMBEDDED
 from l2v.model.export import ENCODER_FILE
 from l2v.runs.facts import StageFacts, read_json, read_results, read_run
 from l2v.runs.folder import is_stage, result_of, stage_folders
 from l2v.runs.names import near
 
-HUB_NAMES = {SMOLLM2: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+HUB_NAMES = {name: base.hub for name, base in EMBEDDED.items()}
 
 
 @dataclass
@@ -75,6 +75,10 @@ def find(source: Path, results: Path | None) -> Model | Dataset | Ready:
     if not source.is_dir():
         remedy = "give a run, a stage of it, an export or a data set that l2v built"
         raise UserError(f"{source}: no such folder{near(str(source), remedy)}")
+    if (source / ENCODER_FILE).is_file() and (source / "adapter_config.json").is_file():
+        raise UserError(
+            f"{source}: an unmerged adapter for serving; push the run that it was made from with --adapter-only"
+        )
     if (source / ENCODER_FILE).is_file():
         return Ready(source.name, source) if (source / "README.md").is_file() else _export(source, results)
     if is_stage(source):
@@ -103,7 +107,7 @@ def _stage(folder: Path, name: str | None, results: Path | None) -> Model:
         lineage=stage.lineage,
         settings={
             "pooling": base.pooling, "attention": base.attention, "length": stage.recipe["length"],
-            "template": vars(base.template), "precision": base.precision,
+            "template": vars(base.template), "precision": base.precision, "pooled": "all" if base.pool_prompt else "text",
         },
         evaluation=run.evaluation,
         stages=[s for s in run.stages if s.name in through or s is stage],

@@ -41,7 +41,11 @@ Backend = Literal["l2v", "sdpa", "flash_attention_2"]
 
 @dataclass
 class Base:
-    """The decoder that becomes an encoder."""
+    """The decoder that becomes an encoder.
+
+    pool_prompt: all tokens are pooled, also special tokens, template and instruction; engines without prompts to exclude
+    (vLLM, Text Embeddings Inference) then give the vectors of the training.
+    """
 
     model: str
     revision: str | None = None
@@ -56,6 +60,7 @@ class Base:
     base_precision: Literal["same", "fp8", "nf4"] = "same"
     template: Template = field(default_factory=Template)
     pooling: Literal["mean", "weighted_mean", "last", "first"] = "mean"
+    pool_prompt: bool = False
     mask_token: str = "_"
     trust_remote_code: bool = False
 
@@ -168,7 +173,8 @@ class Contrastive(Stage):
     What a query is compared with: `directions` (GTE, Li et al. 2023, arXiv 2308.03281) in one softmax or, `partition:
     per_direction`, one each (CLIP, Radford et al. 2021, arXiv 2103.00020). `false_negative_margin`: Zhang et al. 2025,
     arXiv 2506.05176, section 3. `matryoshka`: Kusupati et al. 2022, arXiv 2205.13147. `homogeneous`: all examples
-    of one loss come from one source.
+    of one loss come from one source. `quantize`: the loss compares int8 or binary vectors, with a straight-through gradient
+    (Bengio et al. 2013, arXiv 1308.3432; for embeddings arXiv 2602.11151).
     """
 
     scale: float = 20.0
@@ -182,6 +188,7 @@ class Contrastive(Stage):
     false_negative_margin: float | None = None
     matryoshka: list[int] | None = None
     matryoshka_weights: list[float] | None = None
+    quantize: Literal["int8", "binary"] | None = None
 
     @property
     def grouped(self) -> bool:

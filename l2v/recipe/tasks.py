@@ -1,4 +1,7 @@
-"""Danish instructions by kind of task: what `task: NAME` of a source puts before its texts. A leaf of the import tree."""
+"""Every instruction that l2v has: by kind of task for training, and by task of SEB for evaluation. A leaf of the import tree.
+
+`task: NAME` of a source, `l2v encode --task` and `l2v eval --prompts` all read these.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,39 @@ TASKS: dict[str, Task] = {
     "translation-da": Task("Find den samme sætning på et andet sprog:", symmetric=True),
     "same-topic-da": Task("Find en tekst om det samme emne:", symmetric=True),
     "same-sentiment-da": Task("Find en tekst med samme holdning:", symmetric=True),
+}
+
+
+# What evaluation puts before the texts of SEB's Danish tasks: the words of training for a kind of task that training has.
+EVALUATED: dict[str, str] = {
+    "AngryTweetsClassification": "same-sentiment-da",
+    "BornholmBitextMining": "translation-da",
+    "DanFeverRetrieval": "claim-da",
+    "DanishPoliticalCommentsClassification": "same-sentiment-da",
+    "LccSentimentClassification": "same-sentiment-da",
+    "MassiveScenarioClassification": "same-topic-da",
+    "TV2Nordretrieval": "summary-da",
+    "TwitterHjerneRetrieval": "question-da",
+}
+DANISH = {task: TASKS[kind].query for task, kind in EVALUATED.items()} | {
+    "DKHateClassification": "Afgør, om tweetet er stødende eller ej:",
+    "NordicLangClassification": "Afgør, hvilket nordisk sprog teksten er skrevet på:",
+    "MassiveIntentClassification": "Afgør, hvad taleren vil have stemmeassistenten til at gøre:",
+    "ScalaClassification": "Afgør, om sætningen er grammatisk korrekt:",
+}
+ENGLISH = {
+    "AngryTweetsClassification": "Tell the sentiment of the Danish tweet: positive, neutral or negative",
+    "BornholmBitextMining": "Find the sentence with the same meaning in Danish or in the dialect of Bornholm",
+    "DKHateClassification": "Tell whether the Danish tweet is offensive or not",
+    "DanishPoliticalCommentsClassification": "Tell the sentiment of the Danish political comment",
+    "DanFeverRetrieval": "Given a claim in Danish, find the text that supports it",
+    "LccSentimentClassification": "Tell the sentiment of the Danish text: positive, neutral or negative",
+    "NordicLangClassification": "Tell in which Nordic language the text is written",
+    "MassiveIntentClassification": "Tell what the speaker wants the voice assistant to do",
+    "MassiveScenarioClassification": "Tell which scenario the request to the voice assistant belongs to",
+    "ScalaClassification": "Tell whether the sentence is grammatically correct",
+    "TV2Nordretrieval": "Given the summary of a Danish news article, find the article",
+    "TwitterHjerneRetrieval": "Given a question from a Danish tweet, find tweets that answer it",
 }
 
 

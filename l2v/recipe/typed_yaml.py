@@ -141,7 +141,12 @@ def _convert_union(hints: tuple[Any, ...], node: Node, path: str) -> Any:
     words = [word for hint in hints if get_origin(hint) is Literal for word in get_args(hint)]
     if isinstance(value, str) and value in words:
         return value
-    hint = next(hint for hint in hints if hint is not type(None) and get_origin(hint) is not Literal)
+    others = [hint for hint in hints if hint is not type(None) and get_origin(hint) is not Literal]
+    if not others:
+        raise RecipeError(
+            f"{node.where}: {path} is {kind_of(value)}; choose one of {', '.join(map(str, words))}, or null"
+        )
+    hint = others[0]
     return _scalar(hint, node, path, words) if words else _convert(hint, node, path)
 
 

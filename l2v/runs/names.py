@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 from l2v.errors import UserError
-from l2v.model.embedded import SMOLLM2
+from l2v.model.embedded import EMBEDDED
 from l2v.model.hub import is_repository_name, why_missing
 from l2v.runs.folder import stage_folders
 
@@ -21,18 +21,18 @@ def check_model(name: str) -> None:
     Raises:
         UserError: it is no folder here and cannot be a name on the Hub.
     """
-    if not (Path(name).exists() or name == SMOLLM2 or _may_be_on_hub(name)):
+    if not (Path(name).exists() or name in EMBEDDED or _may_be_on_hub(name)):
         raise UserError(f"{name} was not found: no such folder{near(name)}")
 
 
 def find_model(name: str, file: str = "config.json", revision: str | None = None) -> None:
-    """Check that a model exists: a folder here, the embedded base or a repository on the Hub, which is asked once.
+    """Check that a model exists: a folder here, an embedded base or a repository on the Hub, which is asked once.
 
     Raises:
         UserError: it does not, or the Hub cannot be asked.
     """
     check_model(name)
-    if Path(name).exists() or name == SMOLLM2:
+    if Path(name).exists() or name in EMBEDDED:
         return
     if why := why_missing(name, file, revision):
         raise UserError(f"{name} was not found: no such folder, and {why}{near(name)}")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from l2v.errors import UserError, first_line
-from l2v.model.embedded import SMOLLM2
+from l2v.model.embedded import EMBEDDED
 from l2v.model.export import POOLING_MODES
 from l2v.model.hub import is_repository_name, why_missing
 from l2v.recipe import Base, Template
@@ -46,7 +46,7 @@ def read_published(name: str) -> PublishedEncoder | None:
     Raises:
         UserError: it computes its vectors in a way that l2v does not, or one of its files is damaged.
     """
-    if name == SMOLLM2:
+    if name in EMBEDDED:
         return None
     modules = _json(name, MODULES)
     if modules is None:
@@ -134,7 +134,8 @@ def _direction(name: str, config: dict[str, Any]) -> Any:
             f"{name}: its model is code of its own (auto_map), which decides what its tokens see; l2v cannot know it; "
             f"{USE_THEIRS}"
         )
-    if config.get("is_causal") is False or config["model_type"] in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+    by_flag = config.get("use_bidirectional_attention") is True and config["model_type"] == "gemma3_text"
+    if by_flag or config.get("is_causal") is False or config["model_type"] in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "bidirectional"
     return "causal"
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from l2v.errors import UserError
 from l2v.model.adapter_file import LINEAGE, describe_adapter, holds_weights, read_json
-from l2v.model.embedded import SMOLLM2
+from l2v.model.embedded import EMBEDDED
 from l2v.model.export import ENCODER_FILE
-from l2v.recipe import Base, Template
+from l2v.recipe import Base, Contrastive, Recipe, Template
 from l2v.recipe.instructions import Instructions
 from l2v.runs.folder import is_stage, result_of, stage_folders, stage_recipe, trained_stages
 from l2v.runs.names import find_model
@@ -24,7 +24,7 @@ class Found:
 
     adapters: merged into the base, in order. length: tokens of a text, None if nothing says it. note: a sentence for the
     user on what was chosen. pooled: which tokens are pooled (see `TextTokenizer`). rows: of the embedding, at least.
-    normalize: vectors have length 1 unless the caller asks for others.
+    normalize: vectors have length 1 unless the caller asks for others. matryoshka: prefix lengths that it was trained on.
     """
 
     base: Base
@@ -35,6 +35,7 @@ class Found:
     pooled: Literal["text", "all", "unprompted"] = "text"
     rows: int = 0
     normalize: bool = True
+    matryoshka: list[int] = field(default_factory=list)
 
 
 def find(name: str) -> Found:
@@ -77,20 +78,22 @@ def _find(name: str) -> Found:
 
 
 def _known(model: str) -> dict[str, Any]:
-    if model == SMOLLM2:
-        return {"template": Template(prefix="<|im_start|>user\n", suffix="<|im_end|>")}
-    return {}
+    return {"template": EMBEDDED[model].template} if model in EMBEDDED else {}
 
 
 def _export(folder: Path, name: str) -> Found:
     try:
         facts = json.loads((folder / ENCODER_FILE).read_text(encoding="utf-8"))
-        base = Base(model=name, template=Template(**facts["template"]), pooling=facts["pooling"])
+        own: dict[str, Any] = {"model": name}
+        adapters: list[str] = []
+        if (folder / "adapter_config.json").is_file():  # unmerged: `l2v export --adapter-only`
+            own, adapters = {key: value for key, value in facts["base"].items() if key != "template"}, [name]
+        base = Base(**own | {"template": Template(**facts["template"]), "pooling": facts["pooling"]})
         base.attention, base.precision = facts["attention"], facts["precision"]
         instructions = Instructions.of_json(facts.get("instructions", {}))
         return Found(
-            base, length=facts["length"], instructions=instructions, pooled=facts.get("pooled", "text"),
-            normalize=facts.get("normalize", True),
+            base, adapters, length=facts["length"], instructions=instructions, pooled=facts.get("pooled", "text"),
+            normalize=facts.get("normalize", True), matryoshka=facts.get("matryoshka", []),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder / ENCODER_FILE}: damaged; export again with 'l2v export'") from None
@@ -112,7 +115,18 @@ def _stage(folder: Path) -> Found:
         raise UserError(f"{folder}: the stage is not fully trained yet; run 'l2v train' again to continue it")
     recipe = stage_recipe(folder)
     instructions = Instructions.trained(recipe, folder.name)
-    return Found(recipe.base, [*_lineage(trained), str(trained)], recipe.stages[folder.name].length, instructions)
+    return Found(
+        recipe.base, [*_lineage(trained), str(trained)], recipe.stages[folder.name].length, instructions,
+        pooled="all" if recipe.base.pool_prompt else "text", matryoshka=_matryoshka(recipe, folder.name),
+    )  # fmt: skip
+
+
+def _matryoshka(recipe: Recipe, stage: str) -> list[int]:
+    """The prefix lengths that the last contrastive stage up to `stage` trained; none if there is no such stage."""
+    for name in [stage, *reversed(recipe.chain(stage))]:
+        if isinstance(found := recipe.stages[name], Contrastive):
+            return list(found.matryoshka or ())
+    return []
 
 
 def _adapter(folder: Path) -> Found:

@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 from l2v.data.sources import open_rows
 from l2v.encoder import Encoder
+from l2v.encoding.identity import encoder_key
 from l2v.errors import UserError
 from l2v.mining.arguments import source_of
 from l2v.mining.candidates import Bm25, Exact
 from l2v.mining.choose import plain
 from l2v.mining.shards import Shards, check_out, write_rows
-from l2v.mining.vectors import encoder_key, vectors
+from l2v.mining.vectors import vectors
 from l2v.recipe.tasks import find_task
 from l2v.synthesis.endpoint import Endpoint, Failed
 from l2v.synthesis.journal import Answer, Journal

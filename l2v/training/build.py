@@ -31,6 +31,7 @@ from l2v.recipe import Base, Mntp, Recipe, Simcse, Stage
 from l2v.runs.claim import merged_adapters
 from l2v.training.advice import Advise, Question
 from l2v.training.engine import deepspeed_config
+from l2v.training.launcher import ranks_here
 from l2v.training.memory import (
     bucket_in_backward,
     engine_bytes,
@@ -39,7 +40,7 @@ from l2v.training.memory import (
     not_yet_allocated,
     tail_memory,
 )
-from l2v.training.ranks import on_every_rank, on_first_rank, ranks_here
+from l2v.training.ranks import on_every_rank, on_first_rank
 
 ESTIMATE = 0.9
 """Share of an estimate of memory that is certainly needed: training is refused only where that does not fit."""

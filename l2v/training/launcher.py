@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from l2v.cores import choose
+
 # On an interrupt the launcher's outer process would end before the ranks have saved. So it ignores the signal, and the inner
 # process passes it on.
 LAUNCHER = (
@@ -25,6 +27,11 @@ HOSTFILE = Path("/job/hostfile")
 def launched() -> bool:
     """True under the deepspeed launcher (or torchrun), which set the rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def ranks_here() -> int:
+    """Ranks on this machine, as set by the deepspeed launcher or torchrun; 0 without either."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 0)
 
 
 def restore_visible_devices() -> None:
@@ -55,7 +62,7 @@ def launch(module: str, argv: list[str], processes: int, *, restarts: int = 0) -
     """
     import torch  # here, so that a mistake in the recipe is reported without it
 
-    from l2v.machine import free_port, threads
+    from l2v.machine import free_port
 
     environment = dict(os.environ)
     visible = environment.pop("CUDA_VISIBLE_DEVICES", None)
@@ -63,11 +70,11 @@ def launch(module: str, argv: list[str], processes: int, *, restarts: int = 0) -
         environment["L2V_VISIBLE_DEVICES"] = visible  # see `restore_visible_devices`
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-        environment.setdefault("OMP_NUM_THREADS", str(threads(processes)))
         # By default glibc returns large blocks to the system after every op and faults them in again: 15% of a step on 2
         # cores.
         environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 33))
         environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 33))
+    choose(environment, processes=processes, threads=not torch.cuda.is_available(), steady=True)
     command = [sys.executable, "-c", LAUNCHER, "--num_gpus", str(processes), "--log_level", "critical"]
     port = environment.get("MASTER_PORT")
     for left in range(restarts, -1, -1):

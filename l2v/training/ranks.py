@@ -18,11 +18,6 @@ from l2v.errors import RecipeError, UserError
 T = TypeVar("T")
 
 
-def ranks_here() -> int:
-    """Ranks on this machine, as set by the deepspeed launcher or torchrun; 0 without either."""
-    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 0)
-
-
 def on_first_rank(work: Callable[[], T]) -> T:
     """Call `work` once, on rank 0; every rank returns its result or raises its UserError. A collective call."""
     return _exchange(work, dist.get_rank() == 0)[0]

@@ -242,7 +242,7 @@ def _open_data(recipe: Recipe, name: str) -> StageData:
     merged = [adapter for adapter, _ in merged_adapters(recipe, name)]
     rows = on_every_rank(lambda: rows_with(merged, config.get_text_config().vocab_size))
     on_every_rank(lambda: check_vocabulary(tokenizer, rows, base, stage.lora.trainable_tokens if stage.lora else ()))
-    texts = TextTokenizer(tokenizer, base.template, stage.length)
+    texts = TextTokenizer.of(tokenizer, base, stage.length)
     notes = on_every_rank(functools.partial(check_prefixes, recipe, name))
     examples = first_on_node(lambda: open_examples(stage.data, stage, texts))
     held_out = first_on_node(lambda: open_examples(stage.eval_data, stage, texts)) if stage.eval_data else None

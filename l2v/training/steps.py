@@ -72,6 +72,7 @@ def loss_options(stage: Contrastive) -> dict[str, Any]:
         "false_negative_margin": stage.false_negative_margin,
         "prefixes": stage.matryoshka,
         "prefix_weights": stage.matryoshka_weights,
+        "quantize": stage.quantize,
         "warn": False,  # the loop counts such queries and logs them
     }
 

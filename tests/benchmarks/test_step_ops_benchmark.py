@@ -68,6 +68,8 @@ def test_bytes_are_those_of_the_definition():
     sizes = {
         Workload("rms_norm", "", 10, 8, *bf16): (4 * 10 * 8 * 2, 4 * 10 * 8 * 2),
         Workload("head_norm", "", 10, 8, *bf16, heads=3): (2 * 10 * 3 * 8 * 2, 3 * 10 * 3 * 8 * 2),
+        Workload("sandwich_norm", "", 10, 8, *bf16): (4 * 10 * 8 * 2, 6 * 10 * 8 * 2),
+        Workload("geglu", "", 10, 8, *bf16): (3 * 10 * 8 * 2, 5 * 10 * 8 * 2),
         Workload("swiglu", "", 10, 8, *bf16): (3 * 10 * 8 * 2, 5 * 10 * 8 * 2),
         Workload("segment_pool", "", 10, 8, *bf16, lengths=(4, 6)): (10 * 8 * 2 + 64, 2 * 10 * 8 * 2 + 64),
     }
@@ -76,7 +78,7 @@ def test_bytes_are_those_of_the_definition():
 
 
 @pytest.mark.parametrize("provider", PROVIDERS, ids=lambda x: x.__name__)
-@pytest.mark.parametrize("op", ["rms_norm", "head_norm", "swiglu", "segment_pool"])
+@pytest.mark.parametrize("op", ["rms_norm", "sandwich_norm", "head_norm", "swiglu", "geglu", "segment_pool"])
 def test_cpu_providers_run_or_say_why_not(op, provider):
     w = Workload(op, "", 6, 8, *CPU, heads=2 if op == "head_norm" else 1, lengths=(2, 4))
     try:
@@ -84,7 +86,7 @@ def test_cpu_providers_run_or_say_why_not(op, provider):
     except Unavailable as error:
         assert str(error)
         return
-    assert len(step(*w.leaves())) == (2 if op == "rms_norm" else 1)
+    assert len(step(*w.leaves())) == (2 if op in ("rms_norm", "sandwich_norm") else 1)
 
 
 def test_the_numbers_of_the_docs():

@@ -65,7 +65,9 @@ def peer(runner, workload, provider, folder, batches=None):
     return found
 
 
-@pytest.mark.parametrize("workload", ["mntp", "simcse", "supervised"])
+@pytest.mark.parametrize(
+    "workload", ["mntp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("simcse", "supervised"))]
+)
 def test_all_do_the_same_work(runner, workload, tmp_path):
     """The training program and its peers: the same tokens in the same steps, and the same first loss."""
     (ours,) = runner.run(workload, "l2v", 0, None)
@@ -298,6 +300,9 @@ def test_results_are_kept_and_a_second_call_resumes(fake, tmp_path, capsys):
     assert benchmark.main([*command, "--providers", "l2v,liger,llm2vec"]) == 0
     # What ran is not run again, nor what had no room; what was missing may be installed by now.
     assert fake.asked == [("mntp", "llm2vec", 0), ("mntp", "llm2vec", 1)]
+    fake.asked.clear()
+    assert benchmark.main([*command, "--providers", "l2v", "--busy", "1"]) == 0
+    assert ("mntp", "l2v", 0) in fake.asked, "beside a busy core it is another measurement"
     fake.asked.clear()
     assert benchmark.main([*command, "--providers", "l2v", "--fresh"]) == 0
     assert ("mntp", "l2v", 0) in fake.asked

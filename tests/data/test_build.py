@@ -103,6 +103,7 @@ def killed(config, out, at: int) -> None:
     assert not alive, "workers outlived the process that started them"
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_the_files_are_the_same(corpus, built, tmp_path):
     out = tmp_path / "out"
     killed(corpus[1], out, 3)

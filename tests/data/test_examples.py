@@ -132,8 +132,8 @@ def test_instructions_stand_before_their_own_side(tokenizer):
     row = {"query": "Hvem?", "positive": "Hunden.", "negatives": ["Katten."]}
     both = {"instruction": "Find", "document_instruction": "Svar"}
     query, positive, negative = Pairs(pair_rows(row | both), texts)[0]
-    assert tokenizer.decode(query.ids[: query.pool_start]) == "<s></s>bruger\nFind: "
-    assert tokenizer.decode(positive.ids[: positive.pool_start]) == "<s></s>bruger\nSvar: "
+    assert tokenizer.decode(query.ids[: query.pool_start]) == "<s></s>bruger\nFind:"
+    assert tokenizer.decode(positive.ids[: positive.pool_start]) == "<s></s>bruger\nSvar:"
     assert tokenizer.decode(negative.ids) == "<s></s>bruger\nSvar: Katten.</s>"
     alone = Pairs(pair_rows(row), texts)[0]
     assert query.text_key == alone[0].text_key

@@ -38,8 +38,11 @@ def test_text_and_suffix_are_pooled_and_nothing_else(tokenizer, adds_bos, templa
     header = template.prefix + (template.instruction.format(instruction=instruction) if instruction else "")
     assert texts.header(instruction) == header
     before, pooled = tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
-    assert before == "<s>" * adds_bos + header
-    assert pooled == text.strip() + template.suffix
+    shown = header.rstrip(
+        " "
+    )  # the space before a word is a part of its token, or a token before it; both count to the text
+    assert before == "<s>" * adds_bos + shown
+    assert pooled == header[len(shown) :] + text.strip() + template.suffix
     assert cut == 0
 
 
@@ -48,6 +51,26 @@ def test_a_token_that_spans_the_border_belongs_to_the_text(tokenizer):
     (ids,), (start,), _ = texts.embedded(["ser"])
     tokens = tokenizer.convert_ids_to_tokens(ids)
     assert tokens[start:] == ["Ġs", "er"]
+
+
+def test_pooling_begins_at_one_position_whatever_a_text_begins_with(tokenizer):
+    """A word has the space before it in its token, a digit or an emoji has not; engines exclude a fixed number of tokens."""
+    texts = TextTokenizer(tokenizer, CHAT, 64)
+    _, starts, _ = texts.embedded(["ser", "3 ser", "🙂", "Ærø", "\u4f60"], "Find:")
+    assert len(set(starts)) == 1
+    joined = [tokenizer.tokenize(f"Find: {text}")[-1] for text in ("s", "3")]
+    assert joined == ["Ġs", "3"]  # both kinds are among them
+
+
+def test_a_recipe_can_pool_the_prompt_too(tokenizer, adds_bos):
+    base = Base(model="x", template=CHAT, pool_prompt=True)
+    texts, usual = (
+        TextTokenizer.of(tokenizer, base, 64),
+        TextTokenizer.of(tokenizer, Base(model="x", template=CHAT), 64),
+    )
+    assert texts.embedded([TEXT], "Find") == (usual.embedded([TEXT], "Find")[0], [0], 0)
+    assert usual.embedded([TEXT], "Find")[1][0] > 0
+    assert texts.fingerprint() != usual.fingerprint()  # tokenised data of one is not taken for the other
 
 
 def test_texts_in_one_call_are_those_of_single_calls(tokenizer, sentences):

@@ -152,7 +152,11 @@ def test_what_fails_is_said_counted_and_left_out(tiny_base, mini, tmp_path, caps
         ([], 2, "name a run"),
         (["x", "--benchmark", "Scandinavian"], 2, "no task or benchmark of mteb"),
         (["x", "--benchmark", "local:/no/where"], 1, "local:/no/where: no such file, folder or manifest"),
-        (["--baselines", "tfidf", "--benchmark", "local:sample", "--prompts", "dk"], 1, "use en, da, mteb, off"),
+        (
+            ["--baselines", "tfidf", "--benchmark", "local:sample", "--prompts", "dk"],
+            1,
+            "use en, da, mteb, off, trained",
+        ),
         (
             ["x", "--ablations", "layers", "--benchmark", "local:sample"],
             2,

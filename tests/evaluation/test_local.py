@@ -220,7 +220,7 @@ def test_prompts_by_task_and_side(tmp_path):
     file.write_text("Retrieval: [1]\n")
     with pytest.raises(UserError, match="Retrieval must be a text"):
         Prompts(str(file))
-    with pytest.raises(UserError, match="use en, da, mteb, off, or a YAML file"):
+    with pytest.raises(UserError, match="use en, da, mteb, off, trained, or a YAML file"):
         Prompts("dk")
 
 

@@ -125,6 +125,7 @@ def test_sentence_transformers_loss(base, monkeypatch, capsys):
     assert steps == "3" and float(first) > 0.01 and float(last) != float(first)
 
 
+@pytest.mark.slow
 def test_the_notebook_is_executed(base, program, tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)

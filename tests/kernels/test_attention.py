@@ -1,3 +1,4 @@
+import itertools
 import os
 
 import pytest
@@ -9,6 +10,9 @@ from support.attention_cases import HEAD_DIMS, assert_close_to_exact, layouts, p
 from support.attention_cases import inputs as random_inputs
 
 from l2v_kernels import AttentionPlan, attention
+from l2v_kernels.attention import batched
+from l2v_kernels.attention.reference import attention_reference
+from l2v_kernels.attention.settings import Settings
 from l2v_kernels.attention.tables import TokenTables
 
 LENGTHS = [5, 0, 17, 1, 5, 33, 1, 17, 2]
@@ -242,3 +246,78 @@ def test_a_device_without_kernels():
     q = torch.zeros(6, 4, 64, device="meta")
     with pytest.raises(NotImplementedError, match=r"on CUDA with Triton.*\(6, 4, 64\)"):
         attention(q, q, q, torch.tensor([0, 6]))
+
+
+@pytest.mark.parametrize("name", ["dropout", "softcap", "softcap causal", "all"])
+@pytest.mark.parametrize("tile", [1, 4000], ids=["rows", "segments"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_of_like_lengths_in_tiles(name, tile, dtype, monkeypatch):
+    """Also where a segment is so long that its rows are computed a few at a time, and keys outside the window never."""
+    monkeypatch.setattr(batched, "TILE", tile)
+    monkeypatch.setattr(batched, "MIN_ROWS", 3)
+    lengths = [41, 0, 33, 38, 1, 7, 2, 41, 5]
+    (q, k, v), cu_seqlens, seeds = inputs(lengths, H=6, K=2, D=24, dtype=dtype)
+    grad = torch.randn(q.shape).to(dtype)
+    out = attention(q, k, v, cu_seqlens, seeds_S=seeds, **SETTINGS[name])
+    out.backward(grad)
+    assert_close_to_exact([out, q.grad, k.grad, v.grad], q, k, v, grad, lengths, seeds, **SETTINGS[name])
+    with torch.inference_mode():
+        again = attention(q, k, v, cu_seqlens, seeds_S=seeds, **SETTINGS[name])
+    assert torch.equal(again, out), "nothing is kept, and nothing else differs"
+
+
+@pytest.mark.parametrize("lengths", [[9, 30, 12, 30, 31], [8, 8, 8]])
+def test_the_dropout_mask_of_batches_is_the_references_bit_by_bit(lengths):
+    """Queries of zeros weigh all keys alike, so with an identity as values the output is the mask."""
+    T, most = sum(lengths), max(lengths)
+    v = torch.cat([torch.eye(most)[:n] for n in lengths])[:, None].expand(T, 2, most)
+    q, seeds = torch.zeros(T, 4, most), torch.randint(-(2**62), 2**62, (len(lengths),))
+    plan, chosen = AttentionPlan.from_lengths(lengths), Settings(1.0, 0.4, 7)
+    want = attention_reference(q, q[:, :2], v, plan, seeds, chosen)[0]
+    got = attention(
+        q,
+        q[:, :2],
+        v,
+        torch.tensor([0, *lengths]).cumsum(0),
+        plan=plan,
+        scale=1.0,
+        dropout_p=0.4,
+        stream=7,
+        seeds_S=seeds,
+    )
+    assert torch.equal(got != 0, want != 0) and 0.5 < (got[: lengths[0], :, : lengths[0]] != 0).double().mean() < 0.7
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+@given(st.lists(st.integers(0, 70), max_size=30))
+@hypothesis_settings(max_examples=60, deadline=None)
+def test_like_lengths_hold_every_token_once(lengths):
+    plan = AttentionPlan.from_lengths(lengths)
+    starts, found, segments = [0, *itertools.accumulate(lengths)], [], []
+    for batch in plan.like_lengths:
+        longest = batch.tokens_st.shape[1]
+        segments += batch.segments_s.tolist()
+        assert longest == max(lengths[i] for i in batch.segments_s)
+        for row, segment in enumerate(batch.segments_s.tolist()):
+            n = lengths[segment]
+            assert longest - n <= max(8, min(longest // 4, 16)), "few places are padding"
+            own = batch.tokens_st[row].tolist()
+            assert own[:n] == list(range(starts[segment], starts[segment] + n)) and set(own[n:]) <= {own[n - 1]}
+            padding = [False] * longest if batch.padding_st is None else batch.padding_st[row].tolist()
+            assert padding == [False] * n + [True] * (longest - n)
+            found += own[:n]
+        if batch.begin is not None:
+            assert batch.tokens_st.flatten().tolist() == list(range(batch.begin, batch.begin + batch.tokens_st.numel()))
+    assert sorted(found) == list(range(sum(lengths))) and sorted(segments) == [i for i, n in enumerate(lengths) if n]
+
+
+@pytest.mark.parametrize("name", ["plain", "causal", "window", "dropout"])
+def test_bf16_gradients_are_summed_in_fp32(name):
+    """Nearer to float64 than a plain bf16 attention, and equal to that of the same numbers in fp32, rounded once."""
+    (q, k, v), cu_seqlens, seeds = inputs([40, 17, 40], dtype=torch.bfloat16)
+    grad = torch.randn(q.shape).bfloat16()
+    attention(q, k, v, cu_seqlens, seeds_S=seeds, **SETTINGS[name]).backward(grad)
+    wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    attention(*wide, cu_seqlens, seeds_S=seeds, **SETTINGS[name]).backward(grad.float())
+    for narrow, exact in zip((q, k, v), wide, strict=True):
+        assert torch.equal(narrow.grad, exact.grad.bfloat16())

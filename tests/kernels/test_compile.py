@@ -34,14 +34,14 @@ def test_dropout(capability, dtype):
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_rope(capability, dtype):
+@pytest.mark.parametrize(("dtype", "heads", "half"), [("bf16", 32, 64), ("fp32", 32, 64), ("bf16", 4, 128)])
+def test_rope(capability, dtype, heads, half):
     from l2v_kernels.rope.kernel import CONFIG, rope_kernel
 
     signature = {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
     names = ("n_rows", "stride_xt", "stride_xh", "stride_yt", "stride_yh", "stride_cos", "stride_sin")
     signature |= dict.fromkeys(names, "i32")
-    constants = {"HEADS": 32, "HALF": 64, "BLOCK_HALF": 64, "INVERSE": False, "BLOCK_ROWS": CONFIG["BLOCK_ROWS"]}
+    constants = {"HEADS": heads, "HALF": half, "BLOCK_HALF": half, "INVERSE": False, "BLOCK_ROWS": CONFIG["BLOCK_ROWS"]}
     used = build(rope_kernel, signature, constants, capability, CONFIG["num_warps"], disassemble=False)
     assert not used.problems(capability)
     assert "ld.global.v4.b32" in used.ptx and "st.global.v4.b32" in used.ptx
@@ -80,6 +80,12 @@ def check(case):
 def test_attention(kind, arch):
     """The shape of Llama-3-8B, with dropout, which needs the most registers."""
     check(Case(kind, arch, 128, dropout=True))
+
+
+@pytest.mark.parametrize("kind", ["forward", "query", "key"])
+def test_attention_of_gemma_3_270m(kind):
+    """Four query heads of 256 on one key head, windowed: SimCSE's local layers, where registers are fewest."""
+    check(Case(kind, 80, 256, window=True, dropout=True))
 
 
 def check_on_8_9(case):
@@ -134,6 +140,14 @@ if os.environ.get("L2V_SLOW") == "1":
 
     @pytest.mark.parametrize("arch", SHARED_LIMIT)
     @pytest.mark.parametrize("kind", ["forward", "query", "key"])
+    @pytest.mark.parametrize("group", [1, 2, 4])
+    @pytest.mark.parametrize("short", [False, True])
+    @pytest.mark.parametrize("flags", [(), ("dropout",), ("causal",), ("softcap",), ("softcap", "dropout")], ids=str)
+    def test_attention_of_gemma(kind, arch, group, short, flags):
+        check(Case(kind, arch, 256, window=True, short=short, group=group, **dict.fromkeys(flags, True)))
+
+    @pytest.mark.parametrize("arch", SHARED_LIMIT)
+    @pytest.mark.parametrize("kind", ["forward", "query", "key"])
     @pytest.mark.parametrize("group", [1, 8])
     @pytest.mark.parametrize("chosen", ["plain", "causal"])
     def test_attention_variants(kind, arch, group, chosen):
@@ -165,9 +179,9 @@ def test_info_nce(kernel, arch):
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("kernel", ["norms", "finish"])
+@pytest.mark.parametrize("kernel", ["norms", "finish", "codes"])
 def test_info_nce_passes_over_embeddings(kernel, dtype, arch):
-    from l2v_kernels.info_nce import config, kernel_elementwise
+    from l2v_kernels.info_nce import config, kernel_elementwise, kernel_quantize
 
     pointers = {
         "x_ptr": f"*{dtype}",
@@ -175,12 +189,19 @@ def test_info_nce_passes_over_embeddings(kernel, dtype, arch):
         "sum_ptr": "*fp32",
         "along_ptr": "*fp32",
         "unscale_ptr": "*fp32",
+        "factor_ptr": "*fp32",
+        "inverse_ptr": "*fp32",
     }
     pointers["out_ptr"] = "*fp64" if kernel == "norms" else f"*{dtype}"
-    function = getattr(kernel_elementwise, f"{kernel}_kernel")
+    function = getattr(kernel_quantize if kernel == "codes" else kernel_elementwise, f"{kernel}_kernel")
     chosen = dict(config.NORMS if kernel == "norms" else config.FINISH)
     warps = chosen.pop("num_warps")
-    constants = {"P": 6, "ALIGN": 16} | chosen if kernel == "norms" else {"UNSCALE": False} | chosen
+    flags = {
+        "norms": {"P": 6, "ALIGN": 16},
+        "finish": {"UNSCALE": False, "FACTOR": True},
+        "codes": {"BINARY": False},
+    }
+    constants = flags[kernel] | chosen
     signature = {p.name: pointers.get(p.name, "i32") for p in function.params if not p.is_constexpr}
     used = build(function, signature, constants, arch, warps, disassemble=False)
     assert not used.problems(arch)

@@ -1,4 +1,4 @@
-"""Ahead-of-time builds of rms_norm, swiglu and segment_pool: no register spills, accesses 16 bytes wide."""
+"""Ahead-of-time builds of rms_norm, sandwich_norm, swiglu and segment_pool: no register spills, accesses 16 bytes wide."""
 
 import importlib.util
 import os
@@ -11,6 +11,7 @@ if importlib.util.find_spec("triton") is None:
 
 from benchmarks.kernels.aot import SHARED_LIMIT, available, build
 from l2v_kernels.rms_norm import kernel as rms_norm
+from l2v_kernels.sandwich_norm import kernel as sandwich_norm
 from l2v_kernels.segment_pool import kernel as segment_pool
 from l2v_kernels.swiglu import kernel as swiglu
 
@@ -19,10 +20,12 @@ pytestmark = pytest.mark.skipif(not available(), reason="this Triton bundles no 
 # In the dtype of the model; whatever else a kernel points to is fp32.
 STATES = {
     "x", "delta", "weight", "sum", "y", "dy", "dsum", "dx", "gate_up", "product", "dproduct", "out", "norm_weight",
-    "xa_gate", "b_gate", "xa_up", "b_up",
+    "xa_gate", "b_gate", "xa_up", "b_up", "residual", "after", "before", "dresidual", "ddelta",
 }  # fmt: skip
 WIDTHS = (384, 576, 896, 1024, 2048, 3584, 5120, 8192, 14336, 16384)
 """Hidden sizes of SmolLM2 and of the Llama, Mistral and Qwen families, up to the widest that the kernels are made for."""
+GEMMA_WIDTHS = (640, 1152, 2048, 2304, 2560, 3584, 3840, 4608, 5376)
+"""Hidden sizes of the Gemma 2 and Gemma 3 families."""
 
 
 def check(kernel, constants, chosen, dtype, arch, wide=("ld", "st")):
@@ -44,9 +47,9 @@ def check(kernel, constants, chosen, dtype, arch, wide=("ld", "st")):
     return used
 
 
-def check_rms_norm(heads, width, dtype, arch, residual):
+def check_rms_norm(heads, width, dtype, arch, residual, offset=0.0):
     chosen = rms_norm.config(width)
-    constants = {"HEADS": heads, "WIDTH": width}
+    constants = {"HEADS": heads, "WIDTH": width, "OFFSET": offset}
     builds = [
         check(rms_norm.rms_norm_forward_kernel, constants | {"DELTA": residual}, chosen, dtype, arch),
         check(rms_norm.rms_norm_backward_kernel, constants | {"DSUM": residual}, chosen, dtype, arch),
@@ -57,8 +60,16 @@ def check_rms_norm(heads, width, dtype, arch, residual):
             assert not re.search(r"ld\.global\.\S*b16", used.ptx)
 
 
-def check_segment_pool(width, dtype, arch, norm):
-    constants = {"NORM": norm, "WIDTH": width, "PIECE": segment_pool.PIECE}
+def check_sandwich_norm(width, dtype, arch):
+    chosen, constants = sandwich_norm.config(width), {"OFFSET": 1.0, "WIDTH": width}
+    for norm in (True, False):
+        check(sandwich_norm.sandwich_forward_kernel, constants | {"NORM": norm}, chosen, dtype, arch)
+    chosen = sandwich_norm.backward_config(width)
+    check(sandwich_norm.sandwich_backward_kernel, constants | {"DSUM": True}, chosen, dtype, arch)
+
+
+def check_segment_pool(width, dtype, arch, norm, offset=0.0):
+    constants = {"NORM": norm, "OFFSET": offset, "WIDTH": width, "PIECE": segment_pool.PIECE}
     chosen = segment_pool.config(width)
     check(segment_pool.pool_kernel, constants, chosen, dtype, arch, wide=["ld"])
     # Without a norm the backward reads a row a piece, and writes a row a token.
@@ -73,6 +84,13 @@ def test_rms_norm(heads, width, residual, dtype, arch):
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
+def test_norms_of_gemma(arch):
+    """Those of Gemma 3 270M between blocks, and of its query heads."""
+    check_sandwich_norm(640, "bf16", arch)
+    check_rms_norm(4, 256, "bf16", arch, residual=False, offset=1.0)
+
+
+@pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_rms_norm_weight_gradient(dtype, arch):
     constants = {"HEADS": 1, "WIDTH": 4096}
@@ -80,20 +98,20 @@ def test_rms_norm_weight_gradient(dtype, arch):
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_swiglu(dtype, arch):
+@pytest.mark.parametrize(("dtype", "gelu"), [("bf16", False), ("fp32", False), ("bf16", True)])
+def test_swiglu(dtype, gelu, arch):
     for kernel in (swiglu.swiglu_forward_kernel, swiglu.swiglu_backward_kernel):
-        constants = {"RANK_GATE": 0, "RANK_UP": 0, "PRECISION": "ieee"}
+        constants = {"RANK_GATE": 0, "RANK_UP": 0, "PRECISION": "ieee", "GELU": gelu}
         assert not re.search(r"global\.b(16|32)", check(kernel, constants, swiglu.CONFIG, dtype, arch).ptx)
 
 
 @pytest.mark.parametrize("arch", SHARED_LIMIT)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("ranks", [(16, 16), (64, 64), (0, 16)])
-def test_swiglu_with_lora(ranks, dtype, arch):
-    chosen = swiglu.LORA_CONFIG[2 if dtype == "bf16" else 4]
+def test_swiglu_with_lora(ranks, dtype, arch, gelu=False):
+    chosen = swiglu.LORA_CONFIG[4 if dtype == "fp32" else 2]
     for kernel in (swiglu.swiglu_forward_kernel, swiglu.swiglu_backward_kernel):
-        constants = {"RANK_GATE": ranks[0], "RANK_UP": ranks[1], "PRECISION": "ieee"}
+        constants = {"RANK_GATE": ranks[0], "RANK_UP": ranks[1], "PRECISION": "ieee", "GELU": gelu}
         assert "global.b16" not in check(kernel, constants, chosen, dtype, arch).ptx
 
 
@@ -101,7 +119,7 @@ def test_swiglu_with_lora(ranks, dtype, arch):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_segment_pool(dtype, arch):
     check_segment_pool(4096, dtype, arch, norm=True)
-    constants = {"NORM": True, "WIDTH": 4096, "PIECE": segment_pool.PIECE}
+    constants = {"NORM": True, "OFFSET": 0.0, "WIDTH": 4096, "PIECE": segment_pool.PIECE}
     check(segment_pool.combine_kernel, constants, segment_pool.COMBINE_CONFIG, dtype, arch, wide=["ld"])
 
 
@@ -115,6 +133,21 @@ if os.environ.get("L2V_SLOW") == "1":
             check_rms_norm(1, width, dtype, arch, residual)
         for norm in (False, True):
             check_segment_pool(width, dtype, arch, norm)
+
+    @pytest.mark.parametrize("arch", SHARED_LIMIT)
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+    @pytest.mark.parametrize("width", GEMMA_WIDTHS)
+    def test_gemma_everywhere(width, dtype, arch):
+        check_rms_norm(1, width, dtype, arch, residual=False, offset=1.0)
+        check_sandwich_norm(width, dtype, arch)
+        check_segment_pool(width, dtype, arch, norm=True, offset=1.0)
+
+    @pytest.mark.parametrize("arch", SHARED_LIMIT)
+    @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+    @pytest.mark.parametrize("ranks", [(16, 16), (64, 64), (0, 16)])
+    def test_gelu_everywhere(ranks, dtype, arch):
+        test_swiglu(dtype, True, arch)
+        test_swiglu_with_lora(ranks, dtype, arch, gelu=True)
 
     @pytest.mark.parametrize("arch", SHARED_LIMIT)
     @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

@@ -109,6 +109,7 @@ def test_runs_without_triton_and_transformers():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernel_in_the_interpreter(run_interpreted):
     run_interpreted(__file__)

@@ -325,6 +325,7 @@ def test_what_the_tensor_cores_do_not_take(monkeypatch):
         linears.matmul(torch.ones(2, 48))
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_in_the_interpreter(run_interpreted):
     run_interpreted(__file__)

@@ -20,6 +20,17 @@ from l2v_kernels.info_nce.settings import DIRECTIONS
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
+def small(row, chosen, last):
+    """The row as `quantize` compares it, number by number; rounding to the nearest, half up."""
+    numbers = row.tolist()
+    if chosen.get("quantize") == "binary":
+        return [1 if x > 0 else -1 for x in numbers]
+    if chosen.get("quantize") == "int8":
+        step = max(abs(x) for x in numbers[:last]) / 127
+        return [math.floor(x / step + 0.5) for x in numbers]
+    return numbers
+
+
 def loops(tensors, targets, chosen, length):
     """The mean loss over a prefix, score by score, as a reader of the docstring would compute it by hand."""
     queries, candidates = tensors[0], tensors[1]
@@ -30,7 +41,8 @@ def loops(tensors, targets, chosen, length):
     owners, restricted = chosen.get("owners_M"), chosen.get("restricted_M")
 
     def cos(x, y):
-        x, y = x[:length].tolist(), y[:length].tolist()
+        last = chosen.get("prefixes", (len(x),))[-1]
+        x, y = (small(row, chosen, last)[:length] for row in (x, y))
         dot, xx, yy = (sum(a * b for a, b in zip(u, v, strict=True)) for u, v in ((x, y), (x, x), (y, y)))
         return dot / math.sqrt(xx * yy)
 

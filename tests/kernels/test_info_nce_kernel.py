@@ -11,7 +11,7 @@ from support.info_nce_cases import VARIANTS, assert_close, options, ours, proble
 
 pytest.importorskip("triton")
 
-from l2v_kernels.info_nce import config, engine, launch, paths
+from l2v_kernels.info_nce import config, engine, launch, paths, quantize
 from l2v_kernels.info_nce.config import Config
 
 # A zero vector's norm: the interpreter computes both sides of a tl.where, and NumPy warns of the one not taken.
@@ -63,6 +63,20 @@ OPTIONS = [
 def test_interpreted_options(path, dtype, variant):
     given_ = problem(7, 21, 33, dtype=dtype, **VARIANTS[variant])
     assert_close(run(path, *given_), *given_)
+
+
+@pytest.mark.parametrize("kind", ["int8", "binary"])
+def test_interpreted_codes_are_those_of_the_definition(kind):
+    """Also of rows without a direction, with NaN and Inf, of a view, and of half precision; bit for bit."""
+    x = torch.randn(70, 150, generator=torch.Generator().manual_seed(1))[:, 3:140]
+    x[4] = 0
+    x[9, 7], x[11, 2] = torch.nan, torch.inf
+    for rows in (x, x.half()):
+        inverse = quantize.inverse_steps(rows, kind, 100)
+        found, want = launch.codes(rows, inverse, kind), quantize.codes(rows, inverse, kind)
+        assert found.dtype == rows.dtype and torch.equal(found.nan_to_num(9e3), want.nan_to_num(9e3))
+        assert want[9].isnan().all() if kind == "binary" else want[9, 7].isnan()
+        assert want[11].isnan().any() and not want[4].any()
 
 
 @pytest.mark.parametrize(("workspace", "rows"), [(1 << 20, 0), (2_100, 6), (600, 0)], ids=["kept", "one-pass", "two"])

@@ -237,6 +237,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     cases = {n: (settings, [x.detach() for x in embeddings(columns, 6)]) for n, (columns, settings) in TOGETHER.items()}
     torch.save(cases, tmp_path / "cases.pt")

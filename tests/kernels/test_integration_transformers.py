@@ -30,6 +30,7 @@ FAMILIES = {
     "Qwen3": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "Gemma": {},
     "Gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
+    "Gemma3Text": {"sliding_window": 6, "query_pre_attn_scalar": 8},
 }
 LENGTHS = [5, 1, 20, 5, 0, 13]
 

@@ -76,8 +76,8 @@ def test_every_kernel_is_launched_inside_the_guard():
                 } - decorated
     assert not helpers
     assert guarded == {
-        "attention": 3, "dropout": 1, "fp8": 2, "info_nce": 6, "linear_cross_entropy": 1, "lora_linear": 5, "rms_norm": 3,
-        "rope": 2, "segment_pool": 3, "swiglu": 2,
+        "attention": 3, "dropout": 1, "fp8": 2, "info_nce": 7, "linear_cross_entropy": 1, "lora_linear": 5, "rms_norm": 3,
+        "rope": 2, "sandwich_norm": 2, "segment_pool": 3, "swiglu": 2,
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import torch
 from support.step_cases import bytes_saved, check_rms_norm, plain_rms_norm, poisoned
 
 from l2v_kernels.dispatch import triton_everywhere
-from l2v_kernels.rms_norm import op, rms_norm
+from l2v_kernels.rms_norm import op, reference, rms_norm
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 SHAPES = [(1, 64), (5, 575), (7, 128), (2, 4096), (5, 3, 64), (2, 8, 128), (0, 8), (3, 0, 8), (4, 3)]
@@ -16,6 +16,25 @@ SHAPES = [(1, 64), (5, 575), (7, 128), (2, 4096), (5, 3, 64), (2, 8, 128), (0, 8
 @pytest.mark.parametrize("shape", [*SHAPES, (3, 16384)], ids=str)
 def test_against_float64(shape, residual, dtype):
     check_rms_norm(shape, dtype, residual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(5, 575), (5, 3, 256), (0, 8)], ids=str)
+def test_an_offset_against_float64(shape, residual, dtype):
+    check_rms_norm(shape, dtype, residual, offset=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_an_offset_equals_gemma(dtype):
+    """Its weight plus 1 is formed in fp32: 1 + w rounded to bf16 would lose most of a small w."""
+    gemma = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
+    theirs = gemma.Gemma3RMSNorm(96, eps=1e-5).to(dtype)
+    torch.nn.init.normal_(theirs.weight, std=1e-2)
+    x = torch.randn(7, 96).to(dtype)
+    ours = rms_norm(x, theirs.weight, 1e-5, offset=1.0)
+    torch.testing.assert_close(ours, theirs(x))
+    assert dtype == torch.float32 or not torch.equal(ours, rms_norm(x, 1 + theirs.weight, 1e-5))
 
 
 def test_equals_transformers():
@@ -72,6 +91,20 @@ def test_backward_into_what_is_there():
     assert buffer[:, 3].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(11, 6), (11, 3, 8)], ids=str)
+def test_blocks_of_rows_change_no_bit(shape, dtype, monkeypatch):
+    """Eleven rows in blocks of four, also into dsum itself and into a part of a wider buffer."""
+    (dy, x, dsum), weight = (torch.randn(shape).to(dtype) for _ in range(3)), torch.randn(shape[-1]).to(dtype)
+    rstd = op.forward(x, weight, 1e-6)[2]
+    want = op.backward(dy, x, rstd, weight, dsum, offset=1.0)
+    monkeypatch.setattr(reference, "BLOCK", 4 * x[0].numel())
+    wide = torch.zeros(*shape[:-1], 2 * shape[-1], dtype=dtype)
+    assert torch.equal(op.backward(dy, x, rstd, weight, dsum, wide[..., : shape[-1]], offset=1.0), want)
+    assert torch.equal(wide[..., : shape[-1]], want) and not wide[..., shape[-1] :].any()
+    assert op.backward(dy, x, rstd, weight, dsum, dsum, offset=1.0) is dsum and torch.equal(dsum, want)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_keeps_the_sum_and_four_bytes_a_row(residual):
     x, weight = torch.randn(6, 40, dtype=torch.bfloat16, requires_grad=True), torch.ones(40, dtype=torch.bfloat16)
@@ -110,6 +143,7 @@ def test_bad_input(change):
         rms_norm(**{**good, **change})
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_in_the_interpreter(run_interpreted):
     run_interpreted(__file__)
@@ -121,6 +155,14 @@ def test_the_kernels_in_the_interpreter(run_interpreted):
 def test_interpreted_against_float64(shape, residual, dtype):
     with triton_everywhere():
         check_rms_norm(shape, dtype, residual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(5, 640), (5, 3, 256)], ids=str)
+def test_interpreted_offset(shape, residual, dtype):
+    with triton_everywhere():
+        check_rms_norm(shape, dtype, residual, offset=1.0)
 
 
 def test_interpreted_wide_row():
@@ -137,6 +179,8 @@ def test_interpreted_bits_again_and_in_place(shape, dtype):
         total, y, rstd = op.forward(x, weight, 1e-6, delta)
         assert torch.equal(total, x + delta) and torch.equal(op.normalize(total, rstd, weight), y)
         assert op.forward(x, weight, 1e-6)[0] is x
+        _, shifted, _ = op.forward(total, weight, 1e-6, offset=1.0)
+        assert torch.equal(op.normalize(total, rstd, weight, 1.0), shifted) and not torch.equal(shifted, y)
         want = op.backward(dy, total, rstd, weight, dsum)
         buffer = torch.full((shape[0], 2 * shape[1], *shape[2:]), float("nan"), dtype=dtype)
         for out in (buffer[:, : shape[1]], dy.clone(), dsum.clone()):

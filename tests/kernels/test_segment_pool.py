@@ -27,6 +27,12 @@ def test_against_float64(lengths, norm, dtype):
     check_segment_pool(lengths, 37, dtype, norm)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained", [False, True])
+def test_an_offset_of_the_norm(trained, dtype):
+    check_segment_pool([3, 40, 1, 0, 70], 24, dtype, True, trained=trained, offset=1.0)
+
+
 def test_gradients():
     x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     norm_weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
@@ -119,6 +125,7 @@ def test_bad_input(change):
         segment_pool(**{**good, **change})
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_in_the_interpreter(run_interpreted):
     run_interpreted(__file__)
@@ -130,6 +137,11 @@ def test_the_kernels_in_the_interpreter(run_interpreted):
 def test_interpreted_against_float64(lengths, norm, dtype):
     with triton_everywhere():
         check_segment_pool(lengths, 70, dtype, norm, cu_dtype=torch.int64 if dtype == torch.float16 else torch.int32)
+
+
+def test_interpreted_offset_of_the_norm():
+    with triton_everywhere():
+        check_segment_pool([3, 40, 1, 0, 70], 640, torch.float32, True, offset=1.0)
 
 
 @pytest.mark.parametrize("E", [1, 512, 4096])

@@ -5,8 +5,8 @@ import torch
 from support.step_cases import bytes_saved, check_swiglu, plain_swiglu, poisoned
 
 from l2v_kernels.dispatch import triton_everywhere
-from l2v_kernels.swiglu import op, swiglu
-from l2v_kernels.swiglu.op import GateUpLora
+from l2v_kernels.swiglu import op, reference, swiglu
+from l2v_kernels.swiglu.op import ACTIVATIONS, GateUpLora
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton on this platform")
 SHAPES = [(1, 1), (5, 33), (9, 1024), (3, 1100), (0, 8), (4, 0)]
@@ -16,6 +16,20 @@ SHAPES = [(1, 1), (5, 33), (9, 1024), (3, 1100), (0, 8), (4, 0)]
 @pytest.mark.parametrize(("T", "F"), SHAPES)
 def test_against_float64(T, F, dtype):
     check_swiglu(T, F, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("T", "F"), SHAPES)
+def test_gelu_against_float64(T, F, dtype):
+    check_swiglu(T, F, dtype, activation="gelu_tanh")
+
+
+def test_gelu_equals_gemma():
+    gemma = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
+    config = gemma.Gemma3TextConfig(hidden_size=16, intermediate_size=24, num_attention_heads=2)
+    mlp, x = gemma.Gemma3MLP(config), torch.randn(5, 16)
+    gate_up = x @ torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).t()
+    torch.testing.assert_close(mlp.down_proj(swiglu(gate_up, activation="gelu_tanh")), mlp(x))
 
 
 def test_equals_transformers():
@@ -29,6 +43,7 @@ def test_equals_transformers():
 def test_gradients():
     gate_up = torch.randn(5, 14, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(swiglu, (gate_up,))
+    assert torch.autograd.gradcheck(lambda x: swiglu(x, activation="gelu_tanh"), (gate_up,))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -39,6 +54,14 @@ def test_rounds_once(dtype):
     assert (error <= (0.505 * torch.finfo(dtype).eps + 5e-7) * exact.abs() + 1e-7).all()
 
 
+def test_gelu_gates_far_from_zero():
+    gate_up = torch.tensor([[-1e4, 1e4, -200.0, 0.0, 3.0, 3.0, 3.0, 3.0]], requires_grad=True)
+    product = swiglu(gate_up, activation="gelu_tanh")
+    product.sum().backward()
+    assert torch.equal(product, torch.tensor([[0.0, 3e4, 0.0, 0.0]]))
+    assert torch.equal(gate_up.grad, torch.tensor([[0.0, 3.0, 0.0, 1.5, 0.0, 1e4, 0.0, 0.0]]))
+
+
 def test_gates_far_from_zero():
     """No infinity and no NaN on the way, where the result is finite."""
     gate_up = torch.tensor([[-1e4, 1e4, -200.0, 0.0, 3.0, 3.0, 3.0, 3.0]], requires_grad=True)
@@ -46,6 +69,19 @@ def test_gates_far_from_zero():
     product.sum().backward()
     assert torch.equal(product, torch.tensor([[0.0, 3e4, 0.0, 0.0]]))
     assert torch.equal(gate_up.grad, torch.tensor([[0.0, 3.0, 0.0, 1.5, 0.0, 1e4, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_blocks_of_rows_change_nothing(activation, adapted, monkeypatch):
+    """Seven rows of 10 in blocks of 3, with the share of gate alone; also where the gradient overwrites gate and up."""
+    dproduct, gate_up, xa, b = torch.randn(7, 10), torch.randn(7, 20), torch.randn(7, 2), torch.randn(10, 2)
+    share = GateUpLora(xa_gate_TR=xa, b_gate_FR=b) if adapted else None
+    want = op.backward(dproduct, gate_up, lora=share, activation=activation)
+    monkeypatch.setattr(reference, "BLOCK", 30)
+    found = op.backward(dproduct, gate_up, lora=share, activation=activation)
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+    assert op.backward(dproduct, gate_up, gate_up, share, activation) is gate_up and torch.equal(gate_up, found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,6 +100,11 @@ def test_keeps_its_input_alone():
 def test_bad_input(bad):
     with pytest.raises(ValueError, match=r"\(\d"):
         swiglu(bad)
+
+
+def test_an_activation_that_is_not_known():
+    with pytest.raises(ValueError, match="silu and gelu_tanh, got 'gelu'"):
+        swiglu(torch.zeros(2, 4), activation="gelu")
 
 
 def lora_problem(T, F, ranks, dtype):
@@ -88,24 +129,24 @@ def with_share(gate_up, lora):
     return torch.cat(halves, 1)
 
 
-def check_lora(T, F, ranks, dtype):
+def check_lora(T, F, ranks, dtype, how="silu"):
     """At most the error of adding the share before, rounded to the dtype, and the frozen product is left as it is."""
     gate_up, dproduct, lora = lora_problem(T, F, ranks, dtype)
     before = gate_up.clone()
     with poisoned():
-        found = op.forward(gate_up, lora), op.backward(dproduct, gate_up, lora=lora)
+        found = op.forward(gate_up, lora, how), op.backward(dproduct, gate_up, lora=lora, activation=how)
     assert torch.equal(gate_up, before)
     leaf = with_share(gate_up.double(), lora).requires_grad_()
-    product = plain_swiglu(leaf)
+    product = plain_swiglu(leaf, how)
     want = product.detach(), torch.autograd.grad(product, leaf, dproduct.double())[0]
     rounded = with_share(gate_up, lora)
-    plain = op.forward(rounded), op.backward(dproduct, rounded)
+    plain = op.forward(rounded, activation=how), op.backward(dproduct, rounded, activation=how)
     for got, same_dtype, exact in zip(found, plain, want, strict=True):
         assert got.shape == exact.shape and got.dtype == dtype
         if got.numel():
             error, allowed = ((v.double() - exact).abs().max() for v in (got, same_dtype))
             assert error <= allowed + (torch.finfo(dtype).eps / 2 + 2e-6) * exact.abs().max()
-    assert op.backward(dproduct, gate_up, gate_up, lora) is gate_up and torch.equal(gate_up, found[1])
+    assert op.backward(dproduct, gate_up, gate_up, lora, how) is gate_up and torch.equal(gate_up, found[1])
 
 
 LORA_SHAPES = [
@@ -122,6 +163,7 @@ LORA_SHAPES = [
 @pytest.mark.parametrize(("T", "F", "ranks"), LORA_SHAPES)
 def test_lora_share(T, F, ranks, dtype):
     check_lora(T, F, ranks, dtype)
+    check_lora(T, F, ranks, dtype, "gelu_tanh")
 
 
 @needs_triton
@@ -136,8 +178,22 @@ def test_interpreted_against_float64(T, F, dtype):
         check_swiglu(T, F, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("T", "F"), SHAPES)
+def test_interpreted_gelu_against_float64(T, F, dtype):
+    with triton_everywhere():
+        check_swiglu(T, F, dtype, activation="gelu_tanh")
+
+
+@pytest.mark.parametrize(("T", "F", "ranks"), LORA_SHAPES)
+def test_interpreted_gelu_lora_share(T, F, ranks):
+    with triton_everywhere():
+        check_lora(T, F, ranks, torch.float32, "gelu_tanh")
+
+
 def test_interpreted_gates_far_from_zero():
     with triton_everywhere():
+        test_gelu_gates_far_from_zero()
         test_gates_far_from_zero()
 
 

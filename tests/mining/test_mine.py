@@ -15,11 +15,12 @@ import torch
 from l2v import Encoder
 from l2v.commands import main as cli
 from l2v.data.sources import open_rows
+from l2v.encoding.identity import encoder_key
 from l2v.mining import mine as module
 from l2v.mining import vectors as vectors_module
 from l2v.mining.candidates import Bm25, Exact, Faiss
 from l2v.mining.choose import Rule, choose, in_turn, plain
-from l2v.mining.vectors import encoder_key, vectors
+from l2v.mining.vectors import vectors
 from l2v.recipe import Source
 
 QUERY = "Hvem løber gennem skoven?"

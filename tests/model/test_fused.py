@@ -17,6 +17,7 @@ from transformers import AutoModel
 from l2v.errors import RecipeError
 from l2v.model.lora import merge_adapters, save_adapter, trainable
 from l2v.model.memory import LayerShape, choose_recompute, free_bytes, kept_for_backward
+from l2v.model.path import ForwardPath
 from l2v.recipe import Lora
 
 LORA = Lora(r=5, alpha=10, dropout=0.1)
@@ -34,6 +35,20 @@ def plain():
         return found[family]
 
     return run
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_equals_eager_transformers_text_by_text(family, causal):
+    """transformers' own eager attention and PEFT's LoRA with its dropout, on texts far longer than the window."""
+    plain = build(family, "plain", lora=LORA, causal=causal)
+    plain.decoder.get_base_model().set_attn_implementation("eager")
+    plain.path = ForwardPath("rows", "eager")
+    long = batch(lengths=(29, 1, 13, 40))
+    want_hidden, want = gradients(plain, long)
+    hidden, found = gradients(build(family, "fused", lora=LORA, causal=causal), long)
+    assert (hidden - want_hidden).abs().max() <= 1e-5 * want_hidden.abs().max()
+    assert distance(found, want) <= 1e-5
 
 
 @pytest.mark.parametrize("recompute", ["none", "cheap", "layer"])
@@ -60,7 +75,7 @@ def test_recomputing_changes_no_bit(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_is_as_near_to_fp32_as_plain_bf16(family):
     """The fused layer rounds less often than the plain one. Measured over 6 batches, relative error of hidden states: fused
-    0.0093, plain 0.0103 (Llama); of gradients 0.012 both."""
+    0.0093, plain 0.0103 (Llama); of gradients 0.012 both. The norms behind a block, as in Gemma, enlarge both alike."""
     models = {
         (layers, dtype): build(family, layers, dtype=dtype, **NOISY)
         for layers, dtype in (("plain", torch.float32), ("plain", torch.bfloat16), ("fused", torch.bfloat16))
@@ -74,7 +89,7 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16(family):
         )
     (plain_hidden, plain_gradient), (hidden, gradient) = torch.tensor(errors).mean(0)
     assert hidden <= 1.05 * plain_hidden and gradient <= 1.1 * plain_gradient
-    assert hidden <= 0.02 and gradient <= 0.03
+    assert (hidden <= 0.04 and gradient <= 0.1) if family.startswith("gemma") else (hidden <= 0.02 and gradient <= 0.03)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +103,27 @@ def test_bf16_is_as_near_to_fp32_as_plain_bf16(family):
         ("mistral", LORA, {"sliding_window": 3}),
         ("qwen2", LORA, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
         ("qwen3", Lora(r=17, alpha=3.5, dropout=0.3, targets=["k_proj", "o_proj", "up_proj"]), {}),
+        ("gemma3_text", Lora(r=3, alpha=7, dropout=0.1, targets=["q_proj", "v_proj"]), {"attention_bias": True}),
+        (
+            "gemma3_text",
+            Lora(r=65, alpha=65, dropout=0.1, targets=["gate_proj", "down_proj"]),
+            {"num_key_value_heads": 2},
+        ),
+        ("llama", LORA, {"hidden_act": "gelu_pytorch_tanh"}),
     ],
-    ids=["q-v", "down", "rank-above-swiglu", "biases", "all-heads", "window", "window-in-some", "k-o-up"],
+    ids=[
+        "q-v",
+        "down",
+        "rank-above-swiglu",
+        "biases",
+        "all-heads",
+        "window",
+        "window-in-some",
+        "k-o-up",
+        "gemma3-q-v",
+        "gemma3-mlp",
+        "gelu",
+    ],
 )
 @pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
 def test_shapes_and_targets(family, lora, shape, causal):
@@ -133,7 +167,7 @@ def test_on_the_kernels_in_the_interpreter():
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     script = ROOT / "tests" / "support" / "fused_interpreted.py"
-    assert output_of([str(script)], environment, KERNELS).count("gradient") == 3 + 3 + 2
+    assert output_of([str(script)], environment, KERNELS).count("gradient") == 3 + 5 + 3
 
 
 def train_a_little(model):
@@ -206,7 +240,7 @@ def test_files_are_those_of_plain_layers(tmp_path):
             {"family": "gemma", "shape": {"hidden_act": "gelu"}},
             "its layers are GemmaDecoderLayer, and the fused layer supports",
         ),
-        ({"shape": {"hidden_act": "gelu"}}, "its activation is gelu"),
+        ({"shape": {"hidden_act": "gelu"}}, "its activation is gelu, and the fused layer supports silu"),
         ({"backend": "sdpa"}, "its attention backend is sdpa"),
     ],
     ids=["family", "activation", "backend"],

@@ -14,7 +14,7 @@ from l2v.batch import Segment, pack
 from l2v.errors import Notice, RecipeError, UserError
 from l2v.model import export_proof
 from l2v.model import proof as proofs
-from l2v.model.export_proof import attention_to_state, save_weights
+from l2v.model.export_proof import keys_to_state, save_weights
 from l2v.model.load import inner_model, load_model, proof_of
 from l2v.model.packed import PackedDecoder
 from l2v.model.path import ForwardPath, set_path
@@ -106,16 +106,20 @@ def test_a_dropped_sink_is_caught(backend, monkeypatch):
 
 
 def test_a_dropped_softcap_and_a_dropped_window_are_caught(monkeypatch):
+    from l2v.model.fused import stack
     from l2v_kernels.integrations import transformers as integration
 
     config = AutoConfig.for_model("gemma2", **SHAPE, head_dim=8)
-    assert measure(config, backend="l2v", causal=False).path.layout == "packed"
-    real = integration.attention
-    for name in ("softcap", "window"):
-        without = lambda *a, name=name, **k: real(*a, **k | {name: None})  # noqa: E731
-        monkeypatch.setattr(integration, "attention", without)
-        refused = prove_model(small(config), paths()[:1], causal=False).refused
-        assert refused and "off transformers' own eager attention" in refused, name
+    proof = measure(config, backend="l2v", causal=False)
+    assert proof.path.layout == "packed" and proof.fused
+    for where, layers in ((integration, "plain"), (stack, "fused")):
+        real = where.attention
+        for name in ("softcap", "window"):
+            without = lambda *a, name=name, real=real, **k: real(*a, **k | {name: None})  # noqa: E731
+            monkeypatch.setattr(where, "attention", without)
+            refused = prove_model(small(config), paths()[:1], causal=False, layers=layers).refused
+            assert refused and "off transformers' own eager attention" in refused, (layers, name)
+        monkeypatch.setattr(where, "attention", real)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -167,9 +171,11 @@ def test_an_export_that_transformers_would_read_causally_states_its_attention(fa
     """StableLM under SDPA looks at its module's flag, not at the configuration."""
     base = Base(model="x", init="random", config=SHAPE | {"model_type": family, "initializer_range": 0.3})
     packed = PackedDecoder(inner_model(load_model(base, head=False, dtype=torch.float32))).eval()
-    attention = attention_to_state(packed)
-    assert attention == states
-    save_weights(packed.decoder, tmp_path, attention=attention)
+    keys = keys_to_state(packed)
+    assert keys == {"is_causal": False, "use_bidirectional_attention": True} | (
+        {"_attn_implementation": states} if states else {}
+    )
+    save_weights(packed.decoder, tmp_path, keys)
     plain = AutoModel.from_pretrained(tmp_path).eval()
     ids = np.arange(5, 21)
     with torch.no_grad():
@@ -183,10 +189,10 @@ def test_an_export_that_would_compute_something_else_is_refused(monkeypatch):
     monkeypatch.setattr(
         export_proof,
         "save_weights",
-        lambda model, folder, **k: model.config.update({"is_causal": True}) or save_weights(model, folder),
+        lambda model, folder, keys: save_weights(model, folder, {"is_causal": True}),
     )
     with pytest.raises(UserError, match="cannot be exported: plain transformers would compute something else"):
-        attention_to_state(packed)
+        keys_to_state(packed)
 
 
 def test_the_first_use_is_measured_and_the_next_read(monkeypatch, tmp_path):

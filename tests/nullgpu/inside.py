@@ -146,14 +146,14 @@ def _loaded_adapters(merge: ModuleType) -> None:
 
 @after("l2v.model.proof")
 def _real_model(proof: ModuleType) -> None:
-    """The real model runs; that its first state never moves says nothing here."""
+    """The real model runs; that its first state never moves says nothing on this device."""
 
     def make(real):
-        def check_model(*arguments, **named):
+        def check_model(run, model, **named):
             try:
-                return real(*arguments, **named)
+                return real(run, model, **named)
             except proof.UserError as error:
-                if "never moves the first state" not in str(error):
+                if "never moves the first state" not in str(error) or next(model.parameters()).device.type == "cpu":
                     raise
                 return 0.0
 

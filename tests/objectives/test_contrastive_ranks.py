@@ -26,6 +26,8 @@ CASES = {
     "own-negatives": {"own_negatives": True},
     "margin": {"false_negative_margin": 0.1},
     "matryoshka": {"prefixes": [4, 16, 24], "prefix_weights": [0.5, 2, 1]},
+    "int8": {"quantize": "int8", "directions": GTE},
+    "binary": {"quantize": "binary", "prefixes": [4, 16], "own_negatives": True},
     "everything": {
         "directions": GTE,
         "own_negatives": True,

@@ -162,6 +162,7 @@ def dataset(tmp_path_factory):
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_a_data_set_arrives_whole_through_the_environment(dataset, hub, tmp_path):
     """A process of its own: HF_ENDPOINT and HF_TOKEN are all it is told."""
     root = Path(__file__).parents[2]
@@ -265,7 +266,7 @@ def test_llama_3_has_its_notice_and_its_name(run, tmp_path, capsys):
         ("AI-Sweden-Models/Llama-3-8B-instruct", "llama3"),
         ("meta-llama/Llama-3.1-8B", "llama3.1"),
         ("meta-llama/Llama-3.2-1B", "llama3.2"),
-        ("smollm2-135m-instruct", "apache-2.0"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
     ],
 )
 def test_licences_by_name(base, identifier):

@@ -11,6 +11,7 @@ from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 from l2v import Encoder
 from l2v.errors import UserError
 from l2v.recipe import Base
+from l2v.runs.published import _direction
 from l2v.training.stage import _unlike_published
 
 NESTED = {"all": "Find ", "query": "Find svaret: ", "document": "Find et svar: "}
@@ -54,7 +55,7 @@ def test_its_vectors_are_those_of_sentence_transformers(base, sentences, tmp_pat
         (folder / "config.json").write_text(json.dumps(config | {"is_causal": False}))
     theirs = SentenceTransformer(str(folder), device="cpu")
     ours = Encoder.from_pretrained(folder, precision="fp32")
-    texts = sentences[:5]
+    texts = [*sentences[:5], "gennem byens gader"]  # its first token has the space of a prompt in it
     calls = ["encode", "encode_query", "encode_document"] if "prompts" in case else ["encode"]
     for call in calls:
         want = getattr(theirs, call)(texts, show_progress_bar=False)
@@ -78,6 +79,20 @@ def test_its_vectors_are_those_of_sentence_transformers(base, sentences, tmp_pat
 def rewrite(folder, file, **keys):
     path = folder / file
     path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | keys))
+
+
+@pytest.mark.parametrize(
+    ("keys", "way"),
+    [
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "bidirectional"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": False}, "causal"),
+        ({"model_type": "gemma3_text", "is_causal": False}, "bidirectional"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "causal"),
+    ],
+)
+def test_a_direction_by_a_flag_of_the_architecture(keys, way):
+    """transformers makes the masks of Gemma 3 by it; Gemma 2 has the key and builds causal masks all the same."""
+    assert _direction("x", keys) == way
 
 
 REFUSED = {

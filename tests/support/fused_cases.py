@@ -24,7 +24,15 @@ SHAPE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+OWN_SHAPES = {
+    "gemma2": {"query_pre_attn_scalar": 20, "sliding_window": 4, "attn_logit_softcapping": 3.0},
+    "gemma3_text": {
+        "query_pre_attn_scalar": 20, "sliding_window": 8, "num_key_value_heads": 1,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}  # fmt: skip
+"""What a family has of its own, small enough to show: windows that the texts exceed, a scale that is not that of head_dim."""
 LENGTHS = (7, 1, 19, 5, 7)
 
 
@@ -32,7 +40,12 @@ def build(
     family: str, layers: str, *, lora: Lora | None = None, dtype=torch.float32, shape=(), recompute="cheap", **kwargs
 ):
     """A decoder whose norms, biases and LoRA B are not at their start, so that each of them matters."""
-    base = Base(model=family, init="random", config=SHAPE | {"model_type": family} | dict(shape))
+    config = SHAPE | {"model_type": family} | OWN_SHAPES.get(family, {}) | dict(shape)
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][: config["num_hidden_layers"]]
+    base = Base(
+        model=family, init="random", config=config, attention="causal" if kwargs.get("causal") else "bidirectional"
+    )
     model = load_model(base, head=True, dtype=dtype, seed=3)
     if dtype != torch.float32:  # some versions of torch draw other numbers in half precision
         exact = load_model(base, head=True, dtype=torch.float32, seed=3)
@@ -47,8 +60,8 @@ def build(
             torch.manual_seed(
                 zlib.crc32(name.removeprefix("base_model.model.").replace(".base_layer", "").encode())
             )  # the same with LoRA and without
-            if "norm" in name:
-                parameter.copy_(1 + 0.2 * torch.randn(parameter.shape))
+            if "norm" in name:  # around what stands for 1
+                parameter.copy_((0 if family.startswith("gemma") else 1) + 0.2 * torch.randn(parameter.shape))
             elif name.endswith("bias") or "lora_B" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape))
     packed = PackedDecoder(decoder, head=output_head(model), layers=layers, **kwargs)

@@ -13,8 +13,8 @@ from l2v_kernels.dispatch import triton_everywhere
 SMALL = batch(lengths=(3, 1, 6))
 
 for dtype, bar in ((torch.float32, 1e-5), (torch.float16, 1e-2)):
-    # The families differ in what is around the matmuls, which fp16 does not change: the plainest and the one with most.
-    for family in FAMILIES if dtype == torch.float32 else ("llama", "qwen3"):
+    # The families differ in what is around the matmuls, which fp16 does not change: the plainest and those with most.
+    for family in FAMILIES if dtype == torch.float32 else ("llama", "qwen3", "gemma3_text"):
         kwargs = {"lora": Lora(r=5, alpha=10, dropout=0.1), "attention_dropout": 0.2, "dtype": dtype}
         kwargs["shape"] = {"num_hidden_layers": 2 if family == "llama" else 1}
         if family == "llama" and dtype == torch.float16:

@@ -19,10 +19,12 @@ VARIANTS = {
     "symmetric joint": {"directions": DIRECTIONS[::2]},
     "gte": {"directions": DIRECTIONS, "owners": True},
     "matryoshka": {"prefixes": (3, 8, 17)},
+    "int8": {"quantize": "int8", "ids": 1},
+    "binary": {"quantize": "binary", "directions": DIRECTIONS, "owners": True, "prefixes": (3, 8, 16)},
     "a share of all queries": {"directions": DIRECTIONS, "share": True, "owners": True},
     "everything": {
         "directions": DIRECTIONS, "ids": 2, "owners": True, "restricted": True, "margin": 0.1, "prefixes": (2, 9, 16),
-        "share": True, "weights": True,
+        "share": True, "weights": True, "quantize": "int8",
     },
 }  # fmt: skip
 """Arguments of `problem` by name; E is 17 or more."""
@@ -30,7 +32,8 @@ VARIANTS = {
 
 def problem(
     N, M, E, *, seed=0, dtype=torch.float32, scale=20.0, ids=0, owners=False, restricted=False, margin=None,
-    directions=("query_to_doc",), partition="joint", prefixes=None, share=False, weights=False, device="cpu",
+    directions=("query_to_doc",), partition="joint", prefixes=None, share=False, weights=False, quantize=None,
+    device="cpu",
 ):  # fmt: skip
     """(tensors, keyword arguments of `info_nce`). tensors: queries, candidates and, for a share, all queries.
 
@@ -62,6 +65,8 @@ def problem(
         chosen["false_negative_margin"] = margin
     if prefixes is not None:
         chosen |= {"prefixes": prefixes, "prefix_weights": [1 / (1 + p) for p in range(len(prefixes))]}
+    if quantize is not None:
+        chosen["quantize"] = quantize
     if weights:
         chosen["weights_N"] = torch.rand(N, generator=g).to(device)
     tensors = [x.to(device, dtype) for x in (queries, candidates, *([everyone] if share else []))]
@@ -96,6 +101,7 @@ def plain(tensors, targets, chosen, dtype=torch.float64):
     settings = Settings(
         tuple(d for d in DIRECTIONS if d in chosen["directions"]), chosen["partition"] == "joint",
         chosen.get("false_negative_margin"), tuple(prefixes), chosen["query_offset"], 0,
+        quantize=chosen.get("quantize"),
     )  # fmt: skip
     ids = chosen.get("query_ids"), chosen.get("candidate_ids"), chosen.get("all_query_ids", chosen.get("query_ids"))
     labels = Labels(targets, *ids, chosen.get("owners_M"), chosen.get("restricted_M"))

@@ -48,7 +48,7 @@ interpreter._patch_lang, interpreter._get_np_dtype = _patch_once, _np_dtype
 
 def _strict(self, *args, **kwargs):
     """A compiled kernel refuses an argument that it does not have; the interpreter would drop it."""
-    options = {"grid", "warmup", "num_warps", "num_stages", "num_ctas", "maxnreg", "debug"}
+    options = {"grid", "warmup", "num_warps", "num_stages", "num_ctas", "maxnreg", "debug", "enable_fp_fusion"}
     unknown = kwargs.keys() - set(inspect.signature(self.fn).parameters) - options
     assert not unknown, f"{self.fn.__name__} has no argument {', '.join(sorted(unknown))}"
     return _run(self, *args, **kwargs)

@@ -93,6 +93,16 @@ def test_the_cache_gives_the_gradient_of_one_micro_batch(step, stage, options, r
     assert difference(whole, cached) <= 1e-5
 
 
+def test_a_step_compares_small_vectors_where_the_recipe_says_so(step):
+    """Another loss and another gradient than that of the floats, and the same with and without the cache."""
+    options = ["quantize=binary", "matryoshka=[16, 32]"]
+    floats, plain, *_ = step("supervised", f"micro_tokens={WHOLE}", "matryoshka=[16, 32]")
+    loss, whole, *_ = step("supervised", f"micro_tokens={WHOLE}", *options)
+    cached_loss, cached, *_ = step("supervised", f"micro_tokens={MICRO}", *options)
+    assert abs(loss - floats) > 1e-2 and difference(whole, plain) > 1e-2
+    assert cached_loss == pytest.approx(loss, rel=1e-5) and difference(whole, cached) <= 1e-5
+
+
 def test_other_dropout_would_be_seen(step):
     """The measure is worth something: another seed's masks change the gradient by far more than it allows."""
     _, one, *_ = step("simcse", f"micro_tokens={MICRO}")

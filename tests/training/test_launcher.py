@@ -34,6 +34,7 @@ sys.exit(2)
 """
 
 
+@pytest.mark.slow
 def test_ranks_have_their_place_and_a_killed_job_starts_again(tmp_path, monkeypatch, capfd):
     """Rank 1 is killed, which ends rank 0; started again, both end by a user's mistake, which no restart would fix."""
     (tmp_path / "noting_rank.py").write_text(RANK)

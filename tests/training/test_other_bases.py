@@ -38,7 +38,7 @@ def test_bert_with_cls_trains_contrastive_steps(stage, tiny_recipe, run_here, tm
     base = Encoder.from_pretrained(tmp_path / "run" / stage, base_only=True)
     vectors = encoder.encode(sentences[:4])
     assert np.abs(vectors - base.encode(sentences[:4])).max() > 1e-4
-    save_weights(encoder.model.decoder, tmp_path / "out")
+    save_weights(encoder.model.decoder, tmp_path / "out", {"is_causal": False})
     plain = AutoModel.from_pretrained(tmp_path / "out").eval()
     ids, starts, _ = encoder.tokenizer.embedded(sentences[:1], None)
     with torch.no_grad():

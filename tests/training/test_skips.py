@@ -34,7 +34,7 @@ def rows(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_step_that_is_not_finite_moves_nothing(recipe, run_here, tmp_path, zero, precision):
     path = recipe([19], **{"zero.stage": zero, "base.precision": precision})

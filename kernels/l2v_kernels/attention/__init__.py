@@ -5,6 +5,7 @@ import warnings
 
 import torch
 
+from l2v_kernels.attention.batched import BatchedAttention
 from l2v_kernels.attention.op import FusedAttention
 from l2v_kernels.attention.padded import attention_padded
 from l2v_kernels.attention.plan import AttentionPlan
@@ -38,7 +39,8 @@ def attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale * q k^T) v within each segment of a packed sequence.
 
-    On CUDA the Triton kernels compute it, on the CPU the reference.
+    On CUDA the Triton kernels compute it, on a CPU PyTorch does, in fp32 (bf16 and fp16 too,
+    but for a forward without a gradient): its flash kernel, or with dropout or a softcap batched matmuls.
 
     Args:
         q_THD: queries [T, H, D], H a multiple of K: query head h reads key head h // (H // K). On CUDA fp16, bf16 or fp32,
@@ -60,7 +62,7 @@ def attention(
         return_lse: also return the logarithm of the softmax's denominator.
 
     Returns:
-        o [T, H, D] in q's dtype, differentiable once in q, k and v (as often as wanted by the reference); with return_lse
+        o [T, H, D] in q's dtype, differentiable once in q, k and v (in fp64 as often as wanted); with return_lse
         (o, lse), lse [H, T] fp32 (fp64 for fp64), through which no gradient flows.
 
     Raises:
@@ -77,6 +79,8 @@ def attention(
     settings = Settings(scale, dropout_p, stream, causal, window, softcap)
     if _takes_kernel(q_THD):
         o_THD, lse_HT = FusedAttention.apply(q_THD, k_TKD, v_TKD, plan.tables, seeds_S, settings)
+    elif _takes_batches(q_THD, settings) and not return_lse:
+        o_THD, lse_HT = BatchedAttention.apply(q_THD, k_TKD, v_TKD, plan, seeds_S, settings), None
     else:
         o_THD, lse_HT = attention_reference(q_THD, k_TKD, v_TKD, plan, seeds_S, settings, return_lse)
     return (o_THD, lse_HT) if return_lse else o_THD
@@ -86,6 +90,12 @@ def _plan(cu_seqlens: torch.Tensor, q_THD: torch.Tensor) -> AttentionPlan:
     if cu_seqlens.is_cuda:
         return AttentionPlan.on_device(cu_seqlens, q_THD.shape[0])
     return AttentionPlan.from_cu_seqlens(cu_seqlens, q_THD.device)
+
+
+def _takes_batches(q_THD, settings: Settings) -> bool:
+    """Whether segments of like length go through batched matmuls: on a CPU, with what PyTorch's flash kernel lacks."""
+    needed = bool(threshold(settings.dropout_p)) or settings.softcap is not None
+    return needed and q_THD.device.type == "cpu" and q_THD.dtype != torch.float64
 
 
 def _takes_kernel(q_THD):

@@ -145,6 +145,8 @@ _PLAIN: dict[int, dict[Kind, dict[int, tuple[tuple, tuple, tuple]]]] = {
 # The key gradient of 64 x 128 fits the registers only if 4 query heads share a tile; with fewer a descriptor cannot carry
 # lse and delta either.
 _OTHER_GROUPS = (32, 128, 8, 2, True)
+# A window and dropout together take registers that the tile above does not leave (Gemma 3 in a SimCSE stage).
+_WINDOW_AND_DROPOUT = {(80, "forward", 256): ((64, 16, 8, 2), (64, 16, 8, 3))}
 # fp32 matmuls run on the CUDA cores, the same on every architecture. Every tile tried for the query gradient of a head
 # dimension above 128 spills.
 _SINGLE = {
@@ -176,12 +178,13 @@ def default(
     tma: bool = False,
     group: int = 4,
     medium: bool = False,
+    window_and_dropout: bool = False,
 ) -> Config:
     """The configuration without a search.
 
     arch: one of ARCHITECTURES; itemsize: bytes an element; short: the answer of `is_short`; plain: no dropout, softcap,
     causality or window; tma: tensor descriptors can describe the tensors; group: how many query heads share a tile; medium: the
-    answer of `is_medium`, which matters to plain launches alone.
+    answer of `is_medium`, which matters to plain launches alone; window_and_dropout: whether both are compiled in.
     """
     block_d = _padded(head_dim)
     if itemsize == 4:
@@ -201,6 +204,8 @@ def default(
         if tma if config.tma else not 64 < head_dim < 128:
             return config
     shapes = _HALF[arch][kind][block_d]
+    if window_and_dropout:
+        shapes = _WINDOW_AND_DROPOUT.get((arch, kind, block_d), shapes)
     if 64 < head_dim < 128:
         shapes = _MASKED.get((arch, kind), shapes)
     return Config(*shapes[0 if short else 1])

@@ -22,12 +22,26 @@ class LengthGroup:
     """int64 [s]: which segments these are."""
 
 
+@dataclass(frozen=True)
+class LikeLengths:
+    """Segments of nearly one length, as a batch [s, t] for batched matmuls. Of t the longest; never an empty segment."""
+
+    tokens_st: torch.Tensor
+    """int64 [s, t]: each token's place in the pack; beyond a segment's end that of its last token."""
+    segments_s: torch.Tensor
+    """int64 [s]: which segments these are."""
+    padding_st: torch.Tensor | None
+    """bool [s, t], true beyond a segment's end; None where all have the length t."""
+    begin: int | None
+    """Where the batch lies in the pack, if it is one run of tokens there."""
+
+
 class AttentionPlan:
     """The segments of a pack, in the form each path needs, computed at first use and cached.
 
-    The kernels read `tables`, built on the device. The reference reads the segments grouped by length, built from the
-    lengths on the host: `groups`, each one dense batch (without empty segments), `order_T`, int64 [T], the tokens group by
-    group, and `inverse_T`, its inverse; both None where the pack is already in that order and groups are slices.
+    The kernels read `tables`, built on the device; batched matmuls on a CPU read `like_lengths`. The reference reads the
+    segments grouped by length: `groups`, each one dense batch (without empty segments), `order_T`, int64 [T], the tokens
+    group by group, and `inverse_T`, its inverse; both None where the pack is already in that order and groups are slices.
     """
 
     def __init__(
@@ -129,6 +143,22 @@ class AttentionPlan:
         return self._grouped[2]
 
     @functools.cached_property
+    def like_lengths(self) -> tuple[LikeLengths, ...]:
+        """All segments but empty ones, longest first, in batches with few padded places; on the host."""
+        starts = [0, *itertools.accumulate(self.lengths)]
+        members: list[list[int]] = []
+        for segment in sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i]):
+            length = self.lengths[segment]
+            if not length:
+                break
+            longest = self.lengths[members[-1][0]] if members else 0
+            if longest - length <= max(8, min(longest // 4, 16)) and members:
+                members[-1].append(segment)
+            else:
+                members.append([segment])
+        return tuple(_batch(which, self.lengths, starts) for which in members)
+
+    @functools.cached_property
     def _grouped(self) -> tuple[tuple[LengthGroup, ...], torch.Tensor | None, torch.Tensor | None]:
         starts: list[int] = []
         by_length: dict[int, list[int]] = {}
@@ -151,6 +181,19 @@ class AttentionPlan:
             return groups, None, None
         inverse_T = torch.empty_like(order_T).scatter_(0, order_T, identity_T)
         return groups, order_T.to(device), inverse_T.to(device)
+
+
+def _batch(segments: list[int], lengths: Sequence[int], starts: Sequence[int]) -> LikeLengths:
+    longest, begin = lengths[segments[0]], starts[segments[0]]
+    which_s, places_t = torch.tensor(segments), torch.arange(longest)
+    lengths_s1 = torch.tensor([lengths[i] for i in segments])[:, None]
+    first_s1 = torch.tensor([starts[i] for i in segments])[:, None]
+    tokens_st = first_s1 + torch.minimum(places_t, lengths_s1 - 1)
+    # Asked of numbers and not of tensors, so that the plan of a pack can be made of fake ones.
+    if any(lengths[i] < longest for i in segments):
+        return LikeLengths(tokens_st, which_s, places_t >= lengths_s1, None)
+    run = all(starts[segment] == begin + longest * place for place, segment in enumerate(segments))
+    return LikeLengths(tokens_st, which_s, None, begin if run else None)
 
 
 def _check_form(cu_seqlens):

@@ -40,14 +40,16 @@ def choose(
     mean = T / max(n_segments, 1)
     arch = architecture(*_capability(q_THD.device)) if q_THD.device.type == "cuda" else 80
     short, plain, tma = is_short(mean, group), variant == "plain", tma and arch >= 90
+    both = {"window", "dropout"} <= set(variant.split())
+    fallback = default(kind, arch, D, q_THD.element_size(), short, plain, tma, group, is_medium(mean), both)
     if os.environ.get("L2V_AUTOTUNE") != "1":
-        return default(kind, arch, D, q_THD.element_size(), short, plain, tma, group, is_medium(mean))
+        return fallback
     # Lengths are rounded to powers of two; otherwise nearly every batch would start a search.
     key = f"{kind} {q_THD.dtype} D{D} group{group} {variant} mean{2 ** max(0, round(mean) - 1).bit_length()}{' tma' * tma}"
     cache = Cache.of(q_THD.device)
     if key not in cache.known:
         best = fastest(candidates(kind, arch, D, q_THD.element_size(), plain, tma), launch)
-        cache.add(key, best or default(kind, arch, D, q_THD.element_size(), short, plain, tma, group, is_medium(mean)))
+        cache.add(key, best or fallback)
     return cache.known[key]
 
 

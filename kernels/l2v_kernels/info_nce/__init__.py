@@ -8,6 +8,7 @@ import torch
 
 from l2v_kernels.info_nce import checks
 from l2v_kernels.info_nce.op import InfoNce
+from l2v_kernels.info_nce.quantize import QUANTIZE, Quantize
 from l2v_kernels.info_nce.settings import DIRECTIONS, Direction, Settings
 from l2v_kernels.info_nce.tiles import sum_dtype
 from l2v_kernels.spans import spanned
@@ -40,6 +41,7 @@ def info_nce(
     query_offset: int = 0,
     reduction: str = "mean",
     workspace: int = WORKSPACE,
+    quantize: Quantize | None = None,
     variant: Literal["chunked", "fused"] | None = None,
     check_values: bool | None = None,
 ) -> torch.Tensor:
@@ -81,6 +83,9 @@ def info_nce(
         reduction: "mean", "sum" (N = 0 gives 0, with zero gradients), or "none": the losses [N], or [P, N] with P prefixes,
             without any weights.
         workspace: bytes for scores and their coefficients.
+        quantize: compare the embeddings as small vectors: "int8" (whole numbers from -127 to 127, scaled by each row's
+            largest entry) or "binary" (signs). Prefixes and norms are taken of the quantised rows; the gradient goes
+            through to the embeddings as if they were not quantised (`quantize.straight_through` is the definition).
         variant: "chunked" (GEMMs of the library and an elementwise kernel) or "fused" (scores never leave the kernel that
             computes them; CUDA); default: by the roofline in docs/info-nce.md.
         check_values: check the values of embeddings and targets; default: always on the CPU, on CUDA with L2V_CHECK=1.
@@ -97,6 +102,8 @@ def info_nce(
 
     Source: van den Oord et al. 2018 (InfoNCE, arXiv 1807.03748).
     """
+    if quantize not in (None, *QUANTIZE):
+        raise ValueError(f'quantize is "int8", "binary" or None, got {quantize!r}')
     if variant not in (None, "chunked", "fused"):
         raise ValueError(f'variant is "chunked", "fused" or None, got {variant!r}')
     tensors = checks.check_tensors(queries_NE, candidates_ME, targets_N, all_queries_QE)
@@ -110,6 +117,7 @@ def info_nce(
         offset=query_offset,
         workspace=workspace,
         variant=variant,
+        quantize=quantize,
     )
     labels = checks.check_labels(
         tensors, targets_N, candidate_ids, query_ids, all_query_ids, owners_M, restricted_M, settings

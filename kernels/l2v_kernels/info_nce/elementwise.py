@@ -4,8 +4,11 @@ from collections.abc import Iterator
 
 import torch
 
+from l2v_kernels.info_nce.quantize import codes
 from l2v_kernels.info_nce.settings import Settings
 from l2v_kernels.info_nce.tiles import Tile
+
+__all__ = ["codes", "coefficients", "finish", "inverse_norms", "statistics"]
 
 
 def inverse_norms(x_nE: torch.Tensor, settings: Settings) -> torch.Tensor:
@@ -77,13 +80,15 @@ def finish(
     unscale: torch.Tensor | None,
     out_rE: torch.Tensor,
     settings: Settings,
+    factor_r: torch.Tensor | None = None,
 ) -> None:
-    """out [r, E] = sum * unscale - x * along, slice by slice; 0 beyond the last prefix. out may be sum."""
+    """out [r, E] = (sum * unscale - x * along) * factor, slice by slice; 0 beyond the last prefix. out may be sum."""
     for s, (begin, end) in enumerate(settings.prefix_slices):
         for at in range(0, len(x_rE), 1024):
             rows = slice(at, at + 1024)
             total = sum_rE[rows, begin:end] if unscale is None else sum_rE[rows, begin:end] * unscale
-            out_rE[rows, begin:end] = total - x_rE[rows, begin:end] * along_Pr[s, rows].unsqueeze(1)
+            total = total - x_rE[rows, begin:end] * along_Pr[s, rows].unsqueeze(1)
+            out_rE[rows, begin:end] = total if factor_r is None else total * factor_r[rows].unsqueeze(1)
     out_rE[:, settings.prefixes[-1] :] = 0
 
 

@@ -1,10 +1,12 @@
 """InfoNCE a tile of scores at a time, in memory linear in N + M: the state of a call, and its losses."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
 from l2v_kernels.info_nce.paths import Path, choose
+from l2v_kernels.info_nce.quantize import inverse_steps
 from l2v_kernels.info_nce.settings import Labels, Settings
 from l2v_kernels.info_nce.tiles import Block, Side, Tile, blocks, spans, sum_dtype, tile, tile_shape
 from l2v_kernels.launching import unit_stride
@@ -49,6 +51,8 @@ class Pass:
 
         def measured(x_nE: torch.Tensor) -> Side:
             x_nE = unit_stride(x_nE)
+            if settings.quantize is not None:
+                return _quantised(x_nE, path, settings)
             return Side.of(x_nE, path.ops.inverse_norms(x_nE, settings), path.multiple)
 
         queries, candidates = measured(queries_NE), measured(candidates_ME)
@@ -69,7 +73,7 @@ class Pass:
 
     def rows(self, block: Block, at: slice) -> torch.Tensor:
         """[r, E]: the embeddings of a block's rows."""
-        return self.candidates.x_nE[self.doc_rows_N[at]] if block.of_docs else self.queries.x_nE[at]
+        return self.candidates.compared(self.doc_rows_N[at]) if block.of_docs else self.queries.compared(at)
 
     def row_scale(self, block: Block) -> torch.Tensor:
         """[P, N]: scale / norm of a block's rows."""
@@ -136,7 +140,7 @@ class Pass:
 
     def dots(self, of: Tile, x_rE: torch.Tensor, out_Prc: torch.Tensor) -> torch.Tensor:
         """Writes the planes [P, r, c] of a tile into out, which `cut` gave, and returns them."""
-        y_cE = of.block.columns.x_nE[of.columns]
+        y_cE = of.block.columns.compared(of.columns)
         self.path.dots(x_rE, y_cE, out_Prc, self.settings)
         P, R, C = out_Prc.shape
         if rest := out_Prc.stride(1) - C:
@@ -179,6 +183,19 @@ class Statistics:
         return (lse_ZPN[0] if len(lse_ZPN) == 1 else lse_ZPN.mean(0)) - self.pair_PN
 
 
+def _quantised(x_nE: torch.Tensor, path: Path, settings: Settings) -> Side:
+    """The side of rows that are compared as codes: the norms are of these, computed some rows at a time."""
+    assert settings.quantize is not None
+    kind, length = settings.quantize, settings.prefixes[-1]
+    inverse_n = inverse_steps(x_nE, kind, length)
+    exact_Pn = torch.empty(len(settings.prefixes), len(x_nE), dtype=torch.float64, device=x_nE.device)
+    for at in spans(len(x_nE), settings.code_rows(x_nE)):
+        exact_Pn[:, at] = path.ops.inverse_norms(path.ops.codes(x_nE[at], inverse_n[at], kind), settings)
+    side = Side.of(x_nE, exact_Pn, path.multiple)
+    side.inverse_step_n, side.codes = inverse_n, functools.partial(path.ops.codes, kind=kind)
+    return side
+
+
 def losses(run: Pass, keep: bool) -> torch.Tensor:
     """[P, N]; fills in what `gradients` needs. keep: keep the dot products where they fit."""
     dtype = run.queries.inverse_Pn.dtype
@@ -207,7 +224,7 @@ def _pairs(run: Pass) -> torch.Tensor:
     queries, settings = run.queries, run.settings
     dots_PN = torch.empty_like(queries.inverse_Pn)
     for at in spans(run.n_rows, 2048):
-        x_rE, y_rE = queries.x_nE[at], run.candidates.x_nE[run.doc_rows_N[at]]
+        x_rE, y_rE = queries.compared(at), run.candidates.compared(run.doc_rows_N[at])
         for p, (begin, end) in enumerate(settings.prefix_slices):
             dots_PN[p, at] = (x_rE[:, begin:end].to(dots_PN.dtype) * y_rE[:, begin:end]).sum(1)
     return dots_PN.cumsum(0) * queries.inverse_Pn * run.candidates.inverse_Pn[:, run.doc_rows_N] * run.scale

@@ -46,16 +46,20 @@ class Gradient:
         x_nE = self.side.x_nE
         same = self.sum_nE.dtype == x_nE.dtype and self.sum_nE.shape == x_nE.shape
         out_nE = self.sum_nE if same else torch.empty_like(x_nE)
-        self.finish_rows(path, slice(0, len(x_nE)), self.sum_nE, out_nE, unscale)
+        # Of quantised rows the codes are computed again, so not of all rows at once.
+        rows = len(x_nE) if self.side.codes is None else self.settings.code_rows(x_nE)
+        for at in spans(len(x_nE), rows):
+            self.finish_rows(path, at, self.sum_nE[at], out_nE, unscale)
         return out_nE
 
     def finish_rows(self, path: Path, at: slice, sum_rE, out_nE, unscale) -> None:
-        """Writes the rows `at` of out: sum * unscale - x * (what lies along x)."""
+        """Writes the rows `at` of out: sum * unscale - x * (what lies along x); by 1 / step where x are codes."""
+        factor_r = None if self.side.inverse_step_n is None else self.side.inverse_step_n[at]
         inverse_Pr, moments_Pr = self.side.inverse_Pn[:, at], self.moments_Pn[:, at]
         # Slice s lies in prefixes s and above.
         along_Pr = (inverse_Pr.square() * moments_Pr).flip(0).cumsum(0).flip(0)
         along_Pr = along_Pr if unscale is None else along_Pr * unscale
-        path.ops.finish(sum_rE, self.side.x_nE[at], along_Pr, unscale, out_nE[at], self.settings)
+        path.ops.finish(sum_rE, self.side.compared(at), along_Pr, unscale, out_nE[at], self.settings, factor_r)
 
 
 @dataclass
@@ -165,7 +169,7 @@ class _Backward:
                 target.moments_Pn[:, part.columns],
                 settings=run.settings,
             )
-            y_cE = block.columns.x_nE[part.columns]
+            y_cE = block.columns.compared(part.columns)
             first_row = at.start == 0 and target.fresh
             for s, (begin, end) in enumerate(run.settings.prefix_slices):
                 if want_rows:

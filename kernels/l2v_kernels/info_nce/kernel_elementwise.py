@@ -214,6 +214,7 @@ def finish_kernel(
     x_ptr,
     along_ptr,
     unscale_ptr,
+    factor_ptr,
     out_ptr,
     n_rows,
     begin,
@@ -222,10 +223,11 @@ def finish_kernel(
     x_stride,
     out_stride,
     UNSCALE: tl.constexpr,
+    FACTOR: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """out = sum * unscale - x * along, columns begin .. end of rows; one rounding to out's dtype. out may be sum."""
+    """out = (sum * unscale - x * along) * factor, columns begin .. end of rows; one rounding to out's dtype. out may be sum."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = begin + tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     mask = (rows < n_rows)[:, None] & (columns < end)[None, :]
@@ -235,4 +237,6 @@ def finish_kernel(
     if UNSCALE:
         total *= tl.load(unscale_ptr)
     y = total - x * along[:, None]
+    if FACTOR:
+        y *= tl.load(factor_ptr + rows, mask=rows < n_rows, other=0.0)[:, None]
     tl.store(out_ptr + rows[:, None] * out_stride + columns[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)

@@ -4,7 +4,8 @@ import functools
 
 import torch
 
-from l2v_kernels.info_nce import config, kernel_elementwise, kernel_fused
+from l2v_kernels.info_nce import config, kernel_elementwise, kernel_fused, kernel_quantize
+from l2v_kernels.info_nce.quantize import Quantize
 from l2v_kernels.info_nce.settings import Settings
 from l2v_kernels.info_nce.tiles import Tile
 from l2v_kernels.launching import architecture, cdiv, on_device, power_of_2
@@ -21,6 +22,20 @@ def inverse_norms(x_nE: torch.Tensor, settings: Settings) -> torch.Tensor:
             ALIGN=_alignment(settings.prefixes), **config.NORMS,
         )  # fmt: skip
     return out_Pn
+
+
+@on_device
+def codes(x_rE: torch.Tensor, inverse_r: torch.Tensor, kind: Quantize) -> torch.Tensor:
+    """[r, E]: as `quantize.codes`."""
+    (n, E), out_rE = x_rE.shape, torch.empty_like(x_rE, memory_format=torch.contiguous_format)
+    if n:
+        grid = (cdiv(n, config.FINISH["BLOCK_ROWS"]), cdiv(E, config.FINISH["BLOCK_E"]))
+        # A product and a sum in one rounding would give another code than plain PyTorch, once in a hundred thousand.
+        kernel_quantize.codes_kernel[grid](
+            x_rE, inverse_r, out_rE, n, E, x_rE.stride(0), out_rE.stride(0), BINARY=kind == "binary",
+            enable_fp_fusion=False, **config.FINISH,
+        )  # fmt: skip
+    return out_rE
 
 
 @functools.partial(on_device, at=1)
@@ -87,7 +102,7 @@ def coefficients(
 @functools.partial(on_device, at=1)
 def fused_statistics(tile: Tile, x_rE, m_Pr, l_Pr, pair_Pr, settings: Settings) -> None:
     """As `statistics`, from the embeddings of the tile's rows."""
-    y_cE = tile.block.columns.x_nE[tile.columns]
+    y_cE = tile.block.columns.compared(tile.columns)
     (n_rows, n_columns), P = tile.shape, len(settings.prefixes)
     if not n_rows * n_columns:
         return
@@ -134,7 +149,7 @@ def fused_coefficients(
     settings: Settings,
 ) -> None:  # fmt: skip
     """As `coefficients`, from the embeddings of the tile's rows."""
-    y_cE = tile.block.columns.x_nE[tile.columns]
+    y_cE = tile.block.columns.compared(tile.columns)
     P, n_rows, n_columns = out_Prc.shape
     if not n_rows * n_columns:
         return
@@ -167,8 +182,8 @@ def fused_coefficients(
 
 
 @on_device
-def finish(sum_rE, x_rE, along_Pr, unscale, out_rE, settings: Settings) -> None:
-    """out [r, E] = sum * unscale - x * along, slice by slice; 0 beyond the last prefix."""
+def finish(sum_rE, x_rE, along_Pr, unscale, out_rE, settings: Settings, factor_r=None) -> None:
+    """out [r, E] = (sum * unscale - x * along) * factor, slice by slice; 0 beyond the last prefix."""
     for s, (begin, end) in enumerate(settings.prefix_slices):
         grid = (cdiv(len(x_rE), config.FINISH["BLOCK_ROWS"]), cdiv(end - begin, config.FINISH["BLOCK_E"]))
         if not len(x_rE):
@@ -178,6 +193,7 @@ def finish(sum_rE, x_rE, along_Pr, unscale, out_rE, settings: Settings) -> None:
             x_rE,
             along_Pr[s],
             sum_rE if unscale is None else unscale,
+            sum_rE if factor_r is None else factor_r,
             out_rE,
             len(x_rE),
             begin,
@@ -186,6 +202,7 @@ def finish(sum_rE, x_rE, along_Pr, unscale, out_rE, settings: Settings) -> None:
             x_rE.stride(0),
             out_rE.stride(0),
             UNSCALE=unscale is not None,
+            FACTOR=factor_r is not None,
             **config.FINISH,
         )
     if settings.prefixes[-1] < out_rE.shape[1]:

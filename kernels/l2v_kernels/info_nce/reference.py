@@ -2,6 +2,7 @@
 
 import torch
 
+from l2v_kernels.info_nce.quantize import straight_through
 from l2v_kernels.info_nce.settings import Labels, Settings
 
 
@@ -27,7 +28,14 @@ def info_nce_reference(
 
     The pair (q_i, d_i) always counts, in query_to_doc and in doc_to_query (as in GTE). Other terms are excluded if they
     share an id with query i, are restricted to another query, or exceed the positive by more than the margin.
+
+    `settings.quantize` replaces all embeddings by their quantised form first, with the straight-through gradient; norms,
+    prefixes and the margin are of these.
     """
+    queries_NE, candidates_ME, all_queries_QE = (
+        straight_through(x, settings.quantize, settings.prefixes[-1])
+        for x in (queries_NE, candidates_ME, all_queries_QE)
+    )
     losses = []
     N, rows = len(queries_NE), torch.arange(len(queries_NE), device=queries_NE.device)
     numbers_N = rows + settings.offset

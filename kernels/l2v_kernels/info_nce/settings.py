@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 
+from l2v_kernels.info_nce.quantize import Quantize
+
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 
 DIRECTIONS: tuple[Direction, ...] = ("query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc")
@@ -26,11 +28,17 @@ class Settings:
     workspace: int
     """Bytes that scores and their coefficients may take at once."""
     variant: Literal["chunked", "fused"] | None = None
+    quantize: Quantize | None = None
+    """Embeddings are compared as these small vectors; see `quantize`."""
 
     @property
     def prefix_slices(self) -> tuple[tuple[int, int], ...]:
         """(begin, end) of the slice of E that each prefix adds to the one before."""
         return tuple(zip((0, *self.prefixes[:-1]), self.prefixes, strict=True))
+
+    def code_rows(self, x_nE: torch.Tensor) -> int:
+        """How many rows' codes fit a quarter of the workspace."""
+        return max(1, self.workspace // 4 // (x_nE.shape[1] * x_nE.element_size()))
 
 
 @dataclass(frozen=True)

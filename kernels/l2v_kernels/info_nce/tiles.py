@@ -1,6 +1,6 @@
 """Blocks of scores, one a direction, and the tiles of them that exist at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,17 @@ class Side:
     """1 / norm of each prefix of each row, 0 for a zero vector, in float64: rounded only after it is multiplied."""
     inverse_Pn: torch.Tensor
     """The same, rounded to the dtype of sums; rows in memory as `Side.of` was told, zero beyond n."""
+
+    inverse_step_n: torch.Tensor | None = None
+    """1 / step of each row where rows are compared quantised; see `quantize`. Norms are then of their codes."""
+    codes: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    """From rows and their 1 / step to codes, in which they are compared."""
+
+    def compared(self, at: slice | torch.Tensor) -> torch.Tensor:
+        """[r, E]: these rows as they are multiplied: as they are, or their codes, which exist for a tile at a time."""
+        if self.codes is None or self.inverse_step_n is None:
+            return self.x_nE[at]
+        return self.codes(self.x_nE[at], self.inverse_step_n[at])
 
     @classmethod
     def of(cls, x_nE: torch.Tensor, exact_Pn: torch.Tensor, multiple: int = 1) -> "Side":

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_gather
 
 from l2v_kernels import info_nce
+from l2v_kernels.info_nce.quantize import Quantize
 
 
 class FusedMultipleNegativesRankingLoss(nn.Module):
@@ -36,6 +37,7 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
         matryoshka_dims: prefixes of the embeddings whose weighted losses are added up, in one pass. MatryoshkaLoss around
             the original computes the same; around this class it works too, with a pass a prefix.
         matryoshka_weights: the weight of each of these losses, default 1.
+        quantize: compare int8 or binary embeddings, with a straight-through gradient.
 
     Raises:
         ValueError: settings contradict each other; in the first step also for dims beyond the embedding.
@@ -54,6 +56,7 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
         own_hard_negatives: bool = False,
         matryoshka_dims: Sequence[int] | None = None,
         matryoshka_weights: Sequence[float] | None = None,
+        quantize: Quantize | None = None,
     ) -> None:
         super().__init__()
         if matryoshka_weights is not None and len(matryoshka_weights) != len(matryoshka_dims or ()):
@@ -65,6 +68,7 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
         self.gather_across_devices = gather_across_devices
         self.false_negative_margin = false_negative_margin
         self.own_hard_negatives = own_hard_negatives
+        self.quantize = quantize
         self.matryoshka_dims, self.matryoshka_weights = None, None
         if matryoshka_dims is not None:
             # The op takes them ascending; people write them from the largest down.
@@ -83,6 +87,7 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
             "false_negative_margin": self.false_negative_margin,
             "prefixes": self.matryoshka_dims,
             "prefix_weights": self.matryoshka_weights,
+            "quantize": self.quantize,
         }
 
     def forward(self, sentence_features: Iterable[dict[str, torch.Tensor]], labels: torch.Tensor) -> torch.Tensor:
@@ -135,7 +140,7 @@ class FusedMultipleNegativesRankingLoss(nn.Module):
     def get_config_dict(self) -> dict[str, Any]:
         """The settings, for the model card."""
         names = ["scale", "directions", "partition_mode", "gather_across_devices", "false_negative_margin"]
-        names += ["own_hard_negatives", "matryoshka_dims", "matryoshka_weights"]
+        names += ["own_hard_negatives", "matryoshka_dims", "matryoshka_weights", "quantize"]
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -96,7 +96,7 @@ def packed_attention_forward(
         seeds_S=packed.seeds_S,
         stream=getattr(module, "layer_idx", None) or 0,
         causal=packed.causal,
-        window=_window(module, sliding_window, packed.causal),
+        window=window_of(module, sliding_window, packed.causal),
         softcap=softcap,
         plan=packed.plan,
     )[..., : value.shape[-1]]
@@ -131,11 +131,21 @@ def _check(
         raise ValueError(f"attention dropout needs the layer's number, and {type(module).__name__} has no layer_idx")
 
 
-def _window(module: torch.nn.Module, sliding_window: int | None, causal: bool) -> int | None:
-    """A window of transformers as `attention` counts it."""
+def window_of(module: torch.nn.Module, sliding_window: int | None, causal: bool) -> int | None:
+    """A window of transformers as `attention` counts it: |i - j| < window.
+
+    Args:
+        module: the attention layer; its configuration says how transformers counts.
+        sliding_window: of the layer, as transformers passes it on; None without a window.
+        causal: whether attention is causal.
+    """
     if sliding_window is None or causal:
         return sliding_window
+    config = getattr(module, "config", None)
+    by_flag = getattr(config, "use_bidirectional_attention", None) is True and getattr(config, "is_causal", True)
+    if by_flag and getattr(config, "model_type", None) == "gemma3_text":
+        return sliding_window  # Gemma 3's own flag: its configuration has halved the window and counts exclusively
     # Without causality transformers counts to both sides and inclusively: |i - j| <= config.sliding_window (masking_utils,
     # sliding_window_bidirectional_overlay). Layers pass on that number, those of encoders one more (ModernBERT).
-    stated = getattr(getattr(module, "config", None), "sliding_window", None)
+    stated = getattr(config, "sliding_window", None)
     return sliding_window if sliding_window - 1 == stated else sliding_window + 1

@@ -19,7 +19,7 @@ from l2v_kernels.spans import span, spanned
 
 @dataclass(frozen=True)
 class Kept:
-    """What the backward needs besides x: xa [T, sum of ranks] in x's dtype, and without Triton the dropout masks [T, E]."""
+    """What the backward needs besides x: xa [T, sum of ranks] in x's dtype, and without Triton the masks' bytes [T, E]."""
 
     xa_TR: torch.Tensor | None = None
     """None without adapters."""
@@ -232,7 +232,7 @@ def _down_backward(x_TE, dxa_TR, adapters: Adapters, kept, dropout, dx_TE, of_ma
     """dx [T, E] or None; writes dA [sum of ranks, E]."""
     da_RE, pending = of_matrices.da_RE, of_matrices.pending
     if not takes_triton(x_TE):
-        return reference.down_backward(x_TE, dxa_TR, adapters, list(kept.masks), dx_TE, da_RE, want_dx=want_dx)
+        return reference.down_backward(x_TE, dxa_TR, adapters, list(kept.masks), dropout, dx_TE, da_RE, want_dx=want_dx)
     from l2v_kernels.lora_linear import launch
 
     if pending is not None:

@@ -8,9 +8,14 @@ __all__ = ["rms_norm"]
 
 
 def rms_norm(
-    x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float = 1e-6, residual_TE: torch.Tensor | None = None
+    x_TE: torch.Tensor,
+    weight_E: torch.Tensor,
+    eps: float = 1e-6,
+    residual_TE: torch.Tensor | None = None,
+    *,
+    offset: float = 0.0,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """y = s / sqrt(mean(s ** 2) + eps) * weight over the last dimension, s = x, or x + residual.
+    """y = s / sqrt(mean(s ** 2) + eps) * (offset + weight) over the last dimension, s = x, or x + residual.
 
     Args:
         x_TE: [T, E] of a floating dtype, or [T, H, D] for a norm of each head; rows may lie apart in memory, as slices of
@@ -18,6 +23,7 @@ def rms_norm(
         weight_E: [E] of a floating dtype ([D] for [T, H, D]).
         eps: at least 0.
         residual_TE: like x. The sum is rounded to x's dtype, and the norm is that of the rounded sum.
+        offset: added to the weight in fp32; 1 for the norms of Gemma, which store their weights less 1.
 
     Returns:
         y in x's shape and dtype, computed in fp32 and rounded once; with a residual (sum, y). Differentiable once in x,
@@ -26,7 +32,8 @@ def rms_norm(
     Raises:
         ValueError: shapes, dtypes, devices or eps are outside the above.
 
-    Source: Zhang & Sennrich 2019 (arXiv 1910.07467), as Llama, Mistral and Qwen have it.
+    Source: Zhang & Sennrich 2019 (arXiv 1910.07467), as Llama, Mistral and Qwen have it, and
+        with an offset of 1 Gemma.
     """
     tensors = (x_TE, weight_E) if residual_TE is None else (x_TE, weight_E, residual_TE)
     shapes = f"x {tuple(x_TE.shape)}, weight {tuple(weight_E.shape)}"
@@ -44,4 +51,4 @@ def rms_norm(
         raise ValueError(f"x, weight and residual must be on one device for {shapes}")
     if not eps >= 0:
         raise ValueError(f"eps must be at least 0, got {eps} for {shapes}")
-    return RmsNorm.apply(x_TE, weight_E, eps, residual_TE)
+    return RmsNorm.apply(x_TE, weight_E, eps, residual_TE, offset)

@@ -21,6 +21,13 @@ def row_offsets(row, stride_t, stride_h, HEADS: tl.constexpr):
     return (row // HEADS) * stride_t + (row % HEADS) * stride_h
 
 
+@triton.jit
+def load_factor(weight_ptr, column, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
+    """OFFSET + weight in fp32."""
+    weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    return weight + OFFSET if OFFSET != 0.0 else weight
+
+
 @jit(do_not_specialize=["n_rows", "known"])
 def rms_norm_forward_kernel(
     x_ptr,
@@ -37,12 +44,13 @@ def rms_norm_forward_kernel(
     stride_dt,
     stride_dh,
     DELTA: tl.constexpr,
+    OFFSET: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """sum = x + delta (DELTA), rstd of it, y = sum * rstd * weight; all contiguous.
+    """sum = x + delta (DELTA), rstd of it, y = sum * rstd * (OFFSET + weight); all contiguous.
 
     known (0 or 1): rstd is read, and y recomputed from it by the same two multiplications, so with the same bits. WIDTH is a
     constant: a mask that ends at a multiple of 8 then leaves accesses 16 bytes wide.
@@ -54,7 +62,7 @@ def rms_norm_forward_kernel(
     x_at = row_offsets(row, stride_xt, stride_xh, HEADS)[:, None] + column
     out_at = row[:, None] * WIDTH + column
     x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    weight = load_factor(weight_ptr, column, OFFSET, WIDTH)
     rstd = tl.load(rstd_ptr + row, mask=in_rows & (known != 0), other=0.0)
     if DELTA:
         delta_at = row_offsets(row, stride_dt, stride_dh, HEADS)[:, None] + column
@@ -87,12 +95,13 @@ def rms_norm_backward_kernel(
     stride_xt,
     stride_xh,
     DSUM: tl.constexpr,
+    OFFSET: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """dx = rstd * (g - unit * mean(g * unit)) + dsum (DSUM), g = dy * weight, unit = sum * rstd.
+    """dx = rstd * (g - unit * mean(g * unit)) + dsum (DSUM), g = dy * (OFFSET + weight), unit = sum * rstd.
 
     A program reads its rows before it writes them: dx may be dy or dsum.
     """
@@ -104,7 +113,7 @@ def rms_norm_backward_kernel(
     sum_at = row_offsets(row, stride_st, stride_sh, HEADS)[:, None] + column
     dx_at = row_offsets(row, stride_xt, stride_xh, HEADS)[:, None] + column
     rstd = tl.load(rstd_ptr + row, mask=in_rows, other=0.0)[:, None]
-    weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    weight = load_factor(weight_ptr, column, OFFSET, WIDTH)
     g = tl.load(dy_ptr + dy_at, mask=mask, other=0.0).to(tl.float32) * weight
     unit = tl.load(sum_ptr + sum_at, mask=mask, other=0.0).to(tl.float32) * rstd
     if DSUM:
@@ -166,6 +175,7 @@ def launch_forward(
     sum_TE: torch.Tensor | None,
     y_TE: torch.Tensor,
     rstd_T: torch.Tensor,
+    offset: float = 0.0,
     known: bool = False,
 ) -> None:
     """Writes y, rstd and, with a delta, sum, all contiguous; known: reads rstd. See `op.forward`."""
@@ -187,6 +197,7 @@ def launch_forward(
         *_strides(x_TE),
         *_strides(delta_TE),
         DELTA=sum_TE is not None,
+        OFFSET=float(offset),
         HEADS=heads,
         WIDTH=width,
         **chosen,
@@ -201,6 +212,7 @@ def launch_backward(
     weight_E: torch.Tensor,
     dsum_TE: torch.Tensor | None,
     dx_TE: torch.Tensor,
+    offset: float = 0.0,
 ) -> torch.Tensor:
     """Writes dx, of stride 1 along E, and returns it. See `op.backward`."""
     n_rows, heads, width = _sizes(sum_TE)
@@ -222,6 +234,7 @@ def launch_backward(
         *_strides(added_TE),
         *_strides(dx_TE),
         DSUM=dsum_TE is not None,
+        OFFSET=float(offset),
         HEADS=heads,
         WIDTH=width,
         **chosen,

@@ -7,14 +7,17 @@ def rope_reference(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tens
     """x [T, H, D] rotated, in its dtype; with `inverse` the transposed map, which the gradient needs. cos and sin: [T, D]."""
     dtype = torch.promote_types(x_THD.dtype, torch.float32)
     x, cos, sin = x_THD.to(dtype), cos_TD.to(dtype)[:, None], sin_TD.to(dtype)[:, None]
-    if inverse:
-        # rotate_half is (x1, x2) -> (-x2, x1); its transpose is (x1, x2) -> (x2, -x1).
-        left, right = (x * sin).chunk(2, -1)
-        turned = torch.cat([right, -left], -1)
-    else:
-        left, right = x.chunk(2, -1)
-        turned = torch.cat([-right, left], -1) * sin
-    return torch.addcmul(turned, x, cos).to(x_THD.dtype)
+    (x1, x2), (cos1, cos2), (sin1, sin2) = (part.chunk(2, -1) for part in (x, cos, sin))
+    # rotate_half is (x1, x2) -> (-x2, x1), then times sin; its transpose is sin first, then (x1, x2) -> (x2, -x1).
+    of_x2, of_x1 = (sin2, -sin1) if inverse else (-sin1, sin2)
+    if torch.is_grad_enabled() and x.requires_grad:
+        y = torch.cat([torch.addcmul(x2 * of_x2, x1, cos1), torch.addcmul(x1 * of_x1, x2, cos2)], -1)
+        return y.to(x_THD.dtype)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    y1, y2 = y.chunk(2, -1)
+    torch.mul(x2, of_x2, out=y1).addcmul_(x1, cos1)
+    torch.mul(x1, of_x1, out=y2).addcmul_(x2, cos2)
+    return y.to(x_THD.dtype)
 
 
 def add_and_rotate_reference(

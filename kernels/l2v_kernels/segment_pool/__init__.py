@@ -15,6 +15,8 @@ def segment_pool(
     cu_seqlens: torch.Tensor,
     norm_weight_E: torch.Tensor | None = None,
     eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
 ) -> torch.Tensor:
     """Weighted mean of each segment's tokens: sum_t w_t norm(x_t) / max(sum_t w_t, 1e-9) over the segment.
 
@@ -27,6 +29,7 @@ def segment_pool(
         norm_weight_E: weight [E] of an RMSNorm (see `l2v_kernels.rms_norm`) applied to each token first; None for none.
             Normalised tokens are neither rounded nor written to memory.
         eps: that of the norm, at least 0.
+        offset: added to the norm's weight in fp32 (see `l2v_kernels.rms_norm`).
 
     Returns:
         [S, E] fp32 (fp64 for fp64), zeros for a segment whose weights are all 0. A segment's bits depend on its own tokens
@@ -42,11 +45,11 @@ def segment_pool(
     """
     _check(x_TE, weights_T, cu_seqlens, norm_weight_E, eps)
     if norm_weight_E is None or not norm_weight_E.requires_grad:
-        return SegmentPool.apply(x_TE, weights_T, cu_seqlens, norm_weight_E, eps)
+        return SegmentPool.apply(x_TE, weights_T, cu_seqlens, norm_weight_E, eps, offset)
     # The mean of norm(x) * weight is the mean of norm(x), times weight: autograd differentiates that multiplication itself.
     ones_E = torch.ones_like(norm_weight_E, requires_grad=False)
-    vectors_SE = SegmentPool.apply(x_TE, weights_T, cu_seqlens, ones_E, eps)
-    return vectors_SE * norm_weight_E.to(vectors_SE.dtype)
+    vectors_SE = SegmentPool.apply(x_TE, weights_T, cu_seqlens, ones_E, eps, 0.0)
+    return vectors_SE * (offset + norm_weight_E.to(vectors_SE.dtype))
 
 
 def _check(x_TE, weights_T, cu_seqlens, norm_weight_E, eps):

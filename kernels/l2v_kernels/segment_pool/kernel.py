@@ -12,6 +12,7 @@ import triton.language as tl
 
 from l2v_kernels.jit import jit
 from l2v_kernels.launching import cdiv, on_device, power_of_2, unit_stride
+from l2v_kernels.rms_norm.kernel import load_factor
 from l2v_kernels.segment_pool.reference import MIN_TOTAL
 
 PIECE = 32
@@ -65,6 +66,7 @@ def pool_kernel(
     stride_x,
     eps,
     NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     WIDTH: tl.constexpr,
     PIECE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -98,7 +100,7 @@ def pool_kernel(
         if n_pieces == 1:
             vector /= tl.maximum(total, _MIN_TOTAL)
             if NORM:
-                vector *= tl.load(norm_weight_ptr + column, mask=in_columns, other=0.0).to(tl.float32)
+                vector *= load_factor(norm_weight_ptr, column, OFFSET, WIDTH)
             tl.store(vectors_ptr + segment.to(tl.int64) * WIDTH + column, vector, mask=in_columns)
             tl.store(totals_ptr + segment, total)
         else:
@@ -116,6 +118,7 @@ def combine_kernel(
     totals_ptr,
     n_tokens,
     NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     WIDTH: tl.constexpr,
     PIECE: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -140,7 +143,7 @@ def combine_kernel(
         whole = tl.sum(total, 0)
         vector = tl.sum(sums, 0)[None, :] / tl.maximum(whole, _MIN_TOTAL)
         if NORM:
-            vector *= tl.load(norm_weight_ptr + column, mask=in_columns, other=0.0).to(tl.float32)
+            vector *= load_factor(norm_weight_ptr, column, OFFSET, WIDTH)
         tl.store(vectors_ptr + segment.to(tl.int64) * WIDTH + column, vector, mask=in_columns)
         if tl.program_id(1) == 0:
             tl.store(totals_ptr + segment, whole)
@@ -160,6 +163,7 @@ def pool_backward_kernel(
     n_tokens,
     stride_x,
     NORM: tl.constexpr,
+    OFFSET: tl.constexpr,
     WIDTH: tl.constexpr,
     PIECE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -167,7 +171,7 @@ def pool_backward_kernel(
 ):
     """dx of piece i, [T, WIDTH], contiguous: weight * g, or (NORM) weight * rstd * (g - unit * mean(g * unit)).
 
-    g = dvector * norm_weight / total is the same for all tokens of a piece, and unit = x * rstd.
+    g = dvector * (OFFSET + norm_weight) / total is the same for all tokens of a piece, and unit = x * rstd.
     """
     number = tl.program_id(0)
     segment, begin, end, _ = find_piece(cu_ptr, number, n_segments, n_tokens, PIECE)
@@ -177,7 +181,7 @@ def pool_backward_kernel(
         g = tl.load(dvectors_ptr + segment.to(tl.int64) * WIDTH + column, mask=in_columns, other=0.0)
         g /= tl.maximum(tl.load(totals_ptr + segment), _MIN_TOTAL)
         if NORM:
-            g *= tl.load(norm_weight_ptr + column, mask=in_columns, other=0.0).to(tl.float32)
+            g *= load_factor(norm_weight_ptr, column, OFFSET, WIDTH)
         for at in range(begin, end, BLOCK_T):
             token = at + tl.arange(0, BLOCK_T)
             in_piece = token < end
@@ -215,6 +219,7 @@ def launch_forward(
     vectors_SE: torch.Tensor,
     totals_S: torch.Tensor,
     rstd_T: torch.Tensor | None,
+    offset: float = 0.0,
 ) -> None:
     """Writes vectors and totals, contiguous, and with a norm rstd. See `op.forward`."""
     (T, E), S = x_TE.shape, len(cu_seqlens) - 1
@@ -224,7 +229,7 @@ def launch_forward(
     norm, norm_weight_E = norm_weight_E is not None, vectors_SE if norm_weight_E is None else norm_weight_E.contiguous()
     n_pieces = T // PIECE + S
     partial_JE, partial_J = vectors_SE.new_empty(n_pieces, E), vectors_SE.new_empty(n_pieces)
-    constants = {"NORM": norm, "WIDTH": E, "PIECE": PIECE}
+    constants = {"NORM": norm, "OFFSET": float(offset), "WIDTH": E, "PIECE": PIECE}
     pool_kernel[(n_pieces,)](
         x_TE,
         weights_T,
@@ -257,6 +262,7 @@ def launch_backward(
     rstd_T: torch.Tensor | None,
     totals_S: torch.Tensor,
     dx_TE: torch.Tensor,
+    offset: float = 0.0,
 ) -> torch.Tensor:
     """Writes dx, contiguous, and returns it. See `op.backward`."""
     (T, E), S = dx_TE.shape, len(cu_seqlens) - 1
@@ -277,6 +283,7 @@ def launch_backward(
         T,
         x_TE.stride(0),
         NORM=norm_weight_E is not None,
+        OFFSET=float(offset),
         WIDTH=E,
         PIECE=PIECE,
         **config(E),

@@ -2,6 +2,8 @@
 
 import torch
 
+from l2v_kernels.rms_norm.reference import factor
+
 MIN_TOTAL = 1e-9
 """The least divisor of a segment's weighted sum: weights that are all 0 give zeros, not NaN."""
 
@@ -12,6 +14,7 @@ def forward_reference(
     cu_seqlens: torch.Tensor,
     norm_weight_E: torch.Tensor | None,
     eps: float,
+    offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     """(vectors [S, E], rstd [T] or None without a norm, totals [S] of the weights), see `op.forward`."""
     wide_TE = _wide(x_TE)
@@ -24,7 +27,7 @@ def forward_reference(
     vectors_SE = torch.segment_reduce(parts_TE, "sum", lengths=lengths_S, unsafe=True)
     vectors_SE /= totals_S.clamp(min=MIN_TOTAL).unsqueeze(1)
     if norm_weight_E is not None:
-        vectors_SE *= norm_weight_E
+        vectors_SE *= factor(norm_weight_E, offset)
     return vectors_SE, rstd_T, totals_S
 
 
@@ -37,11 +40,12 @@ def backward_reference(
     rstd_T: torch.Tensor | None,
     totals_S: torch.Tensor,
     dtype: torch.dtype,
+    offset: float = 0.0,
 ) -> torch.Tensor:
     """dx [T, E] in `dtype`: each token's share of its segment's gradient, carried back through the norm."""
     g_SE = dvectors_SE / totals_S.clamp(min=MIN_TOTAL).unsqueeze(1)
     if norm_weight_E is not None:
-        g_SE = g_SE * norm_weight_E
+        g_SE = g_SE * factor(norm_weight_E, offset)
     dx_TE = g_SE.repeat_interleave(cu_seqlens.diff().long(), dim=0, output_size=len(weights_T))
     scale_T = weights_T.to(dx_TE.dtype)
     if x_TE is not None and rstd_T is not None:

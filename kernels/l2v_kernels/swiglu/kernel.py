@@ -1,6 +1,8 @@
-"""SwiGLU as Triton kernels. Bound by memory: each operand is read once and written once."""
+"""SwiGLU and GeGLU as Triton kernels. Bound by memory: each operand is read once and written once."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -8,7 +10,7 @@ import triton.language as tl
 
 from l2v_kernels.jit import jit
 from l2v_kernels.launching import PRECISION, cdiv, on_device, unit_stride
-from l2v_kernels.swiglu.reference import GateUpLora
+from l2v_kernels.swiglu.reference import Activation, GateUpLora
 
 CONFIG = {"BLOCK_T": 4, "BLOCK_F": 1024, "num_warps": 8}
 """16 elements a thread and operand, in accesses of 16 bytes. 1024 divides the widths of Llama, Mistral and Qwen."""
@@ -17,6 +19,10 @@ LORA_CONFIG = {
     4: {"BLOCK_T": 16, "BLOCK_F": 64, "num_warps": 8},
 }
 """With the adapters' share, by bytes an element: every token block reads B again, from the cache, so blocks are taller."""
+
+_TWICE = tl.constexpr(2 * math.sqrt(2 / math.pi))
+_CUBIC = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
+"""2 u = gate (_TWICE + _CUBIC gate ** 2), where u is what gelu_tanh takes the hyperbolic tangent of."""
 
 
 @triton.jit
@@ -42,6 +48,18 @@ def _add_share(
     return tl.dot(xa, b, values, input_precision=PRECISION)
 
 
+@triton.jit
+def _sigmoid(gate, GELU: tl.constexpr):
+    """s with activation(gate) = gate * s. Of gelu_tanh it is sigmoid(2 u), since (1 + tanh(u)) / 2 is that."""
+    return tl.sigmoid(gate * (_TWICE + _CUBIC * gate * gate) if GELU else gate)
+
+
+@triton.jit
+def _slope(gate, s, GELU: tl.constexpr):
+    """activation'(gate) / s."""
+    return 1.0 + gate * (1.0 - s) * (_TWICE + 3.0 * _CUBIC * gate * gate) if GELU else 1.0 + gate * (1.0 - s)
+
+
 @jit(do_not_specialize=["n_tokens"])
 def swiglu_forward_kernel(
     gate_up_ptr,
@@ -58,6 +76,7 @@ def swiglu_forward_kernel(
     RANK_GATE: tl.constexpr,
     RANK_UP: tl.constexpr,
     PRECISION: tl.constexpr,
+    GELU: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -74,7 +93,7 @@ def swiglu_forward_kernel(
         )
     if RANK_UP > 0:
         up = _add_share(up, xa_up_ptr, b_up_ptr, token, column, n_tokens, n_columns, stride_xa_up, RANK_UP, PRECISION)
-    product = gate * tl.sigmoid(gate) * up
+    product = gate * _sigmoid(gate, GELU) * up
     tl.store(product_ptr + token * n_columns + column, product.to(product_ptr.dtype.element_ty), mask=mask)
 
 
@@ -97,6 +116,7 @@ def swiglu_backward_kernel(
     RANK_GATE: tl.constexpr,
     RANK_UP: tl.constexpr,
     PRECISION: tl.constexpr,
+    GELU: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -117,30 +137,46 @@ def swiglu_backward_kernel(
     if RANK_GATE + RANK_UP > 0:
         # The matmul moves elements between threads: without a barrier, one could overwrite what another has yet to read.
         tl.debug_barrier()
-    s = tl.sigmoid(gate)
+    s = _sigmoid(gate, GELU)
     dup = dproduct * s * gate
-    dgate = dproduct * s * up * (1.0 + gate * (1.0 - s))
+    dgate = dproduct * s * up * _slope(gate, s, GELU)
     out_ptr += token * stride_out + column
     tl.store(out_ptr, dgate.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(out_ptr + n_columns, dup.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @on_device
-def launch_forward(gate_up_TG: torch.Tensor, product_TF: torch.Tensor, lora: GateUpLora | None = None) -> torch.Tensor:
+def launch_forward(
+    gate_up_TG: torch.Tensor,
+    product_TF: torch.Tensor,
+    lora: GateUpLora | None = None,
+    activation: Activation = "silu",
+) -> torch.Tensor:
     """Writes the product [T, F], contiguous, and returns it. Arguments as in `op.forward`."""
     T, F = product_TF.shape
     if product_TF.numel() == 0:
         return product_TF
     gate_up_TG, config = unit_stride(gate_up_TG), _config(gate_up_TG, lora)
     swiglu_forward_kernel[_grid(T, F, config)](
-        gate_up_TG, product_TF, T, F, gate_up_TG.stride(0), **_share(gate_up_TG, lora), **config
+        gate_up_TG,
+        product_TF,
+        T,
+        F,
+        gate_up_TG.stride(0),
+        **_share(gate_up_TG, lora),
+        GELU=activation == "gelu_tanh",
+        **config,
     )
     return product_TF
 
 
 @on_device
 def launch_backward(
-    dproduct_TF: torch.Tensor, gate_up_TG: torch.Tensor, out_TG: torch.Tensor, lora: GateUpLora | None = None
+    dproduct_TF: torch.Tensor,
+    gate_up_TG: torch.Tensor,
+    out_TG: torch.Tensor,
+    lora: GateUpLora | None = None,
+    activation: Activation = "silu",
 ) -> torch.Tensor:
     """Writes dgate_up into out [T, G] and returns it. Arguments as in `op.backward`."""
     T, F = dproduct_TF.shape
@@ -150,7 +186,15 @@ def launch_backward(
     target_TG = out_TG if out_TG.stride(1) == 1 else torch.empty_like(out_TG, memory_format=torch.contiguous_format)
     strides, config = (dproduct_TF.stride(0), gate_up_TG.stride(0), target_TG.stride(0)), _config(gate_up_TG, lora)
     swiglu_backward_kernel[_grid(T, F, config)](
-        dproduct_TF, gate_up_TG, target_TG, T, F, *strides, **_share(gate_up_TG, lora), **config
+        dproduct_TF,
+        gate_up_TG,
+        target_TG,
+        T,
+        F,
+        *strides,
+        **_share(gate_up_TG, lora),
+        GELU=activation == "gelu_tanh",
+        **config,
     )
     return out_TG if target_TG is out_TG else out_TG.copy_(target_TG)
 

@@ -211,7 +211,7 @@ def check_recipe(recipe: Recipe, tokenizer: TextTokenizer, *, keep_going: bool =
 
 def replace_length(texts: TextTokenizer, length: int) -> TextTokenizer:
     """The same tokenizer for another length."""
-    return TextTokenizer(texts.tokenizer, texts.template, length)
+    return TextTokenizer(texts.tokenizer, texts.template, length, pooled=texts.pooled)
 
 
 def _splits(files: list[str], path: str) -> dict[str, list[Source]]:

@@ -1,4 +1,4 @@
-"""Fused decoder layers of the Llama family: the modules of transformers hold the parameters, forward and backward are ours."""
+"""Fused decoder layers of the Llama and Gemma families: transformers holds the parameters, forward and backward are ours."""
 
 from l2v.model.fused.flat import FlatAdapters
 from l2v.model.fused.spec import Unsupported, obstacle

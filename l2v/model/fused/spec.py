@@ -9,16 +9,22 @@ from peft.tuners.lora import Linear as LoraModule
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from l2v.model.fused.norm import Norm
 from l2v.model.keyed_dropout import KeyedDropout
 from l2v_kernels.lora_linear import Adapter, Adapters, FrozenLinears, Linears
+from l2v_kernels.swiglu.op import Activation
 
 FAMILIES = {
     "LlamaDecoderLayer": "llama",
     "MistralDecoderLayer": "mistral",
     "Qwen2DecoderLayer": "qwen2",
     "Qwen3DecoderLayer": "qwen3",
+    "Gemma2DecoderLayer": "gemma2",
+    "Gemma3DecoderLayer": "gemma3",
 }
 """Class of the layer, and the module in transformers.models that it must come from."""
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""Names of transformers."""
 
 
 class Unsupported(Exception):
@@ -147,6 +153,17 @@ class LayerSpec:
     scale: float
     window: int | None
     """transformers' sliding_window"""
+    softcap: float | None
+    """of attention's scores"""
+    rotary: str | None
+    """The kind of layer that the decoder's rotary embedding is called with, where it has several (Gemma 3)."""
+    activation: Activation
+    input_norm: Norm
+    mlp_norm: Norm
+    head_norms: tuple[Norm, Norm] | None
+    """Of queries and keys per head (Qwen3, Gemma 3)."""
+    after: tuple[Norm, Norm] | None
+    """Of what attention and the MLP return, before it is added to the residual stream (Gemma)."""
 
     @classmethod
     def of(cls, layer: Any) -> LayerSpec:
@@ -163,6 +180,7 @@ class LayerSpec:
             window = attention.sliding_window
         else:
             window = getattr(attention.config, "sliding_window", None) if _family(layer) == "mistral" else None
+        norms = _norms(layer)
         return cls(
             layer,
             Group([attention.q_proj, attention.k_proj, attention.v_proj]),
@@ -173,23 +191,25 @@ class LayerSpec:
             attention.layer_idx,
             attention.scaling,
             window,
+            # Gemma 3 has the attribute too, and its forward does not pass it on.
+            attention.attn_logit_softcapping if _family(layer) == "gemma2" else None,
+            attention.layer_type if _family(layer) == "gemma3" else None,
+            ACTIVATIONS[_activation(layer)],
+            norms["input"],
+            norms["mlp"],
+            (norms["q"], norms["k"]) if "q" in norms else None,
+            (norms["after attention"], norms["after mlp"]) if "after mlp" in norms else None,
         )
 
     @property
-    def head_norms(self) -> tuple[nn.Module, nn.Module] | None:
-        """Norms of queries and keys per head (Qwen3), or None."""
-        attention = self.module.self_attn
-        return (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None
-
-    @property
-    def attention_norms(self) -> tuple[Any, ...]:
+    def attention_norms(self) -> tuple[Norm, ...]:
         """The norm before attention, then those of queries and keys."""
-        return (self.module.input_layernorm, *(self.head_norms or ()))
+        return (self.input_norm, *(self.head_norms or ()))
 
     @property
-    def mlp_norms(self) -> tuple[Any, ...]:
-        """The norm before the MLP."""
-        return (self.module.post_attention_layernorm,)
+    def mlp_norms(self) -> tuple[Norm, ...]:
+        """The norm before the MLP, then those after both blocks."""
+        return (self.mlp_norm, *(self.after or ()))
 
     @property
     def linears(self) -> list[Any]:
@@ -206,6 +226,23 @@ class LayerSpec:
         return next((p for group in self.groups if (p := group.dropout())), 0.0)
 
 
+def _norms(layer: Any) -> dict[str, Norm]:
+    """The norms of a layer, by what each comes before or after; `q` and `k` are those of heads."""
+    attention = layer.self_attn
+    names = {"input": layer.input_layernorm, "mlp": layer.post_attention_layernorm}
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        names |= {"mlp": layer.pre_feedforward_layernorm, "after attention": layer.post_attention_layernorm}
+        names |= {"after mlp": layer.post_feedforward_layernorm}
+    if hasattr(attention, "q_norm"):
+        names |= {"q": attention.q_norm, "k": attention.k_norm}
+    return {name: Norm.of(module) for name, module in names.items()}
+
+
+def _activation(layer: Any) -> str:
+    config = layer.self_attn.config
+    return getattr(config, "hidden_activation", None) or config.hidden_act
+
+
 def _family(layer: nn.Module) -> str | None:
     name = FAMILIES.get(type(layer).__name__)
     return name if name and type(layer).__module__.startswith(f"transformers.models.{name}.") else None
@@ -220,9 +257,10 @@ def obstacle(layer: Any) -> str | None:
     """Why this layer cannot be fused, as the rest of a sentence; None if it can."""
     if _family(layer) is None:
         return f"its layers are {type(layer).__name__}, and the fused layer supports those of {supported()}"
-    act = layer.self_attn.config.hidden_act
-    if act not in ("silu", "swish"):
-        return f"its activation is {act}, and the fused layer supports SiLU"
+    if _activation(layer) not in ACTIVATIONS:
+        return f"its activation is {_activation(layer)}, and the fused layer supports {', '.join(ACTIVATIONS)}"
+    if len({norm.eps for name, norm in _norms(layer).items() if name not in "qk"}) > 1:
+        return "its norms have different eps"
     if getattr(layer.self_attn.config, "_attn_implementation", "l2v") != "l2v":
         return f"its attention backend is {layer.self_attn.config._attn_implementation}; the fused layer needs base.backend=l2v"
     attention, mlp = layer.self_attn, layer.mlp

@@ -13,10 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from l2v.model.fused.flat import Collector, FlatAdapters
 from l2v.model.fused.functions import Call, GatedMlp, GroupLinear, ProjectHeads
+from l2v.model.fused.norm import Norm
 from l2v.model.fused.spec import LayerSpec, Unsupported, base_of, supported
 from l2v.model.read import PickRows
 from l2v_kernels import attention, rms_norm, segment_pool
-from l2v_kernels.integrations.transformers import PackedAttention
+from l2v_kernels.integrations.transformers import PackedAttention, window_of
 from l2v_kernels.lora_linear import InputDropout, stack_weights
 from l2v_kernels.spans import span
 
@@ -45,12 +46,13 @@ class FusedStack:
         if not hasattr(inner, "layers") or not hasattr(inner, "norm"):
             raise Unsupported(f"it is a {type(inner).__name__}, and the fused layer supports those of {supported()}")
         self.specs = [LayerSpec.of(layer) for layer in inner.layers]
+        norm = Norm.of(inner.norm)
         for spec in self.specs:
             _install_fused_forward(
                 spec.module, lambda residual, delta, run, spec=spec: self._layer(spec, residual, delta, run)
             )
         _install_fused_forward(
-            inner.norm, lambda residual, delta, pooling: _final_norm(inner.norm, residual, delta, *pooling)
+            inner.norm, lambda residual, delta, pooling: _final_norm(norm, residual, delta, *pooling)
         )
 
     def stack_weights(self) -> None:
@@ -93,7 +95,7 @@ class FusedStack:
         each segment's weighted mean of the hidden states, float32 [S, E], without storing the normalised tokens.
         """
         embedded_TE = self.inner.embed_tokens(input_ids_T.unsqueeze(0))
-        cos, sin = self.inner.rotary_emb(embedded_TE, position_ids_T.unsqueeze(0))
+        rotary = {kind: self._rotary(embedded_TE, position_ids_T, kind) for kind in {s.rotary for s in self.specs}}
         if self.gathered and torch.is_grad_enabled():
             # ZeRO-3 reduces a layer's gradients once its input has a gradient; without one it would do so too early.
             embedded_TE.requires_grad_()
@@ -104,13 +106,18 @@ class FusedStack:
                     group.bind()
             if self.flat is not None and torch.is_grad_enabled():
                 collector = self.flat.collector()
-        run = _Run(packed, seeds_T, rows_T, cos[0], sin[0], collector)
+        run = _Run(packed, seeds_T, rows_T, rotary, collector)
         sum_TE, delta_TE = embedded_TE[0], None
         for spec in self.specs:
             if read_R is not None and spec is self.specs[-1]:
                 run = run.of_read(read_R)
             sum_TE, delta_TE = spec.module(sum_TE, delta_TE, fused=run)
         return self.inner.norm(sum_TE, delta_TE, fused=pooling or ())
+
+    def _rotary(self, embedded_TE, position_ids_T, kind: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [T, D], of a kind of layers where they differ."""
+        cos, sin = self.inner.rotary_emb(embedded_TE, position_ids_T.unsqueeze(0), *([kind] if kind else []))
+        return cos[0], sin[0]
 
     def _layer(self, spec, residual_TE, delta_TE, run):
         if self.recompute == "layer" and torch.is_grad_enabled():
@@ -124,32 +131,31 @@ class FusedStack:
 
     def _layer_once(self, spec: LayerSpec, residual_TE, delta_TE, run):
         dropout = run.dropout(spec.dropout())
-        call = Call(spec, dropout, run.cos_TD, run.sin_TD, self.recompute == "none", run.collector)
+        cos_TD, sin_TD = run.rotary[spec.rotary]
+        call = Call(spec, dropout, cos_TD, sin_TD, self.recompute == "none", run.collector)
         sum_TE, q, k, v = ProjectHeads.apply(
             residual_TE, delta_TE, call, *call.matrices(spec.qkv, norms=spec.attention_norms)
         )
         packed, training = run.packed, spec.module.self_attn.training
-        window = spec.window
-        if window is not None and not packed.causal:
-            window += 1  # transformers counts it on both sides, see l2v_kernels.integrations.transformers
         o_THD = attention(
             q, k, v, packed.cu_seqlens, scale=spec.scale, dropout_p=packed.dropout_p if training else 0.0,
-            seeds_S=packed.seeds_S, stream=spec.index, causal=packed.causal, window=window, plan=packed.plan,
+            seeds_S=packed.seeds_S, stream=spec.index, causal=packed.causal, softcap=spec.softcap, plan=packed.plan,
+            window=window_of(spec.module.self_attn, spec.window, packed.causal),
         )  # fmt: skip
-        o_TE, residual_TE = o_THD.flatten(1), residual_TE if sum_TE is None else sum_TE
+        o_TE = o_THD.flatten(1)
         if run.read_R is not None:
-            o_TE, residual_TE = (PickRows.apply(x_TN, run.read_R) for x_TN in (o_TE, residual_TE))
+            o_TE, sum_TE = (PickRows.apply(x_TN, run.read_R) for x_TN in (o_TE, sum_TE))
             call = replace(call, dropout=run.dropout_of_read(dropout.p))
         a_TE = GroupLinear.apply(o_TE, spec.o, call, *call.matrices(spec.o))
-        return GatedMlp.apply(residual_TE, a_TE, call, *call.matrices(spec.gate_up, spec.down, norms=spec.mlp_norms))
+        return GatedMlp.apply(sum_TE, a_TE, call, *call.matrices(spec.gate_up, spec.down, norms=spec.mlp_norms))
 
 
 class _Run:
     """What all layers of one forward share."""
 
-    def __init__(self, packed, seeds_T, rows_T, cos_TD, sin_TD, collector: Collector | None) -> None:
+    def __init__(self, packed, seeds_T, rows_T, rotary: dict[str | None, Any], collector: Collector | None) -> None:
         self.packed, self.seeds_T, self.rows_T = packed, seeds_T, rows_T
-        self.cos_TD, self.sin_TD, self.collector = cos_TD, sin_TD, collector
+        self.rotary, self.collector = rotary, collector
         self._dropout = InputDropout(0.0, seeds_T, rows_T)
         self.read_R: torch.Tensor | None = None
 
@@ -172,8 +178,8 @@ class _Run:
         return InputDropout(p, self.seeds_T[self.read_R], self.rows_T[self.read_R])
 
 
-def _final_norm(norm: Any, residual_TE, delta_TE, *pooling: torch.Tensor):
-    weight_E, eps = norm.weight, norm.variance_epsilon
+def _final_norm(norm: Norm, residual_TE, delta_TE, *pooling: torch.Tensor):
+    weight_E, eps, offset = norm.weight, norm.eps, norm.offset
     if pooling and weight_E.requires_grad:  # the pooling kernel has no gradient for it
         weights, borders = pooling
         return segment_pool(_final_norm(norm, residual_TE, delta_TE), weights, borders)
@@ -181,10 +187,10 @@ def _final_norm(norm: Any, residual_TE, delta_TE, *pooling: torch.Tensor):
         with span("pooling"):
             sum_TE = residual_TE if delta_TE is None else residual_TE + delta_TE
             weights, borders = pooling
-            return segment_pool(sum_TE, weights, borders, weight_E, eps)
+            return segment_pool(sum_TE, weights, borders, weight_E, eps, offset=offset)
     if delta_TE is None:
-        return rms_norm(residual_TE, weight_E, eps)
-    return rms_norm(residual_TE, weight_E, eps, residual_TE=delta_TE)[1]
+        return rms_norm(residual_TE, weight_E, eps, offset=offset)
+    return rms_norm(residual_TE, weight_E, eps, residual_TE=delta_TE, offset=offset)[1]
 
 
 def _install_fused_forward(module: Any, fused_forward) -> None:

@@ -1,0 +1,1 @@
+"""Trials of the quickstart's recipe that never see its held-out questions."""

@@ -1,0 +1,1 @@
+"""Exports in other engines: verified, written as an adapter, and served over HTTP with OpenAI's interface."""
