@@ -40,6 +40,8 @@ def choose(
     """
     own = environment is None
     environment = os.environ if environment is None else environment
+    if not own and THREADS in _set_here and environment.get(THREADS) == os.environ.get(THREADS):
+        del environment[THREADS]  # the choice of this process for itself, and not the user's
     if own and "torch" in sys.modules:
         return
     new = {}

@@ -86,6 +86,9 @@ def test_a_launch_divides_the_cores_among_its_processes(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     launcher.launch("module", [], 3)
     assert (started[1]["OMP_NUM_THREADS"], started[1]["OMP_WAIT_POLICY"]) == ("7", "ACTIVE")
+    monkeypatch.setattr(cores, "_set_here", {"OMP_NUM_THREADS"})  # the number is the launching process's own choice
+    launcher.launch("module", [], 2)
+    assert started[2]["OMP_NUM_THREADS"] == "5" and os.environ["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.mark.parametrize(

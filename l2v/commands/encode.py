@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Answer a mistyped name before torch is loaded and the launcher takes twenty seconds."""
-    from l2v.encoding.names import check_out
+    from l2v.encoding.names import check_apart, check_out
 
     for key in ("processes", "batch_tokens", "dimensions", "length"):
         if (value := getattr(args, key)) is not None and value < 1:
@@ -37,10 +37,19 @@ def _check(args: argparse.Namespace) -> None:
     check_model(args.model)
     find_files(args.file)
     out = check_out(args.out)
+    check_apart(out, args.file)
     if args.task:
         find_task(args.task)
+        if args.instruction is not None:
+            raise RecipeError("--task and --instruction both say what precedes a text; give one of them")
+    if args.columns is not None and not _names(args.columns):
+        raise RecipeError("--columns names no field; give names with commas between them, or leave it out for all")
     if args.columns is not None and out.suffix != ".parquet":
         raise RecipeError(f"--columns needs a .parquet file; {out.suffix} holds numbers alone (ids stand next to it)")
+
+
+def _names(columns: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in columns.split(",") if name.strip()))
 
 
 def _gpus() -> int:
@@ -62,7 +71,7 @@ def _encode(args: argparse.Namespace) -> int:
     kept: tuple[str, ...] | None = ()
     parquet = args.out.endswith(".parquet")
     if parquet:
-        kept = None if args.columns is None else tuple(filter(None, (name.strip() for name in args.columns.split(","))))
+        kept = None if args.columns is None else _names(args.columns)
     given = Input(args.file, args.column, args.id, kept, args.vector_column if parquet else None, args.empty)
     options = {"precision": args.precision, "length": args.length, "trust_remote_code": args.trust_remote_code}
     job = Job(

@@ -26,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     encoder = Encoder.from_pretrained(
         args.run, adapters, precision=args.precision, length=args.length, trust_remote_code=args.trust_remote_code
     )
+    if gone := [name for name in ("onnx", "gguf") if (Path(args.folder) / name).is_dir() and not getattr(args, name)]:
+        print(f"l2v: {args.folder} is replaced as a whole, and its {' and '.join(gone)} files go", file=sys.stderr)
     table = encoder.save(args.folder, args.engines)
     dtype = "bf16" if "bfloat16" in str(encoder.model.decoder.dtype) else "fp32"
     print(

@@ -11,6 +11,7 @@ from typing import Any
 
 from l2v.data import raw
 from l2v.data.columns import absent, settle
+from l2v.data.decoding import text_lines
 from l2v.data.find import find_files, kind_of, left_out
 from l2v.data.reading import Reading
 from l2v.errors import UserError
@@ -181,8 +182,8 @@ def _of_file(file: Path, shown: str, given: Input, reading: Reading) -> Iterator
             raise UserError(absent(shown, name, names))
     only = None if kept is None else {column, *kept, *([given.id] if given.id else IDS)}
     types = _types(file, kept) if kind_of(file) == "parquet" else None
-    rows = raw.read_rows(file, shown, reading, only=only)
-    for where, row in _with_blank_lines(rows, shown) if kind_of(file) == "text" else rows:
+    lines = kind_of(file) == "text"
+    for where, row in _lines(file, shown, reading) if lines else raw.read_rows(file, shown, reading, only=only):
         text = text_of(row, column, where)
         if not text and given.empty == "error":
             raise UserError(
@@ -200,15 +201,10 @@ def _of_file(file: Path, shown: str, given: Input, reading: Reading) -> Iterator
         yield Row(text or None, fields, place_of(row, where, shown, given.id), types)
 
 
-def _with_blank_lines(rows: Iterator[raw.Row], shown: str) -> Iterator[raw.Row]:
-    """The lines of a text file, blank ones as empty texts: the reader skips them, and vectors would no longer match lines."""
-    line = 0
-    for where, row in rows:
-        number = _NUMBER.search(where)
-        here = int(number[1]) if number else line + 1
-        yield from ((f"{shown}, line {blank}", {"text": ""}) for blank in range(line + 1, here))
-        line = here
-        yield where, row
+def _lines(file: Path, shown: str, reading: Reading) -> Iterator[raw.Row]:
+    """All lines of a text file, blank ones as empty texts: without them vectors would not match lines."""
+    for number, line in enumerate(text_lines(file, shown, reading), start=1):
+        yield f"{shown}, line {number}", {"text": line.strip()}
 
 
 def _types(file: Path, kept: tuple[str, ...] | None) -> Any:

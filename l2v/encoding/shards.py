@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from l2v.encoding.names import facts_file, ids_file
 from l2v.encoding.rows import Chunk
 from l2v.errors import UserError
 from l2v.files import reason, replace_text, replacing
@@ -51,6 +53,9 @@ class Shards:
             self.error_file.unlink(missing_ok=True)
             for partial in self.folder.glob(".*.partial"):  # of a killed process
                 partial.unlink(missing_ok=True)
+            for made in (self.out, ids_file(self.out), facts_file(self.out)):
+                for partial in self.out.parent.glob(f".{glob.escape(made.name)}.*.partial"):
+                    partial.unlink(missing_ok=True)
             replace_text(self.folder / "manifest.json", json.dumps(manifest, indent=1, ensure_ascii=False))
 
     @property

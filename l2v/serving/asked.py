@@ -26,7 +26,7 @@ class Refused(Exception):
         """The error as OpenAI writes it."""
         kind = KINDS.get(self.status, "invalid_request_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return json.dumps({"error": error}, ensure_ascii=False).encode()
+        return json.dumps({"error": error}).encode()  # escaped: what was sent may be half of a surrogate pair
 
 
 @dataclass(frozen=True)

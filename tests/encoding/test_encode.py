@@ -66,7 +66,7 @@ def test_ids_and_vectors_of_every_format(encode, encoder, tmp_path, sentences):
     np.testing.assert_allclose(np.stack(table["embedding"].to_numpy()), expected, atol=1e-6)
     assert table.drop_columns(["embedding"]).to_pylist() == [json.loads(line) for line in lines]
     shown = str(tmp_path / "a.jsonl.gz")
-    assert ids(tmp_path / "a.ids.jsonl") == [{"file": shown, "row": n + 1, "id": f"x{n}"} for n in range(30)]
+    assert ids(tmp_path / "a.npy.ids.jsonl") == [{"file": shown, "row": n + 1, "id": f"x{n}"} for n in range(30)]
     for out in ("a.npy", "a.safetensors", "a.parquet"):
         facts = read_facts(tmp_path / out)
         assert (facts["rows"], facts["dimensions"], facts["precision"]) == (30, 32, "fp32")
@@ -174,7 +174,7 @@ def test_empty_texts(encode, encoder, tmp_path, sentences):
     assert not zeros[1].any()
     said = encode(tmp_path / "a.txt", "s.npy", "--empty", "skip")
     assert "1 row with an empty text skipped" in said.err
-    assert [row["row"] for row in ids(tmp_path / "s.ids.jsonl")] == [1, 3]
+    assert [row["row"] for row in ids(tmp_path / "s.npy.ids.jsonl")] == [1, 3]
 
 
 def test_texts_that_are_cut_are_counted_over_all_chunks(encode, tmp_path, sentences):
@@ -267,7 +267,7 @@ def test_killed_and_resumed_over_ranks_and_alone(start, encode, encoder, tmp_pat
     assert {int(path.stem.removeprefix("shard-")) % 2 for path in before} == {0, 1}
     encode(tmp_path / "a.txt", "a.npy")
     np.testing.assert_allclose(np.load(out, allow_pickle=False), encoder.encode(texts), atol=1e-6)
-    assert [row["row"] for row in ids(tmp_path / "a.ids.jsonl")] == list(range(1, len(texts) + 1))
+    assert [row["row"] for row in ids(tmp_path / "a.npy.ids.jsonl")] == list(range(1, len(texts) + 1))
 
 
 def test_ranks_give_the_file_of_one_process_and_one_sentence(start, encode, tmp_path, sentences):
@@ -395,3 +395,47 @@ def test_every_launcher(launcher, base, encoder, tmp_path, sentences):
     done = subprocess.run(command, env=training_environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and done.stdout.count("240 vectors of 32 dimensions") == 1, done.stdout + done.stderr
     np.testing.assert_allclose(np.load(tmp_path / "a.npy", allow_pickle=False), encoder.encode(sentences), atol=1e-6)
+
+
+@pytest.mark.parametrize("source", ["data", "data/*.jsonl", "data/**"])
+def test_what_is_written_is_never_read_as_data(base, tmp_path, monkeypatch, capsys, source):
+    """Not the vectors, and not the ids and facts beside them."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text('{"text": "Hunden løber."}\n', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["encode", str(base), source, "--out", "data/v.npy"]) == 1
+    assert "v.npy: lies among the texts of data" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["a.jsonl"]
+
+
+def test_every_line_of_a_text_file_has_a_vector_also_at_its_end(base, tmp_path):
+    (tmp_path / "t.txt").write_text("Hunden løber.\n\nKatten sover.\n\n\n", encoding="utf-8")
+    assert (
+        cli.main(["encode", str(base), str(tmp_path / "t.txt"), "--out", str(tmp_path / "v.npy"), "--empty", "zeros"])
+        == 0
+    )
+    assert np.load(tmp_path / "v.npy").any(1).tolist() == [True, False, True, False, False]
+    assert [row["row"] for row in ids(tmp_path / "v.npy.ids.jsonl")] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--columns", ","], "--columns names no field"),
+        (["--task", "question-da", "--instruction", "Find svaret"], "give one of them"),
+    ],
+)
+def test_options_that_would_have_no_effect(base, tmp_path, capsys, options, says):
+    (tmp_path / "t.jsonl").write_text('{"text": "Hunden løber."}\n', encoding="utf-8")
+    assert (
+        cli.main(["encode", str(base), str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "v.parquet"), *options]) == 2
+    )
+    assert says in capsys.readouterr().err
+
+
+def test_a_name_given_twice_is_one_column_and_a_killed_join_leaves_nothing(base, tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"text": "Hunden løber.", "a": 1}\n', encoding="utf-8")
+    (left := tmp_path / ".v.parquet.1.partial").write_bytes(b"half")
+    out = tmp_path / "v.parquet"
+    assert cli.main(["encode", str(base), str(tmp_path / "t.jsonl"), "--out", str(out), "--columns", "a,a"]) == 0
+    assert pq.read_schema(out).names == ["a", "embedding"] and not left.exists()

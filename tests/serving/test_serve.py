@@ -104,6 +104,10 @@ def test_500_requests_of_16_clients(one, encoder, sentences):
         ({"input": [[300]], "model": "tiny"}, 400, "not the ids of a text", "input"),
         ({"input": "\ud800", "model": "tiny"}, 400, "half of a surrogate pair", "input"),
         ({"input": ["a"] * 10, "model": "tiny"}, 413, "10 inputs in one request; at most 9", "input"),
+        pytest.param({"input": "a", "model": "\ud800"}, 404, "does not exist", "model", id="half a pair as a name"),
+        pytest.param(
+            {"input": "a", "model": "tiny", "\ud800": 1}, 400, "unknown key", "\ud800", id="half a pair as a key"
+        ),
         ({"input": "a " * 2000, "model": "tiny"}, 413, "longer than 512 tokens", "input"),
         ({"input": "a", "model": "tiny", "dimensions": 12}, 400, "these dimensions: 8, 16, 32", "dimensions"),
         ({"input": "a", "model": "tiny", "dimensions": True}, 400, "these dimensions", "dimensions"),
