@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import stat
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +66,8 @@ def test_the_converted_base_too(umask, tmp_path, monkeypatch):
     from l2v.model import embedded, embedded_convert
 
     class Tiny:
+        config, init_kwargs = SimpleNamespace(), {}
+
         @classmethod
         def from_pretrained(cls, *_, **__):
             return cls()
