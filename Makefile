@@ -40,7 +40,7 @@ test: $(READY)
 	[ $$tests -eq 0 ] && [ $$lint -eq 0 ]
 
 test-all: $(READY) lint wheel-test
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[nf4]'  # 40 MB that the other tests do without
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[nf4,onnx]'  # 90 MB that the other tests do without
 	L2V_SLOW=1 $(PYTEST) -m '' $(ARGS)
 
 # The kernels on this machine's GPU, which `make test` hides from its tests.

@@ -14,10 +14,9 @@ import yaml
 from support.documents import ROOT, blocks, commands
 from support.made_run import make_run
 from support.served import Served
+from support.versions import need_smollm2
 
 from l2v.commands.main import main
-from l2v.errors import UserError
-from l2v.model.embedded import SMOLLM2, resolve
 
 LIST = yaml.safe_load((ROOT / "tests" / "documented.yaml").read_text(encoding="utf-8"))
 PAGES = [
@@ -37,10 +36,7 @@ PRINTS = {
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory, base):
     """The files and runs that the pages' commands name, on a tiny base."""
-    try:
-        resolve(SMOLLM2)
-    except UserError:
-        pytest.skip("the embedded base is not installed")
+    need_smollm2()
     folder = tmp_path_factory.mktemp("documented")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

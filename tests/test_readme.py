@@ -10,10 +10,9 @@ import tomllib
 import pytest
 import torch
 from support.documents import ROOT, Parsed, blocks, commands, paragraphs, words
+from support.versions import need_smollm2
 
 from l2v.data.corpus.config import load_config
-from l2v.errors import UserError
-from l2v.model.embedded import SMOLLM2, resolve
 from l2v.quickstart.table import markdown
 from l2v.recipe.load import load_recipe
 
@@ -47,10 +46,7 @@ def test_it_is_short_and_shows_python_early():
 
 @pytest.mark.parametrize(("page", "at"), [(page, at) for page, printed in PYTHON.items() for at in range(len(printed))])
 def test_python_blocks_run(page, at, tmp_path, monkeypatch, capsys):
-    try:
-        resolve(SMOLLM2)
-    except UserError:
-        pytest.skip("the embedded base is not installed")
+    need_smollm2()
     code = blocks((ROOT / page).read_text(encoding="utf-8"), "python")
     assert len(code) == len(PYTHON[page])
     monkeypatch.chdir(tmp_path)

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
+from support.versions import need_smollm2
 
 from l2v.data.tokens import TextTokenizer, as_ids, check_vocabulary, load_tokenizer, text_key
 from l2v.errors import RecipeError, UserError
-from l2v.model.embedded import SMOLLM2, resolve
 from l2v.recipe import Base, Template
 
 TEXT = "Hunden på Ærø ser_dig."
@@ -172,10 +172,7 @@ def test_ids_are_int64():
 
 
 def test_smollm2_golden_ids():
-    try:
-        folder = resolve(SMOLLM2)
-    except UserError as absent:
-        pytest.skip(str(absent))
+    folder = need_smollm2()
     template = Template(prefix="<|im_start|>user\n", suffix="<|im_end|>")
     texts = TextTokenizer(load_tokenizer(folder), template, 64)
     text = "Hunden på Ærø ser dig, men den gør ikke noget."

