@@ -39,7 +39,9 @@ class Index:
             raise UserError(f"{path}: no such file")
         facts = read_facts(self.path) if self.path.suffix in FORMATS else None
         if facts is None:
-            raise UserError(f"{path}: no index; l2v encode MODEL FILE --out {path} writes one")
+            # A file of texts given by mistake is not what an index is written to.
+            out = path if self.path.suffix in FORMATS else self.path.with_suffix(".parquet")
+            raise UserError(f"{path}: no index; l2v encode MODEL FILE --out {out} writes one")
         self.facts, self.width = facts, int(facts["dimensions"])
         self._graph: Any = None
         self._lines: np.ndarray | None = None

@@ -100,7 +100,10 @@ def test_files_that_are_no_index(search, files, tmp_path):
     for name in ("b.npy", "c.parquet"):
         assert "no index; l2v encode MODEL FILE --out" in search("hund", "--index", tmp_path / name, expect=1).err
     assert "no such file" in search("hund", "--index", tmp_path / "d.npy", expect=1).err
-    assert "no index" in search("hund", "--index", files / "a.csv", expect=1).err
+    assert "a.csv: no index; l2v encode MODEL FILE --out " in (
+        said := search("hund", "--index", files / "a.csv", expect=1).err
+    )
+    assert said.rstrip().endswith("a.parquet writes one")
     for name in ("a.npy", "a.safetensors", "a.parquet"):
         data = (files / name).read_bytes()
         for kept in (files / name, files / f"{name}.json"):
